@@ -1,0 +1,94 @@
+// All pybind11 code. Functions take addresses (tensor.data_ptr()), sizes and strides in elements, and the
+// thread count; Python has checked them. A bad status becomes an exception here and nowhere else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+#include "second_moment.h"
+#include "spd_solve.h"
+
+namespace py = pybind11;
+using namespace rewrite_core;
+
+namespace {
+
+void check(Status status, const char* where) {
+  if (status == Status::ok) return;
+  if (status == Status::out_of_memory) throw std::bad_alloc();
+  throw std::runtime_error(std::string(where) + ": " + status_message(status) + ".");
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// An instruction set by name, "" for the best one: tests run every one the CPU has.
+Isa isa_of(const std::string& name) {
+  if (name.empty()) return detect_isa();
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (name == isa_name(isa) && isa <= detect_isa()) return isa;
+  }
+  throw std::invalid_argument("this CPU has no instruction set " + name + ".");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "rewrite_core's CPU kernels; called through rewrite_core.ops.";
+  m.def("isa", [] { return isa_name(detect_isa()); }, "The instruction set the kernels use on this CPU.");
+
+  m.def(
+      "second_moment",
+      [](std::uintptr_t features, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 4> strides,
+         std::uintptr_t out, int threads, const std::string& isa) {
+        const Isa use = isa_of(isa);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = second_moment(pointer<const void>(features), static_cast<DType>(dtype), sizes.data(),
+                                 strides.data(), pointer<double>(out), threads, use);
+        }
+        check(status, "second_moment");
+      },
+      py::arg("features"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("out"),
+      py::arg("threads"), py::arg("isa") = "",
+      "out [c, c] += the second moment of features (n, c, h, w); dtype 0 float32, 1 float64, 2 bfloat16, "
+      "3 float16.");
+
+  m.def(
+      "cholesky",
+      [](std::uintptr_t matrices, int64_t batch, int64_t n, std::uintptr_t info, int threads,
+         const std::string& isa) {
+        const Isa use = isa_of(isa);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = cholesky(pointer<double>(matrices), batch, n, pointer<int64_t>(info), threads, use);
+        }
+        check(status, "cholesky");
+      },
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"), py::arg("isa") = "",
+      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0 or the first bad pivot, from 1.");
+
+  m.def(
+      "cholesky_solve",
+      [](std::uintptr_t lower, int64_t batch, int64_t n, std::uintptr_t x, int64_t m, int threads,
+         const std::string& isa) {
+        const Isa use = isa_of(isa);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
+        }
+        check(status, "cholesky_solve");
+      },
+      py::arg("lower"), py::arg("batch"), py::arg("n"), py::arg("x"), py::arg("m"), py::arg("threads"),
+      py::arg("isa") = "", "Solves L L^T x = b in place for x [batch, m, n].");
+}

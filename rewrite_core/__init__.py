@@ -1,0 +1,64 @@
+"""rewrite_core: change the rules inside a trained image generator by rewriting one layer's weights."""
+
+from . import ops
+from .backends import BackendUnavailable, explain
+from .binding import BoundLayer, LayerInfo, bind, list_layers
+from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, query_key
+from .editing import Edit, Selection
+from .errors import (
+    FileFormatError,
+    MaskError,
+    MismatchError,
+    NonFiniteError,
+    RankError,
+    RewriteCoreError,
+    SelectionError,
+    SolverError,
+    UnknownLayerError,
+)
+from .families import load_proggan, load_stylegan2
+from .latents import sample_latents
+from .moments import SecondMoment, collect_second_moment
+from .rewriting import Rewrite, erase, load_rewrite, rewrite, rewrite_many, zero
+from .search import SearchResult, search
+from .version import __version__
+
+__all__ = [
+    "BackendUnavailable",
+    "BoundLayer",
+    "Edit",
+    "FileFormatError",
+    "LayerInfo",
+    "MaskError",
+    "MismatchError",
+    "NonFiniteError",
+    "RankError",
+    "Rewrite",
+    "RewriteCoreError",
+    "SearchResult",
+    "SecondMoment",
+    "Selection",
+    "SelectionError",
+    "SolverError",
+    "UnitQuantiles",
+    "UnknownLayerError",
+    "__version__",
+    "bind",
+    "collect_second_moment",
+    "collect_unit_quantiles",
+    "context_directions",
+    "context_keys",
+    "erase",
+    "explain",
+    "list_layers",
+    "load_proggan",
+    "load_rewrite",
+    "load_stylegan2",
+    "ops",
+    "query_key",
+    "rewrite",
+    "rewrite_many",
+    "sample_latents",
+    "search",
+    "zero",
+]

@@ -1,0 +1,205 @@
+"""Which implementation of an op runs, and why not the others.
+
+Each op module ``rewrite_core/ops/<op>.py`` declares two things this file reads:
+
+``BACKENDS``         a tuple of :class:`Backend` records (any order; ``ORDER`` decides)
+``example(device)``  a tuple of small valid arguments on that device, for :func:`explain`
+
+and calls ``select(op, backend, *args).load()(*args)``. Nothing is imported, compiled or probed
+until an op is first called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import textwrap
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Callable
+
+import torch
+
+OPS = ("second_moment", "spd_solve", "fit_low_rank")
+ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
+ENVIRONMENT_VARIABLE = "REWRITE_CORE_BACKEND"
+
+Reason = Callable[..., "str | None"]
+
+
+def _never(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+class BackendUnavailable(RuntimeError):
+    """No backend, or not the one asked for, can do this call; the message holds every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    ``target``    "module:attribute", imported when first used
+    ``supports``  called with the op's arguments: None, or the reason why this backend cannot run them
+    ``declines``  called likewise: None, or why "auto" passes it over although it could run
+                  (``backend=`` by name still runs it)
+    """
+
+    op: str
+    name: str
+    target: str
+    supports: Reason = _never
+    declines: Reason = _never
+
+    def load(self) -> Any:
+        """The implementation itself; its module is imported here and not before."""
+        return _load(self.target)
+
+
+@functools.cache
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def backends_of(op: str) -> tuple[Backend, ...]:
+    """The op's backends in the order "auto" tries them."""
+    if op not in OPS:
+        raise ValueError(f"there is no op {op!r}: the ops are {', '.join(OPS)}.")
+    records = importlib.import_module(f"rewrite_core.ops.{op}").BACKENDS
+    return tuple(sorted(records, key=lambda record: ORDER.index(record.name)))
+
+
+def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
+    """The backend that will run ``op(*args, **kwargs)``.
+
+    ``backend`` is "auto" (the first of ``ORDER`` that supports the arguments; the environment variable
+    REWRITE_CORE_BACKEND replaces "auto") or a name, which is used or refused, never replaced.
+    """
+    asked, source = backend, "backend="
+    if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
+        asked, source = os.environ[ENVIRONMENT_VARIABLE], f"the environment variable {ENVIRONMENT_VARIABLE}="
+    if asked != "auto" and asked not in ORDER:
+        raise ValueError(f"{source}{asked!r} is no backend: use auto, {', '.join(ORDER)}.")
+    reasons = []
+    for record in backends_of(op):
+        if asked not in ("auto", record.name):
+            continue
+        reason = record.supports(*args, **kwargs)
+        if reason is None and asked == "auto":
+            reason = record.declines(*args, **kwargs)
+        if reason is None:
+            return record
+        reasons.append(f"{record.name}: {reason}")
+    if asked == "auto":
+        raise BackendUnavailable(f"no backend of {op} can run this call ({'; '.join(reasons)}).")
+    if not reasons:
+        have = ", ".join(record.name for record in backends_of(op))
+        raise BackendUnavailable(f"{source}{asked!r}: {op} has no such backend; it has {have}.")
+    raise BackendUnavailable(
+        f"{source}{asked!r} cannot run this call of {op} ({'; '.join(reasons)}); "
+        'backend="auto" picks one that can.'
+    )
+
+
+@functools.cache
+def _probe_extension() -> tuple[ModuleType | None, str | None]:
+    # torch is imported above: it comes first, so that the extension finds torch's C++ runtime loaded.
+    try:
+        return importlib.import_module("rewrite_core._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "rewrite_core._C":
+            raise
+        return None, "the C++ extension rewrite_core._C is not built: run `pip install .`"
+    except ImportError as error:  # built, but broken: its own words say why
+        return None, f"the C++ extension rewrite_core._C is there but does not load: {error}"
+
+
+def extension() -> ModuleType:
+    """The compiled extension ``rewrite_core._C``; raises with the reason where there is none."""
+    module, reason = _probe_extension()
+    if module is None:
+        raise BackendUnavailable(f"{reason}.")
+    return module
+
+
+def extension_reason() -> str | None:
+    """None where the compiled extension loads, else why it does not."""
+    return _probe_extension()[1]
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """None where Triton and this package's kernels can be imported, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: run `pip install triton`"
+    if importlib.util.find_spec("rewrite_core.kernels") is None:
+        return "rewrite_core.kernels is not installed (kernels/ is mapped by setup.py): run `pip install .`"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, one program after the other (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What "auto" picks for one op on one device, and why not each of the others."""
+
+    op: str
+    device: str
+    backend: str
+    reasons: tuple[tuple[str, str], ...]  # (backend, why not), best backend first
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The result of :func:`explain`; ``str()`` of it is a table."""
+
+    choices: tuple[Choice, ...]
+    extension: str
+    override: str | None
+
+    def __str__(self) -> str:
+        rows = [("op", "device", "backend", "why not the others")]
+        for choice in self.choices:
+            lines = []
+            for name, reason in choice.reasons:
+                lines += textwrap.wrap(f"{name}: {reason}", 72, subsequent_indent="  ")
+            for i, line in enumerate(lines or ["-"]):
+                rows.append(((choice.op, choice.device, choice.backend) if i == 0 else ("", "", "")) + (line,))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in rows]
+        table.insert(1, "-" * max(map(len, table)))
+        table.append(f"extension: {self.extension}")
+        if self.override:
+            table.append(f"{ENVIRONMENT_VARIABLE}={self.override} replaces \"auto\"")
+        return "\n".join(table)
+
+
+def explain() -> Explanation:
+    """Which backend each op would use here for a small example on each device, and why not the others.
+
+    ``print(rc.explain())`` shows a table. The reasons come from the same ``supports`` functions that
+    choose in earnest, so the table cannot disagree with what runs.
+    """
+    choices = []
+    for op in OPS:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            args = importlib.import_module(f"rewrite_core.ops.{op}").example(device)
+            try:
+                chosen = select(op, "auto", *args).name
+            except BackendUnavailable:  # REWRITE_CORE_BACKEND names one that cannot: the reasons follow
+                chosen = "none"
+            reasons = []
+            for record in backends_of(op):
+                if record.name != chosen:
+                    reason = record.supports(*args) or record.declines(*args)
+                    reasons.append((record.name, reason or f"{chosen} comes first"))
+            choices.append(Choice(op, device, chosen, tuple(reasons)))
+    module, reason = _probe_extension()
+    built = f"{module.__file__} ({module.isa()})" if module is not None else str(reason)
+    return Explanation(tuple(choices), built, os.environ.get(ENVIRONMENT_VARIABLE))

@@ -1,0 +1,208 @@
+"""Directions: which input features of a layer an edit may respond to (paper, section 3.2 and appendix D)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .binding import BoundLayer
+from .editing import Selection
+from .errors import NonFiniteError, RankError, RewriteCoreError, SelectionError
+from .moments import SecondMoment, _stream
+
+METHODS = ("whitened", "svd", "mean", "units")
+
+
+class UnitQuantiles:
+    """What values each unit (key channel) takes over many images, in bounded memory.
+
+    Keeps every s-th key, doubling s whenever `capacity` keys are held, and each unit's true maximum.
+    """
+
+    def __init__(self, channels: int, capacity: int = 8192):
+        self._rows = torch.empty(0, channels)
+        self._capacity = capacity
+        self._stride = 1
+        self._seen = 0
+        self.maximum = torch.full((channels,), -torch.inf)
+
+    def update(self, features: Tensor) -> None:
+        """Add keys [N, C, H, W]."""
+        rows = features.detach().movedim(1, -1).reshape(-1, features.shape[1]).float().cpu()
+        self.maximum = torch.maximum(self.maximum, rows.amax(0))
+        first = -self._seen % self._stride
+        self._seen += len(rows)
+        self._rows = torch.cat([self._rows, rows[first :: self._stride]])
+        while len(self._rows) > self._capacity:
+            self._rows = self._rows[::2]
+            self._stride *= 2
+
+    def quantile(self, keys: Tensor) -> Tensor:
+        """The share of the population below each entry of keys [n, C]; 1 only at a unit's maximum."""
+        keys = keys.float().cpu()
+        sample = self._rows.sort(0).values.T.contiguous()
+        below = torch.searchsorted(sample, keys.T.contiguous()).T.double() / len(self._rows)
+        below = below.clamp(max=1 - 0.5 / max(self._seen, 1))
+        return torch.where(keys >= self.maximum, 1.0, below)
+
+
+def collect_unit_quantiles(
+    layer: BoundLayer, latents: Tensor, batch_size: int = 16, progress: bool = False
+) -> UnitQuantiles:
+    """Quantiles of each unit of the layer's key over the images of `latents`, for ``method="units"``."""
+    quantiles = UnitQuantiles(layer.in_channels)
+    label = f"unit quantiles of {layer.name}"
+    _stream(layer, latents, batch_size, 0, progress, label, lambda keys, done: quantiles.update(keys))
+    return quantiles
+
+
+def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    if keys.ndim != 2 or keys.shape[1] != moment.channels:
+        raise RewriteCoreError(f"Context keys are rows [n, {moment.channels}], not {list(keys.shape)}.")
+    rows = keys.detach().to(torch.float64)
+    if weights is None:
+        weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    weights = torch.as_tensor(weights, device=rows.device).detach().to(torch.float64).reshape(-1)
+    if len(weights) != len(rows):
+        raise RewriteCoreError(f"There are {len(rows)} context keys and {len(weights)} weights; give one each.")
+    if not (torch.isfinite(rows).all() and torch.isfinite(weights).all()):
+        raise NonFiniteError("The context keys or their weights hold NaN or infinity.")
+    if not (weights > 0).any():
+        raise SelectionError("No context key has a positive weight; mark at least one place.")
+    return rows, weights
+
+
+def _orthonormal_rows(rows: Tensor, towards: Tensor) -> Tensor:
+    """Orthonormal rows spanning `rows` [R, I], in order, each with a non-negative product with `towards`."""
+    q, r = torch.linalg.qr(rows.T)
+    diagonal = r.diagonal().abs()
+    if (diagonal <= 1e-10 * diagonal.max()).any():
+        raise RankError("The context keys do not span that many directions; lower the rank or mark more places.")
+    signs = torch.where(q.T @ towards < 0, -1.0, 1.0).to(q.dtype)
+    return q.T * signs[:, None]
+
+
+def rank_units(
+    moment: SecondMoment, keys: Tensor, weights: Tensor | None = None, quantiles: UnitQuantiles | None = None
+) -> Tensor:
+    """Units (key channels) from most to least typical of the context: int64 [I].
+
+    With `quantiles`, GAN Dissection's score, the weighted mean of ``-log(1 - quantile)``; a unit that reaches
+    its population maximum at any of the rows, weighted or not, has an infinite score, as in the reference
+    implementation. Without, the score that a second moment allows, the weighted mean of ``k^2 / E[k^2]``
+    (the reference's choice of what to erase).
+    """
+    rows, weights = _check_rows(moment, keys, weights)
+    if quantiles is None:
+        scale = moment.matrix().diagonal().to(rows.device)
+        scores = rows.square() / torch.where(scale > 0, scale, torch.inf)
+    else:
+        scores = -torch.log1p(-quantiles.quantile(rows)).to(rows.device)
+    mean = (scores * weights[:, None]).sum(0) / weights.sum()  # 0 * inf is NaN and stands for inf
+    return mean.nan_to_num(nan=torch.inf, posinf=torch.inf).sort(descending=True, stable=True).indices
+
+
+def context_directions(
+    moment: SecondMoment,
+    keys: Tensor,
+    weights: Tensor | None = None,
+    rank: int = 1,
+    method: str = "whitened",
+    quantiles: UnitQuantiles | None = None,
+) -> Tensor:
+    """The directions D [R, I] (float64, orthonormal rows) that context keys reduce to.
+
+    Args:
+        moment: second moment of the layer's keys, C = L L^T.
+        keys: context keys, rows [n, I].
+        weights: mask weight of each key [n]; default 1.
+        rank: R, the number of directions.
+        method: "whitened" (appendix D): top R right singular vectors V of ``diag(w) M L^-T``, then orthonormal
+            rows of ``(L^-T V)^T``, each agreeing with the weighted mean key. Same span as whitening by C^(-1/2), by
+            Cholesky alone. "svd": top R right singular vectors of the rows ``w C^-1 k``. "mean": their mean
+            (rank 1 only). "units": one-hot rows, see :func:`rank_units`.
+        quantiles: for "units", from :func:`collect_unit_quantiles`.
+
+    Raises:
+        RankError: rank below 1, above I, or above the number of independent context keys.
+        NonFiniteError, SelectionError: NaN keys; no key with positive weight.
+    """
+    if method not in METHODS:
+        raise RewriteCoreError(f"There is no direction method {method!r}; choose from {list(METHODS)}.")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= moment.channels:
+        raise RankError(f"The rank must be a whole number from 1 to the {moment.channels} channels, not {rank!r}.")
+    if method == "mean" and rank != 1:
+        raise RankError(f"Method 'mean' has one direction; use rank=1, not {rank}.")
+    if method == "units":
+        units = rank_units(moment, keys, weights, quantiles)[:rank]
+        return torch.nn.functional.one_hot(units, moment.channels).to(torch.float64)
+
+    rows, weights = _check_rows(moment, keys, weights)
+    rows, weights = rows[weights > 0], weights[weights > 0]
+    if rank > len(rows):
+        raise RankError(f"{len(rows)} context keys cannot give {rank} directions; lower the rank or mark more.")
+    if not rows.any():
+        raise SelectionError("Every context key is zero; mark a place where the layer has features.")
+    weighted = rows * weights[:, None]
+    mean = weighted.sum(0)
+    if method == "whitened":
+        lower = moment.factor.lower.to(rows.device)
+        white = torch.linalg.solve_triangular(lower, weighted.T, upper=False).T  # diag(w) M L^-T
+        top = _top_right_vectors(white, rank)
+        return _orthonormal_rows(torch.linalg.solve_triangular(lower.T, top.T, upper=True).T, mean)
+    adjusted = moment.solve(weighted)
+    if method == "mean":
+        direction = adjusted.mean(0)
+        return (direction / direction.norm())[None]
+    return _orthonormal_rows(_top_right_vectors(adjusted, rank), adjusted.mean(0))
+
+
+def _top_right_vectors(rows: Tensor, rank: int) -> Tensor:
+    """The top `rank` right singular vectors of rows [n, I], as rows."""
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    if values[rank - 1] <= 1e-10 * values[0]:
+        raise RankError(
+            f"The context keys span only {int((values > 1e-10 * values[0]).sum())} directions, not {rank}; "
+            "lower the rank or mark more places."
+        )
+    return vectors[:rank]
+
+
+def context_keys(
+    layer: BoundLayer, selections: Sequence[Selection], latents: Tensor, inside_only: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The keys at the marked places and their mask weights: rows [n, I] and [n].
+
+    With ``inside_only=False`` every position of the marked images is a row, weight 0 outside the masks.
+    """
+    rows, weights = [], []
+    for selection in selections:
+        keys = layer.keys(latent_of(selection, latents))
+        area = selection.area(tuple(keys.shape[2:])).to(keys.device).reshape(-1)
+        flat = keys[0].reshape(len(keys[0]), -1).T
+        inside = area > 0 if inside_only else torch.ones_like(area, dtype=torch.bool)
+        rows.append(flat[inside])
+        weights.append(area[inside])
+    return torch.cat(rows), torch.cat(weights)
+
+
+def latent_of(selection: Selection, latents: Tensor) -> Tensor:
+    """The one-row batch of latents a selection points at. Raises SelectionError out of range."""
+    if selection.index >= len(latents):
+        raise SelectionError(
+            f"Selection {selection.index} is out of range: there are {len(latents)} latents; "
+            "sample more, with the seed the edit was made with."
+        )
+    return latents[selection.index : selection.index + 1]
+
+
+def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, latents: Tensor) -> Tensor:
+    """The key to search for: C^-1 of the mask-weighted mean key, normalised; float64 [I] (paper, section 4)."""
+    rows, weights = context_keys(layer, [selection], latents)
+    mean = (rows.double() * weights.double()[:, None]).sum(0) / weights.double().sum()
+    if not torch.isfinite(mean).all():
+        raise NonFiniteError("The keys at the selection hold NaN or infinity.")
+    key = moment.solve(mean)
+    return key / key.norm().clamp_min(1e-10)

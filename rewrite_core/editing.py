@@ -1,0 +1,206 @@
+"""Selections and edits: what the user marks, and the reference implementation's JSON for it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import FileFormatError, MaskError, SelectionError
+from .files import atomic_write
+
+_URL_PREFIX = "data:image/png;base64,"
+_FIELDS = {"object": "copy", "paste": "paste", "key": "context", "query": "query"}
+
+
+def _mask_bytes(mask) -> np.ndarray:
+    if isinstance(mask, Tensor):
+        mask = mask.detach().cpu().numpy()
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or 0 in mask.shape:
+        raise MaskError(f"A mask is a two-dimensional [H, W] array, not one of shape {list(mask.shape)}.")
+    if mask.dtype == bool:
+        return mask.astype(np.uint8) * 255
+    if not (np.issubdtype(mask.dtype, np.floating) or np.issubdtype(mask.dtype, np.integer)):
+        raise MaskError(f"A mask holds booleans or numbers in 0..1, not {mask.dtype}.")
+    if not np.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
+        raise MaskError("A mask holds values in 0..1; divide 0..255 masks by 255.")
+    return np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
+
+
+class Selection:
+    """An area of one generated image.
+
+    Args:
+        index: row of the latents `z` that the edit is used with.
+        mask: [H, W], bool or numbers in 0..1, at any resolution. Stored in 8 bits, as the JSON does.
+
+    Raises:
+        MaskError: wrong shape or type, values outside 0..1, or an empty mask.
+        SelectionError: the index is not a whole number of at least zero.
+    """
+
+    def __init__(self, index: int, mask):
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
+            raise SelectionError(f"A selection's index is a row of the latents, 0 or more, not {index!r}.")
+        self.index = int(index)
+        self._bytes = _mask_bytes(mask)
+        if not self._bytes.any():
+            raise MaskError(f"The mask of selection {self.index} is empty; mark at least one pixel.")
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask as drawn: float32 [H, W] in 0..1."""
+        return self._bytes.astype(np.float32) / 255
+
+    def area(self, size: tuple[int, int]) -> Tensor:
+        """The mask at a map's resolution: float32 [h, w], Pillow's BILINEAR filter as the reference uses.
+
+        Raises MaskError where nothing of the mask is left at that size.
+        """
+        height, width = size
+        image = Image.fromarray(self._bytes).resize((width, height), Image.Resampling.BILINEAR)
+        area = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+        if not area.any():
+            raise MaskError(
+                f"The mask of selection {self.index} vanishes on a {height}x{width} map; "
+                "mark a larger area or choose a layer with a larger map."
+            )
+        return area
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Selection) and self.index == other.index and np.array_equal(self._bytes, other._bytes)
+
+    def __hash__(self) -> int:
+        return hash((self.index, self._bytes.tobytes()))
+
+    def __repr__(self) -> str:
+        height, width = self._bytes.shape
+        return f"Selection({self.index}, {height}x{width} mask, {self.mask.mean():.1%} marked)"
+
+    def _to_json(self) -> list:
+        buffer = io.BytesIO()
+        Image.fromarray(self._bytes).convert("RGB").save(buffer, format="png")
+        return [self.index, _URL_PREFIX + base64.b64encode(buffer.getvalue()).decode("ascii")]
+
+    @classmethod
+    def _from_json(cls, record, field: str) -> Selection:
+        if not (isinstance(record, list) and len(record) == 2 and isinstance(record[1], str)):
+            raise FileFormatError(f"{field!r} should hold [index, PNG data URL].")
+        index, url = record
+        head, comma, data = url.partition(",")
+        if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+            raise FileFormatError(f"The mask of {field!r} is not a base64 image data URL.")
+        try:
+            image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+            pixels = np.asarray(image.convert("RGB"))[:, :, 0]  # the reference reads the first channel
+        except (binascii.Error, UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise FileFormatError(f"The mask of {field!r} cannot be decoded ({error}).") from error
+        return cls(index, pixels.astype(np.float64) / 255)
+
+
+class Edit:
+    """A rule change as a user marks it: copy here, paste there, and do so wherever the context looks alike.
+
+    Args:
+        copy: the patch to copy (``object`` in the JSON); None for an erasure.
+        paste: where it goes. Only its centre matters, as in the reference.
+        context: the places that share the context (``key`` in the JSON); by default the paste itself.
+        query: the selection last searched for; kept, not used by :func:`rewrite_core.rewrite`.
+    """
+
+    def __init__(
+        self,
+        copy: Selection | None = None,
+        paste: Selection | None = None,
+        context: Sequence[Selection] | None = None,
+        query: Selection | None = None,
+    ):
+        context = list(context) if context else None
+        for part in (copy, paste, query, *(context or ())):
+            if part is not None and not isinstance(part, Selection):
+                raise SelectionError(f"An edit is made of rc.Selection objects, not {type(part).__name__}.")
+        if not (copy or paste or context or query):
+            raise SelectionError("An edit needs at least one selection.")
+        self.copy, self.paste, self.context, self.query = copy, paste, context, query
+
+    @property
+    def keys(self) -> list[Selection]:
+        """The context selections, or the paste where no context was marked."""
+        if self.context:
+            return self.context
+        if self.paste:
+            return [self.paste]
+        raise SelectionError("This edit marks no context and no paste; add one to say where the rule applies.")
+
+    @property
+    def selections(self) -> list[Selection]:
+        return [part for part in (self.copy, self.paste, *(self.context or ()), self.query) if part is not None]
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Edit) and all(
+            getattr(self, name) == getattr(other, name) for name in _FIELDS.values()
+        )
+
+    def __repr__(self) -> str:
+        return f"Edit(copy={self.copy}, paste={self.paste}, context={self.context}, query={self.query})"
+
+    def to_json(self) -> str:
+        """The edit in the reference implementation's JSON."""
+        record = {}
+        for field, name in _FIELDS.items():
+            part = getattr(self, name)
+            if part is not None:
+                record[field] = [p._to_json() for p in part] if field == "key" else part._to_json()
+        return json.dumps(record)
+
+    @classmethod
+    def from_json(cls, text: str) -> Edit:
+        """Read the reference implementation's JSON. Raises FileFormatError, MaskError or SelectionError."""
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(f"Not JSON, or cut off (line {error.lineno}): {error.msg}.") from error
+        if not isinstance(record, dict):
+            raise FileFormatError(f"An edit is a JSON object, not a {type(record).__name__}.")
+        foreign = sorted(set(record) - set(_FIELDS))
+        if foreign or not record:
+            raise FileFormatError(
+                f"Not an edit: it holds {foreign[:3] or 'nothing'}, "
+                f"where an edit has some of {list(_FIELDS)}."
+            )
+        parts = {}
+        for field, value in record.items():
+            if field == "key":
+                if not isinstance(value, list):
+                    raise FileFormatError("'key' should hold a list of [index, PNG data URL].")
+                parts["context"] = [Selection._from_json(part, "key") for part in value]
+            else:
+                parts[_FIELDS[field]] = Selection._from_json(value, field)
+        return cls(**parts)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON, all or nothing."""
+        with atomic_write(path) as partial:
+            partial.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Edit:
+        """Read the JSON at `path`. Errors name the file."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{os.fspath(path)} is not an edit: it is not text.") from error
+        try:
+            return cls.from_json(text)
+        except FileFormatError as error:
+            raise FileFormatError(f"{os.fspath(path)}: {error}") from error

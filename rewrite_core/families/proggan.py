@@ -1,0 +1,172 @@
+"""Progressive GAN generators (Karras et al., 2018), in the layout of the published PyTorch checkpoints.
+
+Each layer is PixelNorm -> (nearest x2) -> convolution without bias -> WScale -> leaky ReLU 0.2.
+The *key* of ``layerN.conv`` is its input and the *value* its raw output, so the layer is linear in
+its weight and an L2 rewrite has the exact closed form.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FileFormatError
+from ..files import read_state_dict
+from .base import LayerFamily
+from .conv import ConvLayer
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PixelNorm(nn.Module):
+    """Divides the feature vector at each pixel by its root mean square; any [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+class WScale(nn.Module):
+    """Equalised learning rate: ``x * gain / sqrt(fan_in) + b``, b of shape [C]."""
+
+    def __init__(self, channels: int, fan_in: int, gain: float):
+        super().__init__()
+        self.scale = gain / math.sqrt(fan_in)
+        self.b = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.b[:, None, None]
+
+
+class Layer(nn.Sequential):
+    """One ProgGAN layer, `in_channels` -> `out_channels`, keeping or doubling the map size."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, padding: int = 1, up: bool = False):
+        parts = [("norm", PixelNorm())]
+        if up:
+            parts.append(("up", nn.Upsample(scale_factor=2, mode="nearest")))
+        conv = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False)
+        nn.init.normal_(conv.weight)
+        parts += [
+            ("conv", conv),
+            ("wscale", WScale(out_channels, in_channels, math.sqrt(2) / kernel)),
+            ("relu", nn.LeakyReLU(0.2)),
+        ]
+        super().__init__(OrderedDict(parts))
+
+
+class Output(nn.Sequential):
+    """The 1x1 convolution to RGB, clamped to [-1, 1]."""
+
+    def __init__(self, channels: int):
+        conv = nn.Conv2d(channels, 3, 1, bias=False)
+        nn.init.normal_(conv.weight)
+        super().__init__(
+            OrderedDict(
+                norm=PixelNorm(), conv=conv, wscale=WScale(3, channels, 1.0), clamp=nn.Hardtanh(-1, 1)
+            )
+        )
+
+
+class ProgGAN(nn.Sequential):
+    """A Progressive GAN generator: latents [N, L] or [N, L, 1, 1] -> images [N, 3, S, S] in -1..1.
+
+    `sizes` is [L, channels at 4x4, at 8x8, ...], so ``S = 4 * 2 ** (len(sizes) - 2)``. The modules are
+    named ``layer1``, ``layer2``, ... and ``output_SxS``, as in the published checkpoints.
+    """
+
+    def __init__(self, sizes: list[int]):
+        if len(sizes) < 2:
+            raise ValueError(f"sizes needs the latent size and at least one channel count, got {sizes}.")
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["layer1"] = Layer(sizes[0], sizes[1], kernel=4, padding=3)
+        layers["layer2"] = Layer(sizes[1], sizes[1])
+        for before, after in zip(sizes[1:], sizes[2:]):
+            layers[f"layer{len(layers) + 1}"] = Layer(before, after, up=True)
+            layers[f"layer{len(layers) + 1}"] = Layer(after, after)
+        side = 2 ** len(sizes)
+        layers[f"output_{side}x{side}"] = Output(sizes[-1])
+        super().__init__(layers)
+        self.sizes = list(sizes)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 2:
+            latents = latents[:, :, None, None]
+        return super().forward(latents)
+
+
+def load_proggan(source: str | os.PathLike | Mapping[str, Any]) -> ProgGAN:
+    """Builds the float32 CPU generator a checkpoint describes; its `sizes` come from the shapes.
+
+    `source` is a file or dict `read_state_dict` understands, with the published names
+    ``layerN.conv.weight``, ``layerN.wscale.b`` and ``output_SxS...``.
+
+    Raises FileFormatError, naming the first key that is missing, unexpected or of a wrong shape.
+    """
+    state = read_state_dict(source)
+    layers = [int(m[1]) for m in (re.fullmatch(r"layer(\d+)\.conv\.weight", k) for k in state) if m]
+    sizes: list[int] = []
+    for index in range(1, max(layers, default=1) + 1, 2):
+        key = f"layer{index}.conv.weight"
+        if key not in state:
+            raise FileFormatError(
+                f"This is no Progressive GAN checkpoint in the published layout: {key!r} is missing, "
+                f"its first key is {next(iter(state))!r}; convert the generator to that layout."
+            )
+        if state[key].ndim != 4:
+            raise FileFormatError(f"{key!r} must have 4 dimensions, got {list(state[key].shape)}.")
+        outputs, inputs = state[key].shape[:2]
+        sizes += [outputs] if sizes else [inputs, outputs]
+    return build(lambda: ProgGAN(sizes), state)
+
+
+def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
+    """The module `make` describes, on the CPU and filled with a copy of `state`.
+
+    The random numbers a fresh module starts with are never drawn. Raises FileFormatError naming the
+    first key of `state` that is missing, unexpected or of a wrong shape.
+    """
+    with torch.device("meta"):
+        model = make()
+    expected = model.state_dict()
+    kind = type(model).__name__
+    for key, value in expected.items():
+        if key not in state:
+            raise FileFormatError(
+                f"{key!r} is missing from the {kind} checkpoint; give the whole state dict as published."
+            )
+        if state[key].shape != value.shape:
+            raise FileFormatError(
+                f"{key!r} has shape {list(state[key].shape)} where the other shapes of the {kind} "
+                f"checkpoint ask for {list(value.shape)}; give the state dict as published."
+            )
+    for key in state:
+        if key not in expected:
+            raise FileFormatError(
+                f"{key!r} does not belong in a {kind} checkpoint; give the generator's state dict alone."
+            )
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model
+
+
+class ProgGANLayer(ConvLayer):
+    """``layerN.conv`` of a ProgGAN: the convolution before its WScale. Also binds as ``layerN``."""
+
+    name = "proggan"
+
+    @classmethod
+    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+        module = generator.get_submodule(path)
+        if hasattr(module, "wscale") and hasattr(module, "conv"):
+            path = f"{path}.conv"
+        else:
+            parent = generator.get_submodule(path.rpartition(".")[0])
+            if not hasattr(parent, "wscale") or getattr(parent, "conv", None) is not module:
+                return None
+        return cls(path, generator.get_submodule(path))

@@ -1,0 +1,276 @@
+"""The second moment of a layer's keys, C = E[k k^T], collected by streaming (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import ops
+from .binding import BoundLayer, _hash_tensor
+from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
+from .files import load_record, save_record
+from .ops.spd_solve import SPDFactor, spd_factor
+
+_VERSION = 1
+
+
+def latents_fingerprint(latents: Tensor) -> str:
+    """A fingerprint of a set of latents, stored with what is collected from them."""
+    digest = hashlib.blake2b(digest_size=16)
+    _hash_tensor(digest, "", latents)
+    return digest.hexdigest()
+
+
+class SecondMoment:
+    """The uncentred second moment of keys with `channels` coordinates, kept as a float64 sum and a count.
+
+    ``layer`` and ``fingerprint`` say which layer of which weights the keys came from (None: unknown, and
+    then nothing is checked). ``latents`` is a dict with what is known of the latents.
+    """
+
+    def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
+        if channels < 1:
+            raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
+        self._sum = torch.zeros(channels, channels, dtype=torch.float64)
+        self.count = 0
+        self.layer = layer
+        self.fingerprint = fingerprint
+        self.latents: dict = {}
+        self._factor: SPDFactor | None = None
+
+    @property
+    def channels(self) -> int:
+        return len(self._sum)
+
+    def __repr__(self) -> str:
+        return f"SecondMoment({self.channels} channels, {self.count} keys, layer={self.layer!r})"
+
+    def update(self, features: Tensor) -> None:
+        """Add keys: [N, C, H, W] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
+
+        Raises NonFiniteError (and leaves the moment as it was) on NaN or infinity.
+        """
+        if features.ndim not in (2, 4) or features.shape[1] != self.channels:
+            raise RewriteCoreError(
+                f"This second moment takes features [N, {self.channels}, H, W] or [N, {self.channels}], "
+                f"not {list(features.shape)}."
+            )
+        part = ops.second_moment(features.detach())
+        # the diagonal holds every channel's sum of squares: finite exactly when the features are
+        if not torch.isfinite(part.diagonal()).all():
+            raise NonFiniteError("The features hold NaN or infinity; the second moment was not changed.")
+        self._sum += part.to(self._sum.device)
+        self.count += features.numel() // self.channels
+        self._factor = None
+
+    def matrix(self) -> Tensor:
+        """C = sum / count, float64 [C, C]."""
+        if self.count == 0:
+            raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
+        return self._sum / self.count
+
+    @property
+    def factor(self) -> SPDFactor:
+        """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
+        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate."""
+        if self._factor is None:
+            self._factor = spd_factor(self.matrix())
+        return self._factor
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
+        rows = torch.atleast_2d(keys).to(torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.channels:
+            raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError("The keys hold NaN or infinity.")
+        return self.factor.solve(rows.T.to(self._sum.device)).T.reshape(keys.shape)
+
+    def check(self, layer: BoundLayer, latents: Tensor | None = None) -> None:
+        """Raise MismatchError where this moment was not collected from `layer` as it is now."""
+        if self.channels != layer.in_channels:
+            raise MismatchError(
+                f"The second moment has {self.channels} channels and {layer.name!r} has {layer.in_channels}; "
+                "collect it for this layer."
+            )
+        if self.layer is not None and self.layer != layer.name:
+            raise MismatchError(
+                f"The second moment is of layer {self.layer!r}, not {layer.name!r}; collect it for this layer."
+            )
+        if self.fingerprint is not None and latents is not None:
+            if self.fingerprint != layer.fingerprint(latents):
+                raise MismatchError(
+                    f"The second moment was collected with other weights before {layer.name!r} (another model, "
+                    "or an edit to an earlier layer); collect it again."
+                )
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model."""
+        for name in ("channels", "layer", "fingerprint"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and None not in (mine, theirs):
+                raise MismatchError(f"These second moments differ in {name} ({mine!r}, {theirs!r}) and do not add up.")
+        self._sum += other._sum.to(self._sum.device)
+        self.count += other.count
+        self.layer = self.layer or other.layer
+        self.fingerprint = self.fingerprint or other.fingerprint
+        self.latents = {"merged": [self.latents, other.latents]}
+        self._factor = None
+        return self
+
+    def all_reduce(self, group=None) -> SecondMoment:
+        """Sum over the processes of a ``torch.distributed`` group, in place; returns self."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        total = self._sum.to(device, copy=True)
+        count = torch.tensor([self.count], dtype=torch.int64, device=device)
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(count, group=group)
+        self._sum = total.to(self._sum.device)
+        self.count = int(count)
+        self._factor = None
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write ``sum`` and its metadata as safetensors, all or nothing."""
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike, progress: dict) -> None:
+        metadata = {
+            "count": self.count,
+            "layer": self.layer,
+            "fingerprint": self.fingerprint,
+            "latents": self.latents,
+            "progress": progress,
+        }
+        save_record(path, "second_moment", _VERSION, {"sum": self._sum.cpu()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, layer: BoundLayer | None = None) -> SecondMoment:
+        """Read a saved second moment, or the reference implementation's ``r2m.npz``.
+
+        With `layer`, its name and channels are checked at once; the weights are checked when it is used.
+        Raises FileFormatError on a truncated or foreign file.
+        """
+        moment, progress = cls._load(path)
+        if progress:
+            raise FileFormatError(
+                f"{os.fspath(path)} is a checkpoint of an unfinished collection; "
+                "resume it with collect_second_moment(checkpoint=...)."
+            )
+        if layer is not None:
+            moment.check(layer)
+        return moment
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike) -> tuple[SecondMoment, dict]:
+        if Path(path).suffix == ".npz":
+            return cls._load_npz(Path(path)), {}
+        tensors, metadata = load_record(path, "second_moment", _VERSION)
+        total = tensors.get("sum")
+        count = metadata.get("count")
+        if total is None or total.ndim != 2 or total.shape[0] != total.shape[1] or total.dtype != torch.float64:
+            raise FileFormatError(f"{os.fspath(path)} holds no float64 [C, C] tensor 'sum'.")
+        if not isinstance(count, int) or count < 0 or not torch.isfinite(total).all():
+            raise FileFormatError(f"{os.fspath(path)} holds no finite sum with its count.")
+        moment = cls(len(total), metadata.get("layer"), metadata.get("fingerprint"))
+        moment._sum, moment.count, moment.latents = total, count, metadata.get("latents") or {}
+        return moment, metadata.get("progress") or {}
+
+    @classmethod
+    def _load_npz(cls, path: Path) -> SecondMoment:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                total, count = arrays["mom2"], int(arrays["count"])
+        except Exception as error:  # numpy raises anything from BadZipFile to KeyError here
+            raise FileFormatError(f"{path} is not the reference's r2m.npz ({type(error).__name__}: {error}).") from error
+        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1 or not np.isfinite(total).all():
+            raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
+        moment = cls(len(total))
+        moment._sum, moment.count = torch.from_numpy(total).to(torch.float64), count
+        return moment
+
+
+def _stream(
+    layer: BoundLayer, latents: Tensor, batch_size: int, start: int, progress: bool, label: str,
+    consume: Callable[[Tensor, int], None],
+) -> None:  # fmt: skip
+    """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`."""
+    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
+        for first in range(start, len(latents), batch_size):
+            batch = latents[first : first + batch_size]
+            try:
+                consume(layer.keys(batch), first + len(batch))
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"The keys of {layer.name!r} hold NaN or infinity in batch {first // batch_size} "
+                    f"(latents {first} to {first + len(batch) - 1}); leave those latents out."
+                ) from error
+            bar.update(len(batch))
+
+
+def collect_second_moment(
+    layer: BoundLayer,
+    latents: Tensor,
+    batch_size: int = 16,
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool = True,
+    latent_seed: int | None = None,
+) -> SecondMoment:
+    """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
+
+    The forward pass stops at the layer; keys are streamed, so memory does not grow with N.
+
+    Args:
+        checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
+            ends with the same bits as an uninterrupted one. It holds the finished moment at the end.
+        latent_seed: recorded in the moment's metadata.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the keys; names the batch.
+        MismatchError: the checkpoint belongs to another layer, model, batch size or set of latents.
+    """
+    if len(latents) == 0 or batch_size < 1:
+        raise RewriteCoreError("Collecting a second moment needs at least one latent and a batch size of at least 1.")
+    moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
+    moment.latents = {"count": len(latents), "seed": latent_seed, "fingerprint": latents_fingerprint(latents)}
+    start = 0
+    if checkpoint is not None and Path(checkpoint).exists():
+        saved, position = SecondMoment._load(checkpoint)
+        same = saved.layer == moment.layer and saved.fingerprint == moment.fingerprint
+        if not same or saved.latents.get("fingerprint") != moment.latents["fingerprint"]:
+            raise MismatchError(
+                f"The checkpoint {os.fspath(checkpoint)} belongs to another layer, model or set of latents; "
+                "delete it or name another file."
+            )
+        if position and position["batch_size"] != batch_size:
+            raise MismatchError(
+                f"The checkpoint was made with batch size {position['batch_size']}; resume with the same one."
+            )
+        moment, start = saved, position["done"] if position else len(latents)
+    saved_at = time.monotonic()
+
+    def consume(keys: Tensor, done: int) -> None:
+        nonlocal saved_at
+        moment.update(keys)
+        if checkpoint is not None and done < len(latents) and time.monotonic() - saved_at > 5:
+            moment._save(checkpoint, {"done": done, "batch_size": batch_size})
+            saved_at = time.monotonic()
+
+    _stream(layer, latents, batch_size, start, progress, f"second moment of {layer.name}", consume)
+    if checkpoint is not None:
+        moment.save(checkpoint)
+    return moment

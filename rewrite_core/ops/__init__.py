@@ -1,0 +1,7 @@
+"""Low-level operations, one file each: a public function, its plain-PyTorch reference, its backends."""
+
+from .fit_low_rank import fit_low_rank
+from .second_moment import second_moment
+from .spd_solve import spd_solve
+
+__all__ = ["fit_low_rank", "second_moment", "spd_solve"]

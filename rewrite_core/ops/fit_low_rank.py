@@ -1,0 +1,541 @@
+"""The coefficients of a rank-R change, one tiny nonlinear fit per output channel (DESIGN 2, paper eq. 10 to 15).
+
+Lambda enters the layer's output through the basis maps u only, and what follows the convolution acts per
+channel, so the fit splits into O independent problems of J = R kh kw unknowns each.
+
+The algorithm ("lm"), the same in ``_reference`` and csrc/fit_low_rank*.cpp, name for name:
+
+- Unknowns are scaled so that every basis row has unit root mean square over the weighted pixels.
+- Levenberg-Marquardt with one damping per channel: a step that does not lower the objective is not taken.
+- l1: |r| becomes eta = sqrt(r^2 + smoothing^2). The curvature is (1 - dual * r / eta) / eta with a running
+  estimate ``dual`` of r / eta (Chan, Golub, Mulet 1999): reweighted least squares at first (dual = 0), Newton
+  near the optimum, where reweighting alone is slow.
+- Leaky ReLU: the kink is rounded over a width proportional to the smoothing. Both shrink together, slowly at
+  first: this continuation finds lower minima than a sharp kink from the start (1 % to 2 %, measured).
+- The best iterate by the true objective is returned, so the result is never worse than no change.
+- Damped normal equations are solved over unknowns, or over pixels where these are fewer.
+
+A problem that is linear (slope 1, no demodulation) with the l2 loss has its exact solution from one factor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, extension, extension_reason, select
+from ..errors import NonFiniteError, RewriteCoreError
+
+LOSSES = ("l1", "l2")
+
+CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED = range(6)
+STATUS = {
+    CONVERGED: "converged",
+    MAX_ITERATIONS: "max_iterations",  # the best iterate so far is returned
+    ZERO_RESIDUAL: "zero_residual",  # the target is met without any change
+    DEGENERATE: "degenerate",  # no coefficient changes the value (zero basis, gain or pixel weights): zeros
+    NONFINITE: "nonfinite",  # numbers overflowed float64: zeros, or the best finite iterate
+    SHIFTED: "shifted",  # exact solution of a rank-deficient problem, with the smallest diagonal shift
+}
+
+# Shared with csrc/fit_low_rank_isa.cpp.
+DAMPING_START = 1e-2  # relative to the mean curvature
+DAMPING_MIN = 1e-6
+DAMPING_STALL = 1e6  # a rejected step this short: stationary
+DAMPING_UP = 4.0  # after a rejected step; doubled for each more in a row
+DAMPING_DOWN = 0.2  # after a step with GOOD of the predicted decrease; twice the damping below POOR
+GOOD, POOR = 0.75, 0.1
+SMOOTHING_SLOW = 3e-2  # smoothing, relative to the first residual: 1 .. SLOW slowly, SLOW .. END fast
+SMOOTHING_END = 1e-5
+SMOOTHING_RATE = 0.5  # the fast pace, and the only one for convex problems
+SLOW_SHARE = 0.35  # share of max_iterations that the slow part takes
+KINK = 3.0  # width of the rounded kink, over the smoothing
+PIVOT = 1e-12  # closed form: smallest pivot of a unit-diagonal matrix that counts, and the first shift
+
+
+class FitResult(NamedTuple):
+    """The result of :func:`fit_low_rank`; leading dimensions as in the input.
+
+    coefficients  [B, O, J], the dtype of ``base``
+    loss          [B, O] float64, weighted mean of |r| (l1) or r^2 (l2) over the pixels, without the penalty
+    initial_loss  [B, O] float64, the same without any change
+    iterations    [B, O] int32, steps tried (1 for the closed form)
+    status        [B, O] int32, a key of ``STATUS``
+    solver        "lm" or "closed_form"
+    """
+
+    coefficients: Tensor
+    loss: Tensor
+    initial_loss: Tensor
+    iterations: Tensor
+    status: Tensor
+    solver: str
+
+
+def fit_low_rank(
+    basis: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    shift: Tensor | None = None,
+    demodulation: tuple[Tensor, Tensor, Tensor] | None = None,
+    slope: float = 1.0,
+    gain: float = 1.0,
+    pixel_weights: Tensor | None = None,
+    penalty: Tensor | None = None,
+    penalty_scale: Tensor | None = None,
+    loss: str = "l1",
+    max_iterations: int = 60,
+    tolerance: float = 1e-5,
+    backend: str = "auto",
+) -> FitResult:
+    """Fit x[b, o, :] so that channel o's value meets its target: DESIGN 2, "Finding Lambda"; paper eq. 10 to 15.
+
+        lin    = base[b, o] + x @ basis[b]
+        m      = (constant + 2 linear . x + x^T quadratic x)^(-1/2), or 1 without demodulation
+        value  = gain * leaky_relu(m * lin + shift[b, o], slope)
+        x      = argmin sum_p w_p rho(value_p - target_p) / sum_p w_p + penalty_scale * x^T penalty x
+
+    basis          [B, J, P]  maps the coefficients enter through; P pixels, J = R kh kw
+    base, target   [B, O, P]  linear output without the change; wanted value
+    shift          [B, O, P] or broadcastable to it (bias, noise), or None for 0
+    demodulation   (constant [B, O] > 0, linear [B, O, J], quadratic [B, J, J]) or None
+    slope, gain    of the leaky ReLU; slope 1 is the identity
+    pixel_weights  [B, P] >= 0, or None for 1; weight 0 removes the pixel (use it to pad edits of unequal size)
+    penalty        [B, J, J] positive semidefinite, with penalty_scale [B, O] >= 0 (None: 1); or None
+    loss           "l1": rho = |r|; "l2": rho = r^2
+    max_iterations steps per channel. It also sets the pace of the continuation: more steps, lower minima
+    tolerance      stop when a step lowers the objective by less than this share of it
+    backend        "auto", "cpp" or "reference" (see ``rc.explain()``)
+
+    All may lack B (then basis is [J, P], base [O, P], constant [O], ...); so does the result. basis, base,
+    target and shift: one dtype, float32 or float64, one device; the others any floating dtype. Arithmetic is
+    float64. "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
+
+    Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
+    Raises TypeError for a wrong type and ValueError (RewriteCoreError, NonFiniteError) for a wrong shape, NaN,
+    infinity, a negative weight or an unknown loss.
+    SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
+    """
+    args = _check(
+        basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
+        max_iterations, tolerance,
+    )  # fmt: skip
+    outputs = torch.ops.rewrite_core.fit_low_rank(*args, backend)
+    if basis.ndim == 2:
+        outputs = [output[0] for output in outputs]
+    exact = loss == "l2" and slope == 1.0 and demodulation is None
+    return FitResult(*outputs, "closed_form" if exact else "lm")
+
+
+def _check(
+    basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
+    max_iterations, tolerance,
+):  # fmt: skip
+    """The custom op's arguments: batched, contiguous, small ones in float64."""
+    for name, data in (("basis", basis), ("base", base), ("target", target), ("shift", shift)):
+        if data is None and name == "shift":
+            continue
+        if not isinstance(data, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+        if data.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} is {data.dtype} and must be float32 or float64: convert it with .float().")
+        if data.dtype != base.dtype:
+            raise TypeError(f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type.")
+    if loss not in LOSSES:
+        raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
+    if not isinstance(max_iterations, int) or max_iterations < 1:
+        raise RewriteCoreError(f"max_iterations must be an integer of at least 1, not {max_iterations!r}.")
+    for name, number in (("slope", slope), ("gain", gain), ("tolerance", tolerance)):
+        if not math.isfinite(number) or (name == "tolerance" and number < 0):
+            raise RewriteCoreError(f"{name} must be a finite number{' >= 0' * (name == 'tolerance')}, not {number}.")
+    if basis.ndim not in (2, 3):
+        raise RewriteCoreError(f"basis must be [B, J, P] or [J, P], not {list(basis.shape)}.")
+    batched = basis.ndim == 3
+    if demodulation is not None and len(demodulation) != 3:
+        raise RewriteCoreError("demodulation must be three tensors (constant, linear, quadratic), or None.")
+    if penalty is None and penalty_scale is not None:
+        raise RewriteCoreError("penalty_scale was given without a penalty: pass both, or neither.")
+
+    if base.ndim != basis.ndim:
+        raise RewriteCoreError(f"base must be {'[B, O, P]' if batched else '[O, P]'}, not {list(base.shape)}.")
+    edits, unknowns, pixels = basis.shape if batched else (1, *basis.shape)
+    channels = base.shape[-2]
+    if not unknowns or not pixels:
+        raise RewriteCoreError(f"basis is {list(basis.shape)}: it needs at least one row and one pixel.")
+    sizes = {"B": edits, "O": channels, "J": unknowns, "P": pixels}
+
+    def take(name: str, data: Tensor | None, axes: str, dtype: torch.dtype) -> Tensor | None:
+        if data is None:
+            return None
+        if not isinstance(data, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+        if data.device != base.device:
+            raise RewriteCoreError(f"{name} is on {data.device} and base on {base.device}: move one to the other.")
+        axes = axes if batched else axes[1:]
+        shape = [sizes[axis] for axis in axes]
+        data = data.detach()
+        if name == "shift" and data.ndim <= len(shape) and all(
+            have in (1, want) for have, want in zip(reversed(data.shape), reversed(shape))
+        ):
+            data = data.expand(shape)
+        if list(data.shape) != shape:
+            raise RewriteCoreError(
+                f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, not {list(data.shape)}."
+            )
+        if not data.isfinite().all():
+            raise NonFiniteError(f"{name} holds NaN or infinity: check the generator's activations and weights.")
+        return (data if batched else data[None]).to(dtype)
+
+    wide = torch.float64
+    basis_ = take("basis", basis, "BJP", base.dtype)
+    base_ = take("base", base, "BOP", base.dtype)
+    target_ = take("target", target, "BOP", base.dtype)
+    shift_ = take("shift", shift, "BOP", base.dtype)
+    constant, linear, quadratic = demodulation or (None, None, None)
+    constant = take("demodulation's constant", constant, "BO", wide)
+    linear = take("demodulation's linear", linear, "BOJ", wide)
+    quadratic = take("demodulation's quadratic", quadratic, "BJJ", wide)
+    if constant is not None and not (constant > 0).all():
+        raise RewriteCoreError("demodulation's constant must be positive: it is a squared norm plus epsilon.")
+    weights = take("pixel_weights", pixel_weights, "BP", wide)
+    penalty = take("penalty", penalty, "BJJ", wide)
+    scale = take("penalty_scale", penalty_scale, "BO", wide)
+    if penalty is not None and scale is None:
+        scale = base.new_ones((edits, channels), dtype=wide)
+    for name, data in (("pixel_weights", weights), ("penalty_scale", scale)):
+        if data is not None and (data < 0).any():
+            raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
+    quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
+    return (
+        basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights, penalty,
+        scale, loss, max_iterations, float(tolerance),
+    )  # fmt: skip
+
+
+class _Model:
+    """Value, residual and derivatives of n channels of one edit; float64, unknowns scaled."""
+
+    def __init__(self, basis, base, target, shift, constant, linear, quadratic, slope, gain) -> None:
+        self.basis, self.base, self.target, self.slope, self.gain = basis, base, target, slope, gain
+        self.shift = torch.zeros_like(base) if shift is None else shift
+        self.constant, self.linear, self.quadratic = constant, linear, quadratic
+
+    def linearise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """lin [n, P], m [n], dm [n, J] or None."""
+        lin = self.base + x @ self.basis
+        if self.constant is None:
+            return lin, torch.ones_like(lin[:, 0]), None
+        half = self.linear + x @ self.quadratic  # half the gradient of the squared norm
+        m = (self.constant + ((self.linear + half) * x).sum(-1)).rsqrt()  # NaN where not positive: rejected
+        return lin, m, -m[:, None] ** 3 * half
+
+    def residual(self, lin: Tensor, m: Tensor, kink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """r and d value / d (m lin), with the kink rounded over a width [n] or sharp."""
+        pre = m[:, None] * lin + self.shift
+        if kink is None:
+            steep = torch.where(pre > 0, self.gain, self.gain * self.slope)
+            return steep * pre - self.target, steep
+        root = (pre * pre + kink[:, None] ** 2).sqrt()
+        up, down = 0.5 * self.gain * (1 + self.slope), 0.5 * self.gain * (1 - self.slope)
+        return up * pre + down * root - self.target, up + down * pre / root
+
+    def jacobian(self, lin: Tensor, m: Tensor, dm: Tensor | None) -> Tensor:
+        """d (m lin) / dx, [n, J, P]."""
+        rows = m[:, None, None] * self.basis
+        return rows if dm is None else rows + dm[:, :, None] * lin[:, None, :]
+
+
+def _damped_step(rows, curvature, slopes, gradient, penalty, damping, dual_form) -> tuple[Tensor, Tensor, Tensor]:
+    """-(H + mu I)^-1 gradient with H = rows diag(curvature) rows^T + penalty; also mu and whether it exists.
+
+    In dual form (fewer pixels than unknowns, no penalty) the system is over pixels:
+    step = -rows S (S rows^T rows S + mu I)^-1 S^-1 slopes, S = sqrt(curvature), gradient = rows slopes.
+    """
+    unknowns = rows.shape[1]
+    if dual_form:
+        root = curvature.sqrt()
+        matrix = root[:, :, None] * (rows.mT @ rows) * root[:, None, :]
+        right = torch.where(root > 0, slopes / root, 0.0)
+    else:
+        matrix = (rows * curvature[:, None, :]) @ rows.mT
+        right = gradient
+        if penalty is not None:
+            matrix = matrix + penalty
+    mean = matrix.diagonal(dim1=1, dim2=2).sum(-1) / unknowns
+    mu = damping * mean
+    factor, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(mu[:, None].expand_as(right)))
+    step = -torch.cholesky_solve(right[..., None], factor)
+    step = (rows @ (root[..., None] * step) if dual_form else step)[..., 0]
+    good = (info == 0) & step.isfinite().all(-1)
+    return torch.where(good[:, None], step, 0.0), mean, good
+
+
+def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: str, max_iterations: int,
+                  tolerance: float) -> tuple[Tensor, ...]:  # fmt: skip
+    """Levenberg-Marquardt on n channels at once; weights [P] sum to 1; penalty [n, J, J] or None."""
+    n, unknowns = len(model.base), len(model.basis)
+    absolute, rounded = loss == "l1", model.slope != 1.0
+    convex = not rounded and model.constant is None
+    dual_form = penalty is None and unknowns > (weights > 0).sum()
+    slow_rate = SMOOTHING_RATE if convex else SMOOTHING_SLOW ** (1 / (SLOW_SHARE * max_iterations))
+    kink_scale = KINK / abs(model.gain) if model.gain else 0.0
+
+    def penalised(x: Tensor) -> Tensor:
+        return 0.0 if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
+
+    def true_objective(lin: Tensor, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r, _ = model.residual(lin, m)
+        data = (weights * (r.abs() if absolute else r * r)).sum(-1)
+        return data, data + penalised(x)
+
+    def residual(lin: Tensor, m: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
+        return model.residual(lin, m, kink_scale * smoothing if rounded else None)
+
+    def objective(r: Tensor, smoothing: Tensor, x: Tensor) -> Tensor:
+        rho = (r * r + smoothing[:, None] ** 2).sqrt() if absolute else r * r
+        return (weights * rho).sum(-1) + penalised(x)
+
+    def bend_of(lin, m, smoothing):
+        if not rounded:
+            return 0.0*lin
+        kink=kink_scale*smoothing
+        pre = m[:, None] * lin + model.shift
+        root = (pre * pre + kink[:, None] ** 2).sqrt()
+        return 0.5*model.gain*(1-model.slope)*kink[:,None]**2/root**3
+    x = model.base.new_zeros(n, unknowns)
+    lin, m, dm = model.linearise(x)
+    initial, best = true_objective(lin, m, x)
+    best_loss, best_x = initial.clone(), x.clone()
+    scale = initial if absolute else initial.sqrt()
+    smoothing_end = SMOOTHING_END * scale
+    smoothing = scale.clone() if absolute or rounded else smoothing_end.clone()
+    damping = torch.full_like(scale, DAMPING_START)
+    growth = torch.full_like(scale, DAMPING_UP)
+    dual = torch.zeros_like(lin)
+    iterations = torch.zeros(n, dtype=torch.int32, device=x.device)
+    status = torch.full_like(iterations, MAX_ITERATIONS)
+    level = (weights * model.target.abs()).sum(-1)
+    finite = initial.isfinite() & level.isfinite()
+    status[~finite] = NONFINITE
+    status[finite & (scale <= 1e-15 * level)] = ZERO_RESIDUAL
+    active = status == MAX_ITERATIONS
+
+    for _ in range(max_iterations):
+        if not active.any():
+            break
+        r, steep = residual(lin, m, smoothing)
+        now = objective(r, smoothing, x)
+        if absolute:
+            eta = (r * r + smoothing[:, None] ** 2).sqrt()
+            slopes, curvature = weights * r / eta, weights * (1 - dual * r / eta) / eta
+        else:
+            slopes, curvature = 2 * weights * r, (2 * weights).expand_as(r)
+        bend = bend_of(lin, m, smoothing)
+        curvature = curvature * steep * steep + (slopes * bend).clamp_min(0.0)
+        slopes = slopes * steep
+        rows = model.jacobian(lin, m, dm)
+        gradient = (rows @ slopes[..., None])[..., 0]
+        if penalty is not None:
+            gradient = gradient + 2 * (penalty @ x[..., None])[..., 0]
+        step, mean, good = _damped_step(
+            rows, curvature, slopes, gradient, None if penalty is None else 2 * penalty, damping, dual_form
+        )
+        flat = active & (mean == 0)  # nothing bends: no coefficient matters here
+        status[flat] = torch.where(iterations[flat] == 0, DEGENERATE, CONVERGED).to(torch.int32)
+        broken = active & ~(mean.isfinite() & now.isfinite())
+        status[broken] = NONFINITE
+        active = active & ~flat & ~broken
+        iterations += active
+
+        new_x = x + step
+        new_lin, new_m, new_dm = model.linearise(new_x)
+        new_r, _ = residual(new_lin, new_m, smoothing)
+        new = objective(new_r, smoothing, new_x)
+        predicted = 0.5 * (damping * mean * step.square().sum(-1) - (gradient * step).sum(-1))
+        taken = active & good & (new < now)  # False for NaN
+        drop = now - new
+        if absolute:
+            change = (m[:, None] * (new_lin - lin)) * steep
+            if dm is not None:
+                change = change + lin * (dm * step).sum(-1, keepdim=True) * steep
+            new_dual = (r + change - dual * (r / eta) * change) / eta
+            dual = torch.where(taken[:, None], new_dual / new_dual.abs().clamp_min(1.0), dual)
+        keep = taken[:, None]
+        x, lin, m = torch.where(keep, new_x, x), torch.where(keep, new_lin, lin), torch.where(taken, new_m, m)
+        if dm is not None:
+            dm = torch.where(keep, new_dm, dm)
+        data, true = true_objective(lin, m, x)
+        better = taken & (true < best)
+        best, best_loss = torch.where(better, true, best), torch.where(better, data, best_loss)
+        best_x = torch.where(better[:, None], x, best_x)
+
+        quality = drop / predicted
+        factor = torch.where(quality > GOOD, DAMPING_DOWN, torch.where(quality > POOR, 1.0, 2.0))
+        stalled = active & ~taken & ((damping > DAMPING_STALL) | (predicted <= 1e-12 * now))
+        at_end = smoothing <= smoothing_end
+        damping = (damping * torch.where(taken, factor, growth)).clamp_min(DAMPING_MIN)
+        growth = torch.where(taken, DAMPING_UP, growth * 2)
+        damping = torch.where(stalled, DAMPING_START, damping)
+        small = taken & (drop <= tolerance * now)
+        if not absolute:
+            small = small | (taken & (new <= (1e-10 * scale) ** 2))
+        done = active & at_end & (small | stalled)
+        status[done] = CONVERGED
+        active = active & ~done
+        rate = torch.where(smoothing > SMOOTHING_SLOW * scale, slow_rate, SMOOTHING_RATE)
+        smoothing = torch.where(taken | stalled, (smoothing * rate).maximum(smoothing_end), smoothing)
+    return best_x, best_loss, initial, iterations, status
+
+
+def _fit_exactly(model: _Model, weights: Tensor, penalty: Tensor | None, penalty_scale: Tensor | None):
+    """The linear l2 problem of n channels by one factor, or one per channel where penalty_scale differs."""
+    wanted = model.target - model.gain * (model.base + model.shift)
+    gram = model.gain**2 * (model.basis * weights) @ model.basis.T
+    right = model.gain * (wanted * weights) @ model.basis.T
+    matrix = gram[None]
+    if penalty is not None:
+        shared = bool((penalty_scale == penalty_scale[0]).all())
+        matrix = gram + (penalty_scale[:1] if shared else penalty_scale)[:, None, None] * penalty
+    size = matrix.diagonal(dim1=1, dim2=2).amax(-1)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    added, pending = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
+    factor = torch.zeros_like(matrix)
+    for power in (None, *range(12)):  # no shift, then PIVOT, 10 PIVOT, ...: the smallest that factors
+        added = torch.where(pending, 0.0 if power is None else PIVOT * 10.0**power * size, added)
+        trial, info = torch.linalg.cholesky_ex(matrix + added[:, None, None] * eye)
+        good = (info == 0) & (trial.diagonal(dim1=1, dim2=2).square().amin(-1) > 0.5 * PIVOT * size)
+        factor = torch.where((pending & good)[:, None, None], trial, factor)
+        pending = pending & ~good
+        if not pending.any():
+            break
+
+    def objective(x: Tensor) -> tuple[Tensor, Tensor]:
+        data = (weights * (model.gain * (x @ model.basis) - wanted) ** 2).sum(-1)
+        if penalty is None:
+            return data, data
+        return data, data + penalty_scale * (x * (x @ penalty)).sum(-1)
+
+    zero = torch.zeros_like(right)
+    x = zero
+    for _ in range(3):  # each time the shift's error shrinks by shift / eigenvalue
+        rest = right - (matrix @ x[..., None])[..., 0]
+        x = x + torch.cholesky_solve(rest[..., None], factor.expand(len(x), -1, -1))[..., 0]
+    (initial, first), (data, last) = objective(zero), objective(x)
+    worse = ~(last < first)  # also NaN
+    status = torch.where(added > 0, SHIFTED, CONVERGED).expand(len(x)).clone()
+    level = (weights * model.target.abs()).sum(-1)
+    status[(size == 0).expand(len(x))] = DEGENERATE
+    status[initial.sqrt() <= 1e-15 * level] = ZERO_RESIDUAL
+    status[~initial.isfinite() | (pending & (size != 0)).expand(len(x))] = NONFINITE
+    keep = worse | (status > MAX_ITERATIONS) & (status != SHIFTED)
+    return torch.where(keep[:, None], zero, x), torch.where(keep, initial, data), initial, 1, status
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _reference(
+    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
+    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
+    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float,
+) -> Outputs:  # fmt: skip
+    coefficients, final, initial, iterations, status = outputs = _empty(basis, base)
+    edits, unknowns, pixels = basis.shape
+    exact = loss == "l2" and slope == 1.0 and constant is None
+    block = max(1, (1 << 24) // (unknowns * (pixels + unknowns)))  # channels at a time: bounds the memory
+    for b in range(edits):
+        weights = torch.ones_like(basis[b, 0], dtype=torch.float64) if pixel_weights is None else pixel_weights[b]
+        weights = weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        rows = basis[b].double()
+        size = (weights * rows.square()).sum(-1).sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        rows = rows / size[:, None]
+        for o in range(0, base.shape[1], block):
+            part = (b, slice(o, o + block))
+            model = _Model(
+                rows, base[part].double(), target[part].double(), None if shift is None else shift[part].double(),
+                None if constant is None else constant[part],
+                None if linear is None else linear[part] / size,
+                None if quadratic is None else quadratic[b] / size / size[:, None], slope, gain,
+            )  # fmt: skip
+            scaled = None if penalty is None else penalty[b] / size / size[:, None]
+            if exact:
+                result = _fit_exactly(model, weights, scaled, None if scaled is None else penalty_scale[part])
+            else:
+                if scaled is not None:
+                    scaled = penalty_scale[part][:, None, None] * scaled
+                result = _fit_channels(model, weights, scaled, loss, max_iterations, tolerance)
+            coefficients[part] = (result[0] / size).to(coefficients.dtype)
+            final[part], initial[part], iterations[part], status[part] = result[1:]
+    return outputs
+
+
+def _empty(basis: Tensor, base: Tensor) -> Outputs:
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return base.new_empty(*base.shape[:2], *shape, dtype=dtype)
+
+    wide, count = torch.float64, torch.int32
+    return (
+        empty(basis.shape[1], dtype=base.dtype), empty(dtype=wide), empty(dtype=wide), empty(dtype=count),
+        empty(dtype=count),
+    )  # fmt: skip
+
+
+def _cpp(
+    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
+    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
+    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float, isa: str = "",
+) -> Outputs:  # fmt: skip
+    outputs = _empty(basis, base)
+    inputs = (basis, base, target, constant, linear, quadratic, pixel_weights, penalty, penalty_scale)
+    inputs = tuple(None if data is None else data.contiguous() for data in inputs)  # alive until the call returns
+    extension().fit_low_rank(
+        [0 if data is None else data.data_ptr() for data in inputs],
+        0 if shift is None else shift.data_ptr(),
+        (0, 0, 0) if shift is None else shift.stride(),
+        int(base.dtype == torch.float64),
+        (*basis.shape, base.shape[1]),
+        slope, gain, LOSSES.index(loss), max_iterations, tolerance,
+        [data.data_ptr() for data in outputs],
+        torch.get_num_threads(), isa,
+    )  # fmt: skip
+    return outputs
+
+
+def _cpp_supports(basis: Tensor, *args: object) -> str | None:
+    if basis.device.type != "cpu":
+        return f"it reads CPU tensors, and the basis is on {basis.device}"
+    return extension_reason()
+
+
+BACKENDS = (
+    Backend("fit_low_rank", "cpp", f"{__name__}:_cpp", _cpp_supports),
+    Backend("fit_low_rank", "reference", f"{__name__}:_reference"),
+)
+
+
+def example(device: str) -> tuple:
+    basis, base = torch.ones(1, 9, 16, device=device), torch.zeros(1, 4, 16, device=device)
+    return (basis, base, base, None, None, None, None, 1.0, 1.0, None, None, None, "l1", 1, 0.0)
+
+
+@torch.library.custom_op("rewrite_core::fit_low_rank", mutates_args=())
+def _op(
+    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
+    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
+    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float, backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    args = (
+        basis, base, target, shift, constant, linear, quadratic, slope, gain, pixel_weights, penalty, penalty_scale,
+        loss, max_iterations, tolerance,
+    )  # fmt: skip
+    return select("fit_low_rank", backend, *args).load()(*args)
+
+
+@_op.register_fake
+def _(basis, base, *args):
+    return _empty(basis, base)

@@ -1,0 +1,150 @@
+"""Second moment of keys: sum of k k^T over positions, in float64 (paper, section 3.2; DESIGN 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..errors import RewriteCoreError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order csrc/common.h numbers them
+
+
+def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """The unnormalised, uncentred second moment of a batch of keys.
+
+    features  [N, C, H, W] (each position is one key of C channels) or [N, C] (each row is one key);
+              float32, float64, bfloat16 or float16; any strides: slices, transposes, channels_last and
+              expanded tensors are read where they lie. N, H and W may be 0.
+    out       float64 [C, C], contiguous, symmetric, on the same device: added to and returned. Only its lower
+              triangle is read; the upper one is written as its mirror image.
+    backend   "auto", "cuda", "triton", "cpp" or "reference" (see ``rc.explain()``)
+
+    Returns float64 [C, C], exactly symmetric; NaN or infinity in channel c shows in row and column c only.
+    Precision: float64 input is summed in float64. Other input is exact in float32, multiplied and summed there
+    in short runs, and the runs are summed in float64: relative Frobenius error below 1e-6 for any number of
+    keys, constant channels included. Magnitudes must lie within 1e-18..1e18, where squares are normal float32 numbers.
+    "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
+
+    Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``.
+    NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
+    """
+    _check(features, out)
+    features = features.detach()
+    if out is None:
+        return torch.ops.rewrite_core.second_moment(features, backend)
+    torch.ops.rewrite_core.second_moment_(out, features, backend)
+    return out
+
+
+def _check(features: Tensor, out: Tensor | None) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+    if features.layout != torch.strided:
+        raise TypeError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
+    if features.dtype not in DTYPES:
+        raise TypeError(
+            f"features are {features.dtype}, and must be float32, float64, bfloat16 or float16: "
+            "convert them with .float()."
+        )
+    if features.ndim not in (2, 4) or features.shape[1] == 0:
+        raise RewriteCoreError(
+            f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(features.shape)}."
+        )
+    if out is None:
+        return
+    if not isinstance(out, Tensor) or out.dtype != torch.float64:
+        what = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"out must be a float64 tensor, not {what}: sums over many keys need the width.")
+    channels = features.shape[1]
+    if out.shape != (channels, channels) or not out.is_contiguous():
+        how = "" if out.is_contiguous() else " that is not contiguous"
+        raise RewriteCoreError(
+            f"out must be a contiguous [{channels}, {channels}] tensor for these features, "
+            f"not {list(out.shape)}{how}."
+        )
+    if out.device != features.device:
+        raise RewriteCoreError(
+            f"out is on {out.device} and the features are on {features.device}: move one to the other."
+        )
+    if out.requires_grad:
+        raise RewriteCoreError("out requires gradients and is written in place: pass out.detach().")
+
+
+def _reference(features: Tensor, out: Tensor) -> None:
+    rows = features.movedim(1, -1).reshape(-1, features.shape[1])
+    for block in rows.split(1 << 16):  # the float64 copy stays small
+        block = block.double()
+        out.addmm_(block.T, block)
+    lower = out.tril()  # BLAS sums the two triangles in different orders
+    out.copy_(lower + lower.tril(-1).T)
+
+
+def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
+    shape = (*features.shape, 1, 1)[:4]
+    strides = (*features.stride(), 0, 0)[:4]
+    extension().second_moment(
+        features.data_ptr(), DTYPES.index(features.dtype), shape, strides, out.data_ptr(),
+        torch.get_num_threads(), isa,
+    )
+
+
+def _triton(features: Tensor, out: Tensor) -> None:
+    from ..kernels.second_moment import second_moment as run
+
+    run(features, out)
+
+
+def _cpp_supports(features: Tensor, out: Tensor | None = None) -> str | None:
+    if features.device.type != "cpu":
+        return f"it reads CPU tensors, and the features are on {features.device}"
+    return extension_reason()
+
+
+def _triton_supports(features: Tensor, out: Tensor | None = None) -> str | None:
+    reason = triton_reason()
+    if reason is None and features.device.type != "cuda" and not triton_interpreted():
+        reason = f"it reads CUDA tensors, and the features are on {features.device}"
+    if reason is None and features.dtype == torch.float64:
+        reason = "it has no float64 mode"
+    return reason
+
+
+def _triton_declines(features: Tensor, out: Tensor | None = None) -> str | None:
+    if features.device.type != "cuda":
+        return "Triton's interpreter is for finding mistakes, not for speed"
+    return None
+
+
+BACKENDS = (
+    Backend("second_moment", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
+    Backend("second_moment", "cpp", f"{__name__}:_cpp", _cpp_supports),
+    Backend("second_moment", "reference", f"{__name__}:_reference"),
+)
+
+
+def example(device: str) -> tuple[Tensor]:
+    return (torch.zeros(1, 8, 2, 2, device=device),)
+
+
+@torch.library.custom_op("rewrite_core::second_moment", mutates_args=())
+def _op(features: Tensor, backend: str = "auto") -> Tensor:
+    out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
+    select("second_moment", backend, features, out).load()(features, out)
+    return out
+
+
+@_op.register_fake
+def _(features: Tensor, backend: str = "auto") -> Tensor:
+    return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
+
+
+@torch.library.custom_op("rewrite_core::second_moment_", mutates_args=("out",))
+def _op_(out: Tensor, features: Tensor, backend: str = "auto") -> None:
+    select("second_moment", backend, features, out).load()(features, out)
+
+
+@_op_.register_fake
+def _(out: Tensor, features: Tensor, backend: str = "auto") -> None:
+    return None

@@ -1,0 +1,270 @@
+"""Solves with symmetric positive definite matrices: C^-1 K for second moments C (DESIGN 2; paper, eq. 14)."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, extension, extension_reason, select
+from ..errors import NonFiniteError, RewriteCoreError
+
+EPSILON = torch.finfo(torch.float64).eps
+LARGEST_SHIFT = 1e-2  # of the mean diagonal: a matrix that needs more is no second moment
+
+
+class DiagonalShiftWarning(UserWarning):
+    """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
+
+
+@dataclass(frozen=True)
+class SPDFactor:
+    """A Cholesky factor to solve with many times; made by :func:`spd_factor`.
+
+    matrix  [n, n] or [B, n, n] float64: the matrix solved with, ``shift`` included
+    lower   the same shape: matrix = lower @ lower.T
+    shift   scalar or [B], float64: what was added to the diagonal, 0 where nothing was
+    """
+
+    matrix: Tensor
+    lower: Tensor
+    shift: Tensor
+    backend: str = "auto"
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched: [B, n]
+        or [B, n, m]), with one step of iterative refinement."""
+        _check_rhs(self.matrix, rhs)
+        _check_finite("right-hand side", rhs)
+        vectors = rhs.ndim == self.matrix.ndim - 1
+        b = rhs.detach().double()
+        b = b.unsqueeze(-1) if vectors else b
+        solve = select("spd_solve", self.backend, self.matrix, rhs).load().solve
+        x = solve(self.lower, b)
+        x = x + solve(self.lower, b - self.matrix @ x)
+        return x.squeeze(-1) if vectors else x
+
+    @functools.cached_property
+    def condition(self) -> Tensor:
+        """An estimate of the condition number in the 1-norm, scalar or [B]: a lower bound, seldom below a third of
+        it (Hager 1984; SciPy: ``scipy.linalg.lapack.dpocon``)."""
+        if self.matrix.ndim == 3:
+            return torch.stack(
+                [SPDFactor(*parts, self.backend).condition for parts in zip(self.matrix, self.lower, self.shift)]
+            )
+        n = len(self.matrix)
+        x = self.matrix.new_full((n,), 1 / n)
+        largest = x.new_zeros(())
+        for _ in range(5):
+            y = self.solve(x)
+            largest = torch.maximum(largest, y.abs().sum())
+            gradient = self.solve(torch.where(y < 0, -1.0, 1.0).to(y))
+            j = gradient.abs().argmax()
+            if gradient[j].abs() <= gradient @ x:
+                break
+            x = torch.zeros_like(x)
+            x[j] = 1
+        # a vector that cancellation cannot hide from (Higham 1988)
+        ramp = torch.linspace(1, 2, n).to(x) * torch.ones_like(x).index_fill_(0, torch.arange(1, n, 2).to(x.device), -1)
+        largest = torch.maximum(largest, 2 * self.solve(ramp).abs().sum() / (3 * n))
+        return largest * self.matrix.abs().sum(0).max()
+
+
+def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
+    """The Cholesky factor of a symmetric positive (semi)definite matrix, to solve with many times.
+
+    matrix   [n, n] or [B, n, n], float32 or float64 (computed in float64); the lower triangle is factored
+    backend  "auto", "cpp" or "reference"
+
+    A rank-deficient matrix (dead or duplicated channels, fewer keys than channels) gets the smallest of
+    0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times the
+    mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps
+    times its diagonal entry; below that it is rounding error.
+
+    Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape, an
+    asymmetric matrix, a zero matrix, or one with a clearly negative eigenvalue. SciPy: ``scipy.linalg.cho_factor``.
+    """
+    _check_matrix(matrix)
+    matrix = matrix.detach().double()
+    full = matrix if matrix.ndim == 3 else matrix[None]
+    factor = select("spd_solve", backend, matrix).load().factor
+    _check_symmetric(full)
+    diagonal = full.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    if not (mean > 0).all():
+        raise RewriteCoreError(
+            f"The mean diagonal of the matrix{_which(mean <= 0, matrix)} is {mean.min():.3g}, and a second moment's is "
+            "positive: collect keys that are not all zero first."
+        )
+    lower, good = _try(factor, full, diagonal)
+    shift = torch.zeros_like(mean)
+    if not good.all():
+        full, lower, shift = _shifted(factor, full, lower, good, mean, matrix)
+    if matrix.ndim == 3:
+        return SPDFactor(full, lower, shift, backend)
+    return SPDFactor(full[0], lower[0], shift[0], backend)
+
+
+def _try(factor: Callable, full: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors, and which of them are fit to solve with."""
+    lower, info = factor(full)
+    fit = lower.diagonal(dim1=-2, dim2=-1).square() > full.shape[-1] * EPSILON * diagonal
+    return lower, fit.all(-1) & (info == 0)
+
+
+def _shifted(
+    factor: Callable, full: Tensor, lower: Tensor, good: Tensor, mean: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of those that were not good again with ever larger diagonal shifts; warns or raises."""
+    full, shift = full.clone(), torch.zeros_like(mean)
+    for b in (~good).nonzero().flatten().tolist():
+        diagonal = full[b].diagonal()
+        plain = diagonal.clone()
+        step = EPSILON * mean[b]
+        while not good[b]:
+            if step > LARGEST_SHIFT * mean[b]:
+                raise RewriteCoreError(
+                    f"The matrix{_which(~good, matrix)} is not positive semidefinite, even with "
+                    f"{LARGEST_SHIFT:.0e} of its mean diagonal added: a second moment has no negative "
+                    "eigenvalues, so pass sums of k k^T."
+                )
+            shift[b] = step
+            diagonal.copy_(plain + step)
+            part, fit = _try(factor, full[b : b + 1], diagonal)
+            lower[b], good[b] = part[0], fit[0]
+            step = 10 * step
+    worst = (shift / mean).argmax()
+    where = f" {int(worst)} of the batch" if matrix.ndim == 3 else ""
+    warnings.warn(
+        f"The matrix{where} is rank-deficient: solved with {shift[worst]:.3e} added to its diagonal "
+        f"({shift[worst] / mean[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
+        DiagonalShiftWarning,
+        stacklevel=3,
+    )
+    return full, lower, shift
+
+
+def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    """The solution x of ``matrix @ x = rhs`` for a symmetric positive definite matrix, accurate to float64.
+
+    matrix   [n, n] or [B, n, n], float32 or float64
+    rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
+    backend  "auto", "cpp" or "reference"
+
+    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; keep :func:`spd_factor` to solve
+    again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for what is
+    raised. Not differentiable: gradients stop here. SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
+    """
+    _check_matrix(matrix)
+    _check_rhs(matrix, rhs)
+    return torch.ops.rewrite_core.spd_solve(matrix.detach(), rhs.detach(), backend)
+
+
+def _which(bad: Tensor, matrix: Tensor) -> str:
+    """ " 3" where it was number 3 of a batch that is meant, "" for a single matrix."""
+    return f" {int(bad.nonzero()[0])} of the batch" if matrix.ndim == 3 else ""
+
+
+def _check_matrix(matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
+        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
+    if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
+        raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(f"The {name} holds NaN or infinity: look for overflow in the layer's activations.")
+
+
+def _check_symmetric(matrix: Tensor) -> None:
+    # Products with one positive vector from both sides: NaN and infinity cannot cancel in them, an asymmetric
+    # part shows as a difference, and they cost a tenth of looking at every entry.
+    probe = torch.linspace(1, 2, matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    left = matrix.mT @ probe
+    _check_finite("matrix", left)
+    difference = (matrix @ probe - left).abs().amax(-1)
+    if (difference > 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).abs().amax(-1)).any():
+        raise RewriteCoreError(
+            "The matrix is not symmetric: pass the whole of C, or (A + A.mT) / 2 if that is what you mean."
+        )
+
+
+def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
+    if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
+        what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
+        raise TypeError(f"The right-hand side must be a real floating-point tensor, not {what}.")
+    batch, n = matrix.shape[:-2], matrix.shape[-1]
+    if rhs.ndim not in (len(batch) + 1, len(batch) + 2) or rhs.shape[: len(batch) + 1] != (*batch, n):
+        wanted = ", ".join(str(size) for size in (*batch, n))
+        raise RewriteCoreError(
+            f"The right-hand side of a {list(matrix.shape)} matrix must be [{wanted}] or [{wanted}, m], "
+            f"not {list(rhs.shape)}: keys are rows, so pass keys.T."
+        )
+    if rhs.device != matrix.device:
+        raise RewriteCoreError(
+            f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one to the other."
+        )
+
+
+class Cholesky(NamedTuple):
+    """One backend: what differs between them; shifts and refinement are shared."""
+
+    factor: Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, n, n] -> lower [B, n, n], info [B] (0: fine)
+    solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
+
+
+_reference = Cholesky(torch.linalg.cholesky_ex, lambda lower, rhs: torch.cholesky_solve(rhs, lower))
+
+
+def _cpp_factor(matrix: Tensor, isa: str = "") -> tuple[Tensor, Tensor]:
+    lower = matrix.clone(memory_format=torch.contiguous_format)
+    info = torch.empty(len(matrix), dtype=torch.int64)
+    extension().cholesky(
+        lower.data_ptr(), len(matrix), matrix.shape[-1], info.data_ptr(), torch.get_num_threads(), isa
+    )
+    return lower, info
+
+
+def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
+    lower = lower.contiguous()
+    x = rhs.mT.clone(memory_format=torch.contiguous_format)  # one right-hand side a row
+    batch = len(lower) if lower.ndim == 3 else 1
+    extension().cholesky_solve(
+        lower.data_ptr(), batch, lower.shape[-1], x.data_ptr(), x.shape[-2], torch.get_num_threads(), isa
+    )
+    return x.mT
+
+
+_cpp = Cholesky(_cpp_factor, _cpp_solve)
+
+
+def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
+    if matrix.device.type != "cpu":
+        return f"it works on CPU tensors, and the matrix is on {matrix.device}"
+    return extension_reason()
+
+
+BACKENDS = (
+    Backend("spd_solve", "cpp", f"{__name__}:_cpp", _cpp_supports),
+    Backend("spd_solve", "reference", f"{__name__}:_reference"),
+)
+
+
+def example(device: str) -> tuple[Tensor, Tensor]:
+    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(64, dtype=torch.float64, device=device)
+
+
+@torch.library.custom_op("rewrite_core::spd_solve", mutates_args=())
+def _op(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    return spd_factor(matrix, backend).solve(rhs).contiguous()
+
+
+@_op.register_fake
+def _(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    return rhs.new_empty(rhs.shape, dtype=torch.float64)

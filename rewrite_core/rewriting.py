@@ -1,0 +1,580 @@
+"""Rewriting: turn an edit into a rank-R change of one layer's weight, and the change itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .binding import BoundLayer, bind, tensor_fingerprint
+from .directions import collect_unit_quantiles, context_directions, context_keys, latent_of, rank_units
+from .editing import Edit
+from .errors import (
+    FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
+)  # fmt: skip
+from .families import Box, Capture
+from .files import load_record, save_record
+from .moments import SecondMoment
+from .solvers import (
+    LOSSES, SOLVERS, Problem, Solution, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,
+    solve_unconstrained,
+)  # fmt: skip
+
+_VERSION = 1
+_GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
+
+
+# --- goals: what the layer's value should become ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """The keys of the pasted region and the value they should have (paper, figure 3)."""
+
+    capture: Capture  # cropped to the region where tight
+    target: Tensor  # [1, O, H, W]
+    value: Tensor  # [1, O, H, W] of the whole map, to preview with BoundLayer.render
+    box: Box | None  # of the value map; None for the whole map
+
+
+def bounding_box(area: Tensor) -> Box:
+    """The smallest box around the positive entries of area [H, W]."""
+    rows, columns = (area > 0).any(1).nonzero()[:, 0], (area > 0).any(0).nonzero()[:, 0]
+    return rows[0].item(), columns[0].item(), rows[-1].item() + 1, columns[-1].item() + 1
+
+
+def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int]) -> tuple[Box, Box]:
+    """The smallest box of the key map that covers `box` of the value map, and the value box it makes."""
+    key_box, value_box = [0] * 4, [0] * 4
+    for axis in (0, 1):
+        k, v = key_size[axis], value_size[axis]
+        if v >= k:  # same size or upsampling, v / k value pixels to a key pixel
+            ratio = v // k
+            key_box[axis], key_box[axis + 2] = box[axis] // ratio, min(k, -(-box[axis + 2] // ratio))
+            value_box[axis] = key_box[axis] * ratio
+            value_box[axis + 2] = min(v, key_box[axis + 2] * ratio)
+        else:
+            ratio = k // v
+            value_box[axis], value_box[axis + 2] = box[axis], box[axis + 2]
+            key_box[axis], key_box[axis + 2] = box[axis] * ratio, min(k, box[axis + 2] * ratio)
+    return tuple(key_box), tuple(value_box)
+
+
+def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tuple[Capture, Tensor, Box]:
+    key_box, value_box = _fit_boxes(box, tuple(capture.key.shape[2:]), tuple(target.shape[2:]))
+    cropped = layer.crop(capture, key_box, value_box)
+    top, left, bottom, right = value_box
+    part = target[:, :, top:bottom, left:right]
+    with torch.no_grad():
+        shape = layer.linear(cropped.key[:, :1], layer.weight[:1, :1].to(cropped.key.dtype)).shape[2:]
+    if shape != part.shape[2:]:
+        raise SolverError(
+            f"Layer {layer.name!r} cannot be run on a crop of its map ({tuple(shape)} values for a "
+            f"{tuple(part.shape[2:])} region); use tight=False."
+        )
+    return cropped, part, value_box
+
+
+def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture, Tensor]:
+    capture = layer.capture(latent_of(selection, latents))
+    if not torch.isfinite(capture.key).all():
+        raise NonFiniteError(
+            f"The keys of {layer.name!r} hold NaN or infinity for latent {selection.index}; choose another picture."
+        )
+    # solve in float32 at least, whatever the generator's own precision
+    capture = capture.to_dtype(torch.promote_types(capture.key.dtype, torch.float32))
+    with torch.no_grad():
+        return capture, layer.value(capture, layer.weight.to(capture.key.dtype))
+
+
+def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = True, alpha: bool = True) -> Goal:
+    """The goal of a copy and paste: the copied value patch composited at the centre of the paste.
+
+    Args:
+        tight: fit the pasted box only (the convolution then zero-pads at its edge), not the whole map.
+        alpha: composite through the copy's mask, not its bounding box.
+    """
+    if edit.copy is None or edit.paste is None:
+        missing = "copy ('object')" if edit.copy is None else "paste"
+        raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
+    capture, value = _capture_one(layer, edit.paste, latents)
+    size = tuple(value.shape[2:])
+    _, copied = _capture_one(layer, edit.copy, latents)
+    area = edit.copy.area(size).to(value)
+    top, left, bottom, right = bounding_box(area)
+    patch, area = copied[:, :, top:bottom, left:right], area[top:bottom, left:right]
+    paste_box = bounding_box(edit.paste.area(size))
+    place = []
+    for axis, extent in enumerate(patch.shape[2:]):
+        centre = (paste_box[axis] + paste_box[axis + 2]) // 2
+        place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
+    box = (place[0], place[1], place[0] + patch.shape[2], place[1] + patch.shape[3])
+    target = value.clone()
+    window = target[:, :, box[0] : box[2], box[1] : box[3]]
+    window.copy_((1 - area) * window + area * patch if alpha else patch)
+    if not tight:
+        return Goal(capture, target, target, None)
+    cropped, part, box = _crop(layer, capture, target, box)
+    return Goal(cropped, part, target, box)
+
+
+def erase_goal(
+    layer: BoundLayer, moment: SecondMoment, edit: Edit, latents: Tensor, units: int = 30, tight: bool = False
+) -> Goal:
+    """The goal of an erasure: the layer's own output with the `units` key channels of highest mean
+    k^2 / E[k^2] in the context zeroed."""
+    if edit.paste is None:
+        raise SelectionError("This edit has no paste selection; an erasure needs one to say what goes.")
+    if not 1 <= units <= layer.in_channels:
+        raise RewriteCoreError(f"units must be from 1 to the {layer.in_channels} key channels, not {units}.")
+    keys, weights = context_keys(layer, edit.keys, latents)
+    gone = rank_units(moment, keys, weights)[:units]
+    capture, value = _capture_one(layer, edit.paste, latents)
+    without = capture.key.clone()
+    without[:, gone.to(without.device)] = 0
+    with torch.no_grad():
+        target = layer.value(dataclasses.replace(capture, key=without), layer.weight.to(without.dtype))
+    if not tight:
+        return Goal(capture, target, target, None)
+    box = bounding_box(edit.paste.area(tuple(value.shape[2:])))
+    cropped, part, box = _crop(layer, capture, target, box)
+    return Goal(cropped, part, target, box)
+
+
+# --- the change ------------------------------------------------------------------------------------------
+
+
+class _Stack:
+    """The rewrites applied to one module, and its weight as it was before the first of them."""
+
+    def __init__(self, weight: Tensor):
+        self.base = weight.detach().clone()
+        self.rewrites: list[Rewrite] = []
+
+
+_STACK = "_rewrite_core_stack"  # kept on the module itself: no global state, and it goes with the module
+
+
+class Rewrite:
+    """A rank-R change of one layer's weight: ``W1 = W0 + Lambda D``.
+
+    Attributes:
+        directions: D, [R, I], orthonormal rows.
+        coefficients: Lambda, [O, R, kh, kw].
+        losses: the loss before the first step, then one entry per step ("lm": before and after).
+        final_loss: the loss of the finished change; None where nothing was fitted (zero).
+        solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
+        status: for "lm", how many output channels ended in each status.
+        seconds: wall time of each stage.
+        layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        directions: Tensor,
+        coefficients: Tensor,
+        fitted_to: str,
+        solver: str,
+        losses: Sequence[float] = (),
+        final_loss: float | None = None,
+        edit: Edit | None = None,
+        status: dict[str, int] | None = None,
+        seconds: dict[str, float] | None = None,
+        box: Box | None = None,
+        bound: BoundLayer | None = None,
+    ):
+        self.layer = layer
+        self.directions = directions
+        self.coefficients = coefficients
+        self.fitted_to = fitted_to  # fingerprint of the weight the change was fitted to
+        self.solver = solver
+        self.losses = list(losses)
+        self.final_loss = final_loss
+        self.edit = edit
+        self.status = status or {}
+        self.seconds = seconds or {}
+        self.box = box
+        self._bound = bound
+
+    @property
+    def rank(self) -> int:
+        return len(self.directions)
+
+    def __repr__(self) -> str:
+        loss = f", loss {self.losses[0]:.4g} -> {self.final_loss:.4g}" if self.losses else ""
+        return f"Rewrite({self.layer!r}, rank {self.rank}, {self.solver}{loss})"
+
+    def weight_delta(self) -> Tensor:
+        """Lambda D, [O, I, kh, kw], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
+        return combine(self.coefficients.double(), self.directions.double()).to(self.coefficients.dtype)
+
+    def _target(self, generator: nn.Module | BoundLayer | None) -> BoundLayer:
+        if generator is None:
+            if self._bound is None:
+                raise MismatchError("This rewrite was loaded from a file; say apply(G) to name the generator.")
+            return self._bound
+        bound = generator if isinstance(generator, BoundLayer) else bind(generator, self.layer)
+        if bound.name != self.layer:
+            raise MismatchError(f"This rewrite is of layer {self.layer!r}, not {bound.name!r}.")
+        wanted = (self.coefficients.shape[0], self.directions.shape[1], *self.coefficients.shape[2:])
+        if tuple(bound.weight.shape) != wanted:
+            raise MismatchError(
+                f"This rewrite changes a weight of shape {list(wanted)} and {self.layer!r} has "
+                f"{list(bound.weight.shape)}; it was made for another generator."
+            )
+        return bound
+
+    def apply(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> Rewrite:
+        """Change the weight in place; returns self. Rewrites stack, on one layer or on several.
+
+        Raises MismatchError where the layer's weight is not the one this change was fitted to (`force=True`
+        applies it all the same, for instance to a finetuned copy), or if it is applied already.
+        """
+        bound = self._target(generator)
+        stack = getattr(bound.module, _STACK, None)
+        if stack is None:
+            stack = _Stack(bound.parameter)
+        elif self in stack.rewrites:
+            raise MismatchError("This rewrite is applied already; revert it first.")
+        elif stack.rewrites:
+            _check_untouched(bound, stack)
+        if not force and self.fitted_to not in (tensor_fingerprint(bound.weight), _fingerprint_of(bound, stack.base)):
+            raise MismatchError(
+                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
+                "edits below it); apply those first, or pass force=True."
+            )
+        _write(bound, _stacked(bound, stack.base, [*stack.rewrites, self]))
+        stack.rewrites.append(self)
+        setattr(bound.module, _STACK, stack)
+        self._bound = bound
+        return self
+
+    def revert(self) -> Rewrite:
+        """Undo :meth:`apply`, bit for bit; other rewrites on the layer stay. Returns self."""
+        stack = None if self._bound is None else getattr(self._bound.module, _STACK, None)
+        if stack is None or self not in stack.rewrites:
+            raise MismatchError("This rewrite is not applied, so there is nothing to revert.")
+        _check_untouched(self._bound, stack)
+        rest = [change for change in stack.rewrites if change is not self]
+        _write(self._bound, _stacked(self._bound, stack.base, rest))
+        stack.rewrites = rest
+        if not rest:
+            delattr(self._bound.module, _STACK)
+        return self
+
+    @property
+    def applied(self) -> bool:
+        stack = None if self._bound is None else getattr(self._bound.module, _STACK, None)
+        return stack is not None and self in stack.rewrites
+
+    def __enter__(self) -> Rewrite:
+        return self if self.applied else self.apply()
+
+    def __exit__(self, *_) -> None:
+        if self.applied:
+            self.revert()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write directions and coefficients as safetensors, with the layer, the fingerprint of the weight they
+        were fitted to, the solver and the edit; all or nothing."""
+        metadata = {
+            "layer": self.layer,
+            "rank": self.rank,
+            "solver": self.solver,
+            "weight_layout": "OIHW",
+            "fitted_to": self.fitted_to,
+            "loss": [self.losses[0], self.final_loss] if self.losses else [],
+            "edit": None if self.edit is None else self.edit.to_json(),
+        }
+        tensors = {"directions": self.directions.cpu(), "coefficients": self.coefficients.cpu()}
+        save_record(path, "rewrite", _VERSION, tensors, metadata)
+
+
+def load_rewrite(path: str | os.PathLike) -> Rewrite:
+    """Read a saved rewrite; ``load_rewrite(path).apply(G)`` changes G as the original did, bit for bit.
+
+    Raises FileFormatError on a truncated or foreign file.
+    """
+    tensors, metadata = load_record(path, "rewrite", _VERSION)
+    directions, coefficients = tensors.get("directions"), tensors.get("coefficients")
+    missing = {"layer", "fitted_to", "solver"} - set(metadata)
+    if directions is None or coefficients is None or missing:
+        raise FileFormatError(f"{os.fspath(path)} is not a whole rewrite; make it again.")
+    if directions.ndim != 2 or coefficients.ndim != 4 or coefficients.shape[1] != len(directions):
+        raise FileFormatError(f"{os.fspath(path)} holds directions and coefficients that do not match.")
+    if not (torch.isfinite(directions).all() and torch.isfinite(coefficients).all()):
+        raise FileFormatError(f"{os.fspath(path)} holds NaN or infinity.")
+    edit = metadata.get("edit")
+    losses = metadata.get("loss") or []
+    return Rewrite(
+        layer=metadata["layer"],
+        directions=directions,
+        coefficients=coefficients,
+        fitted_to=metadata["fitted_to"],
+        solver=metadata["solver"],
+        losses=losses,
+        final_loss=losses[-1] if losses else None,
+        edit=Edit.from_json(edit) if edit else None,
+    )
+
+
+def _fingerprint_of(bound: BoundLayer, native: Tensor) -> str:
+    return tensor_fingerprint(bound._layer.canonical(native))
+
+
+def _stacked(bound: BoundLayer, base: Tensor, rewrites: Sequence[Rewrite]) -> Tensor:
+    """The weight in native layout with `rewrites` applied to `base`, one after the other."""
+    weight = base
+    for change in rewrites:
+        delta = bound.to_native(change.weight_delta()).reshape(base.shape)
+        weight = weight + delta.to(device=base.device, dtype=base.dtype)
+    return weight
+
+
+def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
+    if not torch.equal(bound.parameter.detach(), _stacked(bound, stack.base, stack.rewrites)):
+        raise MismatchError(
+            f"The weight of {bound.name!r} was changed by something else since a rewrite was applied; "
+            "restore it before applying or reverting."
+        )
+
+
+def _write(bound: BoundLayer, weight: Tensor) -> None:
+    with torch.no_grad():
+        bound.parameter.copy_(weight)
+
+
+# --- making changes --------------------------------------------------------------------------------------
+
+
+class _Clock:
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _directions(layer, moment, edit, latents, rank, method) -> Tensor:
+    quantiles = collect_unit_quantiles(layer, latents) if method == "units" else None
+    # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
+    keys, weights = context_keys(layer, edit.keys, latents, inside_only=method != "units")
+    return context_directions(moment, keys, weights, rank=rank, method=method, quantiles=quantiles)
+
+
+def _finish(layer: BoundLayer, edit: Edit, goal: Goal, problem: Problem, solution: Solution, seconds) -> Rewrite:
+    directions = problem.directions
+    if solution.solver == "unconstrained":
+        directions = torch.eye(layer.in_channels, device=directions.device)
+    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+    return Rewrite(
+        layer=layer.name,
+        directions=directions.to(dtype),
+        coefficients=solution.coefficients.to(dtype),
+        fitted_to=tensor_fingerprint(layer.weight),
+        solver=solution.solver,
+        losses=solution.losses,
+        final_loss=solution.final_loss,
+        edit=edit,
+        status=solution.status,
+        seconds=dict(seconds),
+        box=goal.box,
+        bound=layer,
+    )
+
+
+def _solve_goals(
+    layer, moment, edits, latents, make_goal, *, rank, solver, loss, method, preserve, steps, lr, project_every,
+    project_gradient, progress, backend,
+) -> list[Rewrite]:  # fmt: skip
+    if solver not in SOLVERS:
+        raise SolverError(f"There is no solver {solver!r}; choose from {list(SOLVERS)}.")
+    if loss not in LOSSES:
+        raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
+    if not preserve >= 0:
+        raise RewriteCoreError(f"preserve is a weight of 0 or more, not {preserve}.")
+    if not edits:
+        raise SelectionError("There is no edit to make; give at least one.")
+    moment.check(layer, latents)
+    clock = _Clock()
+    goals, problems = [], []
+    for edit in edits:
+        with clock.stage("goal"):
+            goal = make_goal(edit)
+        with clock.stage("directions"):
+            directions = _directions(layer, moment, edit, latents, rank, method).to(goal.target)
+        generic = None
+        if preserve:
+            with clock.stage("preserve"):
+                sample = latents[:_GENERIC_IMAGES]
+                generic = generic_second_moment(layer, directions, sample, moment.matrix())
+        goals.append(goal)
+        problems.append(Problem(layer, goal.capture, goal.target, directions, loss, float(preserve), generic))
+    with clock.stage("fit"):
+        if solver == "lm":
+            solutions = solve_lm(problems, backend)
+        elif solver == "adam":
+            solutions = [solve_adam(problem, steps, lr, progress) for problem in problems]
+        elif solver == "projected":
+            solutions = [
+                solve_projected(problem, steps, lr, project_every, project_gradient, progress) for problem in problems
+            ]
+        else:
+            solutions = [solve_unconstrained(problem, steps, lr, progress) for problem in problems]
+    return [
+        _finish(layer, *parts, clock.seconds) for parts in zip(edits, goals, problems, solutions, strict=True)
+    ]
+
+
+def rewrite_many(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edits: Sequence[Edit],
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    solver: str = "lm",
+    loss: str = "l1",
+    method: str = "whitened",
+    preserve: float = 0.0,
+    tight: bool = True,
+    alpha: bool = True,
+    steps: int = 2001,
+    lr: float = 0.05,
+    project_every: int = 10,
+    project_gradient: bool = False,
+    progress: bool = False,
+    backend: str = "auto",
+) -> list[Rewrite]:
+    """Solve several edits of one layer, each against the weight as it is now; "lm" fits them in one batch.
+
+    Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
+    """
+    return _solve_goals(
+        layer, moment, list(edits), latents, lambda edit: paste_goal(layer, edit, latents, tight, alpha),
+        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
+        project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
+    )  # fmt: skip
+
+
+def rewrite(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    solver: str = "lm",
+    loss: str = "l1",
+    method: str = "whitened",
+    preserve: float = 0.0,
+    tight: bool = True,
+    alpha: bool = True,
+    steps: int = 2001,
+    lr: float = 0.05,
+    project_every: int = 10,
+    project_gradient: bool = False,
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Solve one edit: the rank-R change of the layer that makes the pasted region come out as the copied one.
+
+    The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D).
+
+    Args:
+        layer: from :func:`rewrite_core.bind`.
+        moment: second moment of that layer's keys.
+        edit: copy, paste and context; its selections index the rows of `latents`.
+        latents: [N, ...], the set the edit was made on.
+        rank: R, 1 to the number of key channels.
+        solver: "lm" (default), "projected" (the reference's algorithm), "adam", or "unconstrained".
+        loss: "l1" (the reference's) or "l2", the mean over the region.
+        method: how directions are found, see :func:`rewrite_core.context_directions`.
+        preserve: weight of the paper's L_smooth, the mean squared change that the rewrite makes to the values of
+            ordinary images before the activation; 0 is the reference's objective. For "lm" and "adam".
+        tight: fit the pasted box, zero-padded at its edge, as the reference does; else the whole map.
+        alpha: composite through the copy's mask; else its bounding box.
+        steps, lr, project_every, project_gradient: for the stepwise solvers.
+
+    Raises:
+        MismatchError: the moment is of another layer or model.
+        MaskError, SelectionError, RankError, NonFiniteError, SolverError: as their names say.
+    """
+    return rewrite_many(
+        layer, moment, [edit], latents,
+        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, tight=tight, alpha=alpha, steps=steps,
+        lr=lr, project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
+    )[0]  # fmt: skip
+
+
+def erase(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    units: int = 30,
+    rank: int = 1,
+    solver: str = "lm",
+    loss: str = "l1",
+    method: str = "whitened",
+    preserve: float = 0.0,
+    tight: bool = False,
+    steps: int = 2001,
+    lr: float = 0.05,
+    project_every: int = 10,
+    project_gradient: bool = False,
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Solve an erasure: the pasted region should come out as if the `units` key channels most typical of the
+    context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `tight`: the reference
+    fits an erasure on the whole map, so that is the default."""
+    return _solve_goals(
+        layer, moment, [edit], latents, lambda edit: erase_goal(layer, moment, edit, latents, units, tight),
+        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
+        project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
+    )[0]  # fmt: skip
+
+
+def zero(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    amount: float = 0.0,
+    method: str = "whitened",
+) -> Rewrite:
+    """The change that removes the weight's projection on the context's directions: ``Lambda = -W0 D^T``.
+
+    `amount` adds that multiple of the projection of an all-ones weight in its place, as in the reference.
+    """
+    moment.check(layer, latents)
+    clock = _Clock()
+    with clock.stage("directions"):
+        rows = _directions(layer, moment, edit, latents, rank, method)
+    weight = layer.weight.double()
+    rows = rows.to(weight.device)
+    coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
+    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+    return Rewrite(
+        layer=layer.name,
+        directions=rows.to(dtype),
+        coefficients=coefficients.to(dtype),
+        fitted_to=tensor_fingerprint(layer.weight),
+        solver="zero",
+        edit=edit,
+        seconds=clock.seconds,
+        bound=layer,
+    )

@@ -1,0 +1,304 @@
+"""Solvers: find the coefficients Lambda of a rank-R change W1 = W0 + Lambda D (paper, eq. 10 to 15).
+
+``lm``             per-channel Levenberg-Marquardt on Lambda; exact closed form where the problem is linear (L2)
+``adam``           Adam on Lambda through autograd; works for any layer
+``projected``      the reference implementation: Adam on all of W, projected back to D every few steps
+``unconstrained``  Adam on all of W, no directions: the baseline
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import ops
+from .binding import BoundLayer
+from .errors import NonFiniteError, RewriteCoreError, SolverError
+from .families import Capture
+from .ops.fit_low_rank import STATUS
+
+SOLVERS = ("lm", "projected", "adam", "unconstrained")
+LOSSES = ("l1", "l2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Make the layer's value of `capture` equal `target` by changing its weight along `directions`."""
+
+    layer: BoundLayer
+    capture: Capture  # one latent, perhaps cropped
+    target: Tensor  # [1, O, H, W]
+    directions: Tensor  # [R, I], orthonormal rows
+    loss: str = "l1"
+    preserve: float = 0.0
+    generic: Tensor | None = None  # [R kh kw, R kh kw], second moment of the basis maps over ordinary images
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.to(self.target.dtype)
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        return (self.layer.out_channels, len(self.directions), *self.layer.kernel_size)
+
+    def value(self, weight: Tensor) -> Tensor:
+        return self.layer.value(self.capture, weight)
+
+    def distance(self, value: Tensor) -> Tensor:
+        """Mean absolute (l1) or mean squared (l2) error, as torch.nn.functional defines them."""
+        return (F.l1_loss if self.loss == "l1" else F.mse_loss)(value, self.target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """coefficients [O, R, kh, kw]; losses: before the first step, then one per step; solver: what ran."""
+
+    coefficients: Tensor
+    losses: list[float]
+    solver: str
+    final_loss: float
+    status: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
+    """Lambda D: [O, R, kh, kw] and [R, I] -> [O, I, kh, kw]."""
+    return torch.einsum("oryx,ri->oiyx", coefficients, directions)
+
+
+def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
+    """The maps u that a rank-R change enters through: [N, R kh kw, H, W] for keys [N, I, h, w].
+
+    u[(r, y, x)] is the layer's linear operator on the single map D[r] . k with the kernel that is one at
+    (y, x), so that linear output = base + Lambda u for strided, transposed and blurred layers alike.
+    """
+    maps = torch.einsum("ri,nihw->nrhw", directions.to(key.dtype), key)
+    n, rank = maps.shape[:2]
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *layer.kernel_size)
+    out = layer.linear(maps.reshape(n * rank, 1, *maps.shape[2:]), kernels)
+    return out.reshape(n, rank * taps, *out.shape[2:])
+
+
+def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
+    """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises.
+
+    A 1x1 layer has it exactly, D C D^T; others estimate it from the images of `latents`.
+    """
+    if layer.kernel_size == [1, 1]:
+        one = torch.ones(1, 1, 1, 1, dtype=layer.weight.dtype, device=layer.weight.device)
+        scale = layer.linear(one, one).max().double()
+        rows = directions.to(moment)
+        return scale.square().to(moment) * rows @ moment @ rows.T
+    total, count = None, 0
+    with torch.no_grad():
+        for batch in latents.split(8):
+            basis = basis_maps(layer, layer.keys(batch), directions)
+            total = ops.second_moment(basis, out=total)
+            count += basis.shape[0] * basis.shape[2] * basis.shape[3]
+    return total / count
+
+
+def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The squared norm that demodulation divides by, as a quadratic in Lambda: constant [O], linear [O, J] (half
+    the gradient) and quadratic [J, J], float64."""
+    weight, rows = problem.weight.double(), problem.directions.double()
+    square = style.double().square()
+    out, _, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    constant = torch.einsum("oiyx,i->o", weight.square(), square) + eps
+    linear = torch.einsum("oiyx,i,ri->oryx", weight, square, rows).reshape(out, -1)
+    gram = torch.einsum("ri,i,si->rs", rows, square, rows)
+    quadratic = torch.kron(gram, torch.eye(taps, dtype=gram.dtype, device=gram.device))
+    return constant, linear, quadratic
+
+
+def _fit_inputs(problem: Problem) -> dict:
+    """One edit's arguments of ops.fit_low_rank, unbatched, pixels flattened."""
+    after = problem.layer.post_operation(problem.capture)
+    key, weight = problem.capture.key, problem.weight
+    with torch.no_grad():
+        basis = basis_maps(problem.layer, key, problem.directions)[0].flatten(1)
+        base = problem.layer.linear(key, weight)[0].flatten(1)
+    shape = problem.target.shape
+    shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
+    arguments = {
+        "basis": basis,
+        "base": base,
+        "target": problem.target[0].flatten(1),
+        "shift": shift.to(base.dtype).expand(shape)[0].flatten(1),
+        "slope": after.slope,
+        "gain": after.gain,
+        "demodulation": None,
+    }
+    scale = torch.full((len(base),), after.gain**2, dtype=torch.float64, device=base.device)
+    if after.style is not None:
+        arguments["demodulation"] = _demodulation(problem, after.style[0], after.eps)
+        scale = scale / arguments["demodulation"][0]
+    if problem.preserve:
+        arguments["penalty"] = problem.preserve * problem.generic
+        arguments["penalty_scale"] = scale
+    return arguments
+
+
+def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
+    return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
+
+
+def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solution]:
+    """All problems (edits of one layer, same rank and loss) in one batched fit.
+
+    Falls back to "adam", and says so, where what follows the layer is unknown.
+    """
+    first = problems[0]
+    if first.layer.post_operation(first.capture) is None:
+        warnings.warn(
+            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; using 'adam'.",
+            stacklevel=3,
+        )
+        return [solve_adam(problem) for problem in problems]
+    inputs = [_fit_inputs(problem) for problem in problems]
+    sizes = [part["basis"].shape[-1] for part in inputs]
+    pixels = max(sizes)
+    arguments = {
+        name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")
+    }
+    valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
+    if inputs[0]["demodulation"] is not None:
+        arguments["demodulation"] = tuple(map(torch.stack, zip(*(part["demodulation"] for part in inputs))))
+    if "penalty" in inputs[0]:
+        arguments["penalty"] = torch.stack([part["penalty"] for part in inputs])
+        arguments["penalty_scale"] = torch.stack([part["penalty_scale"] for part in inputs])
+    slope, gain = inputs[0]["slope"], inputs[0]["gain"]
+    fit = ops.fit_low_rank(
+        **arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend
+    )
+    solutions = []
+    for i, problem in enumerate(problems):
+        coefficients = fit.coefficients[i].reshape(problem.coefficient_shape)
+        if not torch.isfinite(coefficients).all():
+            raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
+        final = fit.loss[i].double().mean().item()
+        codes, counts = fit.status[i].unique(return_counts=True)
+        solutions.append(
+            Solution(
+                coefficients=coefficients,
+                losses=[fit.initial_loss[i].double().mean().item(), final],
+                solver=fit.solver,
+                final_loss=final,
+                status={STATUS[code]: count for code, count in zip(codes.tolist(), counts.tolist())},
+            )
+        )
+    return solutions
+
+
+def _steps(steps: int, progress: bool, label: str):
+    if steps < 1:
+        raise RewriteCoreError(f"A stepwise solver needs at least one step, not {steps}.")
+    return tqdm(range(steps), desc=label, unit="step", disable=not progress)
+
+
+def _check_loss(loss: Tensor) -> float:
+    value = loss.item()
+    if value != value:
+        raise NonFiniteError("The loss became NaN; check the generator's activations, or lower the learning rate.")
+    return value
+
+
+def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: bool = False) -> Solution:
+    """Adam on Lambda alone, from zero (the reference's "linear insert")."""
+    weight = problem.weight
+    directions = problem.directions.to(weight.dtype)
+    coefficients = torch.zeros(problem.coefficient_shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    scale = None
+    if problem.preserve:
+        inputs = _fit_inputs(problem)
+        penalty, scale = inputs["penalty"].to(weight.dtype), inputs["penalty_scale"].to(weight.dtype)
+    optimiser = torch.optim.Adam([coefficients], lr=lr)
+    losses = []
+    with torch.enable_grad():
+        for _ in _steps(steps, progress, "adam"):
+            distance = problem.distance(problem.value(weight + combine(coefficients, directions)))
+            objective = distance
+            if scale is not None:
+                flat = coefficients.flatten(1)
+                objective = distance + (scale * torch.einsum("oj,jk,ok->o", flat, penalty, flat)).mean()
+            optimiser.zero_grad()
+            objective.backward()
+            optimiser.step()
+            losses.append(_check_loss(distance.detach()))
+    final = coefficients.detach()
+    with torch.no_grad():
+        final_loss = problem.distance(problem.value(weight + combine(final, directions))).item()
+    return Solution(final, losses, "adam", final_loss)
+
+
+def _project(weight: Tensor, directions: Tensor) -> Tensor:
+    return combine(torch.einsum("oiyx,ri->oryx", weight, directions), directions)
+
+
+def solve_projected(
+    problem: Problem,
+    steps: int = 2001,
+    lr: float = 0.05,
+    project_every: int = 10,
+    project_gradient: bool = False,
+    progress: bool = False,
+) -> Solution:
+    """The reference implementation's algorithm: Adam on W, and after steps 0, 10, 20, ... and the last one W is
+    replaced by its original part orthogonal to D plus its own projection on D."""
+    _refuse_preserve(problem, "projected")
+    if project_every < 1:
+        raise RewriteCoreError(f"project_every must be at least 1, not {project_every}.")
+    original = problem.weight
+    directions = problem.directions.to(original.dtype)
+    orthogonal = original - _project(original, directions)
+
+    def project(step: int, weight: Tensor) -> None:
+        if step % project_every == 0 or step == steps - 1:
+            weight.copy_(orthogonal + _project(weight, directions))
+
+    weight, losses, final_loss = _descend(
+        problem, steps, lr, progress, "projected", project,
+        (lambda gradient: _project(gradient, directions)) if project_gradient else None,
+    )  # fmt: skip
+    coefficients = torch.einsum("oiyx,ri->oryx", (weight - original).double(), directions.double())
+    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss)
+
+
+def solve_unconstrained(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: bool = False) -> Solution:
+    """Adam on all of W: the baseline. Its directions are the identity, its coefficients the whole change."""
+    _refuse_preserve(problem, "unconstrained")
+    weight, losses, final_loss = _descend(problem, steps, lr, progress, "unconstrained", None, None)
+    return Solution(weight - problem.weight, losses, "unconstrained", final_loss)
+
+
+def _refuse_preserve(problem: Problem, solver: str) -> None:
+    if problem.preserve:
+        raise SolverError(f"Solver {solver!r} has no preserve term; use 'lm' or 'adam', or preserve=0.")
+
+
+def _descend(problem, steps, lr, progress, label, project, project_gradient) -> tuple[Tensor, list[float], float]:
+    weight = problem.weight.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([weight], lr=lr)
+    losses = []
+    with torch.enable_grad():
+        for step in _steps(steps, progress, label):
+            loss = problem.distance(problem.value(weight))
+            optimiser.zero_grad()
+            loss.backward()
+            if project_gradient is not None:
+                weight.grad.copy_(project_gradient(weight.grad))
+            optimiser.step()
+            losses.append(_check_loss(loss.detach()))
+            if project is not None:
+                with torch.no_grad():
+                    project(step, weight)
+    with torch.no_grad():
+        final_loss = problem.distance(problem.value(weight)).item()
+    return weight.detach(), losses, final_loss

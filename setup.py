@@ -1,0 +1,54 @@
+"""Builds rewrite_core._C by driving CMake with Ninja; everything else is in pyproject.toml.
+
+REWRITE_CORE_CUDA=1 also compiles csrc/*.cu, and then a missing nvcc is an error.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+if not (sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")):
+    sys.exit(
+        f"rewrite_core builds on Linux x86-64 only, and this is {platform.system()} {platform.machine()}: "
+        "use such a machine, or run the pure-Python package from the source tree (reference backend)."
+    )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        source = Path(__file__).resolve().parent
+        # resolve(): an editable build asks for a path relative to the source tree
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DREWRITE_CORE_CUDA={'ON' if os.environ.get('REWRITE_CORE_CUDA') == '1' else 'OFF'}",
+        ]
+        for step in (configure, ["cmake", "--build", build]):  # CMAKE_BUILD_PARALLEL_LEVEL limits the jobs
+            try:
+                subprocess.run([str(word) for word in step], check=True)
+            except FileNotFoundError:
+                sys.exit("rewrite_core needs cmake to build: run `pip install .` with build isolation on.")
+            except subprocess.CalledProcessError:
+                sys.exit("rewrite_core's C++ extension did not build: the compiler's message is above.")
+
+
+setup(
+    packages=[*find_packages(include=["rewrite_core", "rewrite_core.*"]), "rewrite_core.kernels"],
+    package_dir={"rewrite_core.kernels": "kernels"},
+    package_data={"rewrite_core.demo": ["*.safetensors", "*.json"]},
+    ext_modules=[Extension("rewrite_core._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    zip_safe=False,
+)
