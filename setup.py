@@ -28,7 +28,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh",
+            *("cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh"),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -45,9 +45,16 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["rewrite_core", "rewrite_core.*"]), "rewrite_core.kernels"],
-    package_dir={"rewrite_core.kernels": "kernels"},
-    package_data={"rewrite_core.demo": ["*.safetensors", "*.json"]},
+    packages=[
+        *find_packages(include=["rewrite_core", "rewrite_core.*"]),
+        "rewrite_core.kernels",
+        "rewrite_core.benchmarks",
+    ],
+    package_dir={"rewrite_core.kernels": "kernels", "rewrite_core.benchmarks": "benchmarks"},
+    package_data={
+        "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
+        "rewrite_core.demo": ["*.safetensors", "*.json"],
+    },
     ext_modules=[Extension("rewrite_core._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

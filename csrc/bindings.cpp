@@ -10,6 +10,7 @@
 #include <string>
 
 #include "common.h"
+#include "fit_low_rank.h"
 #include "second_moment.h"
 #include "spd_solve.h"
 
@@ -74,8 +75,9 @@ PYBIND11_MODULE(_C, m) {
         }
         check(status, "cholesky");
       },
-      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"), py::arg("isa") = "",
-      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0 or the first bad pivot, from 1.");
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"),
+      py::arg("isa") = "",
+      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first bad pivot.");
 
   m.def(
       "cholesky_solve",
@@ -85,10 +87,58 @@ PYBIND11_MODULE(_C, m) {
         Status status;
         {
           py::gil_scoped_release release;
-          status = cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
+          status =
+              cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
         }
         check(status, "cholesky_solve");
       },
       py::arg("lower"), py::arg("batch"), py::arg("n"), py::arg("x"), py::arg("m"), py::arg("threads"),
       py::arg("isa") = "", "Solves L L^T x = b in place for x [batch, m, n].");
+
+  m.def(
+      "fit_low_rank",
+      [](std::array<std::uintptr_t, 10> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
+         std::array<int64_t, 4> sizes, double slope, double gain, bool absolute, int max_iterations, double tolerance,
+         std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
+        const Isa use = isa_of(isa);
+        FitProblem problem{};
+        problem.basis = pointer<const void>(inputs[0]);
+        problem.base = pointer<const void>(inputs[1]);
+        problem.target = pointer<const void>(inputs[2]);
+        problem.shift = pointer<const void>(inputs[3]);
+        for (int i = 0; i < 3; ++i) problem.shift_strides[i] = shift_strides[i];
+        problem.is_double = is_double;
+        problem.constant = pointer<const double>(inputs[4]);
+        problem.linear = pointer<const double>(inputs[5]);
+        problem.quadratic = pointer<const double>(inputs[6]);
+        problem.pixel_weights = pointer<const double>(inputs[7]);
+        problem.penalty = pointer<const double>(inputs[8]);
+        problem.penalty_scale = pointer<const double>(inputs[9]);
+        problem.edits = sizes[0];
+        problem.channels = sizes[1];
+        problem.unknowns = sizes[2];
+        problem.pixels = sizes[3];
+        problem.slope = slope;
+        problem.gain = gain;
+        problem.absolute = absolute;
+        problem.max_iterations = max_iterations;
+        problem.tolerance = tolerance;
+        problem.coefficients = pointer<void>(outputs[0]);
+        problem.loss = pointer<double>(outputs[1]);
+        problem.initial_loss = pointer<double>(outputs[2]);
+        problem.iterations = pointer<int32_t>(outputs[3]);
+        problem.status = pointer<int32_t>(outputs[4]);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = fit_low_rank(problem, threads, use);
+        }
+        check(status, "fit_low_rank");
+      },
+      py::arg("inputs"), py::arg("shift_strides"), py::arg("is_double"), py::arg("sizes"), py::arg("slope"),
+      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"), py::arg("outputs"),
+      py::arg("threads"), py::arg("isa") = "",
+      "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, penalty, "
+      "penalty_scale (double), 0 where absent; sizes: edits, channels, unknowns, pixels; outputs: coefficients, "
+      "loss, initial_loss, iterations (int32), status (int32).");
 }

@@ -50,9 +50,7 @@ struct Tile {
   int panels;
 };
 
-int64_t element_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Positions are taken in chunks that fit the cache: pack a chunk, then add it to every tile of the lower
 // triangle. Each tile belongs to one thread at a time and sees the positions in order, so the number of
@@ -103,12 +101,13 @@ Status run(const SecondMomentKernels<Real>& kernels, const char* features, DType
       for (int64_t task = team.next(); task < count * panels; task = team.next()) {
         const int64_t r = task / panels, channel = task % panels * width;
         Real* target = packed.data() + task * panel_size;
-        positions.pieces((first + r) * max_run, run_length(r), [&](int64_t offset, int64_t stride, int length) {
-          kernels.pack(features + (offset + channel * channel_stride) * element_size(dtype),
-                       static_cast<int>(dtype), channel_stride, stride,
-                       static_cast<int>(std::min(width, channels - channel)), length, target, my_scratch);
-          target += length * width;
-        });
+        positions.pieces(
+            (first + r) * max_run, run_length(r), [&](int64_t offset, int64_t stride, int length) {
+              kernels.pack(features + (offset + channel * channel_stride) * element_size(dtype),
+                           static_cast<int>(dtype), channel_stride, stride,
+                           static_cast<int>(std::min(width, channels - channel)), length, target, my_scratch);
+              target += length * width;
+            });
       }
       team.meet();
 
@@ -118,8 +117,9 @@ Status run(const SecondMomentKernels<Real>& kernels, const char* features, DType
         std::fill(my_sums, my_sums + kernels.rows * columns, 0.0);
         for (int64_t r = 0; r < count; ++r) {
           const Real* base = packed.data() + r * run_size;
-          kernels.tile(base + tile.row / width * panel_size + tile.row % width, base + tile.panel * panel_size,
-                       panel_size, tile.panels, static_cast<int>(run_length(r)), my_sums);
+          kernels.tile(base + tile.row / width * panel_size + tile.row % width,
+                       base + tile.panel * panel_size, panel_size, tile.panels,
+                       static_cast<int>(run_length(r)), my_sums);
         }
         for (int64_t i = 0; i < std::min<int64_t>(kernels.rows, channels - tile.row); ++i) {
           const int64_t row = tile.row + i, column = tile.panel * width;

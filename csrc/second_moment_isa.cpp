@@ -55,7 +55,8 @@ void tile_of(const Real* row, const Real* columns, int64_t panel_stride, int run
 }
 
 template <class Real, int rows>
-void tile(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run, double* sums) {
+void tile(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run,
+          double* sums) {
   if (panel_count == 1) return tile_of<Real, rows, 1>(row, columns, panel_stride, run, sums);
   if (panel_count == 2) return tile_of<Real, rows, 2>(row, columns, panel_stride, run, sums);
   return tile_of<Real, rows, tile_panels>(row, columns, panel_stride, run, sums);
@@ -73,8 +74,12 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
@@ -129,8 +134,8 @@ void pack_maps(const Real* features, int64_t channel_stride, int channels, int c
 }
 
 template <class Real, class Element>
-void pack_of(const Element* features, int64_t channel_stride, int64_t position_stride, int channels, int count,
-             Real* packed, Real* scratch) {
+void pack_of(const Element* features, int64_t channel_stride, int64_t position_stride, int channels,
+             int count, Real* packed, Real* scratch) {
   constexpr int width = lanes<Real>;
   if (position_stride == 1) {
     if constexpr (sizeof(Element) == sizeof(Real)) {
@@ -158,7 +163,8 @@ void pack_of(const Element* features, int64_t channel_stride, int64_t position_s
 void pack_f32(const void* features, int dtype, int64_t channel_stride, int64_t position_stride, int channels,
               int count, float* packed, float* scratch) {
   if (dtype == 0) {
-    pack_of(static_cast<const float*>(features), channel_stride, position_stride, channels, count, packed, scratch);
+    pack_of(static_cast<const float*>(features), channel_stride, position_stride, channels, count, packed,
+            scratch);
   } else if (dtype == 2) {
     pack_of(static_cast<const BFloat16*>(features), channel_stride, position_stride, channels, count, packed,
             scratch);
@@ -168,9 +174,10 @@ void pack_f32(const void* features, int dtype, int64_t channel_stride, int64_t p
   }
 }
 
-void pack_f64(const void* features, int, int64_t channel_stride, int64_t position_stride, int channels, int count,
-              double* packed, double* scratch) {
-  pack_of(static_cast<const double*>(features), channel_stride, position_stride, channels, count, packed, scratch);
+void pack_f64(const void* features, int, int64_t channel_stride, int64_t position_stride, int channels,
+              int count, double* packed, double* scratch) {
+  pack_of(static_cast<const double*>(features), channel_stride, position_stride, channels, count, packed,
+          scratch);
 }
 
 }  // namespace

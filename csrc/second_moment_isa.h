@@ -21,12 +21,13 @@ struct SecondMomentKernels {
 
   // sums[rows][panel_count * width] += the products of one run, summed in Real, then widened.
   // row: `rows` neighbouring channels inside their panel; columns: panel_count panels, panel_stride apart.
-  void (*tile)(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run, double* sums);
+  void (*tile)(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run,
+               double* sums);
 };
 
-// Positions summed in Real before widening to double, in short runs whose sums are then summed. A channel that
-// repeats one value rounds the same way at every term, so errors add up: in float32 at worst 3.8e-6 (relative)
-// over a straight run of 256, 5.5e-7 over 8 short runs of 32.
+// Positions summed in Real before widening to double, in short runs whose sums are then summed. A channel
+// that repeats one value rounds the same way at every term, so errors add up: in float32 at worst 3.8e-6
+// (relative) over a straight run of 256, 5.5e-7 over 8 short runs of 32.
 constexpr int max_run = 256;
 constexpr int short_run = 32;
 
@@ -35,8 +36,14 @@ struct SecondMomentTable {
   SecondMomentKernels<double> float64;
 };
 
-namespace portable { extern const SecondMomentTable second_moment_table; }
-namespace avx2 { extern const SecondMomentTable second_moment_table; }
-namespace avx512 { extern const SecondMomentTable second_moment_table; }
+namespace portable {
+extern const SecondMomentTable second_moment_table;
+}
+namespace avx2 {
+extern const SecondMomentTable second_moment_table;
+}
+namespace avx512 {
+extern const SecondMomentTable second_moment_table;
+}
 
 }  // namespace rewrite_core

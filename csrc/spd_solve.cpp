@@ -91,18 +91,20 @@ void factor(Workers& team, const Kernels& kernels, double* a, int64_t n, const S
     }
     team.meet();
   }
-  for (int64_t row = team.next(); row < n; row = team.next()) std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
+  for (int64_t row = team.next(); row < n; row = team.next())
+    std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
   team.meet();
 }
 
 }  // namespace
 
 Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa) {
-  if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !info)) || isa > detect_isa()) return Status::bad_argument;
+  if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
+    return Status::bad_argument;
   const Kernels kernels = kernels_for(isa);
   threads = std::max(threads, 1);
   const bool share = n >= 256 && batch < 2 * threads;  // one matrix by all threads, else one thread each
-  if (n < 128 && batch == 1) threads = 1;               // done before a second thread has started
+  if (n < 128 && batch == 1) threads = 1;              // done before a second thread has started
   std::atomic<bool> out_of_memory{false};
 
   if (share) {
@@ -112,7 +114,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
     for (int64_t b = 0; b < batch; ++b) {
       std::atomic<int64_t> failed{0};
       Team::run(threads, [&](Team& team) {
-        factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels), failed);
+        factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels),
+               failed);
       });
       info[b] = failed;
     }
@@ -135,7 +138,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
   return out_of_memory ? Status::out_of_memory : Status::ok;
 }
 
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa) {
+Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads,
+                      Isa isa) {
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!lower || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }

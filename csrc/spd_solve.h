@@ -15,6 +15,7 @@ namespace rewrite_core {
 Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa);
 
 // Solves L L^T x = b in place. lower [batch, n, n]; x [batch, m, n], one right-hand side a row.
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa);
+Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads,
+                      Isa isa);
 
 }  // namespace rewrite_core

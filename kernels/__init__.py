@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, imported only when a backend uses them (installed as rewrite_core.kernels)."""
+"""Triton kernels, one file per op, imported when a backend uses them (installed as rewrite_core.kernels)."""

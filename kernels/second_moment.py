@@ -1,7 +1,7 @@
-"""C += sum of k k^T on a GPU. Reads [N, C, H, W] or [N, C] features where they lie, lower-triangular tiles only.
+"""C += sum of k k^T on a GPU: features [N, C, H, W] or [N, C], read where they lie; lower triangle only.
 
-A first correct version: every tile of the lower triangle by every slice of the positions is one program, which
-adds products of 32 positions (float32, or exact half-precision products summed in float32) to a float64 tile.
+A first correct version: one program per tile of the lower triangle and slice of the positions. It adds
+products of 32 positions (float32, or exact half-precision products summed in float32) to a float64 tile.
 Slices are added up in a fixed order, so the same features on the same kind of GPU give the same bits.
 """
 
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..backends import triton_interpreted
 
 BLOCK_POSITIONS = 32  # longer float32 sums drift where a channel is constant; see csrc/second_moment_isa.h
 PROGRAMS = 512  # about as many as fill a large GPU; a constant, so that results do not depend on the device
@@ -31,6 +33,7 @@ def second_moment_kernel(
     steps,  # blocks of positions per slice
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    WIDEN: tl.constexpr,  # only for Triton's interpreter, which multiplies bfloat16 bits as integers
 ):
     tile = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)
@@ -62,6 +65,9 @@ def second_moment_kernel(
             mask=(columns < channels)[None, :] & valid[:, None],
             other=0.0,
         )
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
         # "ieee": Triton's default would round float32 to TF32
         total += tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32).to(tl.float64)
     target = partials + (part * channels + rows[:, None]) * channels + columns[None, :]
@@ -85,7 +91,7 @@ def second_moment(features: Tensor, out: Tensor) -> None:
     partials = torch.zeros(slices, channels, channels, dtype=torch.float64, device=features.device)
     second_moment_kernel[(tiles, slices)](
         features, partials, channels, positions, height, width, stride_n, stride_c, stride_h, stride_w, steps,
-        BLOCK_C=block, BLOCK_P=BLOCK_POSITIONS,
+        BLOCK_C=block, BLOCK_P=BLOCK_POSITIONS, WIDEN=triton_interpreted(), num_warps=8,
     )  # fmt: skip
     lower = (out + partials.sum(0)).tril()
     out.copy_(lower + lower.tril(-1).T)

@@ -16,9 +16,10 @@ import importlib
 import importlib.util
 import os
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -169,14 +170,15 @@ class Explanation:
             lines = []
             for name, reason in choice.reasons:
                 lines += textwrap.wrap(f"{name}: {reason}", 72, subsequent_indent="  ")
-            for i, line in enumerate(lines or ["-"]):
-                rows.append(((choice.op, choice.device, choice.backend) if i == 0 else ("", "", "")) + (line,))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[3]]) for row in rows]
+            first, *rest = lines or ["-"]
+            rows.append((choice.op, choice.device, choice.backend, first))
+            rows += [("", "", "", line) for line in rest]
+        op, device, backend = (max(len(row[i]) for row in rows) for i in range(3))
+        table = [f"{row[0]:{op}}  {row[1]:{device}}  {row[2]:{backend}}  {row[3]}" for row in rows]
         table.insert(1, "-" * max(map(len, table)))
         table.append(f"extension: {self.extension}")
         if self.override:
-            table.append(f"{ENVIRONMENT_VARIABLE}={self.override} replaces \"auto\"")
+            table.append(f'{ENVIRONMENT_VARIABLE}={self.override} replaces "auto"')
         return "\n".join(table)
 
 

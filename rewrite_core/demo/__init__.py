@@ -1,0 +1,32 @@
+"""The embedded generator "chapels", the world it was trained on, and three edits of it."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+
+from ..editing import Edit
+from ..files import read_state_dict
+from .generator import ProgGANChapels
+from .rules import RULES
+from .world import LATENT_SIZE
+
+WEIGHTS = "chapels.safetensors"
+
+__all__ = ["LATENT_SIZE", "RULES", "chapels", "load_edit"]
+
+
+def chapels() -> ProgGANChapels:
+    """The trained generator: latents [N, 16] -> images [N, 3, 64, 64] in -1..1, in eval mode, float32."""
+    generator = ProgGANChapels()
+    with as_file(files(__name__) / WEIGHTS) as path:
+        state = read_state_dict(path)
+    generator.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return generator.eval()
+
+
+def load_edit(name: str) -> Edit:
+    """One of the three shipped edits: "spire", "watermark" or "reflection"."""
+    if name not in RULES:
+        raise ValueError(f"There is no demo edit {name!r}; choose from {list(RULES)}.")
+    with as_file(files(__name__) / f"{name}.json") as path:
+        return Edit.load(path)

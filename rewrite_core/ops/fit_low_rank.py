@@ -233,15 +233,16 @@ class _Model:
         m = (self.constant + ((self.linear + half) * x).sum(-1)).rsqrt()  # NaN where not positive: rejected
         return lin, m, -m[:, None] ** 3 * half
 
-    def residual(self, lin: Tensor, m: Tensor, kink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """r and d value / d (m lin), with the kink rounded over a width [n] or sharp."""
+    def residual(self, lin: Tensor, m: Tensor, kink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """r and the first two derivatives of the value by m lin, with the kink rounded over a width [n] or sharp."""
         pre = m[:, None] * lin + self.shift
         if kink is None:
-            steep = torch.where(pre > 0, self.gain, self.gain * self.slope)
-            return steep * pre - self.target, steep
-        root = (pre * pre + kink[:, None] ** 2).sqrt()
+            steep = self.gain * torch.where(pre > 0, torch.ones_like(pre), self.slope)
+            return steep * pre - self.target, steep, torch.zeros_like(steep)
+        square = kink[:, None] ** 2
+        root = (pre * pre + square).sqrt()
         up, down = 0.5 * self.gain * (1 + self.slope), 0.5 * self.gain * (1 - self.slope)
-        return up * pre + down * root - self.target, up + down * pre / root
+        return up * pre + down * root - self.target, up + down * pre / root, down * square / root**3
 
     def jacobian(self, lin: Tensor, m: Tensor, dm: Tensor | None) -> Tensor:
         """d (m lin) / dx, [n, J, P]."""
@@ -282,30 +283,23 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
     convex = not rounded and model.constant is None
     dual_form = penalty is None and unknowns > (weights > 0).sum()
     slow_rate = SMOOTHING_RATE if convex else SMOOTHING_SLOW ** (1 / (SLOW_SHARE * max_iterations))
-    kink_scale = KINK / abs(model.gain) if model.gain else 0.0
 
     def penalised(x: Tensor) -> Tensor:
-        return 0.0 if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
+        return torch.zeros_like(x[:, 0]) if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
 
     def true_objective(lin: Tensor, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        r, _ = model.residual(lin, m)
+        """The loss, and with the penalty."""
+        r = model.residual(lin, m)[0]
         data = (weights * (r.abs() if absolute else r * r)).sum(-1)
         return data, data + penalised(x)
 
-    def residual(lin: Tensor, m: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor]:
-        return model.residual(lin, m, kink_scale * smoothing if rounded else None)
+    def residual(lin: Tensor, m: Tensor, smoothing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return model.residual(lin, m, KINK / abs(model.gain) * smoothing if rounded else None)
 
     def objective(r: Tensor, smoothing: Tensor, x: Tensor) -> Tensor:
         rho = (r * r + smoothing[:, None] ** 2).sqrt() if absolute else r * r
         return (weights * rho).sum(-1) + penalised(x)
 
-    def bend_of(lin, m, smoothing):
-        if not rounded:
-            return 0.0*lin
-        kink=kink_scale*smoothing
-        pre = m[:, None] * lin + model.shift
-        root = (pre * pre + kink[:, None] ** 2).sqrt()
-        return 0.5*model.gain*(1-model.slope)*kink[:,None]**2/root**3
     x = model.base.new_zeros(n, unknowns)
     lin, m, dm = model.linearise(x)
     initial, best = true_objective(lin, m, x)
@@ -315,27 +309,30 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
     smoothing = scale.clone() if absolute or rounded else smoothing_end.clone()
     damping = torch.full_like(scale, DAMPING_START)
     growth = torch.full_like(scale, DAMPING_UP)
+    one = torch.ones_like(scale)  # between two numbers torch.where would choose float32
     dual = torch.zeros_like(lin)
     iterations = torch.zeros(n, dtype=torch.int32, device=x.device)
     status = torch.full_like(iterations, MAX_ITERATIONS)
     level = (weights * model.target.abs()).sum(-1)
     finite = initial.isfinite() & level.isfinite()
+    if model.gain == 0 or not weights.any():
+        status.fill_(DEGENERATE)
+    if weights.any():
+        status[~(scale > 1e-15 * level)] = ZERO_RESIDUAL
     status[~finite] = NONFINITE
-    status[finite & (scale <= 1e-15 * level)] = ZERO_RESIDUAL
     active = status == MAX_ITERATIONS
 
     for _ in range(max_iterations):
         if not active.any():
             break
-        r, steep = residual(lin, m, smoothing)
+        r, steep, bend = residual(lin, m, smoothing)
         now = objective(r, smoothing, x)
         if absolute:
             eta = (r * r + smoothing[:, None] ** 2).sqrt()
             slopes, curvature = weights * r / eta, weights * (1 - dual * r / eta) / eta
         else:
             slopes, curvature = 2 * weights * r, (2 * weights).expand_as(r)
-        bend = bend_of(lin, m, smoothing)
-        curvature = curvature * steep * steep + (slopes * bend).clamp_min(0.0)
+        curvature = curvature * steep * steep + (slopes * bend).clamp_min(0.0)  # the convex half of the bend
         slopes = slopes * steep
         rows = model.jacobian(lin, m, dm)
         gradient = (rows @ slopes[..., None])[..., 0]
@@ -353,8 +350,7 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
 
         new_x = x + step
         new_lin, new_m, new_dm = model.linearise(new_x)
-        new_r, _ = residual(new_lin, new_m, smoothing)
-        new = objective(new_r, smoothing, new_x)
+        new = objective(residual(new_lin, new_m, smoothing)[0], smoothing, new_x)
         predicted = 0.5 * (damping * mean * step.square().sum(-1) - (gradient * step).sum(-1))
         taken = active & good & (new < now)  # False for NaN
         drop = now - new
@@ -363,7 +359,7 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
             if dm is not None:
                 change = change + lin * (dm * step).sum(-1, keepdim=True) * steep
             new_dual = (r + change - dual * (r / eta) * change) / eta
-            dual = torch.where(taken[:, None], new_dual / new_dual.abs().clamp_min(1.0), dual)
+            dual = torch.where(taken[:, None], new_dual.clamp(-1.0, 1.0), dual)
         keep = taken[:, None]
         x, lin, m = torch.where(keep, new_x, x), torch.where(keep, new_lin, lin), torch.where(taken, new_m, m)
         if dm is not None:
@@ -374,8 +370,8 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
         best_x = torch.where(better[:, None], x, best_x)
 
         quality = drop / predicted
-        factor = torch.where(quality > GOOD, DAMPING_DOWN, torch.where(quality > POOR, 1.0, 2.0))
-        stalled = active & ~taken & ((damping > DAMPING_STALL) | (predicted <= 1e-12 * now))
+        factor = torch.where(quality > GOOD, DAMPING_DOWN, torch.where(quality > POOR, one, 2.0))
+        stalled = active & ~taken & ((damping > DAMPING_STALL) | (good & (predicted <= 1e-12 * now)))
         at_end = smoothing <= smoothing_end
         damping = (damping * torch.where(taken, factor, growth)).clamp_min(DAMPING_MIN)
         growth = torch.where(taken, DAMPING_UP, growth * 2)
@@ -386,7 +382,7 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
         done = active & at_end & (small | stalled)
         status[done] = CONVERGED
         active = active & ~done
-        rate = torch.where(smoothing > SMOOTHING_SLOW * scale, slow_rate, SMOOTHING_RATE)
+        rate = torch.where(smoothing > SMOOTHING_SLOW * scale, slow_rate * one, SMOOTHING_RATE)
         smoothing = torch.where(taken | stalled, (smoothing * rate).maximum(smoothing_end), smoothing)
     return best_x, best_loss, initial, iterations, status
 
@@ -429,7 +425,10 @@ def _fit_exactly(model: _Model, weights: Tensor, penalty: Tensor | None, penalty
     status = torch.where(added > 0, SHIFTED, CONVERGED).expand(len(x)).clone()
     level = (weights * model.target.abs()).sum(-1)
     status[(size == 0).expand(len(x))] = DEGENERATE
-    status[initial.sqrt() <= 1e-15 * level] = ZERO_RESIDUAL
+    if model.gain == 0 or not weights.any():
+        status.fill_(DEGENERATE)
+    if weights.any():
+        status[~(initial.sqrt() > 1e-15 * level)] = ZERO_RESIDUAL
     status[~initial.isfinite() | (pending & (size != 0)).expand(len(x))] = NONFINITE
     keep = worse | (status > MAX_ITERATIONS) & (status != SHIFTED)
     return torch.where(keep[:, None], zero, x), torch.where(keep, initial, data), initial, 1, status
@@ -471,6 +470,8 @@ def _reference(
                 result = _fit_channels(model, weights, scaled, loss, max_iterations, tolerance)
             coefficients[part] = (result[0] / size).to(coefficients.dtype)
             final[part], initial[part], iterations[part], status[part] = result[1:]
+    huge = ~coefficients.isfinite().all(-1)  # too large for the output's type
+    coefficients[huge], final[huge], status[huge] = 0, initial[huge], NONFINITE
     return outputs
 
 
@@ -491,17 +492,19 @@ def _cpp(
     penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float, isa: str = "",
 ) -> Outputs:  # fmt: skip
     outputs = _empty(basis, base)
-    inputs = (basis, base, target, constant, linear, quadratic, pixel_weights, penalty, penalty_scale)
-    inputs = tuple(None if data is None else data.contiguous() for data in inputs)  # alive until the call returns
+    inputs = (basis, base, target, shift, constant, linear, quadratic, pixel_weights, penalty, penalty_scale)
+    inputs = tuple(  # kept alive until the call returns; a broadcast shift is read where it lies
+        data if data is None or data is shift else data.contiguous() for data in inputs
+    )
+    edits, unknowns, pixels = basis.shape
     extension().fit_low_rank(
-        [0 if data is None else data.data_ptr() for data in inputs],
-        0 if shift is None else shift.data_ptr(),
-        (0, 0, 0) if shift is None else shift.stride(),
-        int(base.dtype == torch.float64),
-        (*basis.shape, base.shape[1]),
-        slope, gain, LOSSES.index(loss), max_iterations, tolerance,
-        [data.data_ptr() for data in outputs],
-        torch.get_num_threads(), isa,
+        inputs=[0 if data is None else data.data_ptr() for data in inputs],
+        shift_strides=(0, 0, 0) if shift is None else shift.stride(),
+        is_double=base.dtype == torch.float64,
+        sizes=(edits, base.shape[1], unknowns, pixels),
+        slope=slope, gain=gain, absolute=loss == "l1", max_iterations=max_iterations, tolerance=tolerance,
+        outputs=[data.data_ptr() for data in outputs],
+        threads=torch.get_num_threads(), isa=isa,
     )  # fmt: skip
     return outputs
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import RewriteCoreError
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order csrc/common.h numbers them
+# as csrc/common.h numbers them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -22,9 +23,10 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     backend   "auto", "cuda", "triton", "cpp" or "reference" (see ``rc.explain()``)
 
     Returns float64 [C, C], exactly symmetric; NaN or infinity in channel c shows in row and column c only.
-    Precision: float64 input is summed in float64. Other input is exact in float32, multiplied and summed there
-    in short runs, and the runs are summed in float64: relative Frobenius error below 1e-6 for any number of
-    keys, constant channels included. Magnitudes must lie within 1e-18..1e18, where squares are normal float32 numbers.
+    Precision: float64 input is summed in float64. Other input is exact in float32, multiplied and summed
+    there in short runs, and the runs are summed in float64: relative Frobenius error below 1e-6 for any
+    number of keys, constant channels included. Magnitudes must be 0 or within 1e-18..1e18, where squares are
+    normal float32 numbers.
     "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
 
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``.
@@ -40,7 +42,9 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
 
 def _check(features: Tensor, out: Tensor | None) -> None:
     if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+        raise TypeError(
+            f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor."
+        )
     if features.layout != torch.strided:
         raise TypeError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
     if features.dtype not in DTYPES:
@@ -85,8 +89,13 @@ def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
     shape = (*features.shape, 1, 1)[:4]
     strides = (*features.stride(), 0, 0)[:4]
     extension().second_moment(
-        features.data_ptr(), DTYPES.index(features.dtype), shape, strides, out.data_ptr(),
-        torch.get_num_threads(), isa,
+        features.data_ptr(),
+        DTYPES.index(features.dtype),
+        shape,
+        strides,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        isa,
     )
 
 
@@ -128,23 +137,38 @@ def example(device: str) -> tuple[Tensor]:
     return (torch.zeros(1, 8, 2, 2, device=device),)
 
 
-@torch.library.custom_op("rewrite_core::second_moment", mutates_args=())
+# define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
+torch.library.define(
+    "rewrite_core::second_moment",
+    "(Tensor features, str backend='auto') -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "rewrite_core::second_moment_",
+    "(Tensor(a!) out, Tensor features, str backend='auto') -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd")
 def _op(features: Tensor, backend: str = "auto") -> Tensor:
+    _check(features, None)  # again, for those who call torch.ops: the kernels trust what they are given
     out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
     select("second_moment", backend, features, out).load()(features, out)
     return out
 
 
-@_op.register_fake
+@torch.library.register_fake("rewrite_core::second_moment")
 def _(features: Tensor, backend: str = "auto") -> Tensor:
     return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
 
 
-@torch.library.custom_op("rewrite_core::second_moment_", mutates_args=("out",))
+@torch.library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd")
 def _op_(out: Tensor, features: Tensor, backend: str = "auto") -> None:
+    _check(features, out)
     select("second_moment", backend, features, out).load()(features, out)
 
 
-@_op_.register_fake
+@torch.library.register_fake("rewrite_core::second_moment_")
 def _(out: Tensor, features: Tensor, backend: str = "auto") -> None:
     return None

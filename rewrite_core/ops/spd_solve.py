@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class SPDFactor:
     backend: str = "auto"
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched: [B, n]
-        or [B, n, m]), with one step of iterative refinement."""
+        """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
+        [B, n] or [B, n, m]), with one step of iterative refinement."""
         _check_rhs(self.matrix, rhs)
         _check_finite("right-hand side", rhs)
         vectors = rhs.ndim == self.matrix.ndim - 1
@@ -50,11 +51,14 @@ class SPDFactor:
 
     @functools.cached_property
     def condition(self) -> Tensor:
-        """An estimate of the condition number in the 1-norm, scalar or [B]: a lower bound, seldom below a third of
-        it (Hager 1984; SciPy: ``scipy.linalg.lapack.dpocon``)."""
+        """An estimate of the condition number in the 1-norm, scalar or [B]: a lower bound, seldom below a
+        third of it (Hager 1984; SciPy: ``scipy.linalg.lapack.dpocon``)."""
         if self.matrix.ndim == 3:
             return torch.stack(
-                [SPDFactor(*parts, self.backend).condition for parts in zip(self.matrix, self.lower, self.shift)]
+                [
+                    SPDFactor(*parts, self.backend).condition
+                    for parts in zip(self.matrix, self.lower, self.shift, strict=True)
+                ]
             )
         n = len(self.matrix)
         x = self.matrix.new_full((n,), 1 / n)
@@ -68,8 +72,8 @@ class SPDFactor:
                 break
             x = torch.zeros_like(x)
             x[j] = 1
-        # a vector that cancellation cannot hide from (Higham 1988)
-        ramp = torch.linspace(1, 2, n).to(x) * torch.ones_like(x).index_fill_(0, torch.arange(1, n, 2).to(x.device), -1)
+        ramp = torch.linspace(1, 2, n).to(x)
+        ramp[1::2] *= -1  # a second guess that cancellation cannot hide from (Higham 1988)
         largest = torch.maximum(largest, 2 * self.solve(ramp).abs().sum() / (3 * n))
         return largest * self.matrix.abs().sum(0).max()
 
@@ -81,12 +85,13 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
     backend  "auto", "cpp" or "reference"
 
     A rank-deficient matrix (dead or duplicated channels, fewer keys than channels) gets the smallest of
-    0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times the
-    mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps
+    0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times
+    the mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps
     times its diagonal entry; below that it is rounding error.
 
-    Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape, an
-    asymmetric matrix, a zero matrix, or one with a clearly negative eigenvalue. SciPy: ``scipy.linalg.cho_factor``.
+    Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
+    an asymmetric matrix, a zero matrix, or one with a clearly negative eigenvalue.
+    SciPy: ``scipy.linalg.cho_factor``.
     """
     _check_matrix(matrix)
     matrix = matrix.detach().double()
@@ -97,8 +102,8 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
     mean = diagonal.mean(-1)
     if not (mean > 0).all():
         raise RewriteCoreError(
-            f"The mean diagonal of the matrix{_which(mean <= 0, matrix)} is {mean.min():.3g}, and a second moment's is "
-            "positive: collect keys that are not all zero first."
+            f"The mean diagonal of the matrix{_which(mean <= 0, matrix)} is {mean.min():.3g}, and a second "
+            "moment's is positive: collect keys that are not all zero first."
         )
     lower, good = _try(factor, full, diagonal)
     shift = torch.zeros_like(mean)
@@ -155,9 +160,10 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
     backend  "auto", "cpp" or "reference"
 
-    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; keep :func:`spd_factor` to solve
-    again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for what is
-    raised. Not differentiable: gradients stop here. SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
+    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; use :func:`spd_factor` to
+    solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
+    what is raised. Not differentiable: gradients stop here.
+    SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
     """
     _check_matrix(matrix)
     _check_rhs(matrix, rhs)
@@ -179,7 +185,9 @@ def _check_matrix(matrix: Tensor) -> None:
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not torch.isfinite(tensor).all():
-        raise NonFiniteError(f"The {name} holds NaN or infinity: look for overflow in the layer's activations.")
+        raise NonFiniteError(
+            f"The {name} holds NaN or infinity: look for overflow in the layer's activations."
+        )
 
 
 def _check_symmetric(matrix: Tensor) -> None:
@@ -208,7 +216,7 @@ def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
         )
     if rhs.device != matrix.device:
         raise RewriteCoreError(
-            f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one to the other."
+            f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one of them."
         )
 
 
@@ -257,14 +265,24 @@ BACKENDS = (
 
 
 def example(device: str) -> tuple[Tensor, Tensor]:
-    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(64, dtype=torch.float64, device=device)
+    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(
+        64, dtype=torch.float64, device=device
+    )
 
 
-@torch.library.custom_op("rewrite_core::spd_solve", mutates_args=())
+# define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
+torch.library.define(
+    "rewrite_core::spd_solve",
+    "(Tensor matrix, Tensor rhs, str backend='auto') -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd")
 def _op(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return spd_factor(matrix, backend).solve(rhs).contiguous()
 
 
-@_op.register_fake
+@torch.library.register_fake("rewrite_core::spd_solve")
 def _(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return rhs.new_empty(rhs.shape, dtype=torch.float64)

@@ -1,0 +1,32 @@
+# Everything sets itself up: a virtual environment, torch, the C++ extension. Needs Python >= 3.10 and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+OUT ?= demo_out
+
+SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/rewrite demo --out $(OUT)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/pytest $(TESTS)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/rewrite bench all
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rewrite_core needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml CMakeLists.txt $(SOURCES)
+	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo_out bench_out *.egg-info

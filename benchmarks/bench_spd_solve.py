@@ -1,0 +1,92 @@
+"""Solves with second moments, C x = b in float64, against torch.linalg: with and without a factor at hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rewrite_core.ops import spd_solve
+from rewrite_core.ops.spd_solve import spd_factor
+
+from .harness import Case, Contender, Problem
+
+OP = "spd_solve"
+COLD = ((1, 64, 1), (1, 256, 16), (1, 512, 1), (1, 512, 16), (1, 1024, 1), (8, 256, 1))  # batch, n, right sides
+WARM = ((1, 64, 1), (1, 512, 1), (1, 512, 16), (1, 1024, 1))
+
+
+def cases(quick: bool) -> list[Case]:
+    cold, warm = (((1, 48, 2),),) * 2 if quick else (COLD, WARM)
+    return [
+        *(Case(f"solve {_name(*sizes)}", functools.partial(make_cold, *sizes)) for sizes in cold),
+        *(Case(f"factored {_name(*sizes)}", functools.partial(make_warm, *sizes)) for sizes in warm),
+    ]
+
+
+def _name(batch: int, n: int, sides: int) -> str:
+    return f"{f'{batch}x ' if batch > 1 else ''}n {n}, {sides} rhs"
+
+
+def _data(batch: int, n: int, sides: int) -> tuple[Tensor, Tensor]:
+    """Second moments of 4 n keys whose channels differ in scale by 30, condition number about 1e4; a real one,
+    of a trained generator, has 3e3."""
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(batch, 4 * n, n, generator=generator, dtype=torch.float64)
+    keys *= torch.logspace(-1.5, 0, n, dtype=torch.float64)
+    matrix = keys.mT @ keys / (4 * n)
+    rhs = torch.randn(batch, n, sides, generator=generator, dtype=torch.float64)
+    return (matrix, rhs) if batch > 1 else (matrix[0], rhs[0])
+
+
+def _problem(ours: Contender, stock: list[Contender], matrix: Tensor, rhs: Tensor, factoring: bool) -> Problem:
+    n, sides = rhs.shape[-2:]
+    batch = rhs.numel() // (n * sides)
+    triangle = n * (n + 1) // 2
+    return Problem(
+        ours=ours,
+        stock=stock,
+        shapes={"matrix": list(matrix.shape), "rhs": list(rhs.shape)},
+        dtype="float64",
+        operations=batch * ((n**3 / 3 if factoring else 0) + 2 * n * n * sides),
+        traffic=batch * 8 * (triangle + 2 * n * sides),  # the triangle and b in, x out
+        error=lambda x: ((matrix @ x - rhs).norm() / rhs.norm()).item(),
+        error_kind="relative residual",
+        tolerance=1e-10,
+    )
+
+
+def make_cold(batch: int, n: int, sides: int, backend: str) -> Problem:
+    """Matrix and right-hand sides in, solution out. Ours also checks its input and refines once."""
+    matrix, rhs = _data(batch, n, sides)
+    stock = [
+        Contender("linalg.solve", lambda: torch.linalg.solve(matrix, rhs)),
+        Contender("linalg.inv @ b", lambda: torch.linalg.inv(matrix) @ rhs),
+        Contender("linalg.lstsq", lambda: torch.linalg.lstsq(matrix, rhs).solution),
+        Contender(
+            "cholesky, cholesky_solve", lambda: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
+        ),
+    ]
+    ours = Contender("rewrite_core", lambda: spd_solve(matrix, rhs, backend=backend))
+    return _problem(ours, stock, matrix, rhs, factoring=True)
+
+
+def make_warm(batch: int, n: int, sides: int, backend: str) -> Problem:
+    """A second solve with the same matrix: everybody has its factor, or inverse, at hand."""
+    matrix, rhs = _data(batch, n, sides)
+    factor, lower, inverse = spd_factor(matrix, backend), torch.linalg.cholesky(matrix), torch.linalg.inv(matrix)
+    pivoted = torch.linalg.lu_factor(matrix)
+    stock = [
+        Contender("cholesky_solve", lambda: torch.cholesky_solve(rhs, lower)),
+        Contender("linalg.lu_solve", lambda: torch.linalg.lu_solve(*pivoted, rhs)),
+        Contender("inverse @ b", lambda: inverse @ rhs),
+    ]
+    return _problem(
+        Contender("rewrite_core", lambda: factor.solve(rhs)), stock, matrix, rhs, factoring=False
+    )
+
+
+def bench_spd_solve(measure: Callable[[], None]) -> None:
+    measure()

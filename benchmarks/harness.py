@@ -1,0 +1,182 @@
+"""What a case is, how it is checked, and how its contenders are timed: interleaved, medians, one process.
+
+A suite ``bench_<op>.py`` declares ``OP`` and ``cases(quick)``; the runner and conftest.py do the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rewrite_core.backends import explain
+
+QUANTILES = (20, 50, 80)
+
+
+class Refused(Exception):
+    """Speed is not reported; the message is one sentence that says why."""
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to do a case's job.
+
+    run      does it once, and is timed
+    prepare  runs before each call, not timed (zeroes an accumulator)
+    rounds   run it so many times at most (for contenders of many seconds), or None
+    """
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], object] = _nothing
+    rounds: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A case with its data made.
+
+    operations, traffic  the floors of the job in floating-point operations and bytes (README.md): the same
+                         numbers for every contender, whatever it really does
+    error                of a contender's result against float64, a number that must be <= tolerance for ours
+    """
+
+    ours: Contender
+    stock: Sequence[Contender]
+    shapes: dict[str, list[int]]
+    dtype: str
+    operations: float
+    traffic: float
+    error: Callable[[Any], float]
+    error_kind: str
+    tolerance: float
+
+    @property
+    def contenders(self) -> list[Contender]:
+        return [self.ours, *self.stock]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A named case; ``make(backend)`` makes its data, with ours bound to that backend by name."""
+
+    name: str
+    make: Callable[[str], Problem]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A case whose result was found right, every contender's error, and how the op's own tests went."""
+
+    case: Case
+    problem: Problem
+    backend: str
+    tests: str
+    errors: dict[str, float]
+
+
+def chosen_backend(op: str) -> str:
+    """The backend "auto" picks on this CPU. Cases ask for it by name, so a record cannot name another."""
+    choice = next(choice for choice in explain().choices if (choice.op, choice.device) == (op, "cpu"))
+    if choice.backend == "none":
+        raise Refused(f"No backend of {op} runs here ({'; '.join(': '.join(why) for why in choice.reasons)}).")
+    return choice.backend
+
+
+def check(op: str, case: Case, tests: str) -> Checked:
+    """Run every contender once and compare with float64; raises Refused where ours is wrong."""
+    backend = chosen_backend(op)
+    try:
+        problem = case.make(backend)
+        errors = {}
+        for contender in problem.contenders:
+            contender.prepare()
+            errors[contender.name] = problem.error(contender.run())
+    except Exception as error:
+        raise Refused(f"Case {case.name!r} of {op} does not run ({type(error).__name__}: {error}).") from error
+    error = errors[problem.ours.name]
+    if not error <= problem.tolerance:  # also NaN
+        raise Refused(
+            f"{op} is wrong here, so its speed is not reported: in case {case.name!r} the {problem.error_kind} of "
+            f"backend {backend!r} is {error:.2e}, above {problem.tolerance:.0e}; run its tests and mend it first."
+        )
+    return Checked(case, problem, backend, tests, errors)
+
+
+class Race:
+    """Times the contenders in turns: one call each per round, so that a change in the machine's speed meets all.
+
+    A round is ``others()`` then ``ours()``: pytest-benchmark can own the loop with the first as its set-up.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.times: dict[str, list[float]] = {contender.name: [] for contender in problem.contenders}
+        self._round = 0
+
+    def plan(self, quick: bool) -> int:
+        """Warms up (not recorded) and says how many rounds to run: a few seconds' worth."""
+        start = time.perf_counter()
+        for contender in self.problem.contenders:
+            if contender.rounds is None:
+                contender.prepare()
+                contender.run()
+        seconds = max(time.perf_counter() - start, 1e-6)
+        budget, least, most = (0.2, 3, 21) if quick else (4.0, 11, 201)
+        return min(max(math.ceil(budget / seconds), least), most)
+
+    def others(self) -> None:
+        stock = list(self.problem.stock)
+        turn = self._round % max(len(stock), 1)  # nobody always follows the same one
+        for contender in stock[turn:] + stock[:turn]:
+            if contender.rounds is None or self._round < contender.rounds:
+                self._time(contender)
+        self._round += 1
+        self.problem.ours.prepare()
+
+    def ours(self) -> None:
+        self._time(self.problem.ours, prepared=True)
+
+    def run(self, quick: bool) -> None:
+        for _ in range(self.plan(quick)):
+            self.others()
+            self.ours()
+
+    def _time(self, contender: Contender, prepared: bool = False) -> None:
+        if not prepared:
+            contender.prepare()
+        start = time.perf_counter()
+        contender.run()
+        self.times[contender.name].append(time.perf_counter() - start)
+
+
+def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str, Any]:
+    """The record of one case, without what is the same for the whole run."""
+    problem = checked.problem
+    contenders = {}
+    for name, times in race.times.items():
+        p20, p50, p80 = (float(value) for value in np.percentile(times, QUANTILES))
+        contenders[name] = {
+            "p20": p20, "p50": p50, "p80": p80, "rounds": len(times),
+            "gflops": problem.operations / p50 / 1e9, "error": checked.errors[name],
+        }  # fmt: skip
+    ours = contenders[problem.ours.name]
+    best = min((contender.name for contender in problem.stock), key=lambda name: contenders[name]["p50"])
+    return {
+        "op": op, "case": checked.case.name, "quick": quick, "backend": checked.backend,
+        "shapes": problem.shapes, "dtype": problem.dtype,
+        **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
+        "operations": problem.operations, "bytes": problem.traffic,
+        "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,
+        "best_stock": best, "ratio": contenders[best]["p50"] / ours["p50"],
+        "contenders": contenders,
+    }  # fmt: skip

@@ -1,0 +1,225 @@
+"""Where measurements go: one JSON line each, a table on the terminal, a picture per op.
+
+Lines are only ever appended, to ``<machine>.jsonl`` (quick runs: ``<machine>.quick.jsonl``); a picture shows
+the latest line of every case.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewrite_core.backends import extension, extension_reason
+from rewrite_core.files import atomic_write
+from rewrite_core.version import __version__
+
+SCHEMA = 1
+QUIET = 0.5  # load average; above it others are at work, and OpenMP's spinning threads wait for whole time slices
+Record = dict[str, Any]
+
+
+def checkout() -> Path | None:
+    """The source checkout these benchmarks belong to: the folder around this file, or the working directory."""
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        project = folder / "pyproject.toml"
+        if project.is_file() and re.search(r'^name = "rewrite_core"', project.read_text(), re.M):
+            return folder
+    return None
+
+
+def cpu_name() -> str:
+    """The CPU's model name; never the machine's own name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return found[1].strip() if found else platform.machine()
+
+
+def machine_name() -> str:
+    """A file name made of the CPU's model name, such as "amd-epyc-9654"."""
+    plain = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b", " ", cpu_name().lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+def commit() -> str | None:
+    """The checkout's git commit, "+" added where files differ from it; None without git or checkout."""
+    folder = checkout()
+    if folder is None:
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        return None
+
+
+def environment() -> Record:
+    """What is the same for every line of a run. `load`, the load average, is from before it started."""
+    return {
+        "schema": SCHEMA,
+        "machine": machine_name(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": extension().isa() if extension_reason() is None else None,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rewrite_core": __version__,
+        "commit": commit(),
+    }
+
+
+def append(path: Path, record: Record) -> None:
+    """One more line, in one write, on the disk when this returns; a line that a crash cut off is closed first."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Record]:
+    """All lines; those that a crash cut off are passed over."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def disturbance(here: Record) -> str:
+    """What to say of a line measured on a busy machine."""
+    return f"not a quiet machine (load average {here['load']}): measure again before you quote these times"
+
+
+def duration(seconds: float) -> str:
+    """Three digits with a unit: 1.23 ms."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+class Report:
+    """Collects the measurements of one run. Raises OSError where `out` cannot be written."""
+
+    def __init__(self, out: Path, quick: bool, write: Callable[[str], None]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.environment = environment()
+        self.stem = self.environment["machine"] + ".quick" * quick
+        self.out, self.path = out, out / f"{self.stem}.jsonl"
+        self.quick = quick
+        self.records: list[Record] = []
+        self._write = write
+
+    def start(self) -> None:
+        """Says what is measured on, and the column heads."""
+        here = self.environment
+        self._write(
+            f"{here['cpu']} ({here['isa'] or 'extension not built'}), {here['threads']} threads, "
+            f"torch {here['torch']}, rewrite_core {here['rewrite_core']}, commit {(here['commit'] or '-')[:12]}"
+        )
+        if here["load"] > QUIET:
+            self._write(f"note: {disturbance(here)}")
+        if self.quick:
+            self._write("note: tiny cases and no tests: this run shows that the benchmarks work, not how fast we are")
+        self._write("")
+        self._write(f"{'':34}{'p50':>9}{'p20':>9}{'p80':>9}{'GFLOP/s':>9}{'error':>10}{'time / ours':>12}")
+
+    def add(self, measured: Record) -> None:
+        """Append the line and print the case."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = {"timestamp": now, **self.environment, **measured}
+        append(self.path, record)
+        self.records.append(record)
+        self._write(f"{record['op']}: {record['case']} ({record['backend']})")
+        for name, times in record["contenders"].items():
+            best = "*" if name == record["best_stock"] else " "
+            self._write(
+                f"  {best} {name:30}{duration(times['p50']):>9}{duration(times['p20']):>9}"
+                f"{duration(times['p80']):>9}{times['gflops']:9.3g}{times['error']:10.1e}"
+                f"{times['p50'] / record['p50']:11.2f}x"
+            )
+
+    def finish(self) -> None:
+        """Prints the geometric mean of the ratios of every op, and draws the pictures."""
+        for op in dict.fromkeys(record["op"] for record in self.records):
+            ratios = [record["ratio"] for record in self.records if record["op"] == op]
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            picture = self.out / f"{self.stem}.{op}.png"
+            latest = {record["case"]: record for record in read(self.path) if record["op"] == op}
+            draw(op, list(latest.values()), picture)
+            self._write(
+                f"{op}: the best stock expression (*) takes {mean:.2f}x our time, geometric mean over {len(ratios)} "
+                f"cases (worst {min(ratios):.2f}x) -> {picture}"
+            )
+        if self.records:
+            self._write(f"{len(self.records)} lines appended to {self.path}")
+            if self.environment["load"] > QUIET:
+                self._write(f"note: {disturbance(self.environment)}")
+
+
+def draw(op: str, records: list[Record], path: Path) -> None:
+    """Medians with their 20 % and 80 % marks, one group of bars per case, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and no pyplot: no global state
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
+    bars = sum(len(record["contenders"]) + 1 for record in records)
+    figure = Figure(figsize=(10, 1.6 + 0.24 * bars), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    row, labels = 0, []
+    for record in records:
+        first = row
+        for name, times in record["contenders"].items():
+            p20, p50, p80 = times["p20"], times["p50"], times["p80"]
+            axes.barh(
+                row, p50, height=0.85, color=f"C{names.index(name) % 10}", label=name,
+                xerr=[[p50 - p20], [p80 - p50]], error_kw={"elinewidth": 1, "capsize": 2},
+            )  # fmt: skip
+            mark = "" if name == next(iter(record["contenders"])) else f" {p50 / record['p50']:.2f}x"
+            axes.text(p80, row, f" {duration(p50)}{mark}", va="center", fontsize=7)
+            row += 1
+        labels.append(((first + row - 1) / 2, f"{record['case']}\n({record['backend']})"))
+        row += 1
+    axes.set_yticks([place for place, _ in labels], [text for _, text in labels], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 4)  # room for the numbers
+    axes.set_xlabel("seconds, median (marks: 20 % and 80 %); numbers: time / ours")
+    here = records[-1]
+    title = f"{op}, {here['cpu']}, {here['threads']} threads, torch {here['torch']}"
+    busy = max(records, key=lambda record: record["load"])
+    if busy["load"] > QUIET:
+        title += f"\n{disturbance(busy)}"
+    axes.set_title(title, fontsize=10)
+    handles, texts = axes.get_legend_handles_labels()
+    unique = dict(zip(texts, handles))
+    axes.legend(unique.values(), unique.keys(), fontsize=7, loc="best")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

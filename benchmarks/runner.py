@@ -1,0 +1,122 @@
+"""Runs suites without pytest: what ``rewrite bench`` calls."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import rewrite_core
+
+from . import report
+from .harness import Checked, Race, Refused, check, measurement
+
+SUITES = {
+    "second-moment": "bench_second_moment",
+    "spd-solve": "bench_spd_solve",
+    "fit-low-rank": "bench_fit_low_rank",
+}
+
+
+def suite(name: str) -> ModuleType:
+    """The module of a suite, which has ``OP`` and ``cases(quick)``."""
+    return importlib.import_module(f".{SUITES[name]}", __package__)
+
+
+def run_tests(op: str) -> str:
+    """Run the op's own tests, in a source checkout: "passed", or "none here" for an installed wheel.
+
+    Raises Refused where they fail.
+    """
+    folder = report.checkout()
+    if folder is None or not (folder / "tests").is_dir():
+        return "none here"
+    tests = folder / "tests" / f"test_{op}.py"
+    if not tests.is_file():
+        raise Refused(f"{op} has no tests/{tests.name}, and the speed of an untested op is not reported: write it.")
+    if importlib.util.find_spec("pytest") is None:
+        raise Refused("pytest is not installed, so the tests cannot run: run `pip install 'rewrite_core[test]'`.")
+    # The tests must meet the very library that is measured, whatever else is on the path; cwd, because
+    # `python -m` puts it there first. The tests name their backends, and run in full.
+    dropped = ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
+    variables = {key: value for key, value in os.environ.items() if key not in dropped}
+    library = str(Path(rewrite_core.__file__).resolve().parent.parent)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [library, variables.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(
+        command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        cause = lines[0] if lines else (done.stderr.strip().splitlines() or ["pytest said nothing"])[-1]
+        raise Refused(
+            f"The tests of {op} fail, so its speed is not reported ({cause}): run `pytest {tests}` and mend it first."
+        )
+    return "passed"
+
+
+def gate(module: ModuleType, quick: bool) -> list[Checked]:
+    """Every case of a suite, each found right; raises Refused before anything is timed.
+
+    Quick runs check the cases alone: the tests take longer than they do, and their lines say so.
+    """
+    tests = "not run" if quick else run_tests(module.OP)
+    return [check(module.OP, case, tests) for case in module.cases(quick)]
+
+
+def main(names: Sequence[str], out: Path, quick: bool) -> int:
+    """Check and measure suites; the exit status.
+
+    names  of ``SUITES``, or "all"
+    out    folder for the JSON lines and pictures, made where missing; lines are appended
+    quick  tiny cases, few rounds, without the ops' tests: a smoke test, kept apart from the results
+
+    0: measured. 1: refused, for an op is wrong here (stderr says which). 2: bad input.
+    """
+    unknown = [name for name in names if name not in (*SUITES, "all")]
+    if unknown or not names:
+        what = f"There is no benchmark {unknown[0]!r}" if unknown else "No benchmark was named"
+        print(f"{what}: use {', '.join(SUITES)}, or all.", file=sys.stderr)
+        return 2
+    chosen = list(SUITES) if "all" in names else list(dict.fromkeys(names))
+
+    threads = torch.get_num_threads()
+    if quick:
+        torch.set_num_threads(1)  # OpenMP's spinning threads would make it slow on a busy machine
+    try:
+        try:
+            sheet = report.Report(Path(out), quick, functools.partial(print, flush=True))
+        except OSError as error:
+            print(f"Results cannot be written to {out} ({error.strerror}): choose another folder.", file=sys.stderr)
+            return 2
+        return _run(chosen, sheet, quick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(names: Sequence[str], sheet: report.Report, quick: bool) -> int:
+    sheet.start()
+    for name in names:
+        module = suite(name)
+        print(f"checking {module.OP} ...", flush=True)
+        try:
+            checked = gate(module, quick)
+        except Refused as refusal:
+            print(refusal, file=sys.stderr, flush=True)
+            sheet.finish()  # what was measured before is right, and stays
+            return 1
+        while checked:
+            entry = checked.pop(0)  # its data go when it is done
+            race = Race(entry.problem)
+            race.run(quick)
+            sheet.add(measurement(module.OP, entry, race, quick))
+    sheet.finish()
+    return 0

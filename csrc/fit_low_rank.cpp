@@ -1,0 +1,150 @@
+#include "fit_low_rank.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace rewrite_core {
+namespace {
+
+int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// Hands out pieces of one block of doubles; with no block it only counts.
+class Arena {
+ public:
+  explicit Arena(double* data) : data_(data) {}
+  double* take(int64_t count) {
+    double* piece = data_ ? data_ + used_ : nullptr;
+    used_ += round_up(count, fit_padding);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  double* data_;
+  int64_t used_ = 0;
+};
+
+FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
+  FitEdit edit{};
+  edit.number = number;
+  edit.pixels = kept;
+  edit.rows = round_up(problem.unknowns, fit_rows);
+  edit.leading = round_up(std::max(edit.rows, problem.unknowns + 1), fit_padding);  // a column for the right-hand side
+  edit.exact = !problem.absolute && problem.slope == 1.0 && !problem.constant;
+  edit.dual_form = !edit.exact && !problem.penalty && kept < problem.unknowns;
+  edit.stride = round_up(kept + (edit.dual_form || kept == 0), fit_padding);
+  edit.order = edit.dual_form ? kept : problem.unknowns;
+  edit.order_leading = edit.dual_form ? edit.stride : edit.leading;
+  return edit;
+}
+
+void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
+  const int64_t square = problem.unknowns * edit.leading;
+  edit.kept = reinterpret_cast<int64_t*>(arena.take(edit.pixels));
+  edit.basis = arena.take(edit.rows * edit.stride);
+  edit.weights = arena.take(edit.stride);
+  edit.size = arena.take(edit.leading);
+  edit.quadratic = problem.quadratic ? arena.take(square) : nullptr;
+  edit.penalty = problem.penalty ? arena.take(square) : nullptr;
+  // the Gram kernel writes whole register blocks
+  edit.gram = edit.dual_form ? arena.take(edit.order * edit.order_leading)
+              : edit.exact   ? arena.take(edit.rows * edit.leading)
+                             : nullptr;
+  edit.factor = edit.exact ? arena.take(square) : nullptr;
+}
+
+FitScratch take_scratch(Arena& arena, const FitEdit& largest) {
+  FitScratch scratch;
+  double** const pixels[] = {&scratch.base, &scratch.target, &scratch.shift, &scratch.lin, &scratch.new_lin,
+                             &scratch.r, &scratch.inverse, &scratch.steep, &scratch.dual, &scratch.slopes,
+                             &scratch.curvature, &scratch.root, &scratch.spare};
+  double** const unknowns[] = {&scratch.x, &scratch.new_x, &scratch.best_x, &scratch.gradient, &scratch.step,
+                               &scratch.dm, &scratch.new_dm, &scratch.half};
+  static_assert(sizeof(pixels) / sizeof(*pixels) == fit_pixel_buffers);
+  static_assert(sizeof(unknowns) / sizeof(*unknowns) == fit_unknown_buffers);
+  for (double** buffer : pixels) *buffer = arena.take(largest.stride);
+  for (double** buffer : unknowns) *buffer = arena.take(largest.leading);
+  const int64_t square = largest.rows * largest.leading;  // whatever the form: edits differ in pixels
+  scratch.matrix = arena.take(square);
+  scratch.factor = arena.take(square);
+  scratch.weighted = arena.take(largest.rows * fit_panel);
+  return scratch;
+}
+
+}  // namespace
+
+Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
+  if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 ||
+      problem.max_iterations < 1 || isa > detect_isa()) {
+    return Status::bad_argument;
+  }
+  if (problem.edits == 0 || problem.channels == 0) return Status::ok;
+  const FitTable& table = isa == Isa::avx512 ? avx512::fit_table
+                          : isa == Isa::avx2 ? avx2::fit_table
+                                             : portable::fit_table;
+  const bool convex = problem.slope == 1.0 && !problem.constant;
+  problem.slow_rate =
+      convex ? fit_smoothing_rate : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
+
+  // Edits in groups, so that their prepared arrays stay small; every thread then takes channels of any of them.
+  const FitEdit largest = edit_sizes(problem, 0, problem.pixels);
+  Arena edit_count(nullptr), scratch_count(nullptr);
+  FitEdit counted = largest;
+  take_edit(edit_count, problem, counted);
+  // an edit in dual form has fewer pixels than unknowns, so its Gram matrix is no larger than this
+  const int64_t edit_doubles = edit_count.used() + largest.rows * largest.leading;
+  take_scratch(scratch_count, largest);
+  const int64_t scratch_doubles = scratch_count.used();
+  const int64_t group = std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
+
+  // A thread costs some 20 us to start: give each at least a million multiply-adds.
+  const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  constexpr int64_t chunk = 4;  // channels per task
+  const int64_t chunks = (problem.channels + chunk - 1) / chunk;
+
+  Aligned<double> edit_memory(group * edit_doubles);
+  Aligned<double> scratch_memory(threads * scratch_doubles);
+  Aligned<FitEdit> edits(group);
+  if (!edit_memory.data() || !scratch_memory.data() || !edits.data()) return Status::out_of_memory;
+
+  Team::run(threads, [&](Team& team) {
+    Arena mine(scratch_memory.data() + team.join() * scratch_doubles);
+    const FitScratch scratch = take_scratch(mine, largest);
+    for (int64_t first = 0; first < problem.edits; first += group) {
+      const int64_t count = std::min(group, problem.edits - first);
+      for (int64_t task = team.next(); task < count; task = team.next()) {
+        const double* weights = problem.pixel_weights ? problem.pixel_weights + (first + task) * problem.pixels : nullptr;
+        int64_t kept = problem.pixels;
+        if (weights) kept = std::count_if(weights, weights + problem.pixels, [](double w) { return w > 0; });
+        FitEdit edit = edit_sizes(problem, first + task, kept);
+        Arena arena(edit_memory.data() + task * edit_doubles);
+        take_edit(arena, problem, edit);
+        double sum = 0;
+        int64_t place = 0;
+        for (int64_t p = 0; p < problem.pixels; ++p) {
+          const double weight = weights ? weights[p] : 1.0;
+          if (!(weight > 0)) continue;
+          edit.kept[place] = p;
+          edit.weights[place++] = weight;
+          sum += weight;
+        }
+        for (int64_t p = 0; p < edit.stride; ++p) edit.weights[p] = p < kept ? edit.weights[p] / sum : 0.0;
+        table.prepare(problem, edit, scratch);
+        edits.data()[task] = edit;
+      }
+      team.meet();
+      for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
+        const FitEdit& edit = edits.data()[task / chunks];
+        const int64_t channel = task % chunks * chunk;
+        for (int64_t o = channel; o < std::min(problem.channels, channel + chunk); ++o) {
+          table.fit(problem, edit, o, scratch);
+        }
+      }
+      team.meet();
+    }
+  });
+  return Status::ok;
+}
+
+}  // namespace rewrite_core

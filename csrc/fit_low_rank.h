@@ -1,0 +1,12 @@
+// Per-channel fits of a rank-R change's coefficients; rewrite_core/ops/fit_low_rank.py states the problem.
+#pragma once
+
+#include "common.h"
+#include "fit_low_rank_isa.h"
+
+namespace rewrite_core {
+
+// problem.slow_rate is filled in here. The same bits for any number of threads.
+Status fit_low_rank(FitProblem problem, int threads, Isa isa);
+
+}  // namespace rewrite_core

@@ -1,0 +1,774 @@
+// Compiled once per instruction set with REWRITE_CORE_ISA as the namespace; see fit_low_rank_isa.h.
+// The mathematics and the names are those of `_reference` in rewrite_core/ops/fit_low_rank.py. One difference:
+// the Jacobian m basis + dm lin^T is never formed, its products are expanded.
+#include "fit_low_rank_isa.h"
+
+#include <immintrin.h>
+
+namespace rewrite_core {
+namespace REWRITE_CORE_ISA {
+namespace {
+
+#if defined(REWRITE_CORE_ISA_avx512)
+typedef __m512d Vec;
+inline Vec square_root(Vec a) { return _mm512_maskz_sqrt_pd(0xff, a); }  // the plain one warns in GCC 12
+#elif defined(REWRITE_CORE_ISA_avx2)
+typedef __m256d Vec;
+inline Vec square_root(Vec a) { return _mm256_sqrt_pd(a); }
+#else
+typedef __m128d Vec;
+inline Vec square_root(Vec a) { return _mm_sqrt_pd(a); }
+#endif
+constexpr int lanes = sizeof(Vec) / sizeof(double);
+
+inline double square_root(double a) {
+  return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a)));
+}
+inline Vec fill(double a) { return Vec{} + a; }
+
+// 1 / sqrt(a) for a > 0, to the last bit or two.
+inline Vec inverse_root(Vec a) {
+#if defined(REWRITE_CORE_ISA_avx512)
+  Vec y = _mm512_maskz_rsqrt14_pd(0xff, a);  // 14 bits, doubled twice: a third of the time of a root and a division
+  const Vec half = 0.5 * a;
+  y *= 1.5 - half * y * y;
+  return y * (1.5 - half * y * y);
+#else
+  return 1.0 / square_root(a);
+#endif
+}
+inline Vec load(const double* a) { return *reinterpret_cast<const Vec*>(a); }
+inline void store(double* a, Vec v) { *reinterpret_cast<Vec*>(a) = v; }
+inline Vec magnitude(Vec a) { return a < 0.0 ? -a : a; }
+inline double magnitude(double a) { return a < 0.0 ? -a : a; }
+inline bool finite(double a) { return a - a == 0.0; }
+
+inline double total(Vec v) {
+  typedef long long Pick __attribute__((vector_size(sizeof(Vec)), unused));
+#if defined(REWRITE_CORE_ISA_avx512)
+  v += __builtin_shuffle(v, Pick{4, 5, 6, 7, 0, 1, 2, 3});
+  v += __builtin_shuffle(v, Pick{2, 3, 0, 1, 6, 7, 4, 5});
+#elif defined(REWRITE_CORE_ISA_avx2)
+  v += __builtin_shuffle(v, Pick{2, 3, 0, 1});
+#endif
+  return v[0] + v[1];
+}
+
+inline double dot(const double* a, const double* b, int64_t n) {  // n a whole number of vectors
+  Vec sum = {};
+  for (int64_t i = 0; i < n; i += lanes) sum += load(a + i) * load(b + i);
+  return total(sum);
+}
+
+inline void copy(const double* from, double* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+inline void clear(double* a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) a[i] = 0.0;
+}
+
+// matrix [n, leading] times x; n <= leading, both padded with zeros.
+void multiply(const double* matrix, int64_t leading, int64_t n, const double* x, double* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = dot(matrix + i * leading, x, leading);
+}
+
+// One register block of the weighted Gram matrix: out[i, j] += sum_p weighted[i, p] plain[j, p].
+template <int block>
+inline void gram_block(const double* weighted, int64_t weighted_stride, const double* plain, int64_t plain_stride,
+                       int64_t count, double* out, int64_t leading) {
+  Vec sum[block][block] = {};
+  for (int64_t p = 0; p < count; p += lanes) {
+    Vec column[block];
+#pragma GCC unroll 4
+    for (int j = 0; j < block; ++j) column[j] = load(plain + j * plain_stride + p);
+#pragma GCC unroll 4
+    for (int i = 0; i < block; ++i) {
+      const Vec row = load(weighted + i * weighted_stride + p);
+#pragma GCC unroll 4
+      for (int j = 0; j < block; ++j) sum[i][j] += row * column[j];
+    }
+  }
+  for (int i = 0; i < block; ++i) {
+    for (int j = 0; j < block; ++j) out[i * leading + j] += total(sum[i][j]);
+  }
+}
+
+// Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T. Where they are
+// given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
+template <int block>
+void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin, const double* slopes,
+             double* matrix, double* leaning, double* gradient, double* weighted) {
+  const int64_t rows = (unknowns + block - 1) / block * block;
+  clear(matrix, rows * edit.leading);
+  if (gradient) {
+    clear(leaning, rows);
+    clear(gradient, rows);
+  }
+  for (int64_t start = 0; start < edit.stride; start += fit_panel) {
+    const int64_t count = edit.stride - start < fit_panel ? edit.stride - start : fit_panel;
+    const double* basis = edit.basis + start;
+    for (int64_t j = 0; j < rows; j += block) {
+      Vec leans[block] = {}, turns[block] = {};
+      for (int64_t p = 0; p < count; p += lanes) {
+        const Vec scale = load(curvature + start + p);
+        const Vec along = gradient ? load(lin + start + p) : Vec{}, slope = gradient ? load(slopes + start + p) : Vec{};
+#pragma GCC unroll 4
+        for (int i = 0; i < block; ++i) {
+          const Vec plain = load(basis + (j + i) * edit.stride + p), row = plain * scale;
+          store(weighted + (j + i) * fit_panel + p, row);
+          leans[i] += row * along;
+          turns[i] += plain * slope;
+        }
+      }
+      if (!gradient) continue;
+      for (int i = 0; i < block; ++i) {
+        leaning[j + i] += total(leans[i]);
+        gradient[j + i] += total(turns[i]);
+      }
+    }
+    for (int64_t i = 0; i < rows; i += block) {
+      for (int64_t j = i; j < rows; j += block) {
+        gram_block<block>(weighted + i * fit_panel, fit_panel, basis + j * edit.stride, edit.stride, count,
+                          matrix + i * edit.leading + j, edit.leading);
+      }
+    }
+  }
+}
+
+void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin, const double* slopes,
+          double* matrix, double* leaning, double* gradient, double* weighted) {
+#if defined(REWRITE_CORE_ISA_avx512)
+  if (unknowns > 12) {
+    return gram_of<4>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
+  }
+#endif
+  gram_of<3>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
+}
+
+// factor = U with U^T D^-1 U = matrix + shift I, upper triangles, D the diagonal of U; its place holds 1 / D_kk.
+// Where `right` is given, its forward substitution rides along in column n. False where a pivot is not above `least`.
+bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least, const double* right,
+               double* factor) {
+  constexpr int64_t tile = 32;  // rows eliminated at a time: the rest of the matrix is read n / 32 times
+  for (int64_t i = 0; i < n; ++i) {
+    double* row = factor + i * leading;
+    for (int64_t j = i & ~int64_t{fit_padding - 1}; j < leading; j += lanes) store(row + j, load(matrix + i * leading + j));
+    row[i] += shift;
+    if (right) row[n] = right[i];
+  }
+  for (int64_t start = 0; start < n; start += tile) {
+    const int64_t end = start + tile < n ? start + tile : n;
+    for (int64_t k = start; k < end; ++k) {
+      double* pivot_row = factor + k * leading;
+      const double pivot = pivot_row[k];
+      if (!(pivot > least) || !finite(pivot)) return false;
+      const double inverse = 1.0 / pivot;
+      for (int64_t j = k & ~int64_t{lanes - 1}; j < k; ++j) pivot_row[j] = 0.0;  // left over from the other triangle
+      pivot_row[k] = inverse;
+      for (int64_t i = k + 1; i < end; ++i) {
+        const double scale = pivot_row[i] * inverse;
+        double* row = factor + i * leading;
+        for (int64_t j = i & ~int64_t{lanes - 1}; j < leading; j += lanes) {
+          store(row + j, load(row + j) - scale * load(pivot_row + j));
+        }
+      }
+    }
+    for (int64_t i = end; i < n; ++i) {
+      double* row = factor + i * leading;
+      double scales[tile];
+      for (int64_t k = start; k < end; ++k) scales[k - start] = factor[k * leading + i] * factor[k * leading + k];
+      int64_t j = i & ~int64_t{lanes - 1};
+      for (; j + 4 * lanes <= leading; j += 4 * lanes) {
+        Vec a = load(row + j), b = load(row + j + lanes), c = load(row + j + 2 * lanes), d = load(row + j + 3 * lanes);
+        for (int64_t k = start; k < end; ++k) {
+          const double scale = scales[k - start];
+          const double* pivot_row = factor + k * leading + j;
+          a -= scale * load(pivot_row);
+          b -= scale * load(pivot_row + lanes);
+          c -= scale * load(pivot_row + 2 * lanes);
+          d -= scale * load(pivot_row + 3 * lanes);
+        }
+        store(row + j, a);
+        store(row + j + lanes, b);
+        store(row + j + 2 * lanes, c);
+        store(row + j + 3 * lanes, d);
+      }
+      for (; j < leading; j += lanes) {
+        Vec a = load(row + j);
+        for (int64_t k = start; k < end; ++k) a -= scales[k - start] * load(factor + k * leading + j);
+        store(row + j, a);
+      }
+    }
+  }
+  return true;
+}
+
+// The same substitution for a right-hand side of its own, in place; x is padded to `leading`.
+void substitute(const double* factor, int64_t n, int64_t leading, double* x) {
+  for (int64_t k = 0; k < n; ++k) {
+    const double* row = factor + k * leading;
+    const double value = x[k], scale = value * row[k];
+    for (int64_t j = k & ~int64_t{lanes - 1}; j < leading; j += lanes) {
+      store(x + j, load(x + j) - scale * load(row + j));
+    }
+    x[k] = value;
+  }
+}
+
+// x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step` apart.
+void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step, double* x) {
+  clear(x, leading);
+  for (int64_t k = n - 1; k >= 0; --k) {
+    const double* row = factor + k * leading;
+    const int64_t first = k & ~int64_t{lanes - 1};
+    x[k] = -(right[k * step] + dot(row + first, x + first, leading - first)) * row[k];
+  }
+}
+
+// Value, residual and derivatives of one channel; float64, unknowns scaled.
+struct Model {
+  const FitProblem& problem;
+  const FitEdit& edit;
+  const FitScratch& scratch;
+  double constant = 0.0;
+  const double* linear = nullptr;  // not scaled
+  double scale = 0.0;              // penalty_scale
+
+  // lin [pixels]; m; dm [unknowns], nothing without demodulation.
+  double linearise(const double* x, double* lin, double* dm) const {
+    const int64_t unknowns = problem.unknowns, stride = edit.stride;
+    int64_t p = 0;
+    for (; p + 4 * lanes <= stride; p += 4 * lanes) {
+      const double* at = scratch.base + p;
+      Vec a = load(at), b = load(at + lanes), c = load(at + 2 * lanes), d = load(at + 3 * lanes);
+      for (int64_t j = 0; j < unknowns; ++j) {
+        const double* row = edit.basis + j * stride + p;
+        a += x[j] * load(row);
+        b += x[j] * load(row + lanes);
+        c += x[j] * load(row + 2 * lanes);
+        d += x[j] * load(row + 3 * lanes);
+      }
+      store(lin + p, a);
+      store(lin + p + lanes, b);
+      store(lin + p + 2 * lanes, c);
+      store(lin + p + 3 * lanes, d);
+    }
+    for (; p < stride; p += lanes) {
+      Vec a = load(scratch.base + p);
+      for (int64_t j = 0; j < unknowns; ++j) a += x[j] * load(edit.basis + j * stride + p);
+      store(lin + p, a);
+    }
+    if (!problem.constant) return 1.0;
+    double square = constant;
+    multiply(edit.quadratic, edit.leading, unknowns, x, dm);
+    for (int64_t j = 0; j < unknowns; ++j) {
+      const double slant = linear[j] / edit.size[j];
+      dm[j] += slant;  // half the gradient of the squared norm
+      square += (slant + dm[j]) * x[j];
+    }
+    const double m = 1.0 / square_root(square);  // NaN or infinite where not positive: rejected
+    const double factor = -m * m * m;
+    for (int64_t j = 0; j < unknowns; ++j) dm[j] *= factor;
+    return m;
+  }
+
+  double penalised(const double* x) const {
+    if (!edit.penalty) return 0.0;
+    double sum = 0.0;
+    for (int64_t j = 0; j < problem.unknowns; ++j) sum += x[j] * dot(edit.penalty + j * edit.leading, x, edit.leading);
+    return scale * sum;
+  }
+};
+
+struct Objectives {
+  double smooth;  // with the rounded kink and, for l1, the rounded absolute value
+  double data;    // the loss itself
+};
+
+template <bool absolute, bool rounded>
+Objectives objectives(const Model& model, const double* lin, double m, double smoothing) {
+  const FitScratch& scratch = model.scratch;
+  const double slope = model.problem.slope, gain = model.problem.gain;
+  const double kink = rounded ? fit_kink / magnitude(gain) * smoothing : 0.0;
+  const double up = 0.5 * gain * (1.0 + slope), down = 0.5 * gain * (1.0 - slope);
+  Vec smooth = {}, data = {};
+  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
+    const Vec pre = m * load(lin + p) + load(scratch.shift + p);
+    const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
+    Vec sharp, r;
+    if (rounded) {
+      const Vec steep = pre > 0.0 ? fill(gain) : fill(gain * slope);
+      sharp = steep * pre - target;
+      const Vec square = pre * pre + kink * kink;
+      r = up * pre + down * (square * inverse_root(square)) - target;
+    } else {
+      r = sharp = gain * pre - target;
+    }
+    if (absolute) {
+      const Vec square = r * r + smoothing * smoothing;
+      smooth += weight * (square * inverse_root(square));
+      data += weight * magnitude(sharp);
+    } else {
+      smooth += weight * (r * r);
+      data += weight * (sharp * sharp);
+    }
+  }
+  return {total(smooth), total(data)};
+}
+
+// At the current point: r, inverse (1 / eta), steep, slopes, curvature. Returns the smooth objective.
+template <bool absolute, bool rounded>
+double derive(const Model& model, const double* lin, double m, double smoothing) {
+  const FitScratch& scratch = model.scratch;
+  const double slope = model.problem.slope, gain = model.problem.gain;
+  const double kink = rounded ? fit_kink / magnitude(gain) * smoothing : 0.0;
+  const double up = 0.5 * gain * (1.0 + slope), down = 0.5 * gain * (1.0 - slope);
+  Vec smooth = {};
+  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
+    const Vec pre = m * load(lin + p) + load(scratch.shift + p);
+    const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
+    Vec r, steep, bend = {};
+    if (rounded) {
+      const Vec square = pre * pre + kink * kink, flat = inverse_root(square);
+      const Vec sine = pre * flat;
+      r = up * pre + down * (square * flat) - target;
+      steep = up + down * sine;
+      bend = (down * kink * kink) * (flat * flat * flat);
+    } else {
+      r = gain * pre - target;
+      steep = fill(gain);
+    }
+    Vec slopes, curvature;
+    if (absolute) {
+      const Vec square = r * r + smoothing * smoothing, inverse = inverse_root(square);
+      const Vec ratio = r * inverse;
+      smooth += weight * (square * inverse);
+      slopes = weight * ratio;
+      curvature = weight * (1.0 - load(scratch.dual + p) * ratio) * inverse;
+      store(scratch.inverse + p, inverse);
+    } else {
+      smooth += weight * (r * r);
+      slopes = 2.0 * weight * r;
+      curvature = 2.0 * weight;
+    }
+    curvature *= steep * steep;
+    if (rounded) {  // the kink bends the value: the half of its curvature that is convex
+      const Vec more = slopes * bend;
+      curvature += more > 0.0 ? more : Vec{};
+    }
+    store(scratch.r + p, r);
+    store(scratch.steep + p, steep);
+    store(scratch.slopes + p, slopes * steep);
+    store(scratch.curvature + p, curvature);
+  }
+  return total(smooth);
+}
+
+// The running estimate of r / eta moves with the step that was taken.
+void follow(const Model& model, const double* lin, const double* new_lin, double m, double turn) {
+  const FitScratch& scratch = model.scratch;
+  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
+    const Vec old = load(lin + p), r = load(scratch.r + p), inverse = load(scratch.inverse + p);
+    const Vec change = (m * (load(new_lin + p) - old) + turn * old) * load(scratch.steep + p);
+    Vec dual = load(scratch.dual + p);
+    dual = (r + change - dual * (r * inverse) * change) * inverse;
+    dual = dual > 1.0 ? fill(1.0) : dual;
+    store(scratch.dual + p, dual < -1.0 ? fill(-1.0) : dual);
+  }
+}
+
+// matrix, gradient and their mean curvature at the current point.
+double assemble(const Model& model, const double* lin, double m, const double* x, const double* dm) {
+  const FitEdit& edit = model.edit;
+  const FitScratch& scratch = model.scratch;
+  const int64_t unknowns = model.problem.unknowns, stride = edit.stride, leading = edit.leading;
+  const bool demodulated = model.problem.constant != nullptr;
+  double* const matrix = scratch.matrix;
+  double* const gradient = scratch.gradient;
+  double trace = 0.0;
+  if (edit.dual_form) {
+    for (int64_t j = 0; j < unknowns; ++j) gradient[j] = dot(edit.basis + j * stride, scratch.slopes, stride);
+    double* const turned = scratch.spare;  // basis^T dm
+    double length = 0.0;
+    if (demodulated) {
+      clear(turned, stride);
+      for (int64_t j = 0; j < unknowns; ++j) {
+        length += dm[j] * dm[j];
+        for (int64_t p = 0; p < stride; p += lanes) {
+          store(turned + p, load(turned + p) + dm[j] * load(edit.basis + j * stride + p));
+        }
+      }
+    }
+    double* const root = scratch.root;
+    for (int64_t p = 0; p < stride; p += lanes) store(root + p, square_root(load(scratch.curvature + p)));
+    for (int64_t i = 0; i < edit.order; ++i) {
+      double* row = matrix + i * edit.order_leading;
+      const double* gram_row = edit.gram + i * edit.order_leading;
+      const double by_basis = m * m * root[i];
+      const double by_turned = demodulated ? m * root[i] * lin[i] : 0.0;
+      const double by_lin = demodulated ? root[i] * (m * turned[i] + length * lin[i]) : 0.0;
+      for (int64_t p = i & ~int64_t{lanes - 1}; p < stride; p += lanes) {
+        Vec sum = by_basis * load(gram_row + p);
+        if (demodulated) sum += by_turned * load(turned + p) + by_lin * load(lin + p);
+        store(row + p, sum * load(root + p));
+      }
+      trace += row[i];
+    }
+  } else {
+    gram(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix, scratch.half, gradient, scratch.weighted);
+    const double* const leaning = scratch.half;
+    double bent = 0.0;
+    if (demodulated) {
+      for (int64_t p = 0; p < stride; p += lanes) {
+        store(scratch.spare + p, load(scratch.curvature + p) * load(lin + p));
+      }
+      bent = dot(scratch.spare, lin, stride);
+    }
+    for (int64_t i = 0; i < unknowns; ++i) {
+      double* row = matrix + i * leading;
+      if (demodulated) {
+        const double by_leaning = m * dm[i], by_dm = m * leaning[i] + bent * dm[i];
+        for (int64_t j = i; j < unknowns; ++j) row[j] = m * m * row[j] + by_leaning * leaning[j] + by_dm * dm[j];
+      }
+      if (edit.penalty) {
+        const double* penalty = edit.penalty + i * leading;
+        for (int64_t j = i; j < unknowns; ++j) row[j] += 2.0 * model.scale * penalty[j];
+      }
+      trace += row[i];
+    }
+  }
+  const double along = demodulated ? dot(scratch.slopes, lin, stride) : 0.0;
+  for (int64_t j = 0; j < unknowns; ++j) {
+    gradient[j] *= m;
+    if (demodulated) gradient[j] += along * dm[j];
+    if (edit.penalty) gradient[j] += 2.0 * model.scale * dot(edit.penalty + j * leading, x, leading);
+  }
+  return trace / static_cast<double>(unknowns);
+}
+
+// scratch.step; false where the damped matrix does not factor.
+bool damped_step(const Model& model, const double* lin, double m, const double* dm, double mu) {
+  const FitEdit& edit = model.edit;
+  const FitScratch& scratch = model.scratch;
+  const int64_t unknowns = model.problem.unknowns, stride = edit.stride;
+  double* const step = scratch.step;
+  if (!edit.dual_form) {
+    if (!factorise(scratch.matrix, unknowns, edit.leading, mu, 0.0, scratch.gradient, scratch.factor)) return false;
+    solve_negative(scratch.factor, unknowns, edit.leading, scratch.factor + unknowns, edit.leading, step);
+  } else {
+    double* const y = scratch.spare;
+    for (int64_t p = 0; p < stride; ++p) y[p] = scratch.root[p] > 0.0 ? scratch.slopes[p] / scratch.root[p] : 0.0;
+    if (!factorise(scratch.matrix, edit.order, edit.order_leading, mu, 0.0, y, scratch.factor)) return false;
+    solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order, edit.order_leading, y);
+    for (int64_t p = 0; p < stride; ++p) y[p] *= scratch.root[p];
+    const double along = model.problem.constant ? dot(y, lin, stride) : 0.0;
+    for (int64_t j = 0; j < unknowns; ++j) {
+      step[j] = m * dot(edit.basis + j * stride, y, stride) + (model.problem.constant ? along * dm[j] : 0.0);
+    }
+  }
+  for (int64_t j = 0; j < unknowns; ++j) {
+    if (!finite(step[j])) return false;
+  }
+  return true;
+}
+
+struct Outcome {
+  double loss, initial;
+  int32_t iterations, status;
+};
+
+// Levenberg-Marquardt; the result is in scratch.best_x.
+template <bool absolute, bool rounded>
+Outcome fit_channel(const Model& model) {
+  const FitProblem& problem = model.problem;
+  const FitEdit& edit = model.edit;
+  const FitScratch& scratch = model.scratch;
+  const int64_t unknowns = problem.unknowns, stride = edit.stride, leading = edit.leading;
+  double *x = scratch.x, *new_x = scratch.new_x, *lin = scratch.lin, *new_lin = scratch.new_lin;
+  double *dm = scratch.dm, *new_dm = scratch.new_dm;
+  clear(x, leading);
+  clear(new_x, leading);
+  clear(scratch.best_x, leading);
+  clear(scratch.step, leading);
+  clear(scratch.gradient, leading);
+  clear(dm, leading);
+  clear(new_dm, leading);
+  clear(scratch.dual, stride);
+
+  double m = model.linearise(x, lin, dm);
+  double level = 0.0;
+  for (int64_t p = 0; p < stride; ++p) level += edit.weights[p] * magnitude(scratch.target[p]);
+  const double initial = objectives<absolute, rounded>(model, lin, m, 0.0).data;
+  Outcome result{initial, initial, 0, fit_max_iterations};
+  double best = initial;
+  const double scale = absolute ? initial : square_root(initial);
+  if (!finite(initial) || !finite(level)) {
+    result.status = fit_nonfinite;
+    return result;
+  }
+  if (edit.pixels == 0 || !(scale > 1e-15 * level) || problem.gain == 0.0) {
+    result.status = edit.pixels > 0 && !(scale > 1e-15 * level) ? fit_zero_residual : fit_degenerate;
+    return result;
+  }
+
+  const double smoothing_end = fit_smoothing_end * scale;
+  double smoothing = absolute || rounded ? scale : smoothing_end;
+  double damping = fit_damping_start, growth = fit_damping_up;
+  double now = 0.0, mean = 0.0;
+  bool moved = true;
+  while (result.iterations < problem.max_iterations) {
+    if (moved) {
+      now = derive<absolute, rounded>(model, lin, m, smoothing) + model.penalised(x);
+      mean = assemble(model, lin, m, x, dm);
+      if (!finite(mean) || !finite(now)) {
+        result.status = fit_nonfinite;
+        break;
+      }
+      if (mean == 0.0) {  // nothing bends: no coefficient matters here
+        result.status = result.iterations == 0 ? fit_degenerate : fit_converged;
+        break;
+      }
+    }
+    ++result.iterations;
+    const double mu = damping * mean;
+    const bool good = damped_step(model, lin, m, dm, mu);
+    bool taken = false;
+    double fresh = 0.0, fresh_m = 0.0, predicted = 0.0;
+    Objectives trial{};
+    if (good) {
+      for (int64_t j = 0; j < unknowns; ++j) new_x[j] = x[j] + scratch.step[j];
+      fresh_m = model.linearise(new_x, new_lin, new_dm);
+      trial = objectives<absolute, rounded>(model, new_lin, fresh_m, smoothing);
+      const double extra = model.penalised(new_x);
+      fresh = trial.smooth + extra;
+      taken = fresh < now;  // false for NaN
+      double along = 0.0, square = 0.0;
+      for (int64_t j = 0; j < unknowns; ++j) {
+        along += scratch.gradient[j] * scratch.step[j];
+        square += scratch.step[j] * scratch.step[j];
+      }
+      predicted = 0.5 * (mu * square - along);
+      if (taken && trial.data + extra < best) {
+        best = trial.data + extra;
+        result.loss = trial.data;
+        copy(new_x, scratch.best_x, unknowns);
+      }
+    }
+    const bool at_end = smoothing <= smoothing_end;
+    bool stalled = false, small = false;
+    if (taken) {
+      const double drop = now - fresh, quality = drop / predicted;
+      if (absolute) follow(model, lin, new_lin, m, problem.constant ? dot(dm, scratch.step, leading) : 0.0);
+      double* swap = x; x = new_x; new_x = swap;
+      swap = lin; lin = new_lin; new_lin = swap;
+      swap = dm; dm = new_dm; new_dm = swap;
+      m = fresh_m;
+      damping *= quality > fit_good ? fit_damping_down : quality > fit_poor ? 1.0 : 2.0;
+      growth = fit_damping_up;
+      small = drop <= problem.tolerance * now || (!absolute && fresh <= 1e-20 * scale * scale);
+    } else {
+      stalled = damping > fit_damping_stall || (good && predicted <= 1e-12 * now);
+      damping = stalled ? fit_damping_start : damping * growth;
+      growth *= 2.0;
+    }
+    if (damping < fit_damping_min) damping = fit_damping_min;
+    if (at_end && (small || stalled)) {
+      result.status = fit_converged;
+      break;
+    }
+    moved = taken || stalled;
+    if (moved) {
+      smoothing *= smoothing > fit_smoothing_slow * scale ? problem.slow_rate : fit_smoothing_rate;
+      if (smoothing < smoothing_end) smoothing = smoothing_end;
+    }
+  }
+  return result;
+}
+
+// The factor of gram + scale * penalty, with no diagonal shift or the smallest that is enough.
+int factor_exact(const FitProblem& problem, const FitEdit& edit, double scale, double* matrix, double* factor) {
+  const int64_t unknowns = problem.unknowns, leading = edit.leading;
+  double size = 0.0;
+  for (int64_t i = 0; i < unknowns; ++i) {
+    const double *gram_row = edit.gram + i * leading, *penalty = edit.penalty ? edit.penalty + i * leading : nullptr;
+    double* row = matrix + i * leading;
+    for (int64_t j = 0; j < leading; ++j) row[j] = gram_row[j] + (penalty ? scale * penalty[j] : 0.0);
+    if (!finite(row[i])) return fit_nonfinite;
+    if (row[i] > size) size = row[i];
+  }
+  if (size == 0.0) return fit_degenerate;
+  const double least = 0.5 * fit_pivot * size;
+  if (factorise(matrix, unknowns, leading, 0.0, least, nullptr, factor)) return fit_converged;
+  double shift = fit_pivot * size;
+  for (int i = 0; i < 12; ++i, shift *= 10.0) {
+    if (factorise(matrix, unknowns, leading, shift, least, nullptr, factor)) return fit_shifted;
+  }
+  return fit_nonfinite;
+}
+
+// The linear l2 problem; the result is in scratch.best_x.
+Outcome fit_exactly(const Model& model) {
+  const FitProblem& problem = model.problem;
+  const FitEdit& edit = model.edit;
+  const FitScratch& scratch = model.scratch;
+  const int64_t unknowns = problem.unknowns, stride = edit.stride, leading = edit.leading;
+  const double gain = problem.gain;
+  double *x = scratch.x, *rest = scratch.step, *right = scratch.gradient;
+  clear(x, leading);
+  clear(rest, leading);
+  clear(right, leading);
+  clear(scratch.best_x, leading);
+  const double initial = objectives<false, false>(model, scratch.base, 1.0, 0.0).data;
+  Outcome result{initial, initial, 1, fit_converged};
+  double level = 0.0;
+  for (int64_t p = 0; p < stride; ++p) level += edit.weights[p] * magnitude(scratch.target[p]);
+  if (!finite(initial) || !finite(level)) {
+    result.status = fit_nonfinite;
+    return result;
+  }
+  if (edit.pixels > 0 && !(square_root(initial) > 1e-15 * level)) {
+    result.status = fit_zero_residual;
+    return result;
+  }
+  const double* factor = edit.factor;
+  result.status = edit.factor_status;
+  if (edit.penalty && model.scale != edit.factor_scale) {
+    result.status = factor_exact(problem, edit, model.scale, scratch.matrix, scratch.factor);
+    factor = scratch.factor;
+  }
+  if (edit.pixels == 0 || gain == 0.0) result.status = fit_degenerate;
+  if (result.status == fit_degenerate || result.status == fit_nonfinite) return result;
+
+  for (int64_t p = 0; p < stride; ++p) {
+    const double wanted = scratch.target[p] - gain * (scratch.base[p] + scratch.shift[p]);
+    scratch.slopes[p] = gain * edit.weights[p] * wanted;
+  }
+  for (int64_t j = 0; j < unknowns; ++j) right[j] = dot(edit.basis + j * stride, scratch.slopes, stride);
+  for (int round = 0; round < 3; ++round) {  // each time the shift's error shrinks by shift / eigenvalue
+    for (int64_t j = 0; j < unknowns; ++j) {
+      rest[j] = right[j] - dot(edit.gram + j * leading, x, leading);
+      if (edit.penalty) rest[j] -= model.scale * dot(edit.penalty + j * leading, x, leading);
+    }
+    substitute(factor, unknowns, leading, rest);
+    solve_negative(factor, unknowns, leading, rest, 1, scratch.half);
+    for (int64_t j = 0; j < unknowns; ++j) x[j] -= scratch.half[j];
+  }
+  model.linearise(x, scratch.lin, scratch.dm);
+  const double data = objectives<false, false>(model, scratch.lin, 1.0, 0.0).data;
+  if (data + model.penalised(x) < initial) {  // false for NaN
+    result.loss = data;
+    copy(x, scratch.best_x, unknowns);
+  }
+  return result;
+}
+
+template <class Real>
+void gather(const FitEdit& edit, const Real* row, int64_t pixel_stride, double* out) {
+  for (int64_t p = 0; p < edit.pixels; ++p) out[p] = static_cast<double>(row[edit.kept[p] * pixel_stride]);
+  for (int64_t p = edit.pixels; p < edit.stride; ++p) out[p] = 0.0;
+}
+
+template <class Real>
+void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scratch) {
+  const int64_t unknowns = problem.unknowns, stride = edit.stride, leading = edit.leading;
+  for (int64_t j = 0; j < edit.rows; ++j) {
+    double* row = edit.basis + j * stride;
+    if (j >= unknowns) {
+      clear(row, stride);
+      continue;
+    }
+    gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1, row);
+    double square = 0.0;
+    for (int64_t p = 0; p < stride; ++p) square += edit.weights[p] * row[p] * row[p];
+    edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
+    for (int64_t p = 0; p < stride; ++p) row[p] /= edit.size[j];
+  }
+  const auto scaled = [&](const double* matrices, double* out) {
+    const double* matrix = matrices + edit.number * unknowns * unknowns;
+    clear(out, unknowns * leading);
+    for (int64_t i = 0; i < unknowns; ++i) {
+      for (int64_t j = 0; j < unknowns; ++j) {
+        out[i * leading + j] = matrix[i * unknowns + j] / edit.size[i] / edit.size[j];
+      }
+    }
+  };
+  if (edit.quadratic) scaled(problem.quadratic, edit.quadratic);
+  if (edit.penalty) scaled(problem.penalty, edit.penalty);
+  if (edit.dual_form) {
+    for (int64_t i = 0; i < edit.order; ++i) {
+      double* row = edit.gram + i * edit.order_leading;
+      clear(row, stride);
+      for (int64_t j = 0; j < unknowns; ++j) {
+        const double* map = edit.basis + j * stride;
+        for (int64_t p = 0; p < stride; p += lanes) store(row + p, load(row + p) + map[i] * load(map + p));
+      }
+    }
+  }
+  if (edit.exact) {
+    for (int64_t p = 0; p < stride; ++p) scratch.curvature[p] = problem.gain * problem.gain * edit.weights[p];
+    gram(edit, unknowns, scratch.curvature, nullptr, nullptr, edit.gram, nullptr, nullptr, scratch.weighted);
+    for (int64_t i = 0; i < unknowns; ++i) {
+      for (int64_t j = 0; j < i; ++j) edit.gram[i * leading + j] = edit.gram[j * leading + i];
+    }
+    edit.factor_scale = problem.penalty ? problem.penalty_scale[edit.number * problem.channels] : 0.0;
+    edit.factor_status = factor_exact(problem, edit, edit.factor_scale, scratch.matrix, edit.factor);
+  }
+}
+
+template <class Real>
+void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch) {
+  const int64_t unknowns = problem.unknowns, at = edit.number * problem.channels + channel;
+  Model model{problem, edit, scratch};
+  gather(edit, static_cast<const Real*>(problem.base) + at * problem.pixels, 1, scratch.base);
+  gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
+  if (problem.shift) {
+    const int64_t* strides = problem.shift_strides;
+    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1], strides[2],
+           scratch.shift);
+  } else {
+    clear(scratch.shift, edit.stride);
+  }
+  if (problem.constant) {
+    model.constant = problem.constant[at];
+    model.linear = problem.linear + at * unknowns;
+  }
+  if (problem.penalty) model.scale = problem.penalty_scale[at];
+
+  const bool rounded = problem.slope != 1.0;
+  Outcome result = edit.exact          ? fit_exactly(model)
+                   : problem.absolute ? (rounded ? fit_channel<true, true>(model) : fit_channel<true, false>(model))
+                                      : (rounded ? fit_channel<false, true>(model) : fit_channel<false, false>(model));
+  Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
+  bool fits = true;  // in the output's type
+  for (int64_t j = 0; j < unknowns; ++j) {
+    coefficients[j] = static_cast<Real>(scratch.best_x[j] / edit.size[j]);
+    fits = fits && finite(static_cast<double>(coefficients[j]));
+  }
+  if (!fits) {
+    for (int64_t j = 0; j < unknowns; ++j) coefficients[j] = Real(0);
+    result.loss = result.initial;
+    result.status = fit_nonfinite;
+  }
+  problem.loss[at] = result.loss;
+  problem.initial_loss[at] = result.initial;
+  problem.iterations[at] = result.iterations;
+  problem.status[at] = result.status;
+}
+
+void prepare(const FitProblem& problem, FitEdit& edit, const FitScratch& scratch) {
+  if (problem.is_double) return prepare_of<double>(problem, edit, scratch);
+  prepare_of<float>(problem, edit, scratch);
+}
+
+void fit(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch) {
+  if (problem.is_double) return fit_of<double>(problem, edit, channel, scratch);
+  fit_of<float>(problem, edit, channel, scratch);
+}
+
+}  // namespace
+
+const FitTable fit_table = {prepare, fit};
+
+}  // namespace REWRITE_CORE_ISA
+}  // namespace rewrite_core

@@ -1,0 +1,92 @@
+// The part of fit_low_rank that is compiled once per instruction set. No standard headers but the integer
+// types: an inline function of theirs compiled here for AVX-512 might be the copy the linker keeps for all.
+#pragma once
+
+#include <stdint.h>
+
+namespace rewrite_core {
+
+// The whole call, as Python made it: contiguous row-major arrays, null where an optional one is absent.
+struct FitProblem {
+  const void* basis;   // [edits, unknowns, pixels]
+  const void* base;    // [edits, channels, pixels]
+  const void* target;  // [edits, channels, pixels]
+  const void* shift;   // [edits, channels, pixels] with strides
+  int64_t shift_strides[3];
+  int is_double;               // the four above: float or double
+  const double* constant;      // [edits, channels]; linear and quadratic come with it
+  const double* linear;        // [edits, channels, unknowns]
+  const double* quadratic;     // [edits, unknowns, unknowns], symmetric
+  const double* pixel_weights; // [edits, pixels]
+  const double* penalty;       // [edits, unknowns, unknowns], symmetric; penalty_scale comes with it
+  const double* penalty_scale; // [edits, channels]
+  int64_t edits, unknowns, pixels, channels;
+  double slope, gain;
+  int absolute;  // loss: 1 |r|, 0 r^2
+  int max_iterations;
+  double slow_rate;  // how fast the smoothing shrinks at first
+  double tolerance;
+
+  void* coefficients;    // [edits, channels, unknowns], float or double
+  double* loss;          // [edits, channels]
+  double* initial_loss;  // [edits, channels]
+  int32_t* iterations;   // [edits, channels]
+  int32_t* status;       // [edits, channels]
+};
+
+// What the channels of one edit share. Pixels of weight 0 are gone, unknowns are scaled.
+struct FitEdit {
+  int64_t number;
+  int64_t pixels;      // kept
+  int64_t stride;      // pixels, padded with weight 0 to whole vectors
+  int64_t rows;        // unknowns, padded with zero rows to whole register blocks
+  int64_t leading;     // row length of [unknowns, unknowns] arrays
+  int64_t order;       // of the linear systems: unknowns, or pixels in dual form
+  int64_t order_leading;
+  int exact;           // linear l2 problem: closed form
+  int dual_form;       // solve over pixels: there are fewer of them
+  int64_t* kept;       // [pixels] their places in the input
+  double* basis;       // [rows, stride]
+  double* weights;     // [stride], sum 1
+  double* size;        // [unknowns] root mean square of the basis rows
+  double* quadratic;   // [unknowns, leading] or null
+  double* penalty;     // [unknowns, leading] or null
+  double* gram;        // dual form: basis^T basis [pixels, order_leading]; exact: weighted [unknowns, leading]
+  double* factor;      // exact: of the first channel's matrix
+  double factor_scale; // exact: that channel's penalty_scale
+  int factor_status;
+};
+
+// One thread's buffers, in doubles: [stride], [leading], [order, order_leading], [rows, panel].
+struct FitScratch {
+  double *base, *target, *shift, *lin, *new_lin, *r, *inverse, *steep, *dual, *slopes, *curvature, *root, *spare;
+  double *x, *new_x, *best_x, *gradient, *step, *dm, *new_dm, *half;
+  double *matrix, *factor;
+  double *weighted;
+};
+
+constexpr int64_t fit_padding = 8;   // vectors of any instruction set
+constexpr int64_t fit_rows = 12;     // register blocks of 3 and of 4 rows
+constexpr int64_t fit_panel = 128;   // pixels per pass of the weighted Gram matrix
+
+// The algorithm's constants; rewrite_core/ops/fit_low_rank.py explains them.
+constexpr double fit_damping_start = 1e-2, fit_damping_min = 1e-6, fit_damping_stall = 1e6;
+constexpr double fit_damping_up = 4.0, fit_damping_down = 0.2, fit_good = 0.75, fit_poor = 0.1;
+constexpr double fit_smoothing_slow = 3e-2, fit_smoothing_end = 1e-5, fit_smoothing_rate = 0.5;
+constexpr double fit_slow_share = 0.35, fit_kink = 3.0, fit_pivot = 1e-12;
+constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 8;
+
+struct FitTable {
+  // Fills edit's arrays (already allocated, kept and weights filled in).
+  void (*prepare)(const FitProblem& problem, FitEdit& edit, const FitScratch& scratch);
+  void (*fit)(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch);
+};
+
+namespace portable { extern const FitTable fit_table; }
+namespace avx2 { extern const FitTable fit_table; }
+namespace avx512 { extern const FitTable fit_table; }
+
+// Status codes of a channel; rewrite_core/ops/fit_low_rank.py explains them.
+enum FitStatus { fit_converged, fit_max_iterations, fit_zero_residual, fit_degenerate, fit_nonfinite, fit_shifted };
+
+}  // namespace rewrite_core

@@ -1,0 +1,64 @@
+"""Measure every layer for every demo edit: ``python -m rewrite_core.demo.layers``.
+
+Scored on other latents than the demo reports on, so that the choice is not made on its own test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..binding import bind, list_layers
+from ..errors import RewriteCoreError
+from ..latents import sample_latents
+from ..moments import collect_second_moment
+from ..rewriting import rewrite
+from . import chapels, load_edit
+from .rules import RULES, paint, score
+from .run import EDIT_LATENTS, EDIT_SEED
+from .world import LATENT_SIZE
+
+_CHOICE_SEED = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--preserve", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--loss", default="l1")
+    parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--json", help="also write one JSON line per row here")
+    options = parser.parse_args()
+    generator = chapels()
+    latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
+    unseen = sample_latents(LATENT_SIZE, options.scenes, seed=_CHOICE_SEED)
+    before = paint(generator, unseen)
+    print("edit        layer                    rank preserve efficacy completed collateral unrelated")
+    for info in list_layers(generator, latents):
+        layer = bind(generator, info.name)
+        moment = collect_second_moment(layer, latents, 50, progress=False)
+        for rule in RULES.values():
+            for rank in options.ranks:
+                for preserve in options.preserve:
+                    try:
+                        change = rewrite(
+                            layer, moment, load_edit(rule.name), latents, rank=rank, preserve=preserve, loss=options.loss
+                        )
+                    except RewriteCoreError as error:
+                        print(f"{rule.name:11} {info.name:24} {rank:4} {preserve:8g} {error}")
+                        continue
+                    with change:
+                        result = score(rule, before, paint(generator, unseen), unseen)
+                    print(
+                        f"{rule.name:11} {info.name:24} {rank:4} {preserve:8g} {result.efficacy:8.3f} "
+                        f"{result.completed:9.3f} {result.collateral:10.4f} {result.collateral_unrelated:9.4f}",
+                        flush=True,
+                    )
+                    if options.json:
+                        row = {"edit": rule.name, "layer": info.name, "rank": rank, "preserve": preserve}
+                        with open(options.json, "a", encoding="utf-8") as file:
+                            file.write(json.dumps(row | vars(result)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The demo: three rule changes of the embedded generator, from second moment to measured result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import pictures
+from ..binding import BoundLayer, bind
+from ..editing import Edit
+from ..files import atomic_write
+from ..latents import sample_latents
+from ..moments import SecondMoment, collect_second_moment
+from ..rewriting import Rewrite, paste_goal, rewrite
+from ..version import __version__
+from . import chapels, load_edit
+from .rules import RULES, Rule, Score, paint, score
+from .world import LATENT_SIZE, ROOFS, scene_from_latents
+
+EDIT_LATENTS, EDIT_SEED = 1000, 1  # what the edits' selections index, and the moment is collected on
+UNSEEN_LATENTS, UNSEEN_SEED = 500, 2  # what the result is measured on
+SHOWN = 64
+
+# measured best of all layers and ranks: python -m rewrite_core.demo.layers
+CHOSEN: dict[str, tuple[str, int]] = {
+    "spire": ("synthesis.layer4.conv", 1),
+    "watermark": ("synthesis.layer6.conv", 1),
+    "reflection": ("synthesis.layer6.conv", 1),
+}
+
+
+def _state(rule: Rule, latents: Tensor) -> list[str]:
+    """What each scene is, as far as the rule cares."""
+    scene = scene_from_latents(latents)
+    if rule.name == "spire":
+        return [ROOFS[kind] for kind in scene.roof.tolist()]
+    names = {"watermark": ("no watermark", "watermark"), "reflection": ("dark", "lit")}[rule.name]
+    return [names[int(flag)] for flag in rule.concerns(scene)]
+
+
+def _sheet(
+    rule: Rule, layer: BoundLayer, edit: Edit, change: Rewrite, result: Score, latents: Tensor, unseen: Tensor,
+    before: Tensor, after: Tensor,
+):  # fmt: skip
+    side = 96
+    wide = 2 * side + 2
+
+    def show(index: int) -> Tensor:
+        return layer.render(latents[index : index + 1])[0]
+
+    goal = paste_goal(layer, edit, latents)
+    preview = layer.render(latents[edit.paste.index][None], goal.value)[0]
+    top = [
+        (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),
+        (pictures.selected(show(edit.paste.index), edit.paste, wide), f"paste (picture {edit.paste.index})"),
+        (pictures.to_image(preview, wide), "the pasted features"),
+    ]
+    top += [(pictures.selected(show(s.index), s, wide), f"context {i + 1}") for i, s in enumerate(edit.context)]
+    order = torch.argsort(rule.concerns(scene_from_latents(unseen)).int(), descending=True, stable=True)
+    states = _state(rule, unseen)
+    rows = pictures.before_after(
+        before[order] * 2 - 1, after[order] * 2 - 1, side, [f"{states[i]}: before | after" for i in order.tolist()]
+    )
+    notes = [
+        f"layer {layer.name}, rank {change.rank}, solver {change.solver}; "
+        f"weights changed by Lambda D in {change.seconds['fit'] * 1e3:.0f} ms",
+        f"on {result.scenes} unseen scenes that the rule concerns: efficacy {result.efficacy:.1%} "
+        f"(before: {result.efficacy_before:.1%}), collateral {result.collateral:.4f}; "
+        f"on {result.scenes_unrelated} others: change {result.collateral_unrelated:.4f}",
+    ]
+    return pictures.grid([top, *rows], f"{rule.title}: one edit, then {len(unseen)} unseen pictures", notes)
+
+
+def environment(device: torch.device) -> dict:
+    """What the numbers were measured on."""
+    return {
+        "rewrite_core": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True) -> dict:
+    """Run the three edits; write ``<edit>.png`` and ``report.json`` into `out`; return the report."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    generator = chapels().to(device)
+    latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
+    unseen = sample_latents(LATENT_SIZE, UNSEEN_LATENTS, seed=UNSEEN_SEED)
+    before = paint(generator, unseen)
+    moments: dict[str, tuple[BoundLayer, SecondMoment, float]] = {}
+    edits: dict[str, dict] = {}
+    for rule in RULES.values():
+        name, rank = CHOSEN[rule.name]
+        seconds: dict[str, float] = {}
+        if name not in moments:
+            layer, clock = bind(generator, name), time.perf_counter()
+            moment = collect_second_moment(layer, latents, 50, progress=progress, latent_seed=EDIT_SEED)
+            moments[name] = layer, moment, time.perf_counter() - clock
+        layer, moment, seconds["collect"] = moments[name]
+        edit = load_edit(rule.name)
+        clock = time.perf_counter()
+        change = rewrite(layer, moment, edit, latents, rank=rank)
+        seconds |= {"rewrite": time.perf_counter() - clock, **change.seconds}
+        clock = time.perf_counter()
+        change.apply()
+        seconds["apply"], clock = time.perf_counter() - clock, time.perf_counter()
+        try:
+            after = paint(generator, unseen)
+        finally:
+            change.revert()
+        seconds["render"] = time.perf_counter() - clock
+        result = score(rule, before, after, unseen)
+        sheet = _sheet(
+            rule, layer, edit, change, result, latents, unseen[:SHOWN], before[:SHOWN], after[:SHOWN]
+        )
+        pictures.save_png(sheet, out / f"{rule.name}.png")
+        edits[rule.name] = {
+            "layer": name,
+            "rank": rank,
+            "solver": change.solver,
+            "loss": [change.losses[0], change.final_loss],
+            **dataclasses.asdict(result),
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+        }
+    report = {"edits": edits, "environment": environment(torch.device(device))}
+    report["environment"]["seconds_total"] = round(time.perf_counter() - start, 2)
+    with atomic_write(out / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as a table for the terminal."""
+    head = ("edit", "layer", "rank", "efficacy", "before", "collateral", "unrelated", "collect", "rewrite", "render")
+    rows = [head]
+    for name, row in report["edits"].items():
+        seconds = row["seconds"]
+        rows.append(
+            (
+                name, row["layer"], str(row["rank"]), f"{row['efficacy']:.1%}", f"{row['efficacy_before']:.1%}",
+                f"{row['collateral']:.4f}", f"{row['collateral_unrelated']:.4f}",
+                *(f"{seconds[stage]:.2f} s" for stage in ("collect", "rewrite", "render")),
+            )
+        )  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Pictures: image tensors to Pillow, outlines, heat maps and labelled grids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .editing import Selection
+from .files import atomic_write
+
+_BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+
+
+def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
+    """One picture [3, H, W] in -1..1 (or [1, H, W]) as an RGB image, its longer side scaled to `side` pixels."""
+    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
+        raise ValueError(f"A picture has shape [3, H, W] or [1, H, W], not {list(picture.shape)}.")
+    pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    array = pixels.expand(3, -1, -1).permute(1, 2, 0).round().to(torch.uint8).numpy()
+    image = Image.fromarray(array)
+    if side is None:
+        return image
+    scale = side / max(image.size)
+    # whole factors keep small pictures crisp
+    kind = Image.Resampling.NEAREST if scale >= 1 and scale == int(scale) else Image.Resampling.BICUBIC
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), kind)
+
+
+def _upscale(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+
+
+def outline(image: Image.Image, mask, colour: tuple[int, int, int] = (255, 60, 40)) -> Image.Image:
+    """The image with the border of a mask [h, w] (any resolution) drawn on it."""
+    inside = _upscale(np.asarray(mask, dtype=np.float32), image.size) > 0.5
+    grown = inside.copy()
+    for axis in (0, 1):
+        for step in (1, -1):
+            grown |= np.roll(inside, step, axis)
+    pixels = np.asarray(image).copy()
+    pixels[grown & ~inside] = colour
+    return Image.fromarray(pixels)
+
+
+def selected(picture: Tensor, selection: Selection, side: int) -> Image.Image:
+    """A picture with its selection outlined."""
+    return outline(to_image(picture, side), selection.mask)
+
+
+def heat(picture: Tensor, heatmap: Tensor, side: int, low: float, high: float) -> Image.Image:
+    """A picture under a heat map [h, w] of scores, `low` transparent and `high` strongest."""
+    image = to_image(picture, side)
+    strength = np.clip((_upscale(heatmap.float().numpy(), image.size) - low) / max(high - low, 1e-12), 0, 1)
+    colours = colormaps["inferno"](strength)[..., :3] * 255
+    share = 0.75 * strength[..., None]
+    return Image.fromarray(((1 - share) * np.asarray(image) + share * colours).astype(np.uint8))
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def grid(
+    rows: Sequence[Sequence[tuple[Image.Image | None, str]]],
+    title: str = "",
+    notes: Sequence[str] = (),
+    gap: int = 6,
+) -> Image.Image:
+    """A labelled grid: each cell is (image or None, label below it)."""
+    if not any(image for row in rows for image, _ in row):
+        raise ValueError("A grid needs at least one image.")
+    title_font, font = _font(20), _font(13)
+    width = max(image.width for row in rows for image, _ in row if image)
+    columns = max(map(len, rows))
+    head = (34 if title else gap) + 18 * len(notes)
+    heights = []
+    for row in rows:
+        label = 18 if any(text for _, text in row) else 0
+        heights.append(max((image.height for image, _ in row if image), default=0) + label + gap)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), head + sum(heights) + gap), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 6), title, _INK, font=title_font)
+    for i, note in enumerate(notes):
+        draw.text((gap, 34 + 18 * i), note, _FAINT, font=font)
+    top = head + gap
+    for row, height in zip(rows, heights):
+        left = gap
+        for image, label in row:
+            if image:
+                sheet.paste(image, (left, top))
+                draw.text((left, top + image.height + 1), label, _FAINT, font=font)
+            left += width + gap
+        top += height
+    return sheet
+
+
+def before_after(
+    before: Tensor, after: Tensor, side: int, labels: Sequence[str] | None = None, columns: int = 8
+) -> list[list[tuple[Image.Image | None, str]]]:
+    """Rows for :func:`grid`: pairs [N, 3, H, W] side by side, before on the left, `columns` pairs to a row."""
+    pairs = []
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        old, new = to_image(old, side), to_image(new, side)
+        pair = Image.new("RGB", (old.width + new.width + 2, old.height), _BACKGROUND)
+        pair.paste(old, (0, 0))
+        pair.paste(new, (old.width + 2, 0))
+        pairs.append((pair, labels[i] if labels else ""))
+    return [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write a PNG, all or nothing."""
+    with atomic_write(path) as partial:
+        image.save(partial, format="png")

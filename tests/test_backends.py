@@ -1,0 +1,200 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rewrite_core import backends
+from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
+
+FEATURES = torch.ones(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv("REWRITE_CORE_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def run_without_extension(code, failure="ModuleNotFoundError('No module named x', name='rewrite_core._C')"):
+    """Run code in a process where importing rewrite_core._C fails as told."""
+    prelude = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rewrite_core._C":
+            raise {failure}
+sys.meta_path.insert(0, Refuse())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "REWRITE_CORE_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", prelude + code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_extension_is_built():
+    """Optional for users, not for the tests: most of them would have nothing to test."""
+    assert backends.extension_reason() is None
+    assert backends.extension().isa() in ("portable", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_op_has_a_reference_and_a_cpu_extension(op):
+    records = backends_of(op)
+    names = [record.name for record in records]
+    assert names == [name for name in backends.ORDER if name in names], "not in the order of auto"
+    assert "cpp" in names and names[-1] == "reference"
+    assert all(record.op == op for record in records)
+    args = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+    assert select(op, "auto", *args).name == "cpp"
+    assert select(op, "reference", *args).name == "reference"
+    for name in ("cpp", "reference"):
+        assert select(op, name, *args).load() is not None
+
+
+def test_records_are_frozen():
+    record = backends_of("second_moment")[0]
+    with pytest.raises(AttributeError):
+        record.name = "other"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'fast'.*cuda, triton, cpp, reference"):
+        select("second_moment", "fast", FEATURES)
+    with pytest.raises(ValueError, match="no op 'first_moment'"):
+        select("first_moment", "auto", FEATURES)
+
+
+def test_explicit_backend_runs_or_raises_with_the_reason():
+    with pytest.raises(
+        BackendUnavailable, match="'cuda': second_moment has no such backend; it has triton, cpp"
+    ):
+        select("second_moment", "cuda", FEATURES)
+    with pytest.raises(BackendUnavailable, match="triton: .*on cpu|triton: triton is not installed"):
+        select("second_moment", "triton", FEATURES)
+
+
+def records(*rows):
+    return tuple(
+        Backend("second_moment", name, "math:pi", supports, declines) for name, supports, declines in rows
+    )
+
+
+def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
+    module = importlib.import_module("rewrite_core.ops.second_moment")
+    never, always = (lambda *a: "it cannot"), (lambda *a: None)
+
+    def chosen(backend, *rows):
+        monkeypatch.setattr(module, "BACKENDS", records(*rows))
+        return select("second_moment", backend, FEATURES).name
+
+    fine = ("reference", always, always)
+    assert chosen("auto", fine, ("cuda", always, always), ("cpp", always, always)) == "cuda"
+    assert chosen("auto", fine, ("cuda", never, always), ("cpp", always, always)) == "cpp"
+    assert chosen("auto", fine, ("cpp", always, never)) == "reference", "auto passes over what declines"
+    assert chosen("cpp", fine, ("cpp", always, never)) == "cpp", "by name it runs all the same"
+    with pytest.raises(BackendUnavailable, match="cpp: it cannot; reference: it cannot"):
+        chosen("auto", ("reference", never, always), ("cpp", never, always))
+
+
+def test_supports_sees_the_arguments():
+    module = importlib.import_module("rewrite_core.ops.second_moment")
+    record = next(record for record in module.BACKENDS if record.name == "cpp")
+    assert record.supports(FEATURES) is None
+    assert "meta" in record.supports(FEATURES.to("meta"))
+
+
+def test_environment_variable_replaces_auto_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
+    assert select("second_moment", "auto", FEATURES).name == "reference"
+    assert select("second_moment", "cpp", FEATURES).name == "cpp"
+    assert {choice.backend for choice in explain().choices} == {"reference"}
+    assert 'REWRITE_CORE_BACKEND=reference replaces "auto"' in str(explain())
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "quickest")
+    with pytest.raises(ValueError, match="REWRITE_CORE_BACKEND='quickest' is no backend"):
+        select("second_moment", "auto", FEATURES)
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "cuda")
+    with pytest.raises(BackendUnavailable, match="environment variable REWRITE_CORE_BACKEND="):
+        select("second_moment", "auto", FEATURES)
+    assert {choice.backend for choice in explain().choices} == {"none"}, "explain explains, it does not raise"
+
+
+def test_public_ops_honour_the_choice(monkeypatch):
+    """What select says is what runs: each backend is replaced by one that leaves a mark."""
+    module = importlib.import_module("rewrite_core.ops.second_moment")
+    for name, mark in (("_cpp", 2.0), ("_reference", 3.0)):
+        monkeypatch.setattr(module, name, lambda features, out, mark=mark: out.fill_(mark))
+    backends._load.cache_clear()
+    try:
+        assert module.second_moment(FEATURES)[0, 0] == 2
+        assert module.second_moment(FEATURES, backend="reference")[0, 0] == 3
+        monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
+        assert module.second_moment(FEATURES)[0, 0] == 3
+    finally:
+        backends._load.cache_clear()
+
+
+def test_explain_names_every_op_and_every_reason():
+    explanation = explain()
+    cpu = [choice for choice in explanation.choices if choice.device == "cpu"]
+    assert [choice.op for choice in cpu] == list(backends.OPS)
+    for choice in cpu:
+        assert choice.backend == "cpp"
+        assert {name for name, _ in choice.reasons} == {r.name for r in backends_of(choice.op)} - {"cpp"}
+        assert all(reason for _, reason in choice.reasons)
+    table = str(explanation)
+    for op in backends.OPS:
+        assert op in table
+    assert "reference: cpp comes first" in table
+    assert "_C" in table and backends.extension().isa() in table
+
+
+def test_works_without_the_extension():
+    done = run_without_extension("""
+import importlib, torch
+from rewrite_core.backends import explain, BackendUnavailable
+second_moment = importlib.import_module("rewrite_core.ops.second_moment").second_moment
+spd_solve = importlib.import_module("rewrite_core.ops.spd_solve").spd_solve
+c = second_moment(torch.eye(3))
+assert torch.equal(c, torch.eye(3, dtype=torch.float64))
+assert torch.equal(spd_solve(c, torch.ones(3)), torch.ones(3, dtype=torch.float64))
+try:
+    second_moment(torch.eye(3), backend="cpp")
+except BackendUnavailable as error:
+    print(error)
+print(explain())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rewrite_core._C is not built: run `pip install .`") >= 3
+    assert "second_moment  cpu     reference" in done.stdout
+
+
+def test_broken_extension_says_what_is_broken():
+    done = run_without_extension(
+        "from rewrite_core.backends import explain; print(explain())",
+        failure="ImportError('libfoo.so.7: cannot open shared object file', name='rewrite_core._C')",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "libfoo.so.7: cannot open shared object file" in done.stdout
+    assert "is not built" not in done.stdout
+
+
+def test_import_errors_inside_the_extension_are_not_swallowed():
+    done = run_without_extension(
+        "from rewrite_core.backends import explain; explain()",
+        failure="ModuleNotFoundError('No module named other', name='other')",
+    )
+    assert done.returncode != 0 and "No module named other" in done.stderr
+
+
+def test_nothing_is_loaded_before_it_is_used():
+    code = """
+import sys
+import rewrite_core.ops.second_moment, rewrite_core.ops.spd_solve
+assert "rewrite_core._C" not in sys.modules, "extension"
+assert "rewrite_core.kernels" not in sys.modules, "kernels"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,215 @@
+"""The benchmarks run, write what they promise, and refuse to time what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewrite_core
+from rewrite_core import backends
+from rewrite_core.benchmarks import harness, report, runner
+
+OPS = {"second-moment": "second_moment", "spd-solve": "spd_solve", "fit-low-rank": "fit_low_rank"}
+TIMES = {"p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float}
+SCHEMA = {
+    **TIMES,
+    "schema": int, "timestamp": str, "machine": str, "cpu": str, "cores": int, "isa": (str, type(None)),
+    "threads": int, "load": float, "python": str, "torch": str, "rewrite_core": str, "commit": (str, type(None)),
+    "op": str, "case": str, "quick": bool, "backend": str, "shapes": dict, "dtype": str, "tests": str,
+    "operations": (int, float), "bytes": (int, float), "gbytes_per_second": float, "error_kind": str,
+    "tolerance": float, "best_stock": str, "ratio": float, "contenders": dict,
+}  # fmt: skip
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+def test_quick_run(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    assert runner.main(["all"], tmp_path / "results", True) == 0
+    assert torch.get_num_threads() == threads
+    output = capsys.readouterr().out
+    records = lines_of(tmp_path / "results")
+    assert [record["op"] for record in records] == ["second_moment"] * 2 + ["spd_solve"] * 2 + ["fit_low_rank"] * 2
+    for record in records:
+        assert set(record) == set(SCHEMA)
+        assert all(isinstance(record[key], kind) for key, kind in SCHEMA.items()), record
+        assert record["quick"] and record["tests"] == "not run" and record["error"] <= record["tolerance"]
+        assert 0 < record["p20"] <= record["p50"] <= record["p80"]
+        contenders = record["contenders"]
+        assert len(contenders) >= 3 and all(set(times) == set(TIMES) for times in contenders.values())
+        best = min((times["p50"], name) for name, times in contenders.items() if name != "rewrite_core")
+        assert record["best_stock"] == best[1] and record["ratio"] == pytest.approx(best[0] / record["p50"])
+        assert record["backend"] in backends.ORDER
+        assert f"{record['op']}: {record['case']} ({record['backend']})" in output
+    for op in OPS.values():
+        assert f"{op}: the best stock expression" in output
+        (picture,) = (tmp_path / "results").glob(f"*.quick.{op}.png")
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    # nothing is left behind, and a second run only appends
+    (path,) = (tmp_path / "results").glob("*.jsonl")
+    assert len(list(path.parent.iterdir())) == 4
+    before = path.read_bytes()
+    assert runner.main(["second-moment"], path.parent, True) == 0
+    assert path.read_bytes().startswith(before) and len(lines_of(path.parent)) == len(records) + 2
+
+
+def test_one_case_under_pytest(tmp_path):
+    """``pytest benchmarks/`` from a checkout, and that plain ``pytest`` leaves benchmarks/ alone."""
+    pytest.importorskip("pytest_benchmark")
+    folder = report.checkout()
+    if folder is None or not (folder / "benchmarks").is_dir():
+        pytest.skip("no checkout here")
+    command = [sys.executable, "-m", "pytest", str(folder / "benchmarks" / "bench_second_moment.py"), "--quick", "-q"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout and "bmm on NCHW" in done.stdout and "bench_second_moment[" in done.stdout
+    assert [record["op"] for record in lines_of(tmp_path / "out")] == ["second_moment"] * 2
+    assert 'testpaths = ["tests"]' in (folder / "pyproject.toml").read_text()
+
+
+def wrong_second_moment(right):
+    return lambda features, out: (right(features, out), out.mul_(1 + 1e-5))
+
+
+def nan_second_moment(right):
+    return lambda features, out: out.fill_(torch.nan)
+
+
+def wrong_spd_solve(right):
+    return right._replace(solve=lambda lower, rhs: right.solve(lower, rhs) * 1.001)
+
+
+def wrong_fit_low_rank(right):
+    def wrong(*args):
+        coefficients, *rest = right(*args)
+        return (coefficients * 1.2, *rest)  # and still reports the loss of the right ones
+
+    return wrong
+
+
+def failing_fit_low_rank(right):
+    def wrong(*args):
+        raise RuntimeError("out of luck")
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("second-moment", wrong_second_moment),
+        ("second-moment", nan_second_moment),
+        ("spd-solve", wrong_spd_solve),
+        ("fit-low-rank", wrong_fit_low_rank),
+        ("fit-low-rank", failing_fit_low_rank),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_wrong_kernel_is_refused(name, wrong, tmp_path, monkeypatch, capsys):
+    chosen = next(choice.backend for choice in backends.explain().choices if choice.op == OPS[name])
+    record = next(record for record in backends.backends_of(OPS[name]) if record.name == chosen)
+    right = record.load()
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda path: wrong(right) if path == record.target else load(path))
+    assert runner.main([name], tmp_path, True) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and OPS[name] in captured.err and "case" in captured.err.lower()
+    assert lines_of(tmp_path) == [] and "rewrite_core   " not in captured.out
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A checkout whose tests one can write."""
+    folder = tmp_path / "checkout"
+    (folder / "tests").mkdir(parents=True)
+    monkeypatch.setattr(report, "checkout", lambda: folder)
+    return folder
+
+
+def test_failing_tests_refuse(project, tmp_path, capsys):
+    (project / "tests/test_second_moment.py").write_text("def test_sums():\n    assert False\n")
+    assert runner.main(["second-moment"], tmp_path / "out", False) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "test_sums" in captured.err
+    assert lines_of(tmp_path / "out") == [] and "GFLOP/s" in captured.out
+
+
+def test_untested_op_is_refused(project, tmp_path, capsys):
+    assert runner.main(["spd-solve"], tmp_path / "out", False) == 1
+    assert "no tests/test_spd_solve.py" in capsys.readouterr().err
+
+
+def test_tests_meet_the_library_that_is_measured(project):
+    (project / "tests/test_second_moment.py").write_text(
+        f"import rewrite_core\ndef test_it():\n    assert rewrite_core.__file__ == {rewrite_core.__file__!r}\n"
+    )
+    (project / "tests/rewrite_core").mkdir()  # an unbuilt tree on the path: `python -m pytest` looks there first
+    assert runner.run_tests("second_moment") == "passed"
+
+
+@pytest.mark.parametrize("names", [["second-moments"], []])
+def test_unknown_names(names, tmp_path, capsys):
+    assert runner.main(names, tmp_path / "out", True) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "second-moment, spd-solve, fit-low-rank" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert runner.main(["all"], tmp_path / "file" / "out", True) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_append_keeps_history_and_closes_a_cut_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    report.append(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "cut')
+    report.append(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 2, "cut\n{"a": 3}\n'
+    assert report.read(path) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", "intel-xeon-platinum-8488c"),
+        ("AMD EPYC 9654 96-Core Processor", "amd-epyc-9654-96-core"),
+        ("../../etc", "etc"),
+        ("", "unknown"),
+    ],
+)
+def test_machine_name(model, name, monkeypatch):
+    monkeypatch.setattr(report, "cpu_name", lambda: model)
+    assert report.machine_name() == name
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def contender(name, rounds=None):
+        return harness.Contender(name, lambda: calls.append(name), lambda: calls.append(f"({name})"), rounds)
+
+    problem = harness.Problem(
+        ours=contender("ours"), stock=[contender("a"), contender("b", rounds=1)], shapes={}, dtype="float32",
+        operations=1e9, traffic=1e9, error=lambda result: 0.0, error_kind="", tolerance=0.0,
+    )  # fmt: skip
+    race = harness.Race(problem)
+    assert race.plan(quick=True) == 21
+    assert calls == ["(ours)", "ours", "(a)", "a"]  # b is slow: it is not warmed up
+    calls.clear()
+    for _ in range(3):
+        race.others()
+        race.ours()
+    assert calls == [*("(a) a (b) b (ours) ours " + "(a) a (ours) ours " * 2).split()]
+    assert {name: len(times) for name, times in race.times.items()} == {"ours": 3, "a": 3, "b": 1}

@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+import rewrite_core as rc
+from rewrite_core.directions import rank_units
+
+
+def subspace_cosine(a, b):
+    """Cosine of the largest angle between the row spaces of a and b."""
+    q, _ = torch.linalg.qr(b.double().T)
+    return torch.linalg.svdvals(a.double() @ q).min().item()
+
+
+CASES = [
+    ("zca_rank1", "whitened", 1),
+    ("zca_rank2", "whitened", 2),
+    ("zca_rank4", "whitened", 4),
+    ("svd_rank1", "svd", 1),
+    ("svd_rank2", "svd", 2),
+    ("mean_rank1", "mean", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def context(latents, edit):
+    from conftest import DATA
+
+    layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
+    return rc.context_keys(layer, edit.keys, latents)
+
+
+@pytest.mark.parametrize("name, method, rank", CASES)
+def test_golden_directions_given_the_same_second_moment(golden, golden_moment, context, name, method, rank):
+    directions = rc.context_directions(golden_moment, *context, rank=rank, method=method)
+    assert directions.shape == (rank, 64) and directions.dtype == torch.float64
+    assert subspace_cosine(directions, golden[name]) > 1 - 1e-7
+    # row by row too, with the sign
+    assert ((directions * golden[name]).sum(1) > 0.9999).all()
+
+
+@pytest.mark.parametrize("name, method, rank", [case for case in CASES if case[1] != "svd"])
+def test_golden_directions_from_collection(golden, moment, context, name, method, rank):
+    directions = rc.context_directions(moment, *context, rank=rank, method=method)
+    assert subspace_cosine(directions, golden[name]) > 0.9999
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_golden_svd_from_collection(golden, moment, context, rank):
+    # C^-1 twice as sensitive to the reference's float32 sum as whitening: 0.99983 and 0.99983 measured
+    directions = rc.context_directions(moment, *context, rank=rank, method="svd")
+    assert subspace_cosine(directions, golden[f"svd_rank{rank}"]) > 0.9998
+
+
+def test_golden_query_key(golden, moment, edit, layer, latents):
+    key = rc.query_key(layer, moment, edit.context[0], latents)
+    assert torch.dot(key, golden["query_key"].double()) > 0.9999
+
+
+def test_units_without_quantiles_are_normdissect(golden, moment, context):
+    assert rank_units(moment, *context)[:8].tolist() == golden["normdissect_rank8"].tolist()
+    directions = rc.context_directions(moment, *context, rank=8, method="units")
+    assert directions.argmax(1).tolist() == golden["normdissect_rank8"].tolist()
+    assert torch.equal(directions.sum(1), torch.ones(8, dtype=torch.float64))
+
+
+def test_units_with_quantiles_are_gandissect(golden, moment, layer, edit, latents):
+    quantiles = rc.collect_unit_quantiles(layer, latents)
+    rows = rc.context_keys(layer, edit.keys, latents, inside_only=False)
+    units = rc.context_directions(moment, *rows, rank=4, method="units", quantiles=quantiles).argmax(1)
+    wanted = set(golden["gandissect_rank4"].argmax(1).tolist())
+    assert len(wanted & set(units.tolist())) >= 3
+
+
+def test_quantiles_in_bounded_memory_are_close_to_exact():
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randn(40, 3, 20, 20, generator=generator) * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
+    quantiles = rc.UnitQuantiles(3, capacity=1000)
+    for batch in data.split(7):
+        quantiles.update(batch)
+    assert len(quantiles._rows) <= 1000
+    rows = data.movedim(1, -1).reshape(-1, 3)
+    probe = rows[::97]
+    exact = (rows[None] < probe[:, None]).double().mean(1)
+    assert (quantiles.quantile(probe) - exact).abs().max() < 0.06
+    top = rows.amax(0)[None]
+    assert quantiles.quantile(top).eq(1).all() and quantiles.quantile(0.99 * top).lt(1).all()
+
+
+def test_whitened_span_equals_whitening_by_the_symmetric_root(moment, context):
+    keys, weights = context
+    values, vectors = torch.linalg.eigh(moment.matrix())
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    _, _, top = torch.linalg.svd((keys.double() @ root) * weights.double()[:, None])
+    directions = rc.context_directions(moment, keys, weights, rank=5)
+    assert subspace_cosine(directions, top[:5] @ root) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 17, 40])
+@pytest.mark.parametrize("method", ["whitened", "svd", "units"])
+def test_rows_are_orthonormal(moment, context, rank, method):
+    directions = rc.context_directions(moment, *context, rank=rank, method=method)
+    gram = directions @ directions.T
+    assert (gram - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-10
+
+
+def test_sign_agrees_with_the_mean_key(moment, context):
+    keys, weights = context
+    mean = (keys * weights[:, None]).sum(0).double()
+    assert (rc.context_directions(moment, keys, weights, rank=6) @ mean >= 0).all()
+
+
+def test_one_key_gives_its_own_direction(moment, context):
+    key = context[0][:1]
+    direction = rc.context_directions(moment, key)
+    wanted = moment.solve(key)
+    assert torch.allclose(direction, wanted / wanted.norm(), atol=1e-9)
+
+
+def test_dead_channels_stay_finite():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 12, generator=generator)
+    features[:, 3] = 0
+    features[:, 7] = features[:, 8]
+    moment = rc.SecondMoment(12)
+    moment.update(features)
+    with pytest.warns(UserWarning, match="rank-deficient"):
+        directions = rc.context_directions(moment, features[:20], rank=4)
+    assert torch.isfinite(directions).all()
+    assert moment.factor.shift > 0
+    assert (directions @ directions.T - torch.eye(4)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"rank": 65}, rc.RankError, "64 channels"),
+        ({"rank": 0}, rc.RankError, "from 1"),
+        ({"rank": 1.0}, rc.RankError, "whole number"),
+        ({"rank": 2, "method": "mean"}, rc.RankError, "one direction"),
+        ({"method": "pca"}, rc.RewriteCoreError, "choose from"),
+        ({"weights": torch.ones(3)}, rc.RewriteCoreError, "one each"),
+        ({"weights": torch.zeros(5)}, rc.SelectionError, "positive weight"),
+        ({"keys": torch.ones(5, 63)}, rc.RewriteCoreError, "64"),
+        ({"keys": torch.full((5, 64), torch.nan)}, rc.NonFiniteError, "NaN"),
+        ({"keys": torch.zeros(5, 64)}, rc.SelectionError, "zero"),
+        ({"keys": torch.ones(5, 64), "rank": 2}, rc.RankError, "lower the rank"),
+        ({"rank": 6}, rc.RankError, "5 context keys"),
+    ],
+)
+def test_bad_input(moment, arguments, error, words):
+    keys = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(error, match=words):
+        rc.context_directions(moment, **({"keys": keys} | arguments))

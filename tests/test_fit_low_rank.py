@@ -1,0 +1,732 @@
+import base64
+import functools
+import importlib
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from rewrite_core.backends import backends_of, extension
+
+# the module; rewrite_core.ops.fit_low_rank is the function of the same name
+ops = importlib.import_module("rewrite_core.ops.fit_low_rank")
+
+DATA = Path(__file__).parent / "data"
+ISAS = ("portable", "avx2", "avx512")
+CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
+
+
+@pytest.fixture(params=CPU)
+def fit(request, monkeypatch):
+    """The public function on one implementation."""
+    isa = request.param.removeprefix("cpp-")
+    if isa in ISAS[ISAS.index(extension().isa()) + 1 :]:
+        pytest.skip(f"this CPU has no {isa}")
+    return functools.partial(run, CPU[request.param])
+
+
+def run(implementation, *args, **kwargs):
+    class Record:
+        load = staticmethod(lambda: implementation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "select", lambda *args: Record)
+        return ops.fit_low_rank(*args, **kwargs)
+
+
+# Problems: dictionaries of fit_low_rank's arguments, unbatched, float64.
+
+
+def basis_maps(op, key, directions, taps):
+    """The linear operator on one-hot kernels: [R taps taps, P]."""
+    kernels = torch.eye(taps * taps, dtype=key.dtype).reshape(-1, 1, 1, taps, taps)
+    maps = torch.einsum("ri,ihw->rhw", directions, key)
+    return torch.stack([op(one[None, None], kernel).flatten() for one in maps for kernel in kernels])
+
+
+def demodulation_of(weight, style, directions, scale, eps=1e-8):
+    """[O, I, T] weight: constant, linear and quadratic term of sum (scale style W1)^2 + eps."""
+    square = (scale * style) ** 2
+    out, taps = weight.shape[0], weight.shape[2]
+    constant = torch.einsum("oit,i->o", weight**2, square) + eps
+    linear = torch.einsum("oit,i,ri->ort", weight, square, directions).reshape(out, -1)
+    gram = torch.einsum("ri,i,si->rs", directions, square, directions)
+    return constant, linear, torch.kron(gram, torch.eye(taps, dtype=gram.dtype))
+
+
+@functools.cache
+def stylegan2_problem(kind):
+    with np.load(DATA / "stylegan2_layer.npz") as arrays:
+        data = {k.removeprefix(f"{kind}_"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(kind)}
+    get = {k: v.double() for k, v in data.items()}
+    weight, key, style, directions = get["weight"][0], get["fmap_modulated"][0], get["style"][0], get["directions"]
+    out, inner, taps, _ = weight.shape
+    scale = 1 / math.sqrt(inner * taps * taps)
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    blur = torch.outer(line, line) / 64 * 4
+
+    def op(maps, kernel):
+        if kind == "same":
+            return F.conv2d(maps, kernel, padding=taps // 2)
+        wide = F.pad(F.conv_transpose2d(maps, kernel.transpose(0, 1), stride=2), (1, 1, 1, 1))
+        return F.conv2d(wide, blur.expand(wide.shape[1], 1, 4, 4), groups=wide.shape[1])
+
+    problem = {
+        "basis": scale * basis_maps(op, key, directions, taps),
+        "base": op(key[None], weight * scale)[0].flatten(1),
+        "target": get["goal"][0].flatten(1),
+        "shift": (get["noise_weight"] * get["noise"])[0].flatten(1) + get["bias"][:, None],
+        "demodulation": demodulation_of(weight.flatten(2), style, directions, scale),
+        "slope": 0.2,
+        "gain": math.sqrt(2.0),
+    }
+    return problem, get["value"][0].flatten(1), get["linear_loss"]
+
+
+@functools.cache
+def proggan_problem(rank):
+    """The golden edit at layer5: the tight crop of the paste, object composited through its mask."""
+    with np.load(DATA / "proggan_expected.npz") as arrays:
+        keys = torch.from_numpy(arrays["keys_3_7_11_19"]).double()
+        directions = torch.from_numpy(arrays["zca_rank4"][:rank]).double()
+        first_loss = arrays[f"projected_rank{rank}_loss"][0]
+    with np.load(DATA / "proggan_state.npz") as arrays:
+        weight = torch.from_numpy(arrays["layer5.conv.weight"]).double()
+    values = F.conv2d(keys, weight, padding=1)
+    _, url = json.loads((DATA / "proggan_edit.json").read_text())["object"]
+    mask = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB").getchannel(0)
+    mask = torch.from_numpy(np.asarray(mask.resize((16, 16), Image.BILINEAR)) / 255.0)
+    rows, columns = (mask > 0).nonzero().amin(0), (mask > 0).nonzero().amax(0) + 1
+    crop = (..., slice(rows[0], columns[0]), slice(rows[1], columns[1]))
+    place = (..., slice(3, 11), slice(1, 9))  # the same box, centred on the paste mask
+    key, alpha = keys[2][place], mask[crop]
+    op = functools.partial(F.conv2d, padding=1)
+    problem = {
+        "basis": basis_maps(op, key, directions, 3),
+        "base": op(key[None], weight)[0].flatten(1),
+        "target": ((1 - alpha) * values[2][place] + alpha * values[1][crop]).flatten(1),
+    }
+    return problem, first_loss
+
+
+@functools.cache
+def random_problem(seed, rank, size, demodulated=True, slope=0.2, channels=32, inner=64, scale=16.0):
+    """A 3x3 layer on smooth random maps, its goal the value of another map. `scale` multiplies the basis, so that
+    Adam's step of 0.05 suits the coefficients; ours are scaled anyway."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    height, width = size
+    style = 1 + 0.3 * normal(inner)
+    maps = normal(2, inner, height + 2, width + 2)
+    keys = style[:, None, None] * (2 * F.avg_pool2d(maps, 3, 1) + 0.4 * normal(2, inner, height, width))
+    fan = 1 / math.sqrt(inner * 9)
+    weight = normal(channels, inner, 3, 3)
+    mean = keys[0].mean((1, 2))[:, None]
+    directions = torch.linalg.qr(mean + 0.7 * normal(inner, rank)).Q.T.contiguous()
+    op = functools.partial(F.conv2d, padding=1)
+    base, other = op(keys, weight * fan).flatten(2)
+    shift = 0.3 * normal(1, height * width) + 0.3 * normal(channels, 1)
+    problem = {
+        "basis": scale * fan * basis_maps(op, keys[0], directions, 3), "base": base, "shift": shift, "slope": slope,
+        "gain": math.sqrt(2.0),
+    }  # fmt: skip
+    if demodulated:
+        constant, linear, quadratic = demodulation_of(weight.flatten(2), style, directions, fan)
+        problem["demodulation"] = constant, linear * scale, quadratic * scale**2
+        other = other * constant.rsqrt()[:, None]
+    problem["target"] = problem["gain"] * F.leaky_relu(other + shift, slope)
+    return problem
+
+
+SIZES = ((4, 4), (5, 5), (6, 8), (8, 8), (10, 10), (12, 12))
+RANDOM = [(seed, 1 + seed % 4, SIZES[seed % 6], seed % 8 != 7) for seed in range(20)]
+
+
+def value_of(x, basis, base, target, shift=None, demodulation=None, slope=1.0, gain=1.0):
+    """The model of the docstring, written once more: any dtype, batched or not, under autograd."""
+    lin = base + x @ basis
+    if demodulation is not None:
+        constant, linear, quadratic = demodulation
+        lin = lin * (constant + 2 * (linear * x).sum(-1) + ((x @ quadratic) * x).sum(-1)).rsqrt()[..., None]
+    return gain * F.leaky_relu(lin if shift is None else lin + shift, slope)
+
+
+def losses_of(x, problem, loss="l1"):
+    r = value_of(x, **problem) - problem["target"]
+    return (r.abs() if loss == "l1" else r.square()).mean(-1)
+
+
+def cast(problem, dtype):
+    def one(item):
+        if isinstance(item, tuple):
+            return tuple(map(one, item))
+        return item.to(dtype) if isinstance(item, torch.Tensor) else item
+
+    return {name: one(item) for name, item in problem.items()}
+
+
+def adam(problem, weights=None, loss="l1"):
+    """The yardstick: the final loss of 2001 steps of Adam on Lambda from zero, lr 0.05; one number per edit where
+    the problem is batched. weights [B, P] sum to 1."""
+    problem = cast(problem, torch.float32)
+    x = torch.zeros(*problem["base"].shape[:-1], problem["basis"].shape[-2], requires_grad=True)
+    optimiser = torch.optim.Adam([x], lr=0.05)
+
+    def objective():
+        r = value_of(x, **problem) - problem["target"]
+        rho = r.abs() if loss == "l1" else r.square()
+        return (rho.mean(-1) if weights is None else (weights[:, None] * rho).sum(-1)).mean(-1)
+
+    for _ in range(2001):
+        optimiser.zero_grad()
+        objective().sum().backward()
+        optimiser.step()
+    return objective().detach().double()
+
+
+def stack(problems):
+    """Several problems as one batch: zero rows and pixels of weight zero make up the difference."""
+    rows, pixels = (max(p["basis"].shape[axis] for p in problems) for axis in (0, 1))
+
+    def grow(item, *sizes):
+        return F.pad(item, [n for size, have in zip(sizes[::-1], item.shape[::-1]) for n in (0, size - have)])
+
+    batch = {"basis": torch.stack([grow(p["basis"], rows, pixels) for p in problems])}
+    for name in ("base", "target", "shift"):
+        batch[name] = torch.stack([grow(p[name].expand(len(p["base"]), -1), 32, pixels) for p in problems])
+    parts = []
+    for p in problems:
+        none = torch.ones(32).double(), torch.zeros(32, rows).double(), torch.zeros(rows, rows).double()
+        constant, linear, quadratic = p.get("demodulation") or none
+        parts.append((constant, grow(linear, 32, rows), grow(quadratic, rows, rows)))
+    batch["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+    counts = torch.tensor([p["basis"].shape[1] for p in problems])
+    weights = (torch.arange(pixels) < counts[:, None]) / counts[:, None]
+    return {**batch, "slope": problems[0]["slope"], "gain": problems[0]["gain"]}, weights
+
+
+@functools.cache
+def adam_on_random(loss):
+    return adam(*stack([random_problem(*case) for case in RANDOM]), loss=loss)
+
+
+def assert_sound(result, problem=None, loss="l1"):
+    """What holds for every result: finite, never worse than no change, and the loss is that of the coefficients."""
+    for part in result[:3]:
+        assert part.isfinite().all()
+    assert (result.loss <= result.initial_loss).all()
+    assert set(result.status.flatten().tolist()) <= set(ops.STATUS)
+    if problem is not None:
+        got = losses_of(result.coefficients, problem, loss)
+        torch.testing.assert_close(got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item()))
+
+
+# Quality
+
+
+def test_problems_are_the_recorded_ones():
+    for kind in ("same", "up"):
+        problem, value, linear_loss = stylegan2_problem(kind)
+        zero = torch.zeros(len(problem["base"]), len(problem["basis"]), dtype=torch.float64)
+        torch.testing.assert_close(value_of(zero, **problem), value, rtol=0, atol=1e-5)
+        assert losses_of(zero, problem).mean().item() == pytest.approx(linear_loss[0].item(), rel=1e-5)
+    problem, first_loss = proggan_problem(1)
+    assert (problem["base"] - problem["target"]).abs().mean().item() == pytest.approx(first_loss, rel=1e-5)
+
+
+GOLDEN = {
+    "stylegan2-same": lambda: stylegan2_problem("same")[0],
+    "stylegan2-up": lambda: stylegan2_problem("up")[0],
+    "proggan-1": lambda: proggan_problem(1)[0],
+    "proggan-3": lambda: proggan_problem(3)[0],
+}
+
+
+@functools.cache
+def adam_on_golden(name):
+    return adam(GOLDEN[name]()).item()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_l1_is_no_worse_than_adam_on_golden_layers(fit, name):
+    problem = GOLDEN[name]()
+    result = fit(**problem)
+    assert_sound(result, problem)
+    assert result.loss.mean().item() <= 1.001 * adam_on_golden(name)
+    assert (result.status == ops.CONVERGED).all()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("number", range(len(RANDOM)), ids=lambda i: "seed{}-rank{}-{}-demodulated={}".format(*RANDOM[i]))
+def test_no_worse_than_adam_on_random_layers(number, loss):
+    problem = random_problem(*RANDOM[number])
+    result = ops.fit_low_rank(**problem, loss=loss)
+    assert_sound(result, problem, loss)
+    assert result.loss.mean().item() <= 1.01 * adam_on_random(loss)[number].item()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_linear_l1_is_optimal(fit, rank):
+    """A linear program, so duality certifies the optimum: any |z| <= 1 with basis z = 0 bounds the loss from below
+    by z . r0. At the optimum J residuals vanish, and there z is whatever makes basis z = 0."""
+    problem, _ = proggan_problem(rank)
+    basis = problem["basis"]
+    result = fit(**problem)
+    r0 = problem["base"] - problem["target"]
+    r = r0 + result.coefficients @ basis
+    zero = r.abs().argsort(-1)[:, : len(basis)]
+    z = r.sign().scatter(1, zero, 0.0)
+    solved = torch.linalg.solve(basis.T[zero].mT, -(z @ basis.T))
+    z = z.scatter(1, zero, solved)
+    assert (z @ basis.T).abs().max() < 1e-6
+    bound = (z / z.abs().amax(-1, keepdim=True).clamp_min(1.0) * r0).mean(-1)
+    assert (result.loss <= (1 + 1e-4) * bound).all()
+
+
+# The closed form
+
+
+def linear_problem(seed=0, unknowns=9, pixels=40, channels=7):
+    generator = torch.Generator().manual_seed(seed)
+    basis, base, target = (
+        torch.randn(n, pixels, generator=generator, dtype=torch.float64) for n in (unknowns, channels, channels)
+    )
+    return {"basis": basis, "base": base, "target": target}
+
+
+@pytest.mark.parametrize("unknowns", [1, 9, 36, 100])
+def test_closed_form_is_least_squares(fit, unknowns):
+    problem = linear_problem(unknowns=unknowns, pixels=120)
+    weights = torch.rand(120, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = fit(**problem, gain=1.7, pixel_weights=weights, loss="l2")
+    root = weights.sqrt()
+    wanted = root * (problem["target"] - 1.7 * problem["base"])
+    exact = torch.linalg.lstsq((1.7 * root * problem["basis"]).T, wanted.T).solution.T
+    torch.testing.assert_close(result.coefficients, exact, rtol=1e-8, atol=1e-10)
+    assert (result.status == ops.CONVERGED).all() and result.solver == "closed_form"
+    assert (result.iterations == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["fewer pixels", "twin rows", "zero row", "constant maps", "nearly twin rows"])
+def test_closed_form_of_rank_deficient_basis(fit, kind):
+    problem = linear_problem(pixels=5 if kind == "fewer pixels" else 40)
+    basis = problem["basis"]
+    if kind == "twin rows":
+        basis[4] = basis[2]
+    elif kind == "nearly twin rows":
+        basis[4] = basis[2] + 1e-9 * basis[4]
+    elif kind == "zero row":
+        basis[4] = 0
+    elif kind == "constant maps":
+        basis[:] = basis[:, :1]
+    result = fit(**problem, loss="l2")
+    wanted = problem["target"] - problem["base"]
+    best = (wanted - wanted @ torch.linalg.pinv(basis, rtol=1e-7) @ basis).square().mean(-1)
+    assert_sound(result, None)
+    assert (result.status == ops.SHIFTED).all()
+    # what tells nearly equal rows apart is fitted a little too, with coefficients that stay bounded
+    torch.testing.assert_close(result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20)
+    assert result.coefficients.abs().max() < 1e3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("same_scale", [True, False])
+def test_closed_form_with_penalty(fit, same_scale):
+    problem = linear_problem()
+    factor = linear_problem(1)["basis"]
+    penalty = factor @ factor.T / 40
+    scale = torch.full((7,), 0.3, dtype=torch.float64)
+    if not same_scale:
+        scale = scale * torch.arange(7)
+    result = fit(**problem, loss="l2", penalty=penalty, penalty_scale=scale)
+    gram = problem["basis"] @ problem["basis"].T / 40
+    right = (problem["target"] - problem["base"]) @ problem["basis"].T / 40
+    exact = torch.linalg.solve(gram + scale[:, None, None] * penalty, right)
+    torch.testing.assert_close(result.coefficients, exact, rtol=1e-9, atol=1e-12)
+
+
+# Agreement
+
+
+AGREEMENT = {
+    "proggan-3": lambda: proggan_problem(3)[0],
+    "same": lambda: stylegan2_problem("same")[0],
+    "demodulated": lambda: random_problem(4, 1, (10, 10)),
+    "demodulated, identity": lambda: random_problem(4, 1, (10, 10), slope=1.0),
+    "activation only": lambda: random_problem(5, 2, (8, 8), demodulated=False),
+    "over pixels": lambda: random_problem(6, 3, (4, 4)),
+    "over pixels, activation only": lambda: random_problem(7, 4, (5, 5), demodulated=False),
+    "two panels": lambda: random_problem(8, 2, (13, 12)),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("name", AGREEMENT)
+def test_cpp_agrees_with_reference(isa, loss, name):
+    if isa in ISAS[ISAS.index(extension().isa()) + 1 :]:
+        pytest.skip(f"this CPU has no {isa}")
+    problem = AGREEMENT[name]()
+    ours, theirs = run(CPU[f"cpp-{isa}"], **problem, loss=loss), run(CPU["reference"], **problem, loss=loss)
+    assert_sound(ours, problem, loss)
+    torch.testing.assert_close(ours.initial_loss, theirs.initial_loss, rtol=1e-12, atol=0)
+    # near a kink a rounding error can send a channel down another slope: the typical channel agrees to the last
+    # digits, every one in what it reached
+    gap = (ours.loss - theirs.loss).abs() / theirs.initial_loss
+    assert gap.median() < 1e-9 and gap.max() < 5e-3, f"worst channel {gap.argmax()}"
+    assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=1e-9)
+    assert (ours.status == theirs.status).double().mean() > 0.9
+    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (theirs.coefficients.norm(dim=-1) + 1e-300)
+    assert (apart < 1e-3).double().mean() > 0.75
+    if name == "proggan-3":  # well-conditioned and convex: the same path
+        assert (apart < 1e-6).all() and torch.equal(ours.iterations, theirs.iterations)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_cpp_takes_the_steps_of_reference(steps):
+    """A few steps leave no time for rounding to matter, so every piece of the step must agree."""
+    problem = random_problem(2, 2, (6, 8))
+    spread = linear_problem(3, unknowns=18)["basis"]
+    extra = {
+        "pixel_weights": torch.arange(48.0).remainder(5), "penalty": 1e-3 * spread @ spread.T,
+        "penalty_scale": torch.linspace(0, 1, 32),
+    }  # fmt: skip
+    for more in ({}, extra):
+        for loss in ("l1", "l2"):
+            ours, theirs = (
+                run(CPU[name], **problem, **more, loss=loss, max_iterations=steps)
+                for name in (f"cpp-{extension().isa()}", "reference")
+            )
+            torch.testing.assert_close(ours.coefficients, theirs.coefficients, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=0)
+
+
+def test_threads_do_not_change_a_bit():
+    problem = cast(random_problem(9, 2, (8, 8)), torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.fit_low_rank(**problem, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for ours, theirs in zip(results[0][:5], result[:5]):
+            assert torch.equal(ours, theirs)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("demodulated", [True, False])
+def test_derivative_against_finite_differences(demodulated):
+    problem = random_problem(3, 2, (5, 5), demodulated)
+    constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
+    model = ops._Model(
+        problem["basis"], problem["base"], problem["target"], problem["shift"].expand_as(problem["base"]), constant,
+        linear, quadratic, problem["slope"], problem["gain"],
+    )  # fmt: skip
+    x = 0.05 * linear_problem(2, unknowns=18, pixels=32)["basis"].T.contiguous()
+    kink = torch.full((32,), 0.1, dtype=torch.float64)
+
+    def residual(x):
+        lin, m, dm = model.linearise(x)
+        return model.residual(lin, m, kink), (lin, m, dm)
+
+    (_, steep, bend), (lin, m, dm) = residual(x)
+    jacobian = steep[:, None] * model.jacobian(lin, m, dm)
+    h = 1e-6
+    for j in range(18):
+        side = torch.zeros_like(x)
+        side[:, j] = h
+        (above, steep_above, _), (lin_above, m_above, _) = residual(x + side)
+        (below, steep_below, _), (lin_below, m_below, _) = residual(x - side)
+        torch.testing.assert_close((above - below) / (2 * h), jacobian[:, j], rtol=1e-6, atol=1e-7)
+        turn = ((m_above[:, None] * lin_above) - (m_below[:, None] * lin_below)) / (2 * h)
+        torch.testing.assert_close((steep_above - steep_below) / (2 * h), bend * turn, rtol=1e-4, atol=1e-4)
+
+
+def test_sharp_kink_is_the_limit_of_the_rounded_one():
+    problem = random_problem(3, 2, (5, 5))
+    model = ops._Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
+    lin, m, _ = model.linearise(torch.zeros(32, 18, dtype=torch.float64))
+    rounded = model.residual(lin, m, torch.full((32,), 1e-9, dtype=torch.float64))
+    for ours, sharp in zip(rounded[:2], model.residual(lin, m)[:2]):
+        torch.testing.assert_close(ours, sharp, rtol=0, atol=1e-6)
+
+
+# Weights, batches, penalty
+
+
+def pad(problem, pixels):
+    padded = dict(problem)
+    for name in ("basis", "base", "target", "shift"):
+        rows = problem[name].expand(len(problem["base"]), -1) if name == "shift" else problem[name]
+        padded[name] = F.pad(rows, (0, pixels - rows.shape[-1]), value=3.0)  # must not matter
+    return padded
+
+
+def test_batch_of_padded_edits_equals_single_ones(fit):
+    problems = [random_problem(20, 1, (4, 5)), random_problem(21, 1, (6, 6)), random_problem(22, 1, (2, 3))]
+    pixels = 36
+    padded = [pad(problem, pixels) for problem in problems]
+    batch = {name: torch.stack([p[name] for p in padded]) for name in ("basis", "base", "target", "shift")}
+    batch["demodulation"] = tuple(map(torch.stack, zip(*(p["demodulation"] for p in problems))))
+    counts = torch.tensor([p["basis"].shape[1] for p in problems])
+    weights = (torch.arange(pixels) < counts[:, None]).double()
+    kwargs = {"slope": 0.2, "gain": math.sqrt(2.0), "max_iterations": 8}
+    together = fit(**batch, pixel_weights=weights, **kwargs)
+    assert together.coefficients.shape == (3, 32, 9) and together.loss.shape == (3, 32)
+    for i, problem in enumerate(problems):
+        alone = fit(**{**problem, **kwargs})
+        torch.testing.assert_close(together.loss[i], alone.loss, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(together.initial_loss[i], alone.initial_loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(together.coefficients[i], alone.coefficients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_zero_weight_removes_a_pixel(fit, loss):
+    problem = proggan_problem(1)[0]
+    keep = torch.arange(problem["base"].shape[1]).remainder(3) > 0
+    less = {name: item[:, keep] for name, item in problem.items()}
+    weighted = fit(**problem, pixel_weights=7.0 * keep, loss=loss)
+    torch.testing.assert_close(weighted.coefficients, fit(**less, loss=loss).coefficients, rtol=1e-6, atol=1e-9)
+
+
+def test_integer_weight_is_a_repeated_pixel(fit):
+    problem = linear_problem()
+    weights = torch.arange(40).remainder(3)
+    repeated = {name: item.repeat_interleave(weights, 1) for name, item in problem.items()}
+    for loss in ("l1", "l2"):
+        one, other = fit(**problem, pixel_weights=weights.double(), loss=loss), fit(**repeated, loss=loss)
+        torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_penalty_trades_loss_for_preservation(fit, loss, linear):
+    problem = proggan_problem(1)[0] if linear else random_problem(1, 1, (8, 8))
+    basis = problem["basis"]
+    penalty = basis @ basis.T / basis.shape[1]
+    penalties, losses = [], []
+    for strength in (0.0, 1e-3, 1e-2, 1e-1, 1.0, 1e3):
+        scale = torch.full((len(problem["base"]),), strength)
+        result = fit(**problem, loss=loss, penalty=penalty, penalty_scale=scale, max_iterations=100)
+        x = result.coefficients
+        penalties.append(torch.einsum("oj,jk,ok->o", x, penalty, x).mean().item())
+        losses.append(result.loss.mean().item())
+        assert_sound(result, problem, loss)
+    slack = 1e-4 if linear else 1e-2  # other minima when nonconvex
+    for i in range(1, len(penalties)):
+        assert penalties[i] <= (1 + slack) * penalties[i - 1]
+        assert losses[i] >= (1 - slack) * losses[i - 1]
+    assert penalties[-1] < 1e-2 * penalties[0]
+    free = fit(**problem, loss=loss, max_iterations=100)
+    assert losses[0] == pytest.approx(free.loss.mean().item(), rel=1e-2)
+
+
+# Hostile input
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("demodulated", [True, False])
+def test_zero_residual_is_left_alone(fit, loss, demodulated):
+    problem = dict(random_problem(0, 1, (4, 4), demodulated))
+    zero = torch.zeros(32, 9, dtype=torch.float64)
+    met = value_of(zero, **problem)
+    problem["target"] = torch.cat([met[:16], problem["target"][16:]])
+    result = fit(**problem, loss=loss)
+    assert_sound(result, problem, loss)
+    assert (result.status[:16] == ops.ZERO_RESIDUAL).all() and not result.coefficients[:16].any()
+    assert (result.loss[16:] < 0.8 * result.initial_loss[16:]).all()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_reachable_target_is_reached(fit, loss):
+    problem = dict(random_problem(0, 1, (6, 6)))
+    x = 0.1 * linear_problem(5, pixels=32)["basis"].T
+    problem["target"] = value_of(x, **problem)
+    result = fit(**problem, loss=loss, max_iterations=200)
+    found = result.loss < 1e-4 * result.initial_loss ** (1 if loss == "l1" else 2)
+    assert found.double().mean() > 0.8
+    torch.testing.assert_close(result.coefficients[found], x[found], rtol=0.02, atol=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+@pytest.mark.parametrize("kind", ["constant maps", "twin rows", "zero basis", "one pixel", "relu", "zero gain"])
+def test_degenerate_problems(fit, loss, slope, kind):
+    problem = dict(random_problem(0, 1, (4, 4)), slope=slope)
+    if kind == "constant maps":
+        problem = {k: v[:, :1].expand_as(v) if k in ("basis", "base", "target") else v for k, v in problem.items()}
+    elif kind == "twin rows":
+        problem["basis"] = problem["basis"][:1].expand(9, -1)
+        problem["demodulation"] = None
+    elif kind == "zero basis":
+        problem["basis"] = torch.zeros_like(problem["basis"])
+        problem["demodulation"] = None
+    elif kind == "one pixel":
+        problem = {k: v[:, :1] if k in ("basis", "base", "target", "shift") else v for k, v in problem.items()}
+    elif kind == "relu":
+        problem["slope"] = 0.0
+    elif kind == "zero gain":
+        problem["gain"] = 0.0
+    result = fit(**problem, loss=loss)
+    assert_sound(result, problem, loss)
+    if kind in ("zero basis", "zero gain"):
+        assert (result.status == ops.DEGENERATE).all() and not result.coefficients.any()
+    elif kind == "one pixel":  # bounded by demodulation, so not always reachable
+        assert (result.loss < 0.5 * result.initial_loss).double().mean() > 0.5
+    else:
+        assert result.loss.mean() < 0.99 * result.initial_loss.mean()
+
+
+def test_no_pixel_counts(fit):
+    """All weights zero in one edit of a batch."""
+    problem = random_problem(0, 1, (4, 4))
+    batch = {name: problem[name].expand(2, -1, -1) for name in ("basis", "base", "target")}
+    weights = torch.tensor([0.0, 1.0])[:, None].expand(2, 16)
+    for slope, loss in ((0.2, "l1"), (0.2, "l2"), (1.0, "l1"), (1.0, "l2")):
+        result = fit(**batch, slope=slope, pixel_weights=weights, loss=loss)
+        assert_sound(result)
+        assert (result.status[0] == ops.DEGENERATE).all() and not result.coefficients[0].any()
+        assert not result.loss[0].any() and (result.status[1] != ops.DEGENERATE).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e4, 1e8])
+@pytest.mark.parametrize("what", ["values", "basis"])
+def test_scales(fit, dtype, size, what):
+    """The result scales as it should, so the algorithm sees the same problem at any scale."""
+    problem = dict(random_problem(0, 1, (6, 6)), shift=None)
+    plain = fit(**problem, max_iterations=12)
+    scaled = dict(problem)
+    constant, linear, quadratic = problem["demodulation"]
+    if what == "values":  # demodulation forgets the scale of the weights, so put it into the gain
+        scaled.update(gain=problem["gain"] * size, target=problem["target"] * size)
+    else:
+        scaled.update(basis=problem["basis"] * size, demodulation=(constant, linear * size, quadratic * size**2))
+    result = fit(**cast(scaled, dtype), max_iterations=12)
+    assert_sound(result)
+    ratio = size if what == "values" else 1.0
+    rtol = 1e-6 if dtype == torch.float64 else 1e-3
+    assert (result.loss / ratio / plain.loss - 1).abs().median() < rtol
+    assert result.coefficients.dtype == dtype and result.loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+def test_numbers_too_large_are_reported(fit, loss, slope):
+    problem = linear_problem()
+    huge = {name: item * 1e300 for name, item in problem.items()}
+    result = fit(**huge, slope=slope, loss=loss)
+    assert result.coefficients.isfinite().all() and not result.loss.isnan().any()
+    tiny = cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
+    result = fit(**tiny, slope=slope, loss=loss)  # the answer does not fit float32
+    assert (result.status == ops.NONFINITE).all() and not result.coefficients.any()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_many_unknowns(fit, loss):
+    """Rank 20 and more unknowns than pixels, both ways of solving."""
+    problem = random_problem(11, 20, (7, 7), channels=3)
+    assert_sound(fit(**problem, loss=loss, max_iterations=20), problem, loss)
+    weights = torch.ones(49)
+    weights[10:] = 0
+    few = fit(**problem, loss=loss, pixel_weights=weights)
+    assert (few.loss < 0.2 * few.initial_loss).all()
+    assert_sound(fit(**random_problem(11, 4, (12, 12), channels=3), loss=loss, max_iterations=10))
+
+
+# Interface
+
+
+def test_unbatched_batched_and_broadcast_shift():
+    problem = random_problem(1, 1, (4, 4))
+    alone = ops.fit_low_rank(**problem)
+    assert alone.coefficients.shape == (32, 9) and alone.status.shape == (32,) and alone.solver == "lm"
+    batch = dict(problem, **{k: problem[k][None] for k in ("basis", "base", "target")})
+    batch["demodulation"] = tuple(item[None] for item in problem["demodulation"])
+    full = problem["shift"].expand(1, 32, 16).contiguous()
+    for shift in (problem["shift"], problem["shift"][None], full, full.mT.contiguous().mT):
+        result = ops.fit_low_rank(**dict(batch, shift=shift))
+        for ours, theirs in zip(result[:5], alone[:5]):
+            assert torch.equal(ours[0], theirs)
+    noise = dict(problem, shift=problem["shift"][:1])
+    same = dict(problem, shift=problem["shift"][:1].expand(32, 16).contiguous())
+    assert torch.equal(ops.fit_low_rank(**noise).coefficients, ops.fit_low_rank(**same).coefficients)
+
+
+def test_no_channels():
+    problem = linear_problem()
+    empty = {name: item if name == "basis" else item[:0] for name, item in problem.items()}
+    for backend in ("cpp", "reference"):
+        assert ops.fit_low_rank(**empty, backend=backend).coefficients.shape == (0, 9)
+
+
+def test_strides_and_gradients_are_accepted():
+    problem = cast(proggan_problem(1)[0], torch.float32)
+    plain = ops.fit_low_rank(**problem)
+    odd = {name: item.T.contiguous().T.requires_grad_() for name, item in problem.items()}
+    result = ops.fit_low_rank(**odd)
+    assert torch.equal(result.coefficients, plain.coefficients) and not result.coefficients.requires_grad
+
+
+def test_custom_op_contract():
+    problem = cast(random_problem(1, 1, (4, 4)), torch.float32)
+    keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
+    defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
+    args = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
+    torch.library.opcheck(
+        torch.ops.rewrite_core.fit_low_rank, args, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+GOOD = linear_problem()
+NAN = torch.full((7, 40), float("nan"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"basis": [1.0]}, TypeError, "basis must be a torch tensor"),
+        ({"base": GOOD["base"].half()}, TypeError, "base is torch.float16"),
+        ({"target": GOOD["target"].float()}, TypeError, "convert one to the other"),
+        ({"basis": GOOD["basis"][0]}, ValueError, r"basis must be \[B, J, P\]"),
+        ({"basis": GOOD["basis"][:0]}, ValueError, "at least one row"),
+        ({"base": GOOD["base"][None]}, ValueError, r"base must be \[O, P\]"),
+        ({"target": GOOD["target"][:, 1:]}, ValueError, r"target must be \[O, P\] = \[7, 40\]"),
+        ({"target": NAN}, ValueError, "target holds NaN"),
+        ({"base": NAN / 0}, ValueError, "base holds NaN or infinity"),
+        ({"shift": torch.zeros(6, 40, dtype=torch.float64)}, ValueError, "shift must be"),
+        ({"loss": "huber"}, ValueError, "no loss 'huber'"),
+        ({"max_iterations": 0}, ValueError, "max_iterations"),
+        ({"tolerance": -1.0}, ValueError, "tolerance"),
+        ({"slope": float("nan")}, ValueError, "slope"),
+        ({"pixel_weights": -torch.ones(40)}, ValueError, "pixel_weights has a negative"),
+        ({"pixel_weights": torch.ones(39)}, ValueError, r"pixel_weights must be \[P\]"),
+        ({"penalty": torch.eye(8)}, ValueError, r"penalty must be \[J, J\]"),
+        ({"penalty_scale": torch.ones(7)}, ValueError, "without a penalty"),
+        ({"penalty": torch.eye(9), "penalty_scale": -torch.ones(7)}, ValueError, "penalty_scale has a negative"),
+        ({"demodulation": (torch.ones(7),)}, ValueError, "three tensors"),
+        ({"demodulation": (torch.zeros(7), torch.zeros(7, 9), torch.eye(9))}, ValueError, "must be positive"),
+        ({"backend": "abacus"}, ValueError, "no backend"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, words):
+    with pytest.raises(error, match=words) as caught:
+        ops.fit_low_rank(**{**GOOD, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_explained():
+    assert {record.name for record in backends_of("fit_low_rank")} >= {"cpp", "reference"}
+    assert all(isinstance(code, int) and word for code, word in ops.STATUS.items())

@@ -1,0 +1,241 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA
+
+import rewrite_core as rc
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_golden_second_moment(golden, moment):
+    assert moment.count == 200 * 16 * 16 and moment.layer == "layer5.conv"
+    assert moment.matrix().dtype == torch.float64
+    assert relative(moment.matrix(), golden["c_matrix"].double()) <= 1e-5
+
+
+def test_solve_matches_inverse(moment):
+    keys = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(moment.solve(keys), keys.double() @ torch.linalg.inv(moment.matrix()), rtol=1e-8)
+    assert moment.solve(keys[0]).shape == (64,)
+
+
+def test_kitchen_second_moment(tmp_path):
+    with np.load(DATA / "kitchen_second_moment.npz") as kitchen:
+        keys, solution = torch.tensor(kitchen["keys"]), torch.tensor(kitchen["solution"])
+    moment = rc.SecondMoment.load(DATA / "kitchen_second_moment.npz")  # the layout of the reference's r2m.npz
+    assert moment.count == 256000 and moment.channels == 512
+    assert relative(moment.solve(keys.T).T, solution) <= 1e-9
+
+
+def test_update_invalidates_the_factor():
+    moment = rc.SecondMoment(4)
+    moment.update(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))
+    before = moment.solve(torch.ones(4))
+    moment.update(10 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1)))
+    assert not torch.allclose(before, moment.solve(torch.ones(4)))
+
+
+def test_batching_and_merge_do_not_matter(layer, latents, moment):
+    parts = [rc.collect_second_moment(layer, part, batch_size=7, progress=False) for part in latents.split(90)]
+    total = parts[0]
+    for part in parts[1:]:
+        total.merge(part)
+    assert total.count == moment.count
+    assert relative(total.matrix(), moment.matrix()) < 1e-9
+
+
+def test_forward_stops_at_the_layer(generator, latents):
+    def never(*_):
+        raise AssertionError("a layer after the bound one ran")
+
+    for name, module in generator.named_modules():
+        if name.startswith(("layer6", "output")) or name == "layer5.conv":
+            module.register_forward_hook(never)
+    rc.collect_second_moment(rc.bind(generator, "layer5.conv"), latents[:8], progress=False)
+
+
+def test_save_and_load(tmp_path, layer, moment, latents):
+    path = tmp_path / "moment.safetensors"
+    moment.save(path)
+    loaded = rc.SecondMoment.load(path, layer)
+    assert torch.equal(loaded.matrix(), moment.matrix()) and loaded.fingerprint == moment.fingerprint
+    assert loaded.latents["count"] == 200
+    loaded.check(layer, latents)
+    assert [p.name for p in tmp_path.iterdir()] == ["moment.safetensors"]
+
+
+def test_a_moment_of_another_layer_or_model_is_refused(tmp_path, generator, moment, latents):
+    path = tmp_path / "moment.safetensors"
+    moment.save(path)
+    with pytest.raises(rc.MismatchError, match="layer5.conv"):
+        rc.SecondMoment.load(path, rc.bind(generator, "layer4.conv"))
+    with pytest.raises(rc.MismatchError, match="channels"):
+        rc.SecondMoment.load(path, rc.bind(generator, "layer7.conv"))
+    with torch.no_grad():
+        generator.layer2.conv.weight[0, 0, 0, 0] += 1
+    with pytest.raises(rc.MismatchError, match="other weights"):
+        moment.check(rc.bind(generator, "layer5.conv"), latents)
+
+
+def test_edits_at_or_after_the_layer_leave_the_moment_valid(generator, moment, latents):
+    with torch.no_grad():
+        generator.layer5.conv.weight.mul_(2)
+        generator.layer7.conv.weight.zero_()
+    moment.check(rc.bind(generator, "layer5.conv"), latents)
+
+
+def test_merge_refuses_other_layers(generator, moment, latents):
+    other = rc.collect_second_moment(rc.bind(generator, "layer4.conv"), latents[:4], progress=False)
+    with pytest.raises(rc.MismatchError, match="layer"):
+        other.merge(moment)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nonfinite_features_are_refused_and_change_nothing(value):
+    moment = rc.SecondMoment(3)
+    moment.update(torch.ones(2, 3, 4, 4))
+    before = moment.matrix().clone()
+    bad = torch.ones(2, 3, 4, 4)
+    bad[1, 2, 3, 0] = value
+    with pytest.raises(rc.NonFiniteError):
+        moment.update(bad)
+    assert torch.equal(moment.matrix(), before) and moment.count == 32
+
+
+def test_nan_activations_name_the_batch(generator, latents):
+    bad = latents.clone()
+    bad[37] = torch.nan
+    with pytest.raises(rc.NonFiniteError, match="batch 3 .*30 to 39"):
+        rc.collect_second_moment(rc.bind(generator, "layer5.conv"), bad, batch_size=10, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (5,), (2, 3, 4), (3, 4)])
+def test_wrong_shapes(shape):
+    with pytest.raises(rc.RewriteCoreError, match="takes features"):
+        rc.SecondMoment(3).update(torch.ones(shape))
+
+
+def test_an_empty_moment_says_so():
+    with pytest.raises(rc.RewriteCoreError, match="no keys yet"):
+        rc.SecondMoment(3).matrix()
+
+
+def test_truncated_and_foreign_files(tmp_path, moment):
+    path = tmp_path / "moment.safetensors"
+    moment.save(path)
+    data = path.read_bytes()
+    for size in (0, 5, 100, len(data) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(data[:size])
+        with pytest.raises(rc.FileFormatError, match="truncated"):
+            rc.SecondMoment.load(tmp_path / "cut.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"sum": torch.eye(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(rc.FileFormatError, match="foreign"):
+        rc.SecondMoment.load(tmp_path / "foreign.safetensors")
+    np.savez(tmp_path / "foreign.npz", a=np.ones(3))
+    with pytest.raises(rc.FileFormatError, match="r2m"):
+        rc.SecondMoment.load(tmp_path / "foreign.npz")
+    with pytest.raises(FileNotFoundError):
+        rc.SecondMoment.load(tmp_path / "none.safetensors")
+
+
+def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):
+    path = tmp_path / "moment.safetensors"
+    moment.save(path)
+    before = path.read_bytes()
+    import rewrite_core.files as files
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        moment.save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        moment.save(tmp_path / "nowhere" / "moment.safetensors")
+
+
+def test_killed_collection_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL at a moment of its own choosing, resume, compare with an uninterrupted run."""
+    program = textwrap.dedent(
+        """
+        import sys, time
+        sys.path[:0] = [{tests!r}]
+        import rewrite_core as rc, rewrite_core.moments as moments
+        from conftest import DATA
+        clock = iter(range(10**9))
+        moments.time.monotonic = lambda: next(clock) * 2.0  # a checkpoint every few batches
+        layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
+        z = rc.sample_latents(64, 200)
+        real = layer.keys
+        def keys(batch):
+            time.sleep({pause})
+            return real(batch)
+        layer.keys = keys
+        rc.collect_second_moment(layer, z, batch_size=4, checkpoint={path!r}, progress=False)
+        """
+    )
+    path = tmp_path / "checkpoint.safetensors"
+    tests = os.path.dirname(__file__)
+    child = subprocess.Popen([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0.05)], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert path.exists()
+    with pytest.raises(rc.FileFormatError, match="unfinished"):
+        rc.SecondMoment.load(path)
+    subprocess.run([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0)], check=True, cwd=tmp_path)
+    layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
+    latents = rc.sample_latents(64, 200)
+    whole = rc.collect_second_moment(layer, latents, batch_size=4, progress=False)
+    resumed = rc.SecondMoment.load(path)
+    assert torch.equal(resumed.matrix(), whole.matrix()) and resumed.count == whole.count
+    # a finished checkpoint is returned as it is; one of other latents is refused
+    again = rc.collect_second_moment(layer, latents, batch_size=4, checkpoint=path, progress=False)
+    assert torch.equal(again.matrix(), whole.matrix())
+    with pytest.raises(rc.MismatchError, match="another layer, model or set"):
+        rc.collect_second_moment(layer, latents[:100], batch_size=4, checkpoint=path, progress=False)
+
+
+def test_all_reduce_over_two_processes(tmp_path):
+    program = textwrap.dedent(
+        """
+        import sys, torch, torch.distributed as dist, rewrite_core as rc
+        rank = int(sys.argv[1])
+        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+        moment = rc.SecondMoment(5)
+        moment.update(torch.randn(40, 5, generator=torch.Generator().manual_seed(rank)))
+        moment.all_reduce()
+        if rank == 0:
+            moment.save(sys.argv[3])
+        dist.destroy_process_group()
+        """
+    )
+    args = [str(tmp_path / "store"), str(tmp_path / "sum.safetensors")]
+    children = [subprocess.Popen([sys.executable, "-c", program, str(rank), *args], cwd=tmp_path) for rank in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    single = rc.SecondMoment(5)
+    for rank in range(2):
+        single.update(torch.randn(40, 5, generator=torch.Generator().manual_seed(rank)))
+    total = rc.SecondMoment.load(tmp_path / "sum.safetensors")
+    assert total.count == 80 and relative(total.matrix(), single.matrix()) < 1e-12
+
+
+def test_all_reduce_without_a_group():
+    with pytest.raises(rc.RewriteCoreError, match="init_process_group"):
+        rc.SecondMoment(3).all_reduce()

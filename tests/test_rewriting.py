@@ -1,0 +1,394 @@
+import copy
+
+import pytest
+import torch
+from conftest import DATA, read_npz
+
+import rewrite_core as rc
+from rewrite_core.families import Capture
+from rewrite_core.solvers import Problem, combine, solve_adam, solve_lm, solve_projected
+
+STEPS = {"solver": "projected", "steps": 201}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def curve_error(change, curve):
+    losses = torch.tensor(change.losses, dtype=torch.float64)
+    assert len(losses) == len(curve)
+    return ((losses - curve).abs() / curve).max().item()
+
+
+# --- the reference implementation's numbers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, make, options",
+    [
+        ("projected_rank1", rc.rewrite, STEPS),
+        ("projected_rank3", rc.rewrite, STEPS | {"rank": 3}),
+        ("lowrankgrad_rank1", rc.rewrite, STEPS | {"project_gradient": True}),
+        ("noalpha_rank1", rc.rewrite, STEPS | {"alpha": False}),
+        ("erase_rank1", rc.erase, STEPS | {"units": 8}),
+    ],
+)
+def test_golden_curves(golden, golden_moment, layer, edit, latents, name, make, options):
+    change = make(layer, golden_moment, edit, latents, **options)
+    assert curve_error(change, golden[f"{name}_loss"]) < 0.02
+    assert relative(layer.weight + change.weight_delta(), golden[f"{name}_weight"]) < 0.02
+
+
+@pytest.mark.parametrize("name, options", [("projected_rank1", {}), ("projected_rank3", {"rank": 3})])
+def test_golden_curves_from_collection(golden, moment, layer, edit, latents, name, options):
+    change = rc.rewrite(layer, moment, edit, latents, **STEPS, **options)
+    assert curve_error(change, golden[f"{name}_loss"]) < 0.02
+    assert relative(layer.weight + change.weight_delta(), golden[f"{name}_weight"]) < 0.02
+
+
+@pytest.mark.parametrize(
+    "name, options", [("nontight_rank1", STEPS | {"tight": False}), ("unconstrained", {"solver": "unconstrained", "steps": 201})]
+)
+def test_golden_chaotic_curves(golden, golden_moment, layer, edit, latents, name, options):
+    """These two trajectories are chaotic in their last bits: changing the target by 1e-7 of itself moves single
+    steps of the non-tight one by 20 %. The opening, the typical step and the final weight still agree."""
+    change = rc.rewrite(layer, golden_moment, edit, latents, **options)
+    losses, curve = torch.tensor(change.losses, dtype=torch.float64), golden[f"{name}_loss"]
+    error = (losses - curve).abs() / curve
+    assert error[:6].max() < 0.02 and error.median() < 0.05 and error.max() < 0.5
+    assert relative(layer.weight + change.weight_delta(), golden[f"{name}_weight"]) < 0.02
+
+
+def test_golden_zero(golden, golden_moment, layer, edit, latents):
+    change = rc.zero(layer, golden_moment, edit, latents)
+    assert relative(layer.weight + change.weight_delta(), golden["zero_rank1_weight"]) < 1e-5
+
+
+class _StyledLayer:
+    """The golden StyleGAN2 layer as the library binds it: one StyledConv with recorded tensors."""
+
+    def __init__(self, kind):
+        from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
+
+        data = {key[len(kind) + 1 :]: value for key, value in read_npz("stylegan2_layer.npz").items() if key.startswith(kind)}
+        self.data = data
+        conv = StyledConv(64, 48, 8, upsample=kind == "up")
+        with torch.no_grad():
+            conv.conv.weight.copy_(data["weight"])
+            conv.noise.weight.copy_(data["noise_weight"])
+            conv.activate.bias.copy_(data["bias"])
+        self.generator = torch.nn.Sequential(conv)
+        self.layer = rc.BoundLayer(self.generator, StyleGAN2Layer("0.conv", conv.conv, conv))
+        capture = Capture(data["fmap_modulated"][:1], {"style": data["style"][:1], "noise": data["noise"]})
+        self.problem = Problem(self.layer, capture, data["goal"], data["directions"])
+
+
+@pytest.mark.parametrize("kind", ["same", "up"])
+def test_golden_stylegan2(kind):
+    styled = _StyledLayer(kind)
+    data = styled.data
+    assert (styled.layer.value(styled.problem.capture) - data["value"]).abs().max() < 1e-5
+    for solve, name in ((solve_projected, "projected"), (solve_adam, "linear")):
+        solution = solve(styled.problem, steps=201)
+        assert curve_error(solution, data[f"{name}_loss"]) < 0.02
+        weight = styled.problem.weight + combine(solution.coefficients, data["directions"])
+        assert relative(weight, data[f"{name}_weight"][0]) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["same", "up"])
+def test_lm_is_at_least_as_good_as_adam_on_stylegan2(kind):
+    styled = _StyledLayer(kind)
+    lm = solve_lm([styled.problem])[0]
+    adam = solve_adam(styled.problem, steps=2001)
+    assert lm.solver == "lm" and lm.final_loss <= 1.01 * adam.final_loss
+    # what the solver says is what the layer then does
+    value = styled.problem.value(styled.problem.weight + combine(lm.coefficients, styled.data["directions"]))
+    assert styled.problem.distance(value).item() == pytest.approx(lm.final_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"tight": False}, {"alpha": False}])
+def test_lm_is_at_least_as_good_as_adam_on_proggan(moment, layer, edit, latents, options):
+    lm = rc.rewrite(layer, moment, edit, latents, **options)
+    adam = rc.rewrite(layer, moment, edit, latents, solver="adam", **options)
+    assert lm.final_loss <= 1.01 * adam.final_loss
+
+
+def test_lm_is_at_least_as_good_as_adam_on_erasure(moment, layer, edit, latents):
+    lm = rc.erase(layer, moment, edit, latents, units=8)
+    adam = rc.erase(layer, moment, edit, latents, units=8, solver="adam")
+    assert lm.final_loss <= 1.01 * adam.final_loss
+
+
+# --- what a change is ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 40])
+@pytest.mark.parametrize("solver", ["lm", "projected", "adam"])
+def test_the_change_has_rank_r_and_rows_in_the_span(moment, layer, edit, latents, rank, solver):
+    change = rc.rewrite(layer, moment, edit, latents, rank=rank, solver=solver, steps=12)
+    rows = change.weight_delta().double().permute(0, 2, 3, 1).reshape(-1, 64)
+    values = torch.linalg.svdvals(rows)
+    assert (values > 1e-6 * values[0]).sum() <= rank
+    directions = change.directions.double()
+    assert (rows - rows @ directions.T @ directions).norm() < 1e-6 * rows.norm()
+    assert change.rank == rank and change.coefficients.shape == (48, rank, 3, 3)
+
+
+def test_weights_become_what_the_solver_predicted(moment, layer, edit, latents):
+    change = rc.rewrite(layer, moment, edit, latents, tight=False)
+    goal = rc.rewriting.paste_goal(layer, edit, latents, tight=False)
+    with change:
+        value = layer.values(latents[edit.paste.index][None])
+    assert (value - goal.target).abs().mean().item() == pytest.approx(change.final_loss, rel=1e-5)
+
+
+def test_closed_form_is_the_least_squares_optimum(moment, layer, edit, latents):
+    change = rc.rewrite(layer, moment, edit, latents, loss="l2", rank=2)
+    assert change.solver == "closed_form"
+    goal = rc.rewriting.paste_goal(layer, edit, latents)
+    problem = Problem(layer, goal.capture, goal.target, change.directions, "l2")
+    coefficients = change.coefficients.clone().requires_grad_(True)
+    with torch.enable_grad():
+        problem.distance(problem.value(layer.weight + combine(coefficients, change.directions))).backward()
+    zero = torch.zeros_like(coefficients).requires_grad_(True)
+    with torch.enable_grad():
+        problem.distance(problem.value(layer.weight + combine(zero, change.directions))).backward()
+    assert coefficients.grad.abs().max() < 1e-4 * zero.grad.abs().max()
+
+
+def test_preserve_trades_the_goal_for_smaller_change(moment, layer, edit, latents):
+    with torch.no_grad():
+        before = layer.values(latents[100:140])
+        outcomes = []
+        for preserve in (0.0, 0.1, 1.0, 100.0):
+            change = rc.rewrite(layer, moment, edit, latents, loss="l2", preserve=preserve)
+            with change:
+                outcomes.append((change.final_loss, (layer.values(latents[100:140]) - before).square().mean().item()))
+    losses, changes = zip(*outcomes)
+    assert list(losses) == sorted(losses) and list(changes) == sorted(changes, reverse=True)
+    assert changes[-1] < 0.01 * changes[0]
+
+
+def test_preserve_in_adam_agrees_with_lm(moment, layer, edit, latents):
+    options = {"loss": "l2", "preserve": 0.5}
+    lm = rc.rewrite(layer, moment, edit, latents, **options)
+    adam = rc.rewrite(layer, moment, edit, latents, solver="adam", steps=2001, **options)
+    assert adam.final_loss == pytest.approx(lm.final_loss, rel=0.02)
+
+
+def test_preserve_is_exact_for_one_by_one_layers(latents):
+    generator = torch.nn.Sequential(torch.nn.Conv2d(64, 32, 1), torch.nn.Conv2d(32, 8, 1))
+    layer = rc.bind(generator, "1", forward=lambda g, z: g(z[:, :, None, None].expand(-1, -1, 3, 3)))
+    moment = rc.collect_second_moment(layer, latents, progress=False)
+    directions = torch.linalg.qr(torch.randn(32, 2))[0].T
+    exact = rc.solvers.generic_second_moment(layer, directions, latents, moment.matrix())
+    basis = rc.solvers.basis_maps(layer, layer.keys(latents), directions)
+    rows = basis.double().movedim(1, -1).reshape(-1, 2)
+    assert torch.allclose(exact, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-7)
+
+
+def test_many_edits_equal_one_by_one(moment, layer, edit, latents):
+    other = rc.Edit(copy=edit.paste, paste=edit.context[0], context=edit.context[:2])
+    many = rc.rewrite_many(layer, moment, [edit, other], latents, rank=2)
+    for change, one in zip(many, (edit, other)):
+        alone = rc.rewrite(layer, moment, one, latents, rank=2)
+        assert torch.allclose(change.coefficients, alone.coefficients, rtol=1e-4, atol=1e-5)
+        assert change.edit is one
+
+
+def test_without_context_the_paste_is_the_context(moment, layer, edit, latents):
+    bare = rc.Edit(copy=edit.copy, paste=edit.paste)
+    explicit = rc.Edit(copy=edit.copy, paste=edit.paste, context=[edit.paste])
+    a, b = (rc.rewrite(layer, moment, e, latents) for e in (bare, explicit))
+    assert torch.equal(a.weight_delta(), b.weight_delta())
+
+
+# --- apply, revert, save ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changes(moment, layer, edit, latents):
+    other = rc.Edit(copy=edit.paste, paste=edit.context[0])
+    return rc.rewrite_many(layer, moment, [edit, other], latents)
+
+
+def state_bits(generator):
+    return {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_apply_changes_one_weight_and_revert_is_bit_exact(generator, changes, latents):
+    before, images = state_bits(generator), generator(latents[:2]).detach()
+    changes[0].apply()
+    after = state_bits(generator)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["layer5.conv.weight"]
+    assert not torch.equal(generator(latents[:2]), images)
+    changes[0].revert()
+    assert same_bits(before, state_bits(generator)) and torch.equal(generator(latents[:2]), images)
+    assert not any(hasattr(module, "_rewrite_core_stack") for module in generator.modules())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_stacked_rewrites_revert_in_any_order(generator, layer, changes, order):
+    before = state_bits(generator)
+    changes[0].apply()
+    alone = layer.weight.clone()
+    changes[1].apply()
+    assert torch.allclose(layer.weight, alone + changes[1].weight_delta())
+    changes[order[0]].revert()
+    if order[0] == 1:
+        assert torch.equal(layer.weight, alone)
+    changes[order[1]].revert()
+    assert same_bits(before, state_bits(generator))
+
+
+def test_a_rewrite_of_a_rewritten_layer(generator, layer, moment, changes, edit, latents):
+    before = state_bits(generator)
+    with changes[0]:
+        second = rc.rewrite(layer, moment, rc.Edit(copy=edit.paste, paste=edit.context[0]), latents)
+        with second:
+            assert second.applied and changes[0].applied
+    assert same_bits(before, state_bits(generator))
+    with pytest.raises(rc.MismatchError, match="fitted to"):
+        second.apply()
+
+
+def test_rewrites_on_two_layers(generator, moment, changes, edit, latents):
+    before = state_bits(generator)
+    sixth = rc.bind(generator, "layer6.conv")
+    with changes[0]:
+        moment6 = rc.collect_second_moment(sixth, latents, progress=False)
+        with rc.rewrite(sixth, moment6, edit, latents):
+            assert not torch.equal(sixth.weight, before["layer6.conv.weight"])
+    assert same_bits(before, state_bits(generator))
+
+
+def test_context_manager_reverts_after_an_error(generator, changes):
+    before = state_bits(generator)
+    with pytest.raises(KeyError), changes[0]:
+        raise KeyError
+    assert same_bits(before, state_bits(generator))
+
+
+def test_misuse_of_apply_and_revert(generator, layer, changes):
+    with pytest.raises(rc.MismatchError, match="not applied"):
+        changes[0].revert()
+    changes[0].apply()
+    with pytest.raises(rc.MismatchError, match="already"):
+        changes[0].apply()
+    with torch.no_grad():
+        layer.parameter[0, 0, 0, 0] += 1
+    with pytest.raises(rc.MismatchError, match="something else"):
+        changes[0].revert()
+
+
+@pytest.mark.parametrize("solver", ["lm", "projected", "unconstrained"])
+def test_saved_loaded_and_applied_is_bit_exact(tmp_path, generator, layer, moment, edit, latents, solver):
+    change = rc.rewrite(layer, moment, edit, latents, rank=3, solver=solver, steps=5)
+    path = tmp_path / "rule.safetensors"
+    change.save(path)
+    copied = copy.deepcopy(generator)
+    loaded = rc.load_rewrite(path).apply(copied)
+    change.apply()
+    assert same_bits(state_bits(generator), state_bits(copied))
+    assert loaded.solver == solver and loaded.edit == edit and loaded.rank == change.rank
+    loaded.revert()
+    change.revert()
+    assert same_bits(state_bits(generator), state_bits(copied))
+
+
+def test_a_deep_copy_of_a_rewritten_generator_is_a_rewritten_generator(generator, changes, latents):
+    changes[0].apply()
+    assert torch.equal(copy.deepcopy(generator)(latents[:1]), generator(latents[:1]))
+
+
+def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
+    path = tmp_path / "rule.safetensors"
+    changes[0].save(path)
+    with pytest.raises(rc.MismatchError, match="name the generator"):
+        rc.load_rewrite(path).apply()
+    with torch.no_grad():
+        generator.layer5.conv.weight[0, 0, 0, 0] += 1
+    weight = generator.layer5.conv.weight.detach().clone()
+    with pytest.raises(rc.MismatchError, match="force=True"):
+        rc.load_rewrite(path).apply(generator)
+    assert torch.equal(generator.layer5.conv.weight, weight)
+    rc.load_rewrite(path).apply(generator, force=True)
+    assert not torch.equal(generator.layer5.conv.weight, weight)
+    with pytest.raises(rc.UnknownLayerError):
+        rc.load_rewrite(path).apply(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
+    with pytest.raises(rc.MismatchError, match="shape"):
+        rc.load_rewrite(path).apply(rc.families.ProgGAN([8, 8, 8, 8]))
+
+
+def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
+    path = tmp_path / "rule.safetensors"
+    changes[0].save(path)
+    data = path.read_bytes()
+    assert len(data) < 40_000
+    for size in (0, 8, 200, len(data) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(data[:size])
+        with pytest.raises(rc.FileFormatError, match="truncated"):
+            rc.load_rewrite(tmp_path / "cut.safetensors")
+    moment.save(tmp_path / "moment.safetensors")
+    with pytest.raises(rc.FileFormatError, match="not a rewrite_core rewrite"):
+        rc.load_rewrite(tmp_path / "moment.safetensors")
+    with pytest.raises(FileNotFoundError):
+        rc.load_rewrite(tmp_path / "none.safetensors")
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"solver": "newton"}, rc.SolverError, "choose from"),
+        ({"loss": "l3"}, rc.SolverError, "choose from"),
+        ({"rank": 65}, rc.RankError, "64 channels"),
+        ({"preserve": -1}, rc.RewriteCoreError, "0 or more"),
+        ({"preserve": 1, "solver": "projected"}, rc.SolverError, "preserve"),
+        ({"solver": "projected", "steps": 0}, rc.RewriteCoreError, "at least one step"),
+        ({"solver": "projected", "project_every": 0}, rc.RewriteCoreError, "project_every"),
+        ({"method": "pca"}, rc.RewriteCoreError, "choose from"),
+    ],
+)
+def test_bad_options(moment, layer, edit, latents, options, error, words):
+    with pytest.raises(error, match=words):
+        rc.rewrite(layer, moment, edit, latents, **options)
+
+
+def test_bad_edits(moment, layer, edit, latents):
+    far = rc.Selection(200, edit.copy.mask)
+    with pytest.raises(rc.SelectionError, match="200 latents"):
+        rc.rewrite(layer, moment, rc.Edit(copy=far, paste=edit.paste), latents)
+    with pytest.raises(rc.SelectionError, match="no copy"):
+        rc.rewrite(layer, moment, rc.Edit(paste=edit.paste), latents)
+    with pytest.raises(rc.SelectionError, match="no paste"):
+        rc.rewrite(layer, moment, rc.Edit(copy=edit.copy), latents)
+    with pytest.raises(rc.SelectionError, match="at least one"):
+        rc.rewrite_many(layer, moment, [], latents)
+    tiny = torch.zeros(512, 512)
+    tiny[5, 5] = 0.1
+    with pytest.raises(rc.MaskError, match="vanishes on a 16x16"):
+        rc.rewrite(layer, moment, rc.Edit(copy=rc.Selection(7, tiny), paste=edit.paste), latents)
+    with pytest.raises(rc.RewriteCoreError, match="units"):
+        rc.erase(layer, moment, edit, latents, units=65)
+
+
+def test_moment_of_another_layer(generator, moment, edit, latents):
+    with pytest.raises(rc.MismatchError, match="layer4.conv"):
+        rc.rewrite(rc.bind(generator, "layer4.conv"), moment, edit, latents)
+    with pytest.raises(rc.MismatchError, match="channels"):
+        rc.rewrite(rc.bind(generator, "layer7.conv"), moment, edit, latents)
+
+
+def test_nan_activations(moment, layer, edit, latents):
+    bad = latents.clone()
+    bad[edit.paste.index] = torch.nan
+    with pytest.raises(rc.NonFiniteError, match="latent 11"):
+        rc.rewrite(layer, moment, edit, bad)

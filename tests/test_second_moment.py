@@ -1,0 +1,347 @@
+import functools
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rewrite_core.backends import extension, triton_reason
+from rewrite_core.errors import RewriteCoreError
+
+# the module; rewrite_core.ops.second_moment is the function of the same name
+ops = importlib.import_module("rewrite_core.ops.second_moment")
+second_moment = ops.second_moment
+
+ISAS = ("portable", "avx2", "avx512")
+CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+
+@pytest.fixture(params=CPU)
+def accumulate(request):
+    isa = request.param.removeprefix("cpp-")
+    if isa in ISAS[ISAS.index(extension().isa()) + 1 :]:
+        pytest.skip(f"this CPU has no {isa}")
+    return CPU[request.param]
+
+
+def rows_of(features):
+    return features.movedim(1, -1).reshape(-1, features.shape[1]).double()
+
+
+def oracle(features):
+    """Independent of the library: exact products, one long float64 sum per entry."""
+    rows = rows_of(features)
+    return (rows[:, :, None] * rows[:, None, :]).sum(0)
+
+
+def assert_close(got, want, tolerance):
+    """By norm, and entry by entry relative to sqrt(C_ii C_jj), so that small channels count too."""
+    assert got.dtype == torch.float64 and torch.equal(got, got.T), "not symmetric"
+    scale = want.diagonal().sqrt()
+    error = (got - want).abs() / (scale[:, None] * scale).clamp_min(torch.finfo(torch.float64).tiny)
+    worst = divmod(int(error.argmax()), len(want))
+    assert error.max() <= tolerance, f"entry {worst}: {got[worst]}, not {want[worst]} ({error.max():.2e})"
+    assert (got - want).norm() <= tolerance * want.norm()
+
+
+def prefilled(channels, value=0.0):
+    return torch.full((channels, channels), value, dtype=torch.float64)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+# make(*shape) gives a contiguous tensor; what is returned has the strides the name says
+LAYOUTS = {
+    "map": lambda make: make(3, 37, 7, 11),
+    "one channel": lambda make: make(2, 1, 5, 3),
+    "one position": lambda make: make(1, 6, 1, 1),
+    "whole panels": lambda make: make(2, 64, 16, 16),
+    "several chunks": lambda make: make(2, 97, 83, 89),
+    "rows": lambda make: make(131, 53),
+    "column-major rows": lambda make: make(53, 131).T,
+    "every other row and channel": lambda make: make(200, 60)[::2, 1::3],
+    "every other sample": lambda make: make(6, 19, 5, 5)[::2],
+    "cropped": lambda make: make(2, 17, 12, 13)[:, :, 1:-2, 3:-1],
+    "every other pixel": lambda make: make(2, 17, 12, 13)[:, :, ::2, 1::2],
+    "channel slice": lambda make: make(2, 40, 6, 6)[:, 5:38],
+    "transposed map": lambda make: make(2, 17, 8, 13).transpose(2, 3),
+    "samples last": lambda make: make(17, 8, 13, 3).permute(3, 0, 1, 2),
+    "channels_last": lambda make: make(3, 33, 7, 9).to(memory_format=torch.channels_last),
+    "cropped channels_last": lambda make: make(3, 33, 7, 9).to(memory_format=torch.channels_last)[
+        :, :32, 1:, :-1
+    ],
+    "expanded samples": lambda make: make(1, 13, 4, 5).expand(6, -1, -1, -1),
+    "expanded positions": lambda make: make(2, 13, 1, 1).expand(-1, -1, 9, 31),
+    "expanded channels": lambda make: make(2, 1, 6, 7).expand(-1, 23, -1, -1),
+    "overlapping windows": lambda make: make(90).as_strided((4, 8, 5, 3), (11, 2, 5, 1)),
+}
+
+
+def features_of(layout, dtype=torch.float32):
+    return LAYOUTS[layout](lambda *shape: normal(*shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype, accumulate):
+    features = features_of(layout, dtype)
+    out = prefilled(features.shape[1])
+    accumulate(features, out)
+    rows = rows_of(features)
+    assert_close(out, oracle(features) if len(rows) < 5000 else rows.T @ rows, TOLERANCE[dtype])
+
+
+def test_layouts_stay_strided():
+    """The cases above would show little if PyTorch had made them contiguous."""
+    assert sum(not features_of(layout).is_contiguous() for layout in LAYOUTS) >= 13
+    assert sum(0 in features_of(layout).stride() for layout in LAYOUTS) == 3
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3, 3), (2, 5, 0, 3), (2, 5, 3, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_no_positions(shape, backend):
+    assert torch.equal(second_moment(torch.empty(shape), backend=backend), prefilled(5))
+    out = torch.eye(5, dtype=torch.float64)
+    assert second_moment(torch.empty(shape), out=out, backend=backend) is out
+    assert torch.equal(out, torch.eye(5, dtype=torch.float64))
+
+
+def test_mixed_scales(accumulate):
+    """Channels from 1e-6 to 1e6: each entry is right on its own channels' scale."""
+    scales = torch.logspace(-6, 6, 45, dtype=torch.float64)
+    features = (normal(700, 45) * scales).float()
+    out = prefilled(45)
+    accumulate(features, out)
+    assert_close(out, oracle(features), 1e-6)
+
+
+def test_large_mean(accumulate):
+    """A mean 1000 times the deviation, correlated channels: C is ill-conditioned, its entries are right."""
+    features = 1000 + normal(4, 20, 16, 16)
+    features[:, 10:] = features[:, :10] + 1e-3 * features[:, 10:]
+    out = prefilled(20)
+    accumulate(features, out)
+    rows = rows_of(features)
+    assert_close(out, rows.T @ rows, 1e-6)
+
+
+def test_constant_channels_do_not_drift(accumulate):
+    """Equal terms round the same way each time; straight float32 runs of 256 reach 3.8e-6 here."""
+    values = torch.linspace(1, 2, 500)
+    features = values.expand(4096, -1)
+    out = prefilled(500)
+    accumulate(features, out)
+    assert_close(out, 4096 * torch.outer(values.double(), values.double()), 1e-6)
+
+
+def test_ten_million_vectors_however_batched():
+    generator = torch.Generator().manual_seed(5)
+    once, batched, want = prefilled(4), prefilled(4), prefilled(4)
+    for _ in range(10):
+        features = torch.randn(1_000_000, 4, generator=generator)
+        features[:, 1] += 30
+        features[:, 2] = 0.1
+        second_moment(features, out=once)
+        for part in features.split(99_991):
+            assert second_moment(part, out=batched) is batched
+        rows = features.double()
+        want += rows.T @ rows
+    assert_close(once, want, 1e-6)
+    assert_close(batched, want, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_many_small_batches(backend):
+    features = normal(60, 21, 3, 3)
+    out = prefilled(21)
+    for one in features:
+        second_moment(one[None], out=out, backend=backend)
+    assert_close(out, second_moment(features, backend=backend), 1e-6)
+    assert_close(out, oracle(features), 1e-6)
+
+
+def test_out_is_added_to_and_mirrored(accumulate):
+    """The documented contract: the lower triangle of out is read, the upper one written."""
+    features = normal(50, 40)
+    out = torch.arange(1600, dtype=torch.float64).view(40, 40)
+    want = oracle(features) + out.tril() + out.tril(-1).T
+    accumulate(features, out)
+    assert torch.equal(out, out.T)
+    assert (out - want).abs().max() < 1e-3
+
+
+def test_nothing_hides_nan_in_out(accumulate):
+    out = prefilled(40, float("nan"))
+    accumulate(normal(50, 40), out)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_channels_stay_apart(value, accumulate):
+    features = normal(3, 37, 7, 11)
+    features[1, 20, 3, 3] = value
+    out = prefilled(37)
+    accumulate(features, out)
+    touched = torch.zeros(37, 37, dtype=torch.bool)
+    touched[20] = touched[:, 20] = True
+    assert not out[touched].isfinite().any()
+    assert out[~touched].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_value_is_read_exactly(dtype, accumulate):
+    """A channel of ones beside every number of the type: C_01 is the sum of the latter."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    size = every.double().abs()
+    every = every[((size > 1e-18) & (size < 1e18)) | (size == 0)]  # the documented range; NaN fails both
+    ones = torch.ones_like(every)
+    for strided in (torch.stack([ones, every]), torch.stack([ones, every], 1).T):
+        for k in range(0, strided.shape[1], 4999):  # a few alone, as single keys
+            out = prefilled(2)
+            accumulate(strided[:, k : k + 1].T, out)
+            assert out[0, 1] == every[k].double()
+        out = prefilled(2)
+        accumulate(strided.T, out)
+        want = every.double()
+        assert abs(out[0, 1] - want.sum()) <= 1e-6 * want.abs().sum()
+        assert abs(out[1, 1] - (want**2).sum()) <= 1e-6 * (want**2).sum()
+
+
+@pytest.mark.parametrize("shape", [(3, 150, 40, 41), (3000, 1000)], ids=str)
+@pytest.mark.parametrize("isa", ["portable", ""])
+def test_same_bits_for_any_number_of_threads(shape, isa):
+    features = normal(*shape)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(prefilled(shape[1]))
+            ops._cpp(features, results[-1], isa)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_features_are_not_written_and_gradients_stop():
+    features = normal(4, 9, 5, 5).requires_grad_()
+    before = features.detach().clone()
+    result = second_moment(features)
+    assert not result.requires_grad
+    assert torch.equal(features.detach(), before)
+
+
+def test_lazily_negated_features():
+    features = torch.complex(normal(20, 6), normal(21, 6)[:20]).conj().imag
+    assert features.is_neg()
+    assert_close(second_moment(features), oracle(features.resolve_neg().clone()), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "out", "error", "words"),
+    [
+        ([[1.0]], None, TypeError, "list.*as_tensor"),
+        (torch.ones(3, 3, dtype=torch.int64), None, TypeError, "int64.*float"),
+        (torch.ones(3, 3, dtype=torch.complex64), None, TypeError, "complex64"),
+        (torch.eye(3).to_sparse(), None, TypeError, "sparse.*to_dense"),
+        (torch.ones(3), None, RewriteCoreError, r"\[N, C, H, W\].*\[3\]"),
+        (torch.ones(2, 3, 4), None, RewriteCoreError, r"\[2, 3, 4\]"),
+        (torch.ones(2, 0), None, RewriteCoreError, "at least one channel"),
+        (torch.ones(2, 3), torch.zeros(3, 3), TypeError, "float64.*float32"),
+        (torch.ones(2, 3), prefilled(4), RewriteCoreError, r"\[3, 3\].*\[4, 4\]"),
+        (torch.ones(2, 3), prefilled(6)[::2, ::2], RewriteCoreError, "contiguous"),
+        (torch.ones(2, 3), prefilled(3).requires_grad_(), RewriteCoreError, "detach"),
+        (torch.ones(2, 3), prefilled(3).to("meta"), RewriteCoreError, "meta.*cpu"),
+    ],
+    ids=lambda value: "",
+)
+def test_bad_input_is_refused_with_advice(features, out, error, words):
+    with pytest.raises(error, match=words):
+        second_moment(features, out=out)
+
+
+def test_the_torch_op_checks_too():
+    """The kernels trust sizes and pointers, so no way in may skip the checks."""
+    with pytest.raises(RewriteCoreError, match="contiguous"):
+        torch.ops.rewrite_core.second_moment_(prefilled(2), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="int32"):
+        torch.ops.rewrite_core.second_moment(torch.ones(2, 3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_is_a_well_behaved_torch_op(backend):
+    features = normal(2, 5, 3, 4)
+    torch.library.opcheck(torch.ops.rewrite_core.second_moment, (features, backend))
+    torch.library.opcheck(torch.ops.rewrite_core.second_moment_, (prefilled(5), features, backend))
+
+
+def test_shape_without_computing():
+    result = second_moment(torch.empty(2, 5, 3, 4, dtype=torch.bfloat16, device="meta"))
+    assert result.shape == (5, 5) and result.dtype == torch.float64 and result.device.type == "meta"
+
+
+needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
+
+INTERPRETED = """
+import importlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_second_moment as t
+for layout, dtype in (
+    ("map", torch.float32), ("one channel", torch.float32), ("column-major rows", torch.float32),
+    ("cropped channels_last", torch.float32), ("expanded positions", torch.float32),
+    ("overlapping windows", torch.float32), ("cropped", torch.bfloat16), ("cropped", torch.float16),
+):
+    features = t.features_of(layout, dtype)
+    t.assert_close(t.second_moment(features, backend="triton"), t.oracle(features), 1e-6)
+out = torch.arange(1369, dtype=torch.float64).view(37, 37)
+want = t.oracle(t.features_of("map")) + out.tril() + out.tril(-1).T
+got = t.second_moment(t.features_of("map"), out=out, backend="triton")
+assert got is out and torch.equal(got, got.T) and (got - want).abs().max() < 1e-3
+values = torch.linspace(1, 2, 16)
+got = t.second_moment(values.expand(512, -1), backend="triton")
+t.assert_close(got, 512 * torch.outer(values.double(), values.double()), 1e-6)
+assert torch.equal(t.second_moment(torch.empty(0, 3), backend="triton"), t.prefilled(3))
+print("all of it ran")
+"""
+
+
+@needs_triton
+def test_triton_interpreted():
+    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, os.path.dirname(__file__)],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "dtype", "block"),
+    [(80, "fp32", 32), (90, "fp32", 64), (90, "bf16", 64), (100, "fp16", 64)],
+)
+def test_triton_compiles_ahead_of_time(capability, dtype, block, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile now, whatever was compiled before
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rewrite_core.kernels.second_moment import BLOCK_POSITIONS, second_moment_kernel
+
+    signature = {name: "i64" for name in second_moment_kernel.arg_names}
+    signature |= {"features": f"*{dtype}", "partials": "*fp64"}
+    constants = {"BLOCK_C": block, "BLOCK_P": BLOCK_POSITIONS, "WIDEN": False}
+    signature |= dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(second_moment_kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 8},
+    )
+    assert f"sm_{capability}" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
+    assert "tf32" not in compiled.asm["ptx"], "float32 products are rounded to TF32"

@@ -1,0 +1,290 @@
+import importlib
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rewrite_core.backends import extension
+from rewrite_core.errors import NonFiniteError, RewriteCoreError
+
+# the module; rewrite_core.ops.spd_solve is the function of the same name
+ops = importlib.import_module("rewrite_core.ops.spd_solve")
+spd_factor, spd_solve, DiagonalShiftWarning = ops.spd_factor, ops.spd_solve, ops.DiagonalShiftWarning
+
+EPSILON = np.finfo(np.float64).eps
+backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_shift():
+    """A shift that a test did not ask for is a failure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiagonalShiftWarning)
+        yield
+
+
+def second_moment(n, keys=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(keys or 3 * n + 5, n, generator=generator, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+def right_sides(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def residual(matrix, x, b):
+    return ((matrix @ x - b).norm() / b.norm()).item()
+
+
+@backends
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 257, 331])
+def test_solves(n, backend):
+    matrix = second_moment(n)
+    for m in (1, 2, 3, 4, 5, 11):
+        b = right_sides(n, m)
+        x = spd_solve(matrix, b, backend=backend)
+        assert x.dtype == torch.float64 and x.shape == b.shape
+        assert residual(matrix, x, b) < 1e-12
+        np.testing.assert_allclose(x, np.linalg.solve(matrix.numpy(), b.numpy()), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("n", [1, 5, 64, 67, 200, 300])
+def test_every_instruction_set(n, isa):
+    order = ("portable", "avx2", "avx512")
+    if order.index(isa) > order.index(extension().isa()):
+        pytest.skip(f"this CPU has no {isa}")
+    matrix = torch.stack([second_moment(n, seed=seed) for seed in range(3)])
+    lower, info = ops._cpp_factor(matrix, isa)
+    assert info.tolist() == [0, 0, 0]
+    assert torch.equal(lower, lower.tril())
+    assert ((lower @ lower.mT - matrix).norm() / matrix.norm()).item() < 1e-14
+    b = right_sides(3, n, 6)
+    x = ops._cpp_solve(lower, b, isa)
+    assert ((matrix @ x - b).norm() / b.norm()).item() < 1e-12
+
+
+@pytest.mark.parametrize("n", [70, 300])
+def test_same_bits_for_any_number_of_threads(n):
+    matrix = torch.stack([second_moment(n, seed=seed) for seed in range(5)])
+    b = right_sides(5, n, 9)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            for batch in (slice(None), slice(0, 1)):
+                lower, info = ops._cpp_factor(matrix[batch])
+                results.append((lower[0], ops._cpp_solve(lower, b[batch])[0]))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+
+
+@backends
+def test_real_second_moment(backend):
+    """C of a pretrained kitchen generator (condition number 2.6e3) and its recorded solution."""
+    with np.load(Path(__file__).parent / "data/kitchen_second_moment.npz") as data:
+        matrix = torch.from_numpy(data["mom2"]).double() / float(data["count"])
+        keys, solution = (torch.from_numpy(data[name]).double() for name in ("keys", "solution"))
+    factor = spd_factor(matrix, backend=backend)
+    x = factor.solve(keys)  # [512, 3]: recorded as columns
+    assert factor.shift == 0
+    assert residual(matrix, x, keys) <= 1e-10
+    assert ((x - solution).norm() / solution.norm()).item() <= 1e-9
+    assert factor.condition == pytest.approx(np.linalg.cond(matrix.numpy(), 1), rel=0.5)
+
+
+@backends
+def test_ill_conditioned(backend):
+    """Hilbert's matrix, condition number 1.5e10: a small residual, and a solution as good as that allows."""
+    i = torch.arange(8, dtype=torch.float64)
+    matrix = 1 / (i[:, None] + i + 1)
+    b = matrix @ torch.ones(8, dtype=torch.float64)
+    x = spd_solve(matrix, b, backend=backend)
+    assert residual(matrix, x, b) < 1e-14
+    assert (x - 1).abs().max() < 1.5e10 * EPSILON * 8
+
+
+@backends
+def test_mixed_scales_need_no_shift(backend):
+    scale = torch.logspace(-6, 6, 40, dtype=torch.float64)
+    matrix = second_moment(40) * scale[:, None] * scale
+    b = matrix @ torch.ones(40, dtype=torch.float64)
+    x = spd_solve(matrix, b, backend=backend)
+    assert (scale * (x - 1)).norm() / scale.norm() < 1e-12
+
+
+@backends
+def test_shapes(backend):
+    matrix = torch.stack([second_moment(6, seed=seed) for seed in range(4)])
+    b = right_sides(4, 6, 3)
+    want = torch.linalg.solve(matrix, b)
+    torch.testing.assert_close(spd_solve(matrix, b, backend=backend), want)
+    torch.testing.assert_close(spd_solve(matrix, b[..., 0], backend=backend), want[..., 0])
+    torch.testing.assert_close(spd_solve(matrix[0], b[0], backend=backend), want[0])
+    torch.testing.assert_close(spd_solve(matrix[0], b[0, :, 0], backend=backend), want[0, :, 0])
+    torch.testing.assert_close(
+        spd_solve(matrix[0], b[0, :, 0].float(), backend=backend), want[0, :, 0], atol=1e-5, rtol=0
+    )
+    strided = torch.zeros(4, 12, 12, dtype=torch.float64)[:, ::2, 1::2].copy_(matrix)
+    torch.testing.assert_close(spd_solve(strided, b.mT.contiguous().mT, backend=backend), want)
+    assert spd_solve(matrix, b[..., :0], backend=backend).shape == (4, 6, 0)
+    assert spd_solve(matrix[:0], b[:0], backend=backend).shape == (0, 6, 3)
+
+
+@backends
+def test_float32_matrix_is_solved_in_float64(backend):
+    matrix = second_moment(50).float()
+    b = right_sides(50, 2)
+    x = spd_solve(matrix, b, backend=backend)
+    assert x.dtype == torch.float64
+    assert residual(matrix.double(), x, b) < 1e-12
+
+
+def rank_deficient(kind):
+    if kind == "dead channels":
+        matrix = second_moment(40)
+        matrix[[3, 17, 39]] = 0
+        matrix[:, [3, 17, 39]] = 0
+        return matrix
+    if kind == "duplicated channels":
+        rows = right_sides(200, 40)
+        rows[:, 20:25] = rows[:, :5]
+        return rows.T @ rows / 200
+    if kind == "fewer keys than channels":
+        return second_moment(40, keys=7)
+    if kind == "one key":
+        return second_moment(40, keys=1)
+    return second_moment(300, keys=250)  # "large"
+
+
+@backends
+@pytest.mark.parametrize(
+    "kind", ["dead channels", "duplicated channels", "fewer keys than channels", "one key", "large"]
+)
+def test_rank_deficient_gets_the_smallest_shift_that_serves(kind, backend):
+    matrix = rank_deficient(kind)
+    n = len(matrix)
+    with pytest.warns(DiagonalShiftWarning, match="rank-deficient.* added to its diagonal") as caught:
+        factor = spd_factor(matrix, backend=backend)
+    assert caught[0].filename == __file__
+    assert f"{factor.shift:.3e}" in str(caught[0].message)
+    unit = EPSILON * matrix.diagonal().mean().item()
+    steps = math.log10(factor.shift.item() / unit)
+    assert abs(steps - round(steps)) < 1e-9 and 0 <= steps < 6, "not on the ladder, or far up"
+    if steps > 0.5:  # a step lower the smallest pivot was rounding error
+        lower = torch.linalg.cholesky_ex(matrix + 0.1 * factor.shift * torch.eye(n, dtype=torch.float64))[0]
+        assert not (lower.diagonal() ** 2 > n * EPSILON * matrix.diagonal()).all()
+    x = factor.solve(matrix @ right_sides(n, 3))
+    assert x.isfinite().all()
+    shifted = matrix + factor.shift * torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(factor.matrix, shifted, rtol=0, atol=0)
+    assert residual(shifted, x, matrix @ right_sides(n, 3)) < 1e-6
+
+
+@backends
+def test_shift_only_where_needed_in_a_batch(backend):
+    good, bad = second_moment(40), rank_deficient("dead channels")
+    with pytest.warns(DiagonalShiftWarning, match="matrix 1 of the batch is rank-deficient"):
+        factor = spd_factor(torch.stack([good, bad, good]), backend=backend)
+    assert (factor.shift == 0).tolist() == [True, False, True]
+    b = right_sides(40, 2)
+    x = factor.solve(torch.stack([b, b, b]))
+    assert x.isfinite().all()
+    torch.testing.assert_close(x[0], spd_solve(good, b, backend=backend), rtol=0, atol=1e-14)
+    torch.testing.assert_close(x[2], x[0], rtol=0, atol=0)
+
+
+@backends
+def test_solve_warns_as_factor_does(backend):
+    with pytest.warns(DiagonalShiftWarning):
+        x = spd_solve(rank_deficient("dead channels"), right_sides(40), backend=backend)
+    assert x.isfinite().all()
+
+
+@backends
+@pytest.mark.parametrize("condition", [1e0, 1e3, 1e9])
+def test_condition_estimate(condition, backend):
+    q = torch.linalg.qr(right_sides(60, 60))[0]
+    matrix = q @ torch.diag(torch.logspace(0, -math.log10(condition), 60, dtype=torch.float64)) @ q.T
+    matrix = (matrix + matrix.T) / 2
+    factor = spd_factor(torch.stack([matrix, torch.eye(60, dtype=torch.float64)]), backend=backend)
+    exact = np.linalg.cond(matrix.numpy(), 1)
+    assert exact / 3 <= factor.condition[0] <= exact * (1 + 1e-6)
+    assert factor.condition[1] == pytest.approx(1)
+    assert spd_factor(matrix, backend=backend).condition == factor.condition[0]
+
+
+def with_entry(matrix, i, j, value):
+    matrix = matrix.clone()
+    matrix[i, j] = value
+    return matrix
+
+
+SMALL = second_moment(5)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("matrix", "rhs", "error", "words"),
+    [
+        (with_entry(SMALL, 1, 2, math.nan), torch.ones(5), NonFiniteError, "matrix holds NaN"),
+        (with_entry(SMALL, 2, 2, math.inf), torch.ones(5), NonFiniteError, "matrix holds NaN"),
+        (SMALL, torch.tensor([1, 2, math.nan, 3, 4]), NonFiniteError, "right-hand side holds NaN"),
+        (with_entry(SMALL, 1, 2, 7.0), torch.ones(5), RewriteCoreError, "not symmetric"),
+        (SMALL.tril(), torch.ones(5), RewriteCoreError, "not symmetric"),
+        (-SMALL, torch.ones(5), RewriteCoreError, "mean diagonal.*positive"),
+        (0 * SMALL, torch.ones(5), RewriteCoreError, "collect keys"),
+        (with_entry(SMALL, 3, 3, -1.0), torch.ones(5), RewriteCoreError, "not positive semidefinite"),
+        (torch.stack([SMALL, 0 * SMALL]), torch.ones(2, 5), RewriteCoreError, "matrix 1 of the batch"),
+        (SMALL[:4], torch.ones(4), RewriteCoreError, r"\[n, n\].*\[4, 5\]"),
+        (SMALL[0], torch.ones(5), RewriteCoreError, r"\[5\]"),
+        (SMALL[:0, :0], torch.ones(0), RewriteCoreError, "n >= 1"),
+        (SMALL, torch.ones(4), RewriteCoreError, r"\[5\] or \[5, m\], not \[4\]"),
+        (SMALL, torch.ones(3, 5), RewriteCoreError, "keys.T"),
+        (SMALL.expand(2, 5, 5), torch.ones(5), RewriteCoreError, r"\[2, 5\]"),
+        (SMALL.long(), torch.ones(5), TypeError, "int64.*double"),
+        (SMALL.tolist(), torch.ones(5), TypeError, "list"),
+        (SMALL, torch.ones(5, dtype=torch.int32), TypeError, "int32"),
+        (SMALL, [1.0] * 5, TypeError, "list"),
+        (SMALL, torch.ones(5, device="meta"), RewriteCoreError, "meta.*cpu"),
+    ],
+    ids=lambda value: "",
+)
+def test_bad_input_is_refused_with_advice(matrix, rhs, error, words, backend):
+    with pytest.raises(error, match=words):
+        spd_solve(matrix, rhs, backend=backend)
+
+
+def test_what_is_raised_is_a_value_error():
+    with pytest.raises(ValueError):
+        spd_solve(with_entry(SMALL, 1, 1, math.nan), torch.ones(5))
+
+
+def test_input_is_not_written_and_gradients_stop():
+    matrix, b = SMALL.clone().requires_grad_(), torch.ones(5, requires_grad=True)
+    x = spd_solve(matrix, b)
+    assert not x.requires_grad
+    assert torch.equal(matrix.detach(), SMALL) and torch.equal(b.detach(), torch.ones(5))
+
+
+@backends
+def test_is_a_well_behaved_torch_op(backend):
+    torch.library.opcheck(torch.ops.rewrite_core.spd_solve, (SMALL, right_sides(5, 2), backend))
+    torch.library.opcheck(
+        torch.ops.rewrite_core.spd_solve, (SMALL.expand(2, 5, 5), right_sides(2, 5), backend)
+    )
+
+
+def test_info_names_the_first_bad_pivot():
+    matrix = torch.eye(150, dtype=torch.float64).repeat(3, 1, 1)
+    matrix[1, 100, 100] = -1
+    matrix[2, 0, 0] = math.nan
+    for isa in ("portable", ""):
+        assert ops._cpp_factor(matrix, isa)[1].tolist() == [0, 101, 1]
