@@ -1,4 +1,4 @@
-"""The Lambda fit alone (basis maps in, coefficients out) against plain PyTorch ways to the same optimum."""
+"""The Lambda fit alone (basis maps in, coefficients out) against plain PyTorch's ways to the same optimum."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def cases(quick: bool) -> list[Case]:
 
 
 def _layer(channels: int, side: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A 3x3 layer as the solver meets it: weight, style, directions, basis maps [J, P], linear output [O, P]."""
+    """A 3x3 layer as the solver meets it: weight, style, directions, basis maps [J, P], linear output."""
     generator = torch.Generator().manual_seed(channels + side + rank)
     weight = torch.randn(channels, channels, 3, 3, generator=generator) / math.sqrt(9 * channels)
     style = 1 + 0.3 * torch.randn(channels, generator=generator)
     rows = torch.linalg.qr(torch.randn(channels, rank, generator=generator)).Q.T
     key = torch.randn(1, channels, side, side, generator=generator)
     key = style[:, None, None] * F.avg_pool2d(key, 3, 1, 1) * 3  # neighbouring pixels of a feature map agree
-    key = key + rows.T.matmul(torch.full((rank, 1), math.sqrt(channels) / 4))[:, :, None]  # and share the context
+    key = key + (rows.sum(0) * math.sqrt(channels) / 4)[:, None, None]  # and share the context
     base = F.conv2d(key, weight, padding=1)[0].flatten(1)
     maps = torch.einsum("ri,nihw->rnhw", rows, key)
     return weight, style, rows, F.unfold(maps, 3, padding=1).flatten(0, 1), base
@@ -113,15 +113,15 @@ def make_l1(channels: int, side: int, rank: int, adam: int, backend: str) -> Pro
     return Problem(
         ours=Contender("rewrite_core", lambda: fit(backend)),
         stock=stock,
-        shapes={"basis": list(basis.shape), "base": list(base.shape), "iterations": [iterations]},
+        shapes={"basis": list(basis.shape), "base": list(base.shape)},
         dtype="float32",
         operations=iterations * (pixels * unknowns * (unknowns + 5) + unknowns**3 / 3 + 2 * unknowns**2),
-        traffic=4 * sum(
-            part.numel() for part in (basis, base, target, shift[0], constant, linear, quadratic, hidden)
-        ),
+        traffic=4
+        * sum(part.numel() for part in (basis, base, target, shift[0], constant, linear, quadratic, hidden)),
         error=error,
         error_kind="loss above the float64 reference's, relative",
         tolerance=1e-2,
+        details={"iterations": iterations},
     )
 
 
@@ -135,9 +135,12 @@ def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
     def fit(name: str) -> FitResult:
         return fit_low_rank(basis, base, target, loss="l2", backend=name)
 
-    def normal_equations() -> Tensor:
-        lower = torch.linalg.cholesky(basis @ basis.T)
-        return torch.cholesky_solve(basis @ (target - base).T, lower).T
+    def least_squares(dtype: torch.dtype) -> Tensor:
+        return torch.linalg.lstsq(basis.T.to(dtype), (target - base).T.to(dtype)).solution.T
+
+    def normal_equations(dtype: torch.dtype) -> Tensor:
+        maps, change = basis.to(dtype), (target - base).to(dtype)
+        return torch.cholesky_solve(maps @ change.T, torch.linalg.cholesky(maps @ maps.T)).T
 
     def error(result: FitResult | Tensor) -> float:
         x = result if isinstance(result, Tensor) else result.coefficients
@@ -147,13 +150,17 @@ def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
     return Problem(
         ours=Contender("rewrite_core", lambda: fit(backend)),
         stock=[
-            Contender("linalg.lstsq", lambda: torch.linalg.lstsq(basis.T, (target - base).T).solution.T),
-            Contender("normal equations", normal_equations),
-            Contender("reference backend", lambda: fit("reference"), rounds=5),
+            Contender("linalg.lstsq", lambda: least_squares(torch.float32)),
+            Contender("linalg.lstsq in float64", lambda: least_squares(torch.float64)),
+            Contender("normal equations", lambda: normal_equations(torch.float32)),
+            Contender("normal equations in float64", lambda: normal_equations(torch.float64)),
+            Contender("reference backend", lambda: fit("reference")),
         ],
         shapes={"basis": list(basis.shape), "base": list(base.shape)},
         dtype="float32",
-        operations=pixels * unknowns * (unknowns + 1) + unknowns**3 / 3 + 2 * channels * unknowns * (pixels + unknowns),
+        operations=pixels * unknowns * (unknowns + 1)
+        + unknowns**3 / 3
+        + 2 * channels * unknowns * (pixels + unknowns),
         traffic=4 * (basis.numel() + 2 * base.numel() + hidden.numel()),
         error=error,
         error_kind="relative error of the coefficients",

@@ -14,7 +14,8 @@ from rewrite_core.ops.spd_solve import spd_factor
 from .harness import Case, Contender, Problem
 
 OP = "spd_solve"
-COLD = ((1, 64, 1), (1, 256, 16), (1, 512, 1), (1, 512, 16), (1, 1024, 1), (8, 256, 1))  # batch, n, right sides
+# batch, n, right-hand sides
+COLD = ((1, 64, 1), (1, 256, 16), (1, 512, 1), (1, 512, 16), (1, 1024, 1), (8, 256, 1))
 WARM = ((1, 64, 1), (1, 512, 1), (1, 512, 16), (1, 1024, 1))
 
 
@@ -31,8 +32,7 @@ def _name(batch: int, n: int, sides: int) -> str:
 
 
 def _data(batch: int, n: int, sides: int) -> tuple[Tensor, Tensor]:
-    """Second moments of 4 n keys whose channels differ in scale by 30, condition number about 1e4; a real one,
-    of a trained generator, has 3e3."""
+    """Second moments of 4 n keys whose channels differ in scale by 30: condition number about 1e4."""
     generator = torch.Generator().manual_seed(n)
     keys = torch.randn(batch, 4 * n, n, generator=generator, dtype=torch.float64)
     keys *= torch.logspace(-1.5, 0, n, dtype=torch.float64)
@@ -41,7 +41,9 @@ def _data(batch: int, n: int, sides: int) -> tuple[Tensor, Tensor]:
     return (matrix, rhs) if batch > 1 else (matrix[0], rhs[0])
 
 
-def _problem(ours: Contender, stock: list[Contender], matrix: Tensor, rhs: Tensor, factoring: bool) -> Problem:
+def _problem(
+    ours: Contender, stock: list[Contender], matrix: Tensor, rhs: Tensor, factoring: bool
+) -> Problem:
     n, sides = rhs.shape[-2:]
     batch = rhs.numel() // (n * sides)
     triangle = n * (n + 1) // 2
@@ -76,16 +78,14 @@ def make_cold(batch: int, n: int, sides: int, backend: str) -> Problem:
 def make_warm(batch: int, n: int, sides: int, backend: str) -> Problem:
     """A second solve with the same matrix: everybody has its factor, or inverse, at hand."""
     matrix, rhs = _data(batch, n, sides)
-    factor, lower, inverse = spd_factor(matrix, backend), torch.linalg.cholesky(matrix), torch.linalg.inv(matrix)
-    pivoted = torch.linalg.lu_factor(matrix)
+    factor, inverse = spd_factor(matrix, backend), torch.linalg.inv(matrix)
+    lower, pivoted = torch.linalg.cholesky(matrix), torch.linalg.lu_factor(matrix)
     stock = [
         Contender("cholesky_solve", lambda: torch.cholesky_solve(rhs, lower)),
         Contender("linalg.lu_solve", lambda: torch.linalg.lu_solve(*pivoted, rhs)),
         Contender("inverse @ b", lambda: inverse @ rhs),
     ]
-    return _problem(
-        Contender("rewrite_core", lambda: factor.solve(rhs)), stock, matrix, rhs, factoring=False
-    )
+    return _problem(Contender("rewrite_core", lambda: factor.solve(rhs)), stock, matrix, rhs, factoring=False)
 
 
 def bench_spd_solve(measure: Callable[[], None]) -> None:

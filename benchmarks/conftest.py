@@ -1,4 +1,4 @@
-"""``pytest benchmarks/``: pytest-benchmark times ours and owns the loop; the others run in its set-up, in turns.
+"""``pytest benchmarks/``: pytest-benchmark owns the loop and times ours, and its set-up runs the others.
 
 Both this and ``rewrite bench`` append the same lines and draw the same pictures.
 """
@@ -22,7 +22,8 @@ LINES = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rewrite_core")
     group.addoption("--quick", action="store_true", help="tiny cases and few rounds: a smoke test")
-    group.addoption("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    results = Path(__file__).parent / "results"
+    group.addoption("--out", type=Path, default=results, metavar="DIR", help="folder for the results")
 
 
 def pytest_configure(config: pytest.Config) -> None:

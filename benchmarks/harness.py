@@ -47,7 +47,9 @@ class Problem:
 
     operations, traffic  the floors of the job in floating-point operations and bytes (README.md): the same
                          numbers for every contender, whatever it really does
-    error                of a contender's result against float64, a number that must be <= tolerance for ours
+    error                of a contender's result against float64; must be <= tolerance, of ours to be timed, of
+                         stock to count as the best
+    details              more numbers for the record
     """
 
     ours: Contender
@@ -59,6 +61,7 @@ class Problem:
     error: Callable[[Any], float]
     error_kind: str
     tolerance: float
+    details: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def contenders(self) -> list[Contender]:
@@ -88,7 +91,8 @@ def chosen_backend(op: str) -> str:
     """The backend "auto" picks on this CPU. Cases ask for it by name, so a record cannot name another."""
     choice = next(choice for choice in explain().choices if (choice.op, choice.device) == (op, "cpu"))
     if choice.backend == "none":
-        raise Refused(f"No backend of {op} runs here ({'; '.join(': '.join(why) for why in choice.reasons)}).")
+        reasons = "; ".join(": ".join(reason) for reason in choice.reasons)
+        raise Refused(f"No backend of {op} runs here ({reasons}).")
     return choice.backend
 
 
@@ -102,18 +106,19 @@ def check(op: str, case: Case, tests: str) -> Checked:
             contender.prepare()
             errors[contender.name] = problem.error(contender.run())
     except Exception as error:
-        raise Refused(f"Case {case.name!r} of {op} does not run ({type(error).__name__}: {error}).") from error
+        why = f"case {case.name!r}, {type(error).__name__}: {error}"
+        raise Refused(f"{op} does not run, so there is no speed to report ({why}).") from error
     error = errors[problem.ours.name]
     if not error <= problem.tolerance:  # also NaN
         raise Refused(
-            f"{op} is wrong here, so its speed is not reported: in case {case.name!r} the {problem.error_kind} of "
-            f"backend {backend!r} is {error:.2e}, above {problem.tolerance:.0e}; run its tests and mend it first."
+            f"{op} is wrong here, so its speed is not reported: in case {case.name!r} the "
+            f"{problem.error_kind} of backend {backend!r} is {error:.2e}, above {problem.tolerance:.0e}."
         )
     return Checked(case, problem, backend, tests, errors)
 
 
 class Race:
-    """Times the contenders in turns: one call each per round, so that a change in the machine's speed meets all.
+    """Times the contenders in turns, one call each per round, so that a slower machine is slower for all.
 
     A round is ``others()`` then ``ours()``: pytest-benchmark can own the loop with the first as its set-up.
     """
@@ -170,10 +175,12 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
             "gflops": problem.operations / p50 / 1e9, "error": checked.errors[name],
         }  # fmt: skip
     ours = contenders[problem.ours.name]
-    best = min((contender.name for contender in problem.stock), key=lambda name: contenders[name]["p50"])
+    stock = [contender.name for contender in problem.stock]
+    able = [name for name in stock if checked.errors[name] <= problem.tolerance]  # others do not do the job
+    best = min(able or stock, key=lambda name: contenders[name]["p50"])
     return {
         "op": op, "case": checked.case.name, "quick": quick, "backend": checked.backend,
-        "shapes": problem.shapes, "dtype": problem.dtype,
+        "shapes": problem.shapes, "dtype": problem.dtype, "details": problem.details,
         **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
         "operations": problem.operations, "bytes": problem.traffic,
         "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,

@@ -24,15 +24,15 @@ from rewrite_core.files import atomic_write
 from rewrite_core.version import __version__
 
 SCHEMA = 1
-QUIET = 0.5  # load average; above it others are at work, and OpenMP's spinning threads wait for whole time slices
+QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
 Record = dict[str, Any]
 
 
 def checkout() -> Path | None:
-    """The source checkout these benchmarks belong to: the folder around this file, or the working directory."""
+    """The source checkout these benchmarks belong to: around this file, or the working directory; or None."""
     for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
         project = folder / "pyproject.toml"
-        if project.is_file() and re.search(r'^name = "rewrite_core"', project.read_text(), re.M):
+        if project.is_file() and re.search(r'^name = "rewrite_core"', project.read_text(), re.MULTILINE):
             return folder
     return None
 
@@ -43,7 +43,7 @@ def cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.machine()
 
 
@@ -87,7 +87,7 @@ def environment() -> Record:
 
 
 def append(path: Path, record: Record) -> None:
-    """One more line, in one write, on the disk when this returns; a line that a crash cut off is closed first."""
+    """One more line, in one write, on the disk when this returns; one that a crash cut off is ended first."""
     line = json.dumps(record, allow_nan=False) + "\n"
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
@@ -139,13 +139,13 @@ class Report:
         """Says what is measured on, and the column heads."""
         here = self.environment
         self._write(
-            f"{here['cpu']} ({here['isa'] or 'extension not built'}), {here['threads']} threads, "
-            f"torch {here['torch']}, rewrite_core {here['rewrite_core']}, commit {(here['commit'] or '-')[:12]}"
+            f"{here['cpu']} ({here['isa'] or 'extension not built'}), {here['threads']} threads, torch "
+            f"{here['torch']}, rewrite_core {here['rewrite_core']}, commit {(here['commit'] or '-')[:12]}"
         )
         if here["load"] > QUIET:
             self._write(f"note: {disturbance(here)}")
         if self.quick:
-            self._write("note: tiny cases and no tests: this run shows that the benchmarks work, not how fast we are")
+            self._write("note: tiny cases and no tests: this shows that benchmarks work, not how fast we are")
         self._write("")
         self._write(f"{'':34}{'p50':>9}{'p20':>9}{'p80':>9}{'GFLOP/s':>9}{'error':>10}{'time / ours':>12}")
 
@@ -173,8 +173,8 @@ class Report:
             latest = {record["case"]: record for record in read(self.path) if record["op"] == op}
             draw(op, list(latest.values()), picture)
             self._write(
-                f"{op}: the best stock expression (*) takes {mean:.2f}x our time, geometric mean over {len(ratios)} "
-                f"cases (worst {min(ratios):.2f}x) -> {picture}"
+                f"{op}: the best stock expression (*) takes {mean:.2f}x our time, geometric mean over "
+                f"{len(ratios)} cases (worst {min(ratios):.2f}x) -> {picture}"
             )
         if self.records:
             self._write(f"{len(self.records)} lines appended to {self.path}")
@@ -184,7 +184,8 @@ class Report:
 
 def draw(op: str, records: list[Record], path: Path) -> None:
     """Medians with their 20 % and 80 % marks, one group of bars per case, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and no pyplot: no global state
+    # slow to import, so only here; not pyplot, which keeps global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for record in records for name in record["contenders"]))

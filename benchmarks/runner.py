@@ -41,9 +41,9 @@ def run_tests(op: str) -> str:
         return "none here"
     tests = folder / "tests" / f"test_{op}.py"
     if not tests.is_file():
-        raise Refused(f"{op} has no tests/{tests.name}, and the speed of an untested op is not reported: write it.")
+        raise Refused(f"{op} has no tests/{tests.name}, and the speed of an untested op is not reported.")
     if importlib.util.find_spec("pytest") is None:
-        raise Refused("pytest is not installed, so the tests cannot run: run `pip install 'rewrite_core[test]'`.")
+        raise Refused("pytest is not installed to test with: run `pip install 'rewrite_core[test]'`.")
     # The tests must meet the very library that is measured, whatever else is on the path; cwd, because
     # `python -m` puts it there first. The tests name their backends, and run in full.
     dropped = ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
@@ -57,9 +57,7 @@ def run_tests(op: str) -> str:
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         cause = lines[0] if lines else (done.stderr.strip().splitlines() or ["pytest said nothing"])[-1]
-        raise Refused(
-            f"The tests of {op} fail, so its speed is not reported ({cause}): run `pytest {tests}` and mend it first."
-        )
+        raise Refused(f"The tests of {op} fail, so its speed is not reported ({cause}).")
     return "passed"
 
 
@@ -95,7 +93,7 @@ def main(names: Sequence[str], out: Path, quick: bool) -> int:
         try:
             sheet = report.Report(Path(out), quick, functools.partial(print, flush=True))
         except OSError as error:
-            print(f"Results cannot be written to {out} ({error.strerror}): choose another folder.", file=sys.stderr)
+            print(f"Results cannot go to {out} ({error.strerror}): choose another folder.", file=sys.stderr)
             return 2
         return _run(chosen, sheet, quick)
     finally:

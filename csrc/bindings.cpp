@@ -98,8 +98,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fit_low_rank",
       [](std::array<std::uintptr_t, 10> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
-         std::array<int64_t, 4> sizes, double slope, double gain, bool absolute, int max_iterations, double tolerance,
-         std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
+         std::array<int64_t, 4> sizes, double slope, double gain, bool absolute, int max_iterations,
+         double tolerance, std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
         const Isa use = isa_of(isa);
         FitProblem problem{};
         problem.basis = pointer<const void>(inputs[0]);
@@ -136,9 +136,9 @@ PYBIND11_MODULE(_C, m) {
         check(status, "fit_low_rank");
       },
       py::arg("inputs"), py::arg("shift_strides"), py::arg("is_double"), py::arg("sizes"), py::arg("slope"),
-      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"), py::arg("outputs"),
-      py::arg("threads"), py::arg("isa") = "",
-      "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, penalty, "
-      "penalty_scale (double), 0 where absent; sizes: edits, channels, unknowns, pixels; outputs: coefficients, "
-      "loss, initial_loss, iterations (int32), status (int32).");
+      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"),
+      py::arg("outputs"), py::arg("threads"), py::arg("isa") = "",
+      "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, "
+      "penalty, penalty_scale (double), 0 where absent; sizes: edits, channels, unknowns, pixels; outputs: "
+      "coefficients, loss, initial_loss, iterations (int32), status (int32).");
 }

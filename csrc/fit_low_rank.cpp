@@ -29,7 +29,8 @@ FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
   edit.number = number;
   edit.pixels = kept;
   edit.rows = round_up(problem.unknowns, fit_rows);
-  edit.leading = round_up(std::max(edit.rows, problem.unknowns + 1), fit_padding);  // a column for the right-hand side
+  // the right-hand side of a linear system takes a column
+  edit.leading = round_up(std::max(edit.rows, problem.unknowns + 1), fit_padding);
   edit.exact = !problem.absolute && problem.slope == 1.0 && !problem.constant;
   edit.dual_form = !edit.exact && !problem.penalty && kept < problem.unknowns;
   edit.stride = round_up(kept + (edit.dual_form || kept == 0), fit_padding);
@@ -55,11 +56,12 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
 
 FitScratch take_scratch(Arena& arena, const FitEdit& largest) {
   FitScratch scratch;
-  double** const pixels[] = {&scratch.base, &scratch.target, &scratch.shift, &scratch.lin, &scratch.new_lin,
-                             &scratch.r, &scratch.inverse, &scratch.steep, &scratch.dual, &scratch.slopes,
-                             &scratch.curvature, &scratch.root, &scratch.spare};
-  double** const unknowns[] = {&scratch.x, &scratch.new_x, &scratch.best_x, &scratch.gradient, &scratch.step,
-                               &scratch.dm, &scratch.new_dm, &scratch.half};
+  double** const pixels[] = {&scratch.base,    &scratch.target, &scratch.shift,     &scratch.lin,
+                             &scratch.new_lin, &scratch.r,      &scratch.inverse,   &scratch.steep,
+                             &scratch.dual,    &scratch.slopes, &scratch.curvature, &scratch.root,
+                             &scratch.spare};
+  double** const unknowns[] = {&scratch.x,    &scratch.new_x, &scratch.best_x, &scratch.gradient,
+                               &scratch.step, &scratch.dm,    &scratch.new_dm, &scratch.half};
   static_assert(sizeof(pixels) / sizeof(*pixels) == fit_pixel_buffers);
   static_assert(sizeof(unknowns) / sizeof(*unknowns) == fit_unknown_buffers);
   for (double** buffer : pixels) *buffer = arena.take(largest.stride);
@@ -83,10 +85,10 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
                           : isa == Isa::avx2 ? avx2::fit_table
                                              : portable::fit_table;
   const bool convex = problem.slope == 1.0 && !problem.constant;
-  problem.slow_rate =
-      convex ? fit_smoothing_rate : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
+  problem.slow_rate = convex ? fit_smoothing_rate
+                             : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
 
-  // Edits in groups, so that their prepared arrays stay small; every thread then takes channels of any of them.
+  // Edits in groups, so that their prepared arrays stay small; a thread takes channels of any of a group.
   const FitEdit largest = edit_sizes(problem, 0, problem.pixels);
   Arena edit_count(nullptr), scratch_count(nullptr);
   FitEdit counted = largest;
@@ -95,7 +97,8 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   const int64_t edit_doubles = edit_count.used() + largest.rows * largest.leading;
   take_scratch(scratch_count, largest);
   const int64_t scratch_doubles = scratch_count.used();
-  const int64_t group = std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
+  const int64_t group =
+      std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
 
   // A thread costs some 20 us to start: give each at least a million multiply-adds.
   const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;
@@ -114,7 +117,8 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
     for (int64_t first = 0; first < problem.edits; first += group) {
       const int64_t count = std::min(group, problem.edits - first);
       for (int64_t task = team.next(); task < count; task = team.next()) {
-        const double* weights = problem.pixel_weights ? problem.pixel_weights + (first + task) * problem.pixels : nullptr;
+        const double* weights =
+            problem.pixel_weights ? problem.pixel_weights + (first + task) * problem.pixels : nullptr;
         int64_t kept = problem.pixels;
         if (weights) kept = std::count_if(weights, weights + problem.pixels, [](double w) { return w > 0; });
         FitEdit edit = edit_sizes(problem, first + task, kept);

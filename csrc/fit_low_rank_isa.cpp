@@ -1,6 +1,6 @@
 // Compiled once per instruction set with REWRITE_CORE_ISA as the namespace; see fit_low_rank_isa.h.
-// The mathematics and the names are those of `_reference` in rewrite_core/ops/fit_low_rank.py. One difference:
-// the Jacobian m basis + dm lin^T is never formed, its products are expanded.
+// The mathematics and the names are those of `_reference` in rewrite_core/ops/fit_low_rank.py. One
+// difference: the Jacobian m basis + dm lin^T is never formed, its products are expanded.
 #include "fit_low_rank_isa.h"
 
 #include <immintrin.h>
@@ -21,15 +21,14 @@ inline Vec square_root(Vec a) { return _mm_sqrt_pd(a); }
 #endif
 constexpr int lanes = sizeof(Vec) / sizeof(double);
 
-inline double square_root(double a) {
-  return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a)));
-}
+inline double square_root(double a) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))); }
 inline Vec fill(double a) { return Vec{} + a; }
 
 // 1 / sqrt(a) for a > 0, to the last bit or two.
 inline Vec inverse_root(Vec a) {
 #if defined(REWRITE_CORE_ISA_avx512)
-  Vec y = _mm512_maskz_rsqrt14_pd(0xff, a);  // 14 bits, doubled twice: a third of the time of a root and a division
+  // 14 bits, doubled twice: a third of the time of a root and a division
+  Vec y = _mm512_maskz_rsqrt14_pd(0xff, a);
   const Vec half = 0.5 * a;
   y *= 1.5 - half * y * y;
   return y * (1.5 - half * y * y);
@@ -68,6 +67,12 @@ inline void clear(double* a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) a[i] = 0.0;
 }
 
+inline void exchange(double*& a, double*& b) {
+  double* const c = a;
+  a = b;
+  b = c;
+}
+
 // matrix [n, leading] times x; n <= leading, both padded with zeros.
 void multiply(const double* matrix, int64_t leading, int64_t n, const double* x, double* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = dot(matrix + i * leading, x, leading);
@@ -75,8 +80,8 @@ void multiply(const double* matrix, int64_t leading, int64_t n, const double* x,
 
 // One register block of the weighted Gram matrix: out[i, j] += sum_p weighted[i, p] plain[j, p].
 template <int block>
-inline void gram_block(const double* weighted, int64_t weighted_stride, const double* plain, int64_t plain_stride,
-                       int64_t count, double* out, int64_t leading) {
+inline void gram_block(const double* weighted, int64_t weighted_stride, const double* plain,
+                       int64_t plain_stride, int64_t count, double* out, int64_t leading) {
   Vec sum[block][block] = {};
   for (int64_t p = 0; p < count; p += lanes) {
     Vec column[block];
@@ -94,11 +99,11 @@ inline void gram_block(const double* weighted, int64_t weighted_stride, const do
   }
 }
 
-// Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T. Where they are
-// given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
+// Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T. Where they
+// are given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
 template <int block>
-void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin, const double* slopes,
-             double* matrix, double* leaning, double* gradient, double* weighted) {
+void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
+             const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
   const int64_t rows = (unknowns + block - 1) / block * block;
   clear(matrix, rows * edit.leading);
   if (gradient) {
@@ -112,7 +117,8 @@ void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, con
       Vec leans[block] = {}, turns[block] = {};
       for (int64_t p = 0; p < count; p += lanes) {
         const Vec scale = load(curvature + start + p);
-        const Vec along = gradient ? load(lin + start + p) : Vec{}, slope = gradient ? load(slopes + start + p) : Vec{};
+        const Vec along = gradient ? load(lin + start + p) : Vec{};
+        const Vec slope = gradient ? load(slopes + start + p) : Vec{};
 #pragma GCC unroll 4
         for (int i = 0; i < block; ++i) {
           const Vec plain = load(basis + (j + i) * edit.stride + p), row = plain * scale;
@@ -136,8 +142,8 @@ void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, con
   }
 }
 
-void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin, const double* slopes,
-          double* matrix, double* leaning, double* gradient, double* weighted) {
+void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
+          const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
 #if defined(REWRITE_CORE_ISA_avx512)
   if (unknowns > 12) {
     return gram_of<4>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
@@ -146,14 +152,16 @@ void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const 
   gram_of<3>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
 }
 
-// factor = U with U^T D^-1 U = matrix + shift I, upper triangles, D the diagonal of U; its place holds 1 / D_kk.
-// Where `right` is given, its forward substitution rides along in column n. False where a pivot is not above `least`.
-bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least, const double* right,
-               double* factor) {
+// factor = U, upper, with U^T D^-1 U = matrix + shift I and D the diagonal of U, which is stored inverted.
+// Where `right` is given, its forward substitution rides along in column n. False where a pivot is not above
+// `least`.
+bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least,
+               const double* right, double* factor) {
   constexpr int64_t tile = 32;  // rows eliminated at a time: the rest of the matrix is read n / 32 times
   for (int64_t i = 0; i < n; ++i) {
     double* row = factor + i * leading;
-    for (int64_t j = i & ~int64_t{fit_padding - 1}; j < leading; j += lanes) store(row + j, load(matrix + i * leading + j));
+    const double* from = matrix + i * leading;
+    for (int64_t j = i & ~int64_t{lanes - 1}; j < leading; j += lanes) store(row + j, load(from + j));
     row[i] += shift;
     if (right) row[n] = right[i];
   }
@@ -164,7 +172,8 @@ bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, d
       const double pivot = pivot_row[k];
       if (!(pivot > least) || !finite(pivot)) return false;
       const double inverse = 1.0 / pivot;
-      for (int64_t j = k & ~int64_t{lanes - 1}; j < k; ++j) pivot_row[j] = 0.0;  // left over from the other triangle
+      // these are left over from the other triangle
+      for (int64_t j = k & ~int64_t{lanes - 1}; j < k; ++j) pivot_row[j] = 0.0;
       pivot_row[k] = inverse;
       for (int64_t i = k + 1; i < end; ++i) {
         const double scale = pivot_row[i] * inverse;
@@ -177,10 +186,13 @@ bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, d
     for (int64_t i = end; i < n; ++i) {
       double* row = factor + i * leading;
       double scales[tile];
-      for (int64_t k = start; k < end; ++k) scales[k - start] = factor[k * leading + i] * factor[k * leading + k];
+      for (int64_t k = start; k < end; ++k) {
+        scales[k - start] = factor[k * leading + i] * factor[k * leading + k];
+      }
       int64_t j = i & ~int64_t{lanes - 1};
       for (; j + 4 * lanes <= leading; j += 4 * lanes) {
-        Vec a = load(row + j), b = load(row + j + lanes), c = load(row + j + 2 * lanes), d = load(row + j + 3 * lanes);
+        Vec a = load(row + j), b = load(row + j + lanes);
+        Vec c = load(row + j + 2 * lanes), d = load(row + j + 3 * lanes);
         for (int64_t k = start; k < end; ++k) {
           const double scale = scales[k - start];
           const double* pivot_row = factor + k * leading + j;
@@ -216,8 +228,10 @@ void substitute(const double* factor, int64_t n, int64_t leading, double* x) {
   }
 }
 
-// x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step` apart.
-void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step, double* x) {
+// x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step`
+// apart.
+void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step,
+                    double* x) {
   clear(x, leading);
   for (int64_t k = n - 1; k >= 0; --k) {
     const double* row = factor + k * leading;
@@ -276,7 +290,9 @@ struct Model {
   double penalised(const double* x) const {
     if (!edit.penalty) return 0.0;
     double sum = 0.0;
-    for (int64_t j = 0; j < problem.unknowns; ++j) sum += x[j] * dot(edit.penalty + j * edit.leading, x, edit.leading);
+    for (int64_t j = 0; j < problem.unknowns; ++j) {
+      sum += x[j] * dot(edit.penalty + j * edit.leading, x, edit.leading);
+    }
     return scale * sum;
   }
 };
@@ -416,7 +432,8 @@ double assemble(const Model& model, const double* lin, double m, const double* x
       trace += row[i];
     }
   } else {
-    gram(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix, scratch.half, gradient, scratch.weighted);
+    gram(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix, scratch.half, gradient,
+         scratch.weighted);
     const double* const leaning = scratch.half;
     double bent = 0.0;
     if (demodulated) {
@@ -429,7 +446,9 @@ double assemble(const Model& model, const double* lin, double m, const double* x
       double* row = matrix + i * leading;
       if (demodulated) {
         const double by_leaning = m * dm[i], by_dm = m * leaning[i] + bent * dm[i];
-        for (int64_t j = i; j < unknowns; ++j) row[j] = m * m * row[j] + by_leaning * leaning[j] + by_dm * dm[j];
+        for (int64_t j = i; j < unknowns; ++j) {
+          row[j] = m * m * row[j] + by_leaning * leaning[j] + by_dm * dm[j];
+        }
       }
       if (edit.penalty) {
         const double* penalty = edit.penalty + i * leading;
@@ -454,13 +473,18 @@ bool damped_step(const Model& model, const double* lin, double m, const double* 
   const int64_t unknowns = model.problem.unknowns, stride = edit.stride;
   double* const step = scratch.step;
   if (!edit.dual_form) {
-    if (!factorise(scratch.matrix, unknowns, edit.leading, mu, 0.0, scratch.gradient, scratch.factor)) return false;
+    if (!factorise(scratch.matrix, unknowns, edit.leading, mu, 0.0, scratch.gradient, scratch.factor)) {
+      return false;
+    }
     solve_negative(scratch.factor, unknowns, edit.leading, scratch.factor + unknowns, edit.leading, step);
   } else {
     double* const y = scratch.spare;
-    for (int64_t p = 0; p < stride; ++p) y[p] = scratch.root[p] > 0.0 ? scratch.slopes[p] / scratch.root[p] : 0.0;
+    for (int64_t p = 0; p < stride; ++p) {
+      y[p] = scratch.root[p] > 0.0 ? scratch.slopes[p] / scratch.root[p] : 0.0;
+    }
     if (!factorise(scratch.matrix, edit.order, edit.order_leading, mu, 0.0, y, scratch.factor)) return false;
-    solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order, edit.order_leading, y);
+    solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order,
+                   edit.order_leading, y);
     for (int64_t p = 0; p < stride; ++p) y[p] *= scratch.root[p];
     const double along = model.problem.constant ? dot(y, lin, stride) : 0.0;
     for (int64_t j = 0; j < unknowns; ++j) {
@@ -560,9 +584,9 @@ Outcome fit_channel(const Model& model) {
     if (taken) {
       const double drop = now - fresh, quality = drop / predicted;
       if (absolute) follow(model, lin, new_lin, m, problem.constant ? dot(dm, scratch.step, leading) : 0.0);
-      double* swap = x; x = new_x; new_x = swap;
-      swap = lin; lin = new_lin; new_lin = swap;
-      swap = dm; dm = new_dm; new_dm = swap;
+      exchange(x, new_x);
+      exchange(lin, new_lin);
+      exchange(dm, new_dm);
       m = fresh_m;
       damping *= quality > fit_good ? fit_damping_down : quality > fit_poor ? 1.0 : 2.0;
       growth = fit_damping_up;
@@ -587,11 +611,13 @@ Outcome fit_channel(const Model& model) {
 }
 
 // The factor of gram + scale * penalty, with no diagonal shift or the smallest that is enough.
-int factor_exact(const FitProblem& problem, const FitEdit& edit, double scale, double* matrix, double* factor) {
+int factor_exact(const FitProblem& problem, const FitEdit& edit, double scale, double* matrix,
+                 double* factor) {
   const int64_t unknowns = problem.unknowns, leading = edit.leading;
   double size = 0.0;
   for (int64_t i = 0; i < unknowns; ++i) {
-    const double *gram_row = edit.gram + i * leading, *penalty = edit.penalty ? edit.penalty + i * leading : nullptr;
+    const double* gram_row = edit.gram + i * leading;
+    const double* penalty = edit.penalty ? edit.penalty + i * leading : nullptr;
     double* row = matrix + i * leading;
     for (int64_t j = 0; j < leading; ++j) row[j] = gram_row[j] + (penalty ? scale * penalty[j] : 0.0);
     if (!finite(row[i])) return fit_nonfinite;
@@ -678,7 +704,8 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
       clear(row, stride);
       continue;
     }
-    gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1, row);
+    gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1,
+           row);
     double square = 0.0;
     for (int64_t p = 0; p < stride; ++p) square += edit.weights[p] * row[p] * row[p];
     edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
@@ -724,8 +751,8 @@ void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, con
   gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
   if (problem.shift) {
     const int64_t* strides = problem.shift_strides;
-    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1], strides[2],
-           scratch.shift);
+    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1],
+           strides[2], scratch.shift);
   } else {
     clear(scratch.shift, edit.stride);
   }
@@ -736,9 +763,10 @@ void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, con
   if (problem.penalty) model.scale = problem.penalty_scale[at];
 
   const bool rounded = problem.slope != 1.0;
-  Outcome result = edit.exact          ? fit_exactly(model)
-                   : problem.absolute ? (rounded ? fit_channel<true, true>(model) : fit_channel<true, false>(model))
-                                      : (rounded ? fit_channel<false, true>(model) : fit_channel<false, false>(model));
+  Outcome result = edit.exact ? fit_exactly(model)
+                   : problem.absolute
+                       ? (rounded ? fit_channel<true, true>(model) : fit_channel<true, false>(model))
+                       : (rounded ? fit_channel<false, true>(model) : fit_channel<false, false>(model));
   Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
   bool fits = true;  // in the output's type
   for (int64_t j = 0; j < unknowns; ++j) {

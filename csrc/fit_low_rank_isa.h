@@ -17,9 +17,9 @@ struct FitProblem {
   const double* constant;      // [edits, channels]; linear and quadratic come with it
   const double* linear;        // [edits, channels, unknowns]
   const double* quadratic;     // [edits, unknowns, unknowns], symmetric
-  const double* pixel_weights; // [edits, pixels]
+  const double* pixel_weights;  // [edits, pixels]
   const double* penalty;       // [edits, unknowns, unknowns], symmetric; penalty_scale comes with it
-  const double* penalty_scale; // [edits, channels]
+  const double* penalty_scale;  // [edits, channels]
   int64_t edits, unknowns, pixels, channels;
   double slope, gain;
   int absolute;  // loss: 1 |r|, 0 r^2
@@ -51,7 +51,7 @@ struct FitEdit {
   double* size;        // [unknowns] root mean square of the basis rows
   double* quadratic;   // [unknowns, leading] or null
   double* penalty;     // [unknowns, leading] or null
-  double* gram;        // dual form: basis^T basis [pixels, order_leading]; exact: weighted [unknowns, leading]
+  double* gram;        // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
   double* factor;      // exact: of the first channel's matrix
   double factor_scale; // exact: that channel's penalty_scale
   int factor_status;
@@ -59,7 +59,8 @@ struct FitEdit {
 
 // One thread's buffers, in doubles: [stride], [leading], [order, order_leading], [rows, panel].
 struct FitScratch {
-  double *base, *target, *shift, *lin, *new_lin, *r, *inverse, *steep, *dual, *slopes, *curvature, *root, *spare;
+  double *base, *target, *shift, *lin, *new_lin, *r, *inverse, *steep, *dual;
+  double *slopes, *curvature, *root, *spare;
   double *x, *new_x, *best_x, *gradient, *step, *dm, *new_dm, *half;
   double *matrix, *factor;
   double *weighted;
@@ -87,6 +88,13 @@ namespace avx2 { extern const FitTable fit_table; }
 namespace avx512 { extern const FitTable fit_table; }
 
 // Status codes of a channel; rewrite_core/ops/fit_low_rank.py explains them.
-enum FitStatus { fit_converged, fit_max_iterations, fit_zero_residual, fit_degenerate, fit_nonfinite, fit_shifted };
+enum FitStatus {
+  fit_converged,
+  fit_max_iterations,
+  fit_zero_residual,
+  fit_degenerate,
+  fit_nonfinite,
+  fit_shifted,
+};
 
 }  // namespace rewrite_core

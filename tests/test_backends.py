@@ -2,6 +2,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ def no_override(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+def run(code, environment=None):
+    """Away from the source tree, which `python -c` would import in place of the installed package."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=elsewhere, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+
 def run_without_extension(code, failure="ModuleNotFoundError('No module named x', name='rewrite_core._C')"):
     """Run code in a process where importing rewrite_core._C fails as told."""
     prelude = f"""
@@ -29,9 +39,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
     environment = {key: value for key, value in os.environ.items() if key != "REWRITE_CORE_BACKEND"}
-    return subprocess.run(
-        [sys.executable, "-c", prelude + code], env=environment, capture_output=True, text=True, check=False
-    )
+    return run(prelude + code, environment)
 
 
 def test_extension_is_built():
@@ -196,5 +204,5 @@ import rewrite_core.ops.second_moment, rewrite_core.ops.spd_solve
 assert "rewrite_core._C" not in sys.modules, "extension"
 assert "rewrite_core.kernels" not in sys.modules, "kernels"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run(code)
     assert done.returncode == 0, done.stderr

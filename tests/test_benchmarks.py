@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,9 @@ TIMES = {"p20": float, "p50": float, "p80": float, "rounds": int, "gflops": floa
 SCHEMA = {
     **TIMES,
     "schema": int, "timestamp": str, "machine": str, "cpu": str, "cores": int, "isa": (str, type(None)),
-    "threads": int, "load": float, "python": str, "torch": str, "rewrite_core": str, "commit": (str, type(None)),
-    "op": str, "case": str, "quick": bool, "backend": str, "shapes": dict, "dtype": str, "tests": str,
+    "threads": int, "load": float, "python": str, "torch": str, "rewrite_core": str,
+    "commit": (str, type(None)), "op": str, "case": str, "quick": bool, "backend": str, "shapes": dict,
+    "dtype": str, "details": dict, "tests": str,
     "operations": (int, float), "bytes": (int, float), "gbytes_per_second": float, "error_kind": str,
     "tolerance": float, "best_stock": str, "ratio": float, "contenders": dict,
 }  # fmt: skip
@@ -36,7 +35,7 @@ def test_quick_run(tmp_path, capsys):
     assert torch.get_num_threads() == threads
     output = capsys.readouterr().out
     records = lines_of(tmp_path / "results")
-    assert [record["op"] for record in records] == ["second_moment"] * 2 + ["spd_solve"] * 2 + ["fit_low_rank"] * 2
+    assert [record["op"] for record in records] == [op for op in OPS.values() for _ in range(2)]
     for record in records:
         assert set(record) == set(SCHEMA)
         assert all(isinstance(record[key], kind) for key, kind in SCHEMA.items()), record
@@ -44,8 +43,13 @@ def test_quick_run(tmp_path, capsys):
         assert 0 < record["p20"] <= record["p50"] <= record["p80"]
         contenders = record["contenders"]
         assert len(contenders) >= 3 and all(set(times) == set(TIMES) for times in contenders.values())
-        best = min((times["p50"], name) for name, times in contenders.items() if name != "rewrite_core")
-        assert record["best_stock"] == best[1] and record["ratio"] == pytest.approx(best[0] / record["p50"])
+        able = {
+            times["p50"]: name
+            for name, times in contenders.items()
+            if name != "rewrite_core" and times["error"] <= record["tolerance"]
+        }
+        assert record["best_stock"] == able[min(able)]
+        assert record["ratio"] == pytest.approx(min(able) / record["p50"])
         assert record["backend"] in backends.ORDER
         assert f"{record['op']}: {record['case']} ({record['backend']})" in output
     for op in OPS.values():
@@ -60,20 +64,22 @@ def test_quick_run(tmp_path, capsys):
     assert path.read_bytes().startswith(before) and len(lines_of(path.parent)) == len(records) + 2
 
 
-def test_one_case_under_pytest(tmp_path):
-    """``pytest benchmarks/`` from a checkout, and that plain ``pytest`` leaves benchmarks/ alone."""
+def test_under_pytest(tmp_path, capsys):
+    """``pytest benchmarks/`` from a checkout; in this process, to be spared another import of torch."""
     pytest.importorskip("pytest_benchmark")
     folder = report.checkout()
     if folder is None or not (folder / "benchmarks").is_dir():
         pytest.skip("no checkout here")
-    command = [sys.executable, "-m", "pytest", str(folder / "benchmarks" / "bench_second_moment.py"), "--quick", "-q"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout and "bmm on NCHW" in done.stdout and "bench_second_moment[" in done.stdout
+    threads = torch.get_num_threads()
+    suite = folder / "benchmarks" / "bench_second_moment.py"
+    try:
+        status = pytest.main([str(suite), "--quick", "-q", "--out", str(tmp_path / "out")])
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert "2 passed" in output and "bmm on NCHW" in output and "bench_second_moment[" in output
     assert [record["op"] for record in lines_of(tmp_path / "out")] == ["second_moment"] * 2
-    assert 'testpaths = ["tests"]' in (folder / "pyproject.toml").read_text()
 
 
 def wrong_second_moment(right):
@@ -150,9 +156,11 @@ def test_untested_op_is_refused(project, tmp_path, capsys):
 
 def test_tests_meet_the_library_that_is_measured(project):
     (project / "tests/test_second_moment.py").write_text(
-        f"import rewrite_core\ndef test_it():\n    assert rewrite_core.__file__ == {rewrite_core.__file__!r}\n"
+        "from importlib.util import find_spec\n"
+        f"def test_it():\n    assert find_spec('rewrite_core').origin == {rewrite_core.__file__!r}\n"
     )
-    (project / "tests/rewrite_core").mkdir()  # an unbuilt tree on the path: `python -m pytest` looks there first
+    (project / "rewrite_core").mkdir()  # an unbuilt tree, as in a checkout
+    (project / "rewrite_core/__init__.py").write_text("")
     assert runner.run_tests("second_moment") == "passed"
 
 
@@ -201,8 +209,8 @@ def test_contenders_take_turns():
         return harness.Contender(name, lambda: calls.append(name), lambda: calls.append(f"({name})"), rounds)
 
     problem = harness.Problem(
-        ours=contender("ours"), stock=[contender("a"), contender("b", rounds=1)], shapes={}, dtype="float32",
-        operations=1e9, traffic=1e9, error=lambda result: 0.0, error_kind="", tolerance=0.0,
+        ours=contender("ours"), stock=[contender("a"), contender("b", rounds=1)], shapes={}, dtype="",
+        operations=1.0, traffic=1.0, error=lambda result: 0.0, error_kind="", tolerance=0.0,
     )  # fmt: skip
     race = harness.Race(problem)
     assert race.plan(quick=True) == 21

@@ -63,9 +63,16 @@ def demodulation_of(weight, style, directions, scale, eps=1e-8):
 @functools.cache
 def stylegan2_problem(kind):
     with np.load(DATA / "stylegan2_layer.npz") as arrays:
-        data = {k.removeprefix(f"{kind}_"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(kind)}
+        data = {
+            k.removeprefix(f"{kind}_"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(kind)
+        }
     get = {k: v.double() for k, v in data.items()}
-    weight, key, style, directions = get["weight"][0], get["fmap_modulated"][0], get["style"][0], get["directions"]
+    weight, key, style, directions = (
+        get["weight"][0],
+        get["fmap_modulated"][0],
+        get["style"][0],
+        get["directions"],
+    )
     out, inner, taps, _ = weight.shape
     scale = 1 / math.sqrt(inner * taps * taps)
     line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
@@ -117,8 +124,8 @@ def proggan_problem(rank):
 
 @functools.cache
 def random_problem(seed, rank, size, demodulated=True, slope=0.2, channels=32, inner=64, scale=16.0):
-    """A 3x3 layer on smooth random maps, its goal the value of another map. `scale` multiplies the basis, so that
-    Adam's step of 0.05 suits the coefficients; ours are scaled anyway."""
+    """A 3x3 layer on smooth random maps, its goal the value of another map. `scale` multiplies the basis, so
+    that Adam's step of 0.05 suits the coefficients; ours are scaled anyway."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -136,9 +143,12 @@ def random_problem(seed, rank, size, demodulated=True, slope=0.2, channels=32, i
     base, other = op(keys, weight * fan).flatten(2)
     shift = 0.3 * normal(1, height * width) + 0.3 * normal(channels, 1)
     problem = {
-        "basis": scale * fan * basis_maps(op, keys[0], directions, 3), "base": base, "shift": shift, "slope": slope,
+        "basis": scale * fan * basis_maps(op, keys[0], directions, 3),
+        "base": base,
+        "shift": shift,
+        "slope": slope,
         "gain": math.sqrt(2.0),
-    }  # fmt: skip
+    }
     if demodulated:
         constant, linear, quadratic = demodulation_of(weight.flatten(2), style, directions, fan)
         problem["demodulation"] = constant, linear * scale, quadratic * scale**2
@@ -175,8 +185,8 @@ def cast(problem, dtype):
 
 
 def adam(problem, weights=None, loss="l1"):
-    """The yardstick: the final loss of 2001 steps of Adam on Lambda from zero, lr 0.05; one number per edit where
-    the problem is batched. weights [B, P] sum to 1."""
+    """The yardstick: the final loss of 2001 steps of Adam on Lambda from zero, lr 0.05; one number per edit
+    where the problem is batched. weights [B, P] sum to 1."""
     problem = cast(problem, torch.float32)
     x = torch.zeros(*problem["base"].shape[:-1], problem["basis"].shape[-2], requires_grad=True)
     optimiser = torch.optim.Adam([x], lr=0.05)
@@ -220,14 +230,16 @@ def adam_on_random(loss):
 
 
 def assert_sound(result, problem=None, loss="l1"):
-    """What holds for every result: finite, never worse than no change, and the loss is that of the coefficients."""
+    """What holds for every result: finite, never worse than no change, the loss that of the coefficients."""
     for part in result[:3]:
         assert part.isfinite().all()
     assert (result.loss <= result.initial_loss).all()
     assert set(result.status.flatten().tolist()) <= set(ops.STATUS)
     if problem is not None:
         got = losses_of(result.coefficients, problem, loss)
-        torch.testing.assert_close(got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item()))
+        torch.testing.assert_close(
+            got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item())
+        )
 
 
 # Quality
@@ -266,7 +278,9 @@ def test_l1_is_no_worse_than_adam_on_golden_layers(fit, name):
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-@pytest.mark.parametrize("number", range(len(RANDOM)), ids=lambda i: "seed{}-rank{}-{}-demodulated={}".format(*RANDOM[i]))
+@pytest.mark.parametrize(
+    "number", range(len(RANDOM)), ids=lambda i: "seed{}-rank{}-{}-demodulated={}".format(*RANDOM[i])
+)
 def test_no_worse_than_adam_on_random_layers(number, loss):
     problem = random_problem(*RANDOM[number])
     result = ops.fit_low_rank(**problem, loss=loss)
@@ -276,8 +290,8 @@ def test_no_worse_than_adam_on_random_layers(number, loss):
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_linear_l1_is_optimal(fit, rank):
-    """A linear program, so duality certifies the optimum: any |z| <= 1 with basis z = 0 bounds the loss from below
-    by z . r0. At the optimum J residuals vanish, and there z is whatever makes basis z = 0."""
+    """A linear program, so duality certifies the optimum: any |z| <= 1 with basis z = 0 bounds the loss from
+    below by z . r0. At the optimum J residuals vanish, and there z is whatever makes basis z = 0."""
     problem, _ = proggan_problem(rank)
     basis = problem["basis"]
     result = fit(**problem)
@@ -298,7 +312,8 @@ def test_linear_l1_is_optimal(fit, rank):
 def linear_problem(seed=0, unknowns=9, pixels=40, channels=7):
     generator = torch.Generator().manual_seed(seed)
     basis, base, target = (
-        torch.randn(n, pixels, generator=generator, dtype=torch.float64) for n in (unknowns, channels, channels)
+        torch.randn(n, pixels, generator=generator, dtype=torch.float64)
+        for n in (unknowns, channels, channels)
     )
     return {"basis": basis, "base": base, "target": target}
 
@@ -316,7 +331,9 @@ def test_closed_form_is_least_squares(fit, unknowns):
     assert (result.iterations == 1).all()
 
 
-@pytest.mark.parametrize("kind", ["fewer pixels", "twin rows", "zero row", "constant maps", "nearly twin rows"])
+@pytest.mark.parametrize(
+    "kind", ["fewer pixels", "twin rows", "zero row", "constant maps", "nearly twin rows"]
+)
 def test_closed_form_of_rank_deficient_basis(fit, kind):
     problem = linear_problem(pixels=5 if kind == "fewer pixels" else 40)
     basis = problem["basis"]
@@ -334,7 +351,9 @@ def test_closed_form_of_rank_deficient_basis(fit, kind):
     assert_sound(result, None)
     assert (result.status == ops.SHIFTED).all()
     # what tells nearly equal rows apart is fitted a little too, with coefficients that stay bounded
-    torch.testing.assert_close(result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20)
+    torch.testing.assert_close(
+        result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20
+    )
     assert result.coefficients.abs().max() < 1e3 * wanted.abs().max()
 
 
@@ -378,13 +397,15 @@ def test_cpp_agrees_with_reference(isa, loss, name):
     ours, theirs = run(CPU[f"cpp-{isa}"], **problem, loss=loss), run(CPU["reference"], **problem, loss=loss)
     assert_sound(ours, problem, loss)
     torch.testing.assert_close(ours.initial_loss, theirs.initial_loss, rtol=1e-12, atol=0)
-    # near a kink a rounding error can send a channel down another slope: the typical channel agrees to the last
-    # digits, every one in what it reached
+    # near a kink a rounding error can send a channel down another slope: the typical channel agrees to the
+    # last digits, every one in what it reached
     gap = (ours.loss - theirs.loss).abs() / theirs.initial_loss
     assert gap.median() < 1e-9 and gap.max() < 5e-3, f"worst channel {gap.argmax()}"
     assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=1e-9)
     assert (ours.status == theirs.status).double().mean() > 0.9
-    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (theirs.coefficients.norm(dim=-1) + 1e-300)
+    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (
+        theirs.coefficients.norm(dim=-1) + 1e-300
+    )
     assert (apart < 1e-3).double().mean() > 0.75
     if name == "proggan-3":  # well-conditioned and convex: the same path
         assert (apart < 1e-6).all() and torch.equal(ours.iterations, theirs.iterations)
@@ -431,8 +452,8 @@ def test_derivative_against_finite_differences(demodulated):
     problem = random_problem(3, 2, (5, 5), demodulated)
     constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
     model = ops._Model(
-        problem["basis"], problem["base"], problem["target"], problem["shift"].expand_as(problem["base"]), constant,
-        linear, quadratic, problem["slope"], problem["gain"],
+        problem["basis"], problem["base"], problem["target"], problem["shift"].expand_as(problem["base"]),
+        constant, linear, quadratic, problem["slope"], problem["gain"],
     )  # fmt: skip
     x = 0.05 * linear_problem(2, unknowns=18, pixels=32)["basis"].T.contiguous()
     kink = torch.full((32,), 0.1, dtype=torch.float64)
@@ -456,7 +477,9 @@ def test_derivative_against_finite_differences(demodulated):
 
 def test_sharp_kink_is_the_limit_of_the_rounded_one():
     problem = random_problem(3, 2, (5, 5))
-    model = ops._Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
+    model = ops._Model(
+        *(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4
+    )
     lin, m, _ = model.linearise(torch.zeros(32, 18, dtype=torch.float64))
     rounded = model.residual(lin, m, torch.full((32,), 1e-9, dtype=torch.float64))
     for ours, sharp in zip(rounded[:2], model.residual(lin, m)[:2]):
@@ -498,7 +521,9 @@ def test_zero_weight_removes_a_pixel(fit, loss):
     keep = torch.arange(problem["base"].shape[1]).remainder(3) > 0
     less = {name: item[:, keep] for name, item in problem.items()}
     weighted = fit(**problem, pixel_weights=7.0 * keep, loss=loss)
-    torch.testing.assert_close(weighted.coefficients, fit(**less, loss=loss).coefficients, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        weighted.coefficients, fit(**less, loss=loss).coefficients, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_integer_weight_is_a_repeated_pixel(fit):
@@ -562,11 +587,15 @@ def test_reachable_target_is_reached(fit, loss):
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("slope", [1.0, 0.2])
-@pytest.mark.parametrize("kind", ["constant maps", "twin rows", "zero basis", "one pixel", "relu", "zero gain"])
+@pytest.mark.parametrize(
+    "kind", ["constant maps", "twin rows", "zero basis", "one pixel", "relu", "zero gain"]
+)
 def test_degenerate_problems(fit, loss, slope, kind):
     problem = dict(random_problem(0, 1, (4, 4)), slope=slope)
     if kind == "constant maps":
-        problem = {k: v[:, :1].expand_as(v) if k in ("basis", "base", "target") else v for k, v in problem.items()}
+        problem = {
+            k: v[:, :1].expand_as(v) if k in ("basis", "base", "target") else v for k, v in problem.items()
+        }
     elif kind == "twin rows":
         problem["basis"] = problem["basis"][:1].expand(9, -1)
         problem["demodulation"] = None
@@ -574,7 +603,9 @@ def test_degenerate_problems(fit, loss, slope, kind):
         problem["basis"] = torch.zeros_like(problem["basis"])
         problem["demodulation"] = None
     elif kind == "one pixel":
-        problem = {k: v[:, :1] if k in ("basis", "base", "target", "shift") else v for k, v in problem.items()}
+        problem = {
+            k: v[:, :1] if k in ("basis", "base", "target", "shift") else v for k, v in problem.items()
+        }
     elif kind == "relu":
         problem["slope"] = 0.0
     elif kind == "zero gain":
@@ -613,7 +644,9 @@ def test_scales(fit, dtype, size, what):
     if what == "values":  # demodulation forgets the scale of the weights, so put it into the gain
         scaled.update(gain=problem["gain"] * size, target=problem["target"] * size)
     else:
-        scaled.update(basis=problem["basis"] * size, demodulation=(constant, linear * size, quadratic * size**2))
+        scaled.update(
+            basis=problem["basis"] * size, demodulation=(constant, linear * size, quadratic * size**2)
+        )
     result = fit(**cast(scaled, dtype), max_iterations=12)
     assert_sound(result)
     ratio = size if what == "values" else 1.0
@@ -629,7 +662,9 @@ def test_numbers_too_large_are_reported(fit, loss, slope):
     huge = {name: item * 1e300 for name, item in problem.items()}
     result = fit(**huge, slope=slope, loss=loss)
     assert result.coefficients.isfinite().all() and not result.loss.isnan().any()
-    tiny = cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
+    tiny = cast(
+        {**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32
+    )
     result = fit(**tiny, slope=slope, loss=loss)  # the answer does not fit float32
     assert (result.status == ops.NONFINITE).all() and not result.coefficients.any()
 
@@ -715,7 +750,7 @@ NAN = torch.full((7, 40), float("nan"), dtype=torch.float64)
         ({"pixel_weights": torch.ones(39)}, ValueError, r"pixel_weights must be \[P\]"),
         ({"penalty": torch.eye(8)}, ValueError, r"penalty must be \[J, J\]"),
         ({"penalty_scale": torch.ones(7)}, ValueError, "without a penalty"),
-        ({"penalty": torch.eye(9), "penalty_scale": -torch.ones(7)}, ValueError, "penalty_scale has a negative"),
+        ({"penalty": torch.eye(9), "penalty_scale": -torch.ones(7)}, ValueError, "penalty_scale has a neg"),
         ({"demodulation": (torch.ones(7),)}, ValueError, "three tensors"),
         ({"demodulation": (torch.zeros(7), torch.zeros(7, 9), torch.eye(9))}, ValueError, "must be positive"),
         ({"backend": "abacus"}, ValueError, "no backend"),

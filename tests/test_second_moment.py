@@ -311,12 +311,16 @@ print("all of it ran")
 
 
 @needs_triton
-def test_triton_interpreted():
+def test_triton_interpreted(tmp_path):
     """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, os.path.dirname(__file__)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
+        cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
 
 

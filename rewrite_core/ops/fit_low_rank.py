@@ -1,4 +1,4 @@
-"""The coefficients of a rank-R change, one tiny nonlinear fit per output channel (DESIGN 2, paper eq. 10 to 15).
+"""The coefficients of a rank-R change: one nonlinear fit per output channel (DESIGN 2; paper eq. 10 to 15).
 
 Lambda enters the layer's output through the basis maps u only, and what follows the convolution acts per
 channel, so the fit splits into O independent problems of J = R kh kw unknowns each.
@@ -75,6 +75,31 @@ class FitResult(NamedTuple):
     solver: str
 
 
+class Problem(NamedTuple):
+    """The custom op's arguments: fit_low_rank's, checked and batched; shift broadcast, small ones float64."""
+
+    basis: Tensor
+    base: Tensor
+    target: Tensor
+    shift: Tensor | None
+    constant: Tensor | None
+    linear: Tensor | None
+    quadratic: Tensor | None
+    slope: float
+    gain: float
+    pixel_weights: Tensor | None
+    penalty: Tensor | None
+    penalty_scale: Tensor | None
+    loss: str
+    max_iterations: int
+    tolerance: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the closed form applies."""
+        return self.loss == "l2" and self.slope == 1.0 and self.constant is None
+
+
 def fit_low_rank(
     basis: Tensor,
     base: Tensor,
@@ -92,7 +117,7 @@ def fit_low_rank(
     tolerance: float = 1e-5,
     backend: str = "auto",
 ) -> FitResult:
-    """Fit x[b, o, :] so that channel o's value meets its target: DESIGN 2, "Finding Lambda"; paper eq. 10 to 15.
+    """Fit x[b, o] so that channel o's value meets its target: DESIGN 2 "Finding Lambda", paper eq. 10 to 15.
 
         lin    = base[b, o] + x @ basis[b]
         m      = (constant + 2 linear . x + x^T quadratic x)^(-1/2), or 1 without demodulation
@@ -104,7 +129,7 @@ def fit_low_rank(
     shift          [B, O, P] or broadcastable to it (bias, noise), or None for 0
     demodulation   (constant [B, O] > 0, linear [B, O, J], quadratic [B, J, J]) or None
     slope, gain    of the leaky ReLU; slope 1 is the identity
-    pixel_weights  [B, P] >= 0, or None for 1; weight 0 removes the pixel (use it to pad edits of unequal size)
+    pixel_weights  [B, P] >= 0, or None for 1; 0 removes the pixel (to pad edits of unequal size)
     penalty        [B, J, J] positive semidefinite, with penalty_scale [B, O] >= 0 (None: 1); or None
     loss           "l1": rho = |r|; "l2": rho = r^2
     max_iterations steps per channel. It also sets the pace of the continuation: more steps, lower minima
@@ -116,42 +141,46 @@ def fit_low_rank(
     float64. "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
 
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
-    Raises TypeError for a wrong type and ValueError (RewriteCoreError, NonFiniteError) for a wrong shape, NaN,
-    infinity, a negative weight or an unknown loss.
+    Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
+    an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity.
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
-    args = _check(
+    problem = _check(
         basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
         max_iterations, tolerance,
     )  # fmt: skip
-    outputs = torch.ops.rewrite_core.fit_low_rank(*args, backend)
+    outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     if basis.ndim == 2:
         outputs = [output[0] for output in outputs]
-    exact = loss == "l2" and slope == 1.0 and demodulation is None
-    return FitResult(*outputs, "closed_form" if exact else "lm")
+    return FitResult(*outputs, "closed_form" if problem.exact else "lm")
 
 
 def _check(
     basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
     max_iterations, tolerance,
-):  # fmt: skip
-    """The custom op's arguments: batched, contiguous, small ones in float64."""
+) -> Problem:  # fmt: skip
     for name, data in (("basis", basis), ("base", base), ("target", target), ("shift", shift)):
         if data is None and name == "shift":
             continue
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} is {data.dtype} and must be float32 or float64: convert it with .float().")
+            raise TypeError(
+                f"{name} is {data.dtype} and must be float32 or float64: convert it with .float()."
+            )
         if data.dtype != base.dtype:
-            raise TypeError(f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type.")
+            raise TypeError(
+                f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type."
+            )
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
     if not isinstance(max_iterations, int) or max_iterations < 1:
         raise RewriteCoreError(f"max_iterations must be an integer of at least 1, not {max_iterations!r}.")
     for name, number in (("slope", slope), ("gain", gain), ("tolerance", tolerance)):
         if not math.isfinite(number) or (name == "tolerance" and number < 0):
-            raise RewriteCoreError(f"{name} must be a finite number{' >= 0' * (name == 'tolerance')}, not {number}.")
+            raise RewriteCoreError(
+                f"{name} must be a finite number{' >= 0' * (name == 'tolerance')}, not {number}."
+            )
     if basis.ndim not in (2, 3):
         raise RewriteCoreError(f"basis must be [B, J, P] or [J, P], not {list(basis.shape)}.")
     batched = basis.ndim == 3
@@ -161,7 +190,9 @@ def _check(
         raise RewriteCoreError("penalty_scale was given without a penalty: pass both, or neither.")
 
     if base.ndim != basis.ndim:
-        raise RewriteCoreError(f"base must be {'[B, O, P]' if batched else '[O, P]'}, not {list(base.shape)}.")
+        raise RewriteCoreError(
+            f"base must be {'[B, O, P]' if batched else '[O, P]'}, not {list(base.shape)}."
+        )
     edits, unknowns, pixels = basis.shape if batched else (1, *basis.shape)
     channels = base.shape[-2]
     if not unknowns or not pixels:
@@ -174,20 +205,27 @@ def _check(
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.device != base.device:
-            raise RewriteCoreError(f"{name} is on {data.device} and base on {base.device}: move one to the other.")
+            raise RewriteCoreError(
+                f"{name} is on {data.device} and base on {base.device}: move one to the other."
+            )
         axes = axes if batched else axes[1:]
         shape = [sizes[axis] for axis in axes]
         data = data.detach()
-        if name == "shift" and data.ndim <= len(shape) and all(
-            have in (1, want) for have, want in zip(reversed(data.shape), reversed(shape))
+        if (
+            name == "shift"
+            and data.ndim <= len(shape)
+            and all(have in (1, want) for have, want in zip(reversed(data.shape), reversed(shape)))
         ):
             data = data.expand(shape)
         if list(data.shape) != shape:
             raise RewriteCoreError(
-                f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, not {list(data.shape)}."
+                f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, "
+                f"not {list(data.shape)}."
             )
         if not data.isfinite().all():
-            raise NonFiniteError(f"{name} holds NaN or infinity: check the generator's activations and weights.")
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity: check the generator's activations and weights."
+            )
         return (data if batched else data[None]).to(dtype)
 
     wide = torch.float64
@@ -210,9 +248,9 @@ def _check(
         if data is not None and (data < 0).any():
             raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
-    return (
-        basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights, penalty,
-        scale, loss, max_iterations, float(tolerance),
+    return Problem(
+        basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights,
+        penalty, scale, loss, max_iterations, float(tolerance),
     )  # fmt: skip
 
 
@@ -231,10 +269,10 @@ class _Model:
             return lin, torch.ones_like(lin[:, 0]), None
         half = self.linear + x @ self.quadratic  # half the gradient of the squared norm
         m = (self.constant + ((self.linear + half) * x).sum(-1)).rsqrt()  # NaN where not positive: rejected
-        return lin, m, -m[:, None] ** 3 * half
+        return lin, m, -(m[:, None] ** 3) * half
 
     def residual(self, lin: Tensor, m: Tensor, kink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """r and the first two derivatives of the value by m lin, with the kink rounded over a width [n] or sharp."""
+        """r and two derivatives of the value by m lin; the kink is rounded over a width [n], or sharp."""
         pre = m[:, None] * lin + self.shift
         if kink is None:
             steep = self.gain * torch.where(pre > 0, torch.ones_like(pre), self.slope)
@@ -250,7 +288,9 @@ class _Model:
         return rows if dm is None else rows + dm[:, :, None] * lin[:, None, :]
 
 
-def _damped_step(rows, curvature, slopes, gradient, penalty, damping, dual_form) -> tuple[Tensor, Tensor, Tensor]:
+def _damped_step(
+    rows, curvature, slopes, gradient, penalty, damping, dual_form
+) -> tuple[Tensor, Tensor, Tensor]:
     """-(H + mu I)^-1 gradient with H = rows diag(curvature) rows^T + penalty; also mu and whether it exists.
 
     In dual form (fewer pixels than unknowns, no penalty) the system is over pixels:
@@ -285,7 +325,9 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
     slow_rate = SMOOTHING_RATE if convex else SMOOTHING_SLOW ** (1 / (SLOW_SHARE * max_iterations))
 
     def penalised(x: Tensor) -> Tensor:
-        return torch.zeros_like(x[:, 0]) if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
+        return (
+            torch.zeros_like(x[:, 0]) if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
+        )
 
     def true_objective(lin: Tensor, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and with the penalty."""
@@ -437,39 +479,42 @@ def _fit_exactly(model: _Model, weights: Tensor, penalty: Tensor | None, penalty
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _reference(
-    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
-    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
-    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float,
-) -> Outputs:  # fmt: skip
+def _reference(problem: Problem) -> Outputs:
+    basis, base = problem.basis, problem.base
     coefficients, final, initial, iterations, status = outputs = _empty(basis, base)
     edits, unknowns, pixels = basis.shape
-    exact = loss == "l2" and slope == 1.0 and constant is None
     block = max(1, (1 << 24) // (unknowns * (pixels + unknowns)))  # channels at a time: bounds the memory
+
+    def wide(data: Tensor | None, part: object) -> Tensor | None:
+        return None if data is None else data[part].double()
+
     for b in range(edits):
-        weights = torch.ones_like(basis[b, 0], dtype=torch.float64) if pixel_weights is None else pixel_weights[b]
-        weights = weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
         rows = basis[b].double()
+        weights = wide(problem.pixel_weights, b)
+        weights = torch.ones_like(rows[0]) if weights is None else weights
+        weights = weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
         size = (weights * rows.square()).sum(-1).sqrt()
         size = torch.where(size > 0, size, 1.0)
-        rows = rows / size[:, None]
+        square = size * size[:, None]
+        quadratic = None if problem.quadratic is None else problem.quadratic[b] / square
+        penalty = None if problem.penalty is None else problem.penalty[b] / square
         for o in range(0, base.shape[1], block):
             part = (b, slice(o, o + block))
+            linear = None if problem.linear is None else problem.linear[part] / size
             model = _Model(
-                rows, base[part].double(), target[part].double(), None if shift is None else shift[part].double(),
-                None if constant is None else constant[part],
-                None if linear is None else linear[part] / size,
-                None if quadratic is None else quadratic[b] / size / size[:, None], slope, gain,
+                rows / size[:, None], wide(base, part), wide(problem.target, part), wide(problem.shift, part),
+                wide(problem.constant, part), linear, quadratic, problem.slope, problem.gain,
             )  # fmt: skip
-            scaled = None if penalty is None else penalty[b] / size / size[:, None]
-            if exact:
-                result = _fit_exactly(model, weights, scaled, None if scaled is None else penalty_scale[part])
+            scale = wide(problem.penalty_scale, part)
+            if problem.exact:
+                x, *rest = _fit_exactly(model, weights, penalty, scale)
             else:
-                if scaled is not None:
-                    scaled = penalty_scale[part][:, None, None] * scaled
-                result = _fit_channels(model, weights, scaled, loss, max_iterations, tolerance)
-            coefficients[part] = (result[0] / size).to(coefficients.dtype)
-            final[part], initial[part], iterations[part], status[part] = result[1:]
+                each = None if penalty is None else scale[:, None, None] * penalty
+                x, *rest = _fit_channels(
+                    model, weights, each, problem.loss, problem.max_iterations, problem.tolerance
+                )
+            coefficients[part] = (x / size).to(coefficients.dtype)
+            final[part], initial[part], iterations[part], status[part] = rest
     huge = ~coefficients.isfinite().all(-1)  # too large for the output's type
     coefficients[huge], final[huge], status[huge] = 0, initial[huge], NONFINITE
     return outputs
@@ -486,26 +531,29 @@ def _empty(basis: Tensor, base: Tensor) -> Outputs:
     )  # fmt: skip
 
 
-def _cpp(
-    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
-    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
-    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float, isa: str = "",
-) -> Outputs:  # fmt: skip
-    outputs = _empty(basis, base)
-    inputs = (basis, base, target, shift, constant, linear, quadratic, pixel_weights, penalty, penalty_scale)
-    inputs = tuple(  # kept alive until the call returns; a broadcast shift is read where it lies
-        data if data is None or data is shift else data.contiguous() for data in inputs
-    )
-    edits, unknowns, pixels = basis.shape
+def _cpp(problem: Problem, isa: str = "") -> Outputs:
+    outputs = _empty(problem.basis, problem.base)
+    # Kept alive until the call returns. A broadcast shift is read where it lies.
+    inputs = [
+        data if data is None or name == "shift" else data.contiguous()
+        for name, data in zip(Problem._fields, problem)
+        if data is None or isinstance(data, Tensor)
+    ]
+    edits, unknowns, pixels = problem.basis.shape
     extension().fit_low_rank(
         inputs=[0 if data is None else data.data_ptr() for data in inputs],
-        shift_strides=(0, 0, 0) if shift is None else shift.stride(),
-        is_double=base.dtype == torch.float64,
-        sizes=(edits, base.shape[1], unknowns, pixels),
-        slope=slope, gain=gain, absolute=loss == "l1", max_iterations=max_iterations, tolerance=tolerance,
+        shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
+        is_double=problem.base.dtype == torch.float64,
+        sizes=(edits, problem.base.shape[1], unknowns, pixels),
+        slope=problem.slope,
+        gain=problem.gain,
+        absolute=problem.loss == "l1",
+        max_iterations=problem.max_iterations,
+        tolerance=problem.tolerance,
         outputs=[data.data_ptr() for data in outputs],
-        threads=torch.get_num_threads(), isa=isa,
-    )  # fmt: skip
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
     return outputs
 
 
@@ -521,22 +569,35 @@ BACKENDS = (
 )
 
 
-def example(device: str) -> tuple:
+def example(device: str) -> Problem:
     basis, base = torch.ones(1, 9, 16, device=device), torch.zeros(1, 4, 16, device=device)
-    return (basis, base, base, None, None, None, None, 1.0, 1.0, None, None, None, "l1", 1, 0.0)
+    return Problem(basis, base, base, None, None, None, None, 1.0, 1.0, None, None, None, "l1", 1, 0.0)
 
 
 @torch.library.custom_op("rewrite_core::fit_low_rank", mutates_args=())
 def _op(
-    basis: Tensor, base: Tensor, target: Tensor, shift: Tensor | None, constant: Tensor | None, linear: Tensor | None,
-    quadratic: Tensor | None, slope: float, gain: float, pixel_weights: Tensor | None, penalty: Tensor | None,
-    penalty_scale: Tensor | None, loss: str, max_iterations: int, tolerance: float, backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    args = (
-        basis, base, target, shift, constant, linear, quadratic, slope, gain, pixel_weights, penalty, penalty_scale,
-        loss, max_iterations, tolerance,
+    basis: Tensor,
+    base: Tensor,
+    target: Tensor,
+    shift: Tensor | None,
+    constant: Tensor | None,
+    linear: Tensor | None,
+    quadratic: Tensor | None,
+    slope: float,
+    gain: float,
+    pixel_weights: Tensor | None,
+    penalty: Tensor | None,
+    penalty_scale: Tensor | None,
+    loss: str,
+    max_iterations: int,
+    tolerance: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        basis, base, target, shift, constant, linear, quadratic, slope, gain, pixel_weights, penalty,
+        penalty_scale, loss, max_iterations, tolerance,
     )  # fmt: skip
-    return select("fit_low_rank", backend, *args).load()(*args)
+    return select("fit_low_rank", backend, *problem).load()(problem)
 
 
 @_op.register_fake
