@@ -6,6 +6,7 @@ A suite ``bench_<op>.py`` declares ``OP`` and ``cases(quick)``; the runner and c
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rewrite_core.backends import explain
+from rewrite_core.backends import BackendUnavailable, select
 
 QUANTILES = (20, 50, 80)
 
@@ -47,8 +48,8 @@ class Problem:
 
     operations, traffic  the floors of the job in floating-point operations and bytes (README.md): the same
                          numbers for every contender, whatever it really does
-    error                of a contender's result against float64; must be <= tolerance, of ours to be timed, of
-                         stock to count as the best
+    error                of a contender's result against float64: ours must be <= tolerance to be timed, stock
+                         to count as the best
     details              more numbers for the record
     """
 
@@ -89,11 +90,11 @@ class Checked:
 
 def chosen_backend(op: str) -> str:
     """The backend "auto" picks on this CPU. Cases ask for it by name, so a record cannot name another."""
-    choice = next(choice for choice in explain().choices if (choice.op, choice.device) == (op, "cpu"))
-    if choice.backend == "none":
-        reasons = "; ".join(": ".join(reason) for reason in choice.reasons)
-        raise Refused(f"No backend of {op} runs here ({reasons}).")
-    return choice.backend
+    example = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+    try:
+        return select(op, "auto", *example).name
+    except (BackendUnavailable, ValueError) as error:  # REWRITE_CORE_BACKEND names one that cannot
+        raise Refused(f"{op} has no speed to report: {error}") from error
 
 
 def check(op: str, case: Case, tests: str) -> Checked:

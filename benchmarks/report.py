@@ -211,7 +211,7 @@ def draw(op: str, records: list[Record], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high * 4)  # room for the numbers
+    axes.set_xlim(low / 2, high * 4)  # room for the shortest bar, and for the numbers
     axes.set_xlabel("seconds, median (marks: 20 % and 80 %); numbers: time / ours")
     here = records[-1]
     title = f"{op}, {here['cpu']}, {here['threads']} threads, torch {here['torch']}"

@@ -132,6 +132,13 @@ def test_wrong_kernel_is_refused(name, wrong, tmp_path, monkeypatch, capsys):
     assert lines_of(tmp_path) == [] and "rewrite_core   " not in captured.out
 
 
+def test_backend_that_cannot_run_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "cuda")
+    assert runner.main(["spd-solve"], tmp_path, True) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "spd_solve" in error and "REWRITE_CORE_BACKEND" in error
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A checkout whose tests one can write."""

@@ -21,7 +21,7 @@ from .rules import RULES, Rule, paint
 from .run import EDIT_LATENTS, EDIT_SEED
 from .world import LATENT_SIZE, Scene, region, render, scene_from_latents
 
-_LASSO = 7  # pixels by which the hand stays outside the shape
+_LASSO = 4  # pixels by which the hand stays outside the shape
 _CONTEXTS = 5
 
 # what the copied picture shows in place of what the rule changes
