@@ -15,7 +15,7 @@ from ..moments import collect_second_moment
 from ..rewriting import rewrite
 from . import chapels, load_edit
 from .rules import RULES, paint, score
-from .run import EDIT_LATENTS, EDIT_SEED
+from .run import EDIT_LATENTS, EDIT_SEED, OPTIONS
 from .world import LATENT_SIZE
 
 _CHOICE_SEED = 3
@@ -25,7 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--preserve", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--loss", default="l1")
+    parser.add_argument("--loss", default=OPTIONS["loss"])
+    parser.add_argument("--tight", action="store_true", help="fit the pasted box, as the reference does")
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--json", help="also write one JSON line per row here")
     options = parser.parse_args()
@@ -42,8 +43,9 @@ def main() -> None:
                 for preserve in options.preserve:
                     try:
                         change = rewrite(
-                            layer, moment, load_edit(rule.name), latents, rank=rank, preserve=preserve, loss=options.loss
-                        )
+                            layer, moment, load_edit(rule.name), latents, rank=rank, preserve=preserve,
+                            loss=options.loss, tight=options.tight,
+                        )  # fmt: skip
                     except RewriteCoreError as error:
                         print(f"{rule.name:11} {info.name:24} {rank:4} {preserve:8g} {error}")
                         continue

@@ -21,7 +21,9 @@ from .rules import RULES, Rule, paint
 from .run import EDIT_LATENTS, EDIT_SEED
 from .world import LATENT_SIZE, Scene, region, render, scene_from_latents
 
-_LASSO = 4  # pixels by which the hand stays outside the shape
+# pixels by which the hand stays outside the shape: generous where the edited map is coarse, so that every feature
+# that belongs to the roof is copied with it
+_LASSO = {"spire": 6, "watermark": 2, "reflection": 2}
 _CONTEXTS = 5
 
 # what the copied picture shows in place of what the rule changes
@@ -44,10 +46,10 @@ def _difference(a: Scene, b: Scene) -> Tensor:
     return total
 
 
-def _lasso(scene: Scene, change: dict) -> Tensor:
-    """A mask drawn around what `change` would change in one scene."""
+def _lasso(scene: Scene, change: dict, margin: int) -> Tensor:
+    """A mask drawn around what `change` would change in one scene, `margin` pixels outside it."""
     shape = region(render(scene), render(scene.replace(**change))).float()
-    return F.max_pool2d(shape[None], 2 * _LASSO + 1, 1, _LASSO)[0, 0]
+    return F.max_pool2d(shape[None], 2 * margin + 1, 1, margin)[0, 0]
 
 
 def _clear(scenes: Scene, painted: Tensor, change: dict) -> Tensor:
@@ -72,11 +74,12 @@ def make_edit(rule: Rule, scenes: Scene, painted: Tensor) -> Edit:
         best = int(unlike.argmin())
         pairs.append((unlike[best].item(), target, int(sources[best])))
     _, target, source = min(pairs)
+    margin = _LASSO[rule.name]
     others = [i for i in targets if i != target][: _CONTEXTS - 1]
     return Edit(
-        copy=Selection(source, _lasso(scenes[source : source + 1], undo)),
-        paste=Selection(target, _lasso(scenes[target : target + 1], rule.change)),
-        context=[Selection(i, _lasso(scenes[i : i + 1], rule.change)) for i in [target, *others]],
+        copy=Selection(source, _lasso(scenes[source : source + 1], undo, margin)),
+        paste=Selection(target, _lasso(scenes[target : target + 1], rule.change, margin)),
+        context=[Selection(i, _lasso(scenes[i : i + 1], rule.change, margin)) for i in [target, *others]],
     )
 
 
