@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
-import torch
 from torch import Tensor, nn
 
 from ..families.proggan import ProgGAN
-from .world import LATENT_SIZE
+from ..families.stylegan2 import StyleGAN2
+from .world import IMAGE_SIZE, LATENT_SIZE
 
-PROGGAN_SIZES = (128, 192, 160, 128, 64, 32)
+_WIDTH = 128  # of the mapping network
+_CHANNELS = {4: 192, 8: 160, 16: 128, 32: 64, 64: 32}
+
+
+def _mapping() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(LATENT_SIZE, _WIDTH), nn.LeakyReLU(0.2),
+        nn.Linear(_WIDTH, _WIDTH), nn.LeakyReLU(0.2),
+        nn.Linear(_WIDTH, _WIDTH), nn.LeakyReLU(0.2),
+    )  # fmt: skip
 
 
 class ProgGANChapels(nn.Module):
@@ -20,15 +27,22 @@ class ProgGANChapels(nn.Module):
     a spire are the same in every scene that has one: what makes a rank-one rewrite generalise.
     """
 
-    def __init__(self, sizes: tuple[int, ...] = PROGGAN_SIZES):
+    def __init__(self):
         super().__init__()
-        width = sizes[0]
-        self.mapping = nn.Sequential(
-            nn.Linear(LATENT_SIZE, width), nn.LeakyReLU(0.2),
-            nn.Linear(width, width), nn.LeakyReLU(0.2),
-            nn.Linear(width, width), nn.LeakyReLU(0.2),
-        )  # fmt: skip
-        self.synthesis = ProgGAN(list(sizes))
+        self.mapping = _mapping()
+        self.synthesis = ProgGAN([_WIDTH, *_CHANNELS.values()])
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.synthesis(self.mapping(latents))
+
+
+class StyleGAN2Chapels(nn.Module):
+    """The same task and channels with a StyleGAN2: trained to compare (README), not shipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.mapping = _mapping()
+        self.synthesis = StyleGAN2(IMAGE_SIZE, style_dim=_WIDTH, n_mlp=0, channels=_CHANNELS)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.synthesis(self.mapping(latents), noise="none").clamp(-1, 1)

@@ -3,8 +3,8 @@
 Supervised: a random latent, its true render, an L1 loss. Four things make roofs crisp and windows visible:
 
 - the regions of the judged factors weigh more than the background, the small roof most;
-- every map size has a 1x1 head of its own (dropped afterwards) that must paint the scene at that size. It
-  teaches the early layers where things are, and keeps their features local: what an edit needs;
+- every map size has a 1x1 head of its own (dropped afterwards; a StyleGAN2 has such heads already) that must paint the
+  scene at that size. It teaches the early layers where things are, and keeps their features local: what an edit needs;
 - the layout is learned first, at 16x16 and 32x32, where a step costs a fraction;
 - weights are averaged over the last thousand steps.
 """
@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
+import json
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .generator import ProgGANChapels
-from .world import FACTORS, LATENT_SIZE, Scene, factor_region, region, render, scene_from_latents
+from ..files import atomic_write
+from ..latents import sample_latents
+from .generator import ProgGANChapels, StyleGAN2Chapels
+from .world import FACTORS, IMAGE_SIZE, LATENT_SIZE, factor_region, region, render, scene_from_latents
 
-_REGION_WEIGHT = {"roof": 12.0, "lit": 3.0, "watermark": 4.0}
+_ROOF_WEIGHT, _REGION_WEIGHT = 12.0, 3.0
 
 
 def evaluate(generator: nn.Module, latents: Tensor, batch_size: int = 50) -> dict[str, dict[str, float]]:
@@ -64,12 +68,12 @@ def _sample(batch_size: int, noise: torch.Generator) -> tuple[Tensor, Tensor, Te
     turn = 1 + torch.randint(0, 2, scene.roof.shape, generator=noise)
     roof = region(truth, render(scene.replace(roof=(scene.roof + turn) % 3)))
     rest = region(truth, render(scene.replace(lit=~scene.lit, watermark=~scene.watermark)))
-    weight = 1 + _REGION_WEIGHT["roof"] * roof + _REGION_WEIGHT["lit"] * rest
+    weight = 1 + _ROOF_WEIGHT * roof + _REGION_WEIGHT * rest
     return latents, truth * 2 - 1, weight[:, None]
 
 
 class _Heads(nn.Module):
-    """A 1x1 painter for each map size below the last."""
+    """A 1x1 painter for each map size below the last of a ProgGAN."""
 
     def __init__(self, channels: dict[int, int]):
         super().__init__()
@@ -79,8 +83,7 @@ class _Heads(nn.Module):
         return self.heads[str(size)](x)
 
 
-def _paint_scales(generator: ProgGANChapels, heads: _Heads, latents: Tensor, upto: int) -> dict[int, Tensor]:
-    """What the generator paints at each map size from 8 to `upto`."""
+def _paint_proggan(generator: ProgGANChapels, heads: _Heads, latents: Tensor, upto: int) -> dict[int, Tensor]:
     x = generator.mapping(latents)[:, :, None, None]
     painted = {}
     for name, layer in generator.synthesis.named_children():
@@ -89,9 +92,25 @@ def _paint_scales(generator: ProgGANChapels, heads: _Heads, latents: Tensor, upt
             break
         x = layer(x)
         size = x.shape[-1]
-        if int(name[5:]) % 2 == 0 and 8 <= size < 64:
+        if int(name[5:]) % 2 == 0 and 8 <= size < IMAGE_SIZE:
             painted[size] = heads(size, x)
             if size == upto:
+                break
+    return painted
+
+
+def _paint_stylegan2(generator: StyleGAN2Chapels, latents: Tensor, upto: int) -> dict[int, Tensor]:
+    synthesis = generator.synthesis
+    latent = synthesis.mapping(generator.mapping(latents))
+    x = synthesis.conv1(synthesis.input(len(latent)), latent)
+    image = synthesis.to_rgb1(x, latent)
+    painted = {}
+    for index, conv in enumerate(synthesis.convs):
+        x = conv(x, latent)
+        if index % 2:
+            image = synthesis.to_rgbs[index // 2](x, latent, image)
+            painted[x.shape[-1]] = image
+            if x.shape[-1] == upto:
                 break
     return painted
 
@@ -107,42 +126,53 @@ def _loss(painted: dict[int, Tensor], truth: Tensor, weight: Tensor) -> Tensor:
 
 
 def train(
-    generator: ProgGANChapels,
+    generator: ProgGANChapels | StyleGAN2Chapels,
     steps: int = 16000,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     seed: int = 1,
-    log=None,
+    progress: bool = True,
 ) -> nn.Module:
-    """Train in place; returns the averaged copy."""
+    """Train in place, on the device the generator is on; returns the averaged copy in eval mode."""
+    device = next(generator.parameters()).device
     noise = torch.Generator().manual_seed(seed)
-    generator = generator.to(memory_format=torch.channels_last)
-    sizes = generator.synthesis.sizes
-    heads = _Heads({4 << i: c for i, c in enumerate(sizes[1:-1]) if i}).to(memory_format=torch.channels_last)
+    plain = list(generator.mapping.parameters())  # without an equalised learning rate
+    if isinstance(generator, ProgGANChapels):
+        generator = generator.to(memory_format=torch.channels_last)
+        sizes = generator.synthesis.sizes
+        heads = _Heads({4 << i: c for i, c in enumerate(sizes[1:-1]) if i})
+        heads = heads.to(device, memory_format=torch.channels_last)
+        plain += heads.parameters()
+
+        def paint(latents: Tensor, upto: int) -> dict[int, Tensor]:
+            return _paint_proggan(generator, heads, latents, upto)
+    else:
+
+        def paint(latents: Tensor, upto: int) -> dict[int, Tensor]:
+            return _paint_stylegan2(generator, latents, upto)
+
     averaged = copy.deepcopy(generator).eval()
-    plain = [*generator.mapping.parameters(), *heads.parameters()]
     optimiser = torch.optim.Adam(
         [
             {"params": list(generator.synthesis.parameters()), "scale": 1.0},
-            {"params": plain, "scale": 0.3},  # without an equalised learning rate
+            {"params": plain, "scale": 0.3},
         ],
         lr=learning_rate,
         betas=(0.9, 0.99),
     )
-    start = time.monotonic()
-    bar = tqdm(range(steps), desc="train", unit="step", mininterval=5)
     running = None
+    bar = tqdm(range(steps), desc="train", unit="step", mininterval=5, disable=not progress)
     for step in bar:
         done = step / steps
-        upto = 16 if done < 0.2 else 32 if done < 0.4 else 64
-        warm = min(1.0, (step + 1) / 200)
+        upto = 16 if done < 0.2 else 32 if done < 0.4 else IMAGE_SIZE
+        rate = learning_rate * min(1.0, (step + 1) / 200) * max(min(1.0, 2 * (1 - done)) ** 2, 1e-3)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * group["scale"] * warm * max(min(1.0, 2 * (1 - done)) ** 2, 1e-3)
+            group["lr"] = rate * group["scale"]
         with torch.no_grad():
-            latents, truth, weight = _sample(batch_size, noise)
+            latents, truth, weight = (part.to(device) for part in _sample(batch_size, noise))
         # bfloat16 while the errors are large, float32 for the last part
-        with torch.autocast("cpu", torch.bfloat16, enabled=done < 0.85):
-            painted = _paint_scales(generator, heads, latents, upto)
+        with torch.autocast(device.type, torch.bfloat16, enabled=done < 0.85):
+            painted = paint(latents, upto)
         loss = _loss(painted, truth, weight)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -151,26 +181,36 @@ def train(
         with torch.no_grad():
             for mean, now in zip(averaged.parameters(), generator.parameters()):
                 mean.lerp_(now, 1 - decay)
-        value = loss.item()
-        running = value if running is None else 0.99 * running + 0.01 * value
         if step % 50 == 0:
+            running = loss.item() if running is None else 0.8 * running + 0.2 * loss.item()
             bar.set_postfix(loss=f"{running:.4f}", size=upto, refresh=False)
-        if log and step % 500 == 0:
-            log(step, time.monotonic() - start, running, upto, averaged, generator)
     return averaged
 
 
+_ARCHITECTURES = {"proggan": ProgGANChapels, "stylegan2": StyleGAN2Chapels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded generator.")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write, float16")
+    parser.add_argument("--architecture", choices=_ARCHITECTURES, default="proggan")
+    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    start = time.perf_counter()
+    generator = _ARCHITECTURES[options.architecture]().to(options.device)
+    averaged = train(generator, options.steps, seed=options.seed).cpu()
+    state = {name: tensor.half().contiguous() for name, tensor in averaged.state_dict().items()}
+    with atomic_write(options.out) as partial:
+        save_file(state, partial)
+    stored = _ARCHITECTURES[options.architecture]().eval()
+    stored.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    report = evaluate(stored, sample_latents(LATENT_SIZE, 500, seed=2))
+    report["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    print(json.dumps(report, indent=2))
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(); p.add_argument("--steps", type=int, default=16000); p.add_argument("--out")
-    p.add_argument("--lr", type=float, default=3e-3)
-    a = p.parse_args()
-    torch.manual_seed(1)
-    def log(step, t, running, upto, averaged, generator):
-        msg = f"{step} {t:.0f}s loss {running:.4f} upto {upto} "
-        if upto == 64 and step % 1000 == 0:
-            report = evaluate(averaged, torch.randn(200, LATENT_SIZE, generator=torch.Generator().manual_seed(12345)))
-            msg += " ".join(f"{k} {v['nearest_is_true']:.3f}/{v['error']:.4f}" for k, v in report.items())
-            torch.save(averaged.state_dict(), a.out + ".latest")
-        print(msg, flush=True)
-    G = train(ProgGANChapels(), steps=a.steps, learning_rate=a.lr, log=log)
-    torch.save(G.state_dict(), a.out)
+    main()
