@@ -23,6 +23,7 @@ _CHOICE_SEED = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="+", help="default: all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--preserve", type=float, nargs="+", default=[0.0])
     parser.add_argument("--loss", default=OPTIONS["loss"])
@@ -34,8 +35,10 @@ def main() -> None:
     latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
     unseen = sample_latents(LATENT_SIZE, options.scenes, seed=_CHOICE_SEED)
     before = paint(generator, unseen)
-    print("edit        layer                    rank preserve efficacy completed collateral unrelated")
+    print("edit        layer                        rank preserve efficacy completed collateral unrelated")
     for info in list_layers(generator, latents):
+        if options.layers and info.name not in options.layers:
+            continue
         layer = bind(generator, info.name)
         moment = collect_second_moment(layer, latents, 50, progress=False)
         for rule in RULES.values():
@@ -47,12 +50,12 @@ def main() -> None:
                             loss=options.loss, tight=options.tight,
                         )  # fmt: skip
                     except RewriteCoreError as error:
-                        print(f"{rule.name:11} {info.name:24} {rank:4} {preserve:8g} {error}")
+                        print(f"{rule.name:11} {info.name:28} {rank:4} {preserve:8g} {error}")
                         continue
                     with change:
                         result = score(rule, before, paint(generator, unseen), unseen)
                     print(
-                        f"{rule.name:11} {info.name:24} {rank:4} {preserve:8g} {result.efficacy:8.3f} "
+                        f"{rule.name:11} {info.name:28} {rank:4} {preserve:8g} {result.efficacy:8.3f} "
                         f"{result.completed:9.3f} {result.collateral:10.4f} {result.collateral_unrelated:9.4f}",
                         flush=True,
                     )
