@@ -105,6 +105,12 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
     )
 
 
+def _passed_over(chosen: str) -> str:
+    if chosen == "none":
+        return f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]} asks for another"
+    return f"{chosen} comes first"
+
+
 @functools.cache
 def _probe_extension() -> tuple[ModuleType | None, str | None]:
     # torch is imported above: it comes first, so that the extension finds torch's C++ runtime loaded.
@@ -200,7 +206,7 @@ def explain() -> Explanation:
             for record in backends_of(op):
                 if record.name != chosen:
                     reason = record.supports(*args) or record.declines(*args)
-                    reasons.append((record.name, reason or f"{chosen} comes first"))
+                    reasons.append((record.name, reason or _passed_over(chosen)))
             choices.append(Choice(op, device, chosen, tuple(reasons)))
     module, reason = _probe_extension()
     built = f"{module.__file__} ({module.isa()})" if module is not None else str(reason)

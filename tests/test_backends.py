@@ -159,6 +159,13 @@ def test_explain_names_every_op_and_every_reason():
     assert "_C" in table and backends.extension().isa() in table
 
 
+def test_explain_says_when_the_environment_asks_for_a_backend_that_cannot(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
+    table = str(explain())
+    assert "none" in table and "cpp: REWRITE_CORE_BACKEND=triton asks for another" in table
+    assert "none comes first" not in table
+
+
 def test_works_without_the_extension():
     done = run_without_extension("""
 import importlib, torch
@@ -203,6 +210,19 @@ import sys
 import rewrite_core.ops.second_moment, rewrite_core.ops.spd_solve
 assert "rewrite_core._C" not in sys.modules, "extension"
 assert "rewrite_core.kernels" not in sys.modules, "kernels"
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_first_calls_do_not_import_the_compiler():
+    code = """
+import sys, torch
+import rewrite_core as rc
+c = rc.ops.second_moment(torch.eye(3))
+rc.ops.spd_solve(c, torch.ones(3, 1))
+rc.ops.fit_low_rank(torch.ones(1, 4), torch.zeros(2, 4), torch.ones(2, 4))
+assert "torch._dynamo" not in sys.modules
 """
     done = run(code)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ A problem that is linear (slope 1, no demodulation) with the l2 loss has its exa
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -574,32 +574,25 @@ def example(device: str) -> Problem:
     return Problem(basis, base, base, None, None, None, None, 1.0, 1.0, None, None, None, "l1", 1, 0.0)
 
 
-@torch.library.custom_op("rewrite_core::fit_low_rank", mutates_args=())
-def _op(
-    basis: Tensor,
-    base: Tensor,
-    target: Tensor,
-    shift: Tensor | None,
-    constant: Tensor | None,
-    linear: Tensor | None,
-    quadratic: Tensor | None,
-    slope: float,
-    gain: float,
-    pixel_weights: Tensor | None,
-    penalty: Tensor | None,
-    penalty_scale: Tensor | None,
-    loss: str,
-    max_iterations: int,
-    tolerance: float,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(
-        basis, base, target, shift, constant, linear, quadratic, slope, gain, pixel_weights, penalty,
-        penalty_scale, loss, max_iterations, tolerance,
-    )  # fmt: skip
+# define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
+torch.library.define(
+    "rewrite_core::fit_low_rank",
+    "(Tensor basis, Tensor base, Tensor target, Tensor? shift, Tensor? constant, Tensor? linear, "
+    "Tensor? quadratic, float slope, float gain, Tensor? pixel_weights, Tensor? penalty, Tensor? penalty_scale, "
+    "str loss, int max_iterations, float tolerance, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("rewrite_core::fit_low_rank", "CompositeExplicitAutograd")
+def _op(*args: Any) -> Outputs:
+    arguments = list(args)
+    backend = arguments.pop() if len(arguments) > len(Problem._fields) else "auto"
+    problem = Problem(*arguments)
     return select("fit_low_rank", backend, *problem).load()(problem)
 
 
-@_op.register_fake
-def _(basis, base, *args):
+@torch.library.register_fake("rewrite_core::fit_low_rank")
+def _(basis: Tensor, base: Tensor, *args: Any) -> Outputs:
     return _empty(basis, base)
