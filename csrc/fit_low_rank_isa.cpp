@@ -287,6 +287,16 @@ struct Model {
     return m;
   }
 
+  // x^T quadratic x over its largest allowed value; 0 without demodulation.
+  double reach(const double* x) const {
+    if (!problem.constant) return 0.0;
+    double sum = 0.0;
+    for (int64_t j = 0; j < problem.unknowns; ++j) {
+      sum += x[j] * dot(edit.quadratic + j * edit.leading, x, edit.leading);
+    }
+    return sum / (fit_reach * fit_reach * constant);
+  }
+
   double penalised(const double* x) const {
     if (!edit.penalty) return 0.0;
     double sum = 0.0;
@@ -561,18 +571,26 @@ Outcome fit_channel(const Model& model) {
     double fresh = 0.0, fresh_m = 0.0, predicted = 0.0;
     Objectives trial{};
     if (good) {
-      for (int64_t j = 0; j < unknowns; ++j) new_x[j] = x[j] + scratch.step[j];
+      double along = 0.0, square = 0.0;
+      for (int64_t j = 0; j < unknowns; ++j) {
+        along += scratch.gradient[j] * scratch.step[j];
+        square += scratch.step[j] * scratch.step[j];
+        new_x[j] = x[j] + scratch.step[j];
+      }
+      predicted = 0.5 * (mu * square - along);
+      const double reach = model.reach(new_x);
+      if (reach > 1.0) {  // back to where W0 still counts
+        const double shorten = 1.0 / square_root(reach);
+        for (int64_t j = 0; j < unknowns; ++j) {
+          new_x[j] *= shorten;
+          scratch.step[j] = new_x[j] - x[j];
+        }
+      }
       fresh_m = model.linearise(new_x, new_lin, new_dm);
       trial = objectives<absolute, rounded>(model, new_lin, fresh_m, smoothing);
       const double extra = model.penalised(new_x);
       fresh = trial.smooth + extra;
       taken = fresh < now;  // false for NaN
-      double along = 0.0, square = 0.0;
-      for (int64_t j = 0; j < unknowns; ++j) {
-        along += scratch.gradient[j] * scratch.step[j];
-        square += scratch.step[j] * scratch.step[j];
-      }
-      predicted = 0.5 * (mu * square - along);
       if (taken && trial.data + extra < best) {
         best = trial.data + extra;
         result.loss = trial.data;
@@ -607,6 +625,7 @@ Outcome fit_channel(const Model& model) {
       if (smoothing < smoothing_end) smoothing = smoothing_end;
     }
   }
+  if (result.status != fit_nonfinite && model.reach(scratch.best_x) > fit_reached) result.status = fit_bounded;
   return result;
 }
 

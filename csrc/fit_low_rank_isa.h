@@ -75,6 +75,7 @@ constexpr double fit_damping_start = 1e-2, fit_damping_min = 1e-6, fit_damping_s
 constexpr double fit_damping_up = 4.0, fit_damping_down = 0.2, fit_good = 0.75, fit_poor = 0.1;
 constexpr double fit_smoothing_slow = 3e-2, fit_smoothing_end = 1e-5, fit_smoothing_rate = 0.5;
 constexpr double fit_slow_share = 0.35, fit_kink = 3.0, fit_pivot = 1e-12;
+constexpr double fit_reach = 10.0, fit_reached = 0.999;
 constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 8;
 
 struct FitTable {
@@ -95,6 +96,7 @@ enum FitStatus {
   fit_degenerate,
   fit_nonfinite,
   fit_shifted,
+  fit_bounded,
 };
 
 }  // namespace rewrite_core

@@ -14,6 +14,7 @@ from .errors import (
     RewriteCoreError,
     SelectionError,
     SolverError,
+    UnderdeterminedWarning,
     UnknownLayerError,
 )
 from .families import load_proggan, load_stylegan2
@@ -40,6 +41,7 @@ __all__ = [
     "Selection",
     "SelectionError",
     "SolverError",
+    "UnderdeterminedWarning",
     "UnitQuantiles",
     "UnknownLayerError",
     "__version__",

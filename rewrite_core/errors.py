@@ -1,4 +1,4 @@
-"""Every exception the library raises on bad input. Each message is one sentence that says what to do."""
+"""Every exception and warning the library raises on its input. Each message is one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -37,3 +37,7 @@ class FileFormatError(RewriteCoreError):
 
 class SolverError(RewriteCoreError):
     """The solver asked for cannot solve this layer's problem."""
+
+
+class UnderdeterminedWarning(UserWarning):
+    """The fit has at least as many unknowns as pixels, so it meets the goal and may ruin everything else."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from . import ops
 from .binding import BoundLayer
-from .errors import NonFiniteError, RewriteCoreError, SolverError
+from .errors import NonFiniteError, RewriteCoreError, SolverError, UnderdeterminedWarning
 from .families import Capture
 from .ops.fit_low_rank import STATUS
 
@@ -88,13 +89,15 @@ def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
 def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
     """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises.
 
-    A 1x1 layer has it exactly, D C D^T; others estimate it from the images of `latents`.
+    A 1x1 layer (stride 1, no padding) has it exactly, D C D^T; others estimate it from the images of `latents`.
     """
+    weight = layer.weight
     if layer.kernel_size == [1, 1]:
-        one = torch.ones(1, 1, 1, 1, dtype=layer.weight.dtype, device=layer.weight.device)
-        scale = layer.linear(one, one).max().double()
-        rows = directions.to(moment)
-        return scale.square().to(moment) * rows @ moment @ rows.T
+        with torch.no_grad():
+            scales = layer.linear(weight.new_ones(1, 1, 2, 2), weight.new_ones(1, 1, 1, 1)).double()
+        if scales.shape[2:] == (2, 2) and (scales == scales[0, 0, 0, 0]).all():
+            rows, moment = directions.double(), moment.to(weight.device)
+            return scales[0, 0, 0, 0].square() * rows @ moment @ rows.T
     total, count = None, 0
     with torch.no_grad():
         for batch in latents.split(8):
@@ -119,7 +122,10 @@ def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def _fit_inputs(problem: Problem) -> dict:
-    """One edit's arguments of ops.fit_low_rank, unbatched, pixels flattened."""
+    """One edit's arguments of ops.fit_low_rank, unbatched, pixels flattened.
+
+    The penalty holds demodulation at its value without the change, as a preserve term quadratic in Lambda must.
+    """
     after = problem.layer.post_operation(problem.capture)
     key, weight = problem.capture.key, problem.weight
     with torch.no_grad():
@@ -150,18 +156,30 @@ def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
     return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
 
 
+def _warn_underdetermined(problem: Problem) -> None:
+    rank, taps = len(problem.directions), problem.coefficient_shape[2] * problem.coefficient_shape[3]
+    pixels = problem.target.shape[2] * problem.target.shape[3]
+    if rank * taps >= pixels and not problem.preserve:
+        warnings.warn(
+            f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
+            "other images: use tight=False (the whole map), a lower rank, or preserve=0.3.",
+            UnderdeterminedWarning,
+            stacklevel=2,
+        )
+
+
 def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solution]:
     """All problems (edits of one layer, same rank and loss) in one batched fit.
 
-    Falls back to "adam", and says so, where what follows the layer is unknown.
+    Raises SolverError where what follows the layer is unknown.
     """
     first = problems[0]
     if first.layer.post_operation(first.capture) is None:
-        warnings.warn(
-            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; using 'adam'.",
-            stacklevel=3,
+        raise SolverError(
+            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
         )
-        return [solve_adam(problem) for problem in problems]
+    for problem in problems:
+        _warn_underdetermined(problem)
     inputs = [_fit_inputs(problem) for problem in problems]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
@@ -200,23 +218,28 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
 def _steps(steps: int, progress: bool, label: str):
     if steps < 1:
         raise RewriteCoreError(f"A stepwise solver needs at least one step, not {steps}.")
-    return tqdm(range(steps), desc=label, unit="step", disable=not progress)
+    return tqdm(range(steps), desc=label, unit="step", disable=None if progress else True)
 
 
 def _check_loss(loss: Tensor) -> float:
     value = loss.item()
-    if value != value:
-        raise NonFiniteError("The loss became NaN; check the generator's activations, or lower the learning rate.")
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            "The loss became NaN or infinite; check the generator's activations, or lower the learning rate."
+        )
     return value
 
 
 def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: bool = False) -> Solution:
     """Adam on Lambda alone, from zero (the reference's "linear insert")."""
+    _warn_underdetermined(problem)
     weight = problem.weight
     directions = problem.directions.to(weight.dtype)
     coefficients = torch.zeros(problem.coefficient_shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     scale = None
     if problem.preserve:
+        if problem.layer.post_operation(problem.capture) is None:
+            raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.")
         inputs = _fit_inputs(problem)
         penalty, scale = inputs["penalty"].to(weight.dtype), inputs["penalty_scale"].to(weight.dtype)
     optimiser = torch.optim.Adam([coefficients], lr=lr)

@@ -157,6 +157,13 @@ def random_problem(seed, rank, size, demodulated=True, slope=0.2, channels=32, i
     return problem
 
 
+def runaway_problem():
+    """A small box wants the sign of its value turned, so no size of the change over the weight is enough."""
+    problem = random_problem(9, 1, (3, 3), slope=1.0)
+    problem["target"] = -3 * problem["target"]
+    return problem
+
+
 SIZES = ((4, 4), (5, 5), (6, 8), (8, 8), (10, 10), (12, 12))
 RANDOM = [(seed, 1 + seed % 4, SIZES[seed % 6], seed % 8 != 7) for seed in range(20)]
 
@@ -240,6 +247,19 @@ def assert_sound(result, problem=None, loss="l1"):
         torch.testing.assert_close(
             got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item())
         )
+
+
+def test_demodulated_change_keeps_a_share_of_the_weight(fit):
+    problem = runaway_problem()
+    constant, _, quadratic = problem["demodulation"]
+    for loss in ("l1", "l2"):
+        result = fit(**problem, loss=loss)
+        x = result.coefficients
+        reach = ((x @ quadratic) * x).sum(-1).div(constant).sqrt()
+        assert reach.max() < ops.REACH * (1 + 1e-9)
+        bounded = result.status == ops.BOUNDED
+        assert bounded.any() and (reach[bounded] > 0.99 * ops.REACH).all()
+        assert_sound(result, problem, loss)
 
 
 # Quality
@@ -384,6 +404,7 @@ AGREEMENT = {
     "over pixels": lambda: random_problem(6, 3, (4, 4)),
     "over pixels, activation only": lambda: random_problem(7, 4, (5, 5), demodulated=False),
     "two panels": lambda: random_problem(8, 2, (13, 12)),
+    "runaway": runaway_problem,
 }
 
 

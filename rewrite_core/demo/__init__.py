@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 
 from ..editing import Edit
-from ..files import read_state_dict
-from .generator import ProgGANChapels
+from .generator import ProgGANChapels, load_chapels
 from .rules import RULES
 from .world import LATENT_SIZE
 
@@ -17,11 +16,8 @@ __all__ = ["LATENT_SIZE", "RULES", "chapels", "load_edit"]
 
 def chapels() -> ProgGANChapels:
     """The trained generator: latents [N, 16] -> images [N, 3, 64, 64] in -1..1, in eval mode, float32."""
-    generator = ProgGANChapels()
     with as_file(files(__name__) / WEIGHTS) as path:
-        state = read_state_dict(path)
-    generator.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return generator.eval()
+        return load_chapels(path)
 
 
 def load_edit(name: str) -> Edit:

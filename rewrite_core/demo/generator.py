@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor, nn
 
 from ..families.proggan import ProgGAN
 from ..families.stylegan2 import StyleGAN2
+from ..files import read_state_dict
 from .world import IMAGE_SIZE, LATENT_SIZE
 
 _WIDTH = 128  # of the mapping network
@@ -46,3 +49,13 @@ class StyleGAN2Chapels(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.synthesis(self.mapping(latents), noise="none").clamp(-1, 1)
+
+
+ARCHITECTURES = {"proggan": ProgGANChapels, "stylegan2": StyleGAN2Chapels}
+
+
+def load_chapels(path: str | os.PathLike, architecture: str = "proggan") -> ProgGANChapels | StyleGAN2Chapels:
+    """A generator that train.py wrote, in eval mode, float32."""
+    generator = ARCHITECTURES[architecture]()
+    generator.load_state_dict({name: tensor.float() for name, tensor in read_state_dict(path).items()})
+    return generator.eval()

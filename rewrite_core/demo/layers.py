@@ -14,6 +14,7 @@ from ..latents import sample_latents
 from ..moments import collect_second_moment
 from ..rewriting import rewrite
 from . import chapels, load_edit
+from .generator import ARCHITECTURES, load_chapels
 from .rules import RULES, paint, score
 from .run import EDIT_LATENTS, EDIT_SEED, OPTIONS
 from .world import LATENT_SIZE
@@ -23,6 +24,8 @@ _CHOICE_SEED = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", help="written by rewrite_core.demo.train; default: the shipped ones")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="proggan", help="of --weights")
     parser.add_argument("--layers", nargs="+", help="default: all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--preserve", type=float, nargs="+", default=[0.0])
@@ -31,7 +34,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--json", help="also write one JSON line per row here")
     options = parser.parse_args()
-    generator = chapels()
+    generator = load_chapels(options.weights, options.architecture) if options.weights else chapels()
     latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
     unseen = sample_latents(LATENT_SIZE, options.scenes, seed=_CHOICE_SEED)
     before = paint(generator, unseen)

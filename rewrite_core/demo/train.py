@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..files import atomic_write
 from ..latents import sample_latents
-from .generator import ProgGANChapels, StyleGAN2Chapels
+from .generator import ARCHITECTURES, ProgGANChapels, StyleGAN2Chapels, load_chapels
 from .world import FACTORS, IMAGE_SIZE, LATENT_SIZE, factor_region, region, render, scene_from_latents
 
 _ROOF_WEIGHT, _REGION_WEIGHT = 12.0, 3.0
@@ -187,26 +187,22 @@ def train(
     return averaged
 
 
-_ARCHITECTURES = {"proggan": ProgGANChapels, "stylegan2": StyleGAN2Chapels}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded generator.")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write, float16")
-    parser.add_argument("--architecture", choices=_ARCHITECTURES, default="proggan")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="proggan")
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     start = time.perf_counter()
-    generator = _ARCHITECTURES[options.architecture]().to(options.device)
+    generator = ARCHITECTURES[options.architecture]().to(options.device)
     averaged = train(generator, options.steps, seed=options.seed).cpu()
     state = {name: tensor.half().contiguous() for name, tensor in averaged.state_dict().items()}
     with atomic_write(options.out) as partial:
         save_file(state, partial)
-    stored = _ARCHITECTURES[options.architecture]().eval()
-    stored.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    stored = load_chapels(options.out, options.architecture)
     report = evaluate(stored, sample_latents(LATENT_SIZE, 500, seed=2))
     report["minutes"] = round((time.perf_counter() - start) / 60, 1)
     print(json.dumps(report, indent=2))

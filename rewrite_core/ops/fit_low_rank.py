@@ -12,6 +12,8 @@ The algorithm ("lm"), the same in ``_reference`` and csrc/fit_low_rank*.cpp, nam
   near the optimum, where reweighting alone is slow.
 - Leaky ReLU: the kink is rounded over a width proportional to the smoothing. Both shrink together, slowly at
   first: this continuation finds lower minima than a sharp kink from the start (1 % to 2 %, measured).
+- Demodulation divides the size of the weight out again, so that many a channel has its infimum at infinity,
+  where nothing of W0 is left. Steps are therefore shortened to keep x^T quadratic x <= REACH^2 constant.
 - The best iterate by the true objective is returned, so the result is never worse than no change.
 - Damped normal equations are solved over unknowns, or over pixels where these are fewer.
 
@@ -31,13 +33,14 @@ from ..errors import NonFiniteError, RewriteCoreError
 
 LOSSES = ("l1", "l2")
 
-CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED = range(6)
+CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED, BOUNDED = range(7)
 STATUS = {
     CONVERGED: "converged",
     MAX_ITERATIONS: "max_iterations",  # the best iterate so far is returned
     ZERO_RESIDUAL: "zero_residual",  # the target is met without any change
     DEGENERATE: "degenerate",  # no coefficient changes the value (zero basis, gain or pixel weights): zeros
     NONFINITE: "nonfinite",  # numbers overflowed float64: zeros, or the best finite iterate
+    BOUNDED: "bounded",  # demodulation: the change reached REACH times the weight's own norm and was held there
     SHIFTED: "shifted",  # exact solution of a rank-deficient problem, with the smallest diagonal shift
 }
 
@@ -53,6 +56,8 @@ SMOOTHING_END = 1e-5
 SMOOTHING_RATE = 0.5  # the fast pace, and the only one for convex problems
 SLOW_SHARE = 0.35  # share of max_iterations that the slow part takes
 KINK = 3.0  # width of the rounded kink, over the smoothing
+REACH = 10.0  # demodulation: largest norm of the change over that of the weight, both weighted by the style
+REACHED = 0.999  # share of that, squared, that counts as "bounded"
 PIVOT = 1e-12  # closed form: smallest pivot of a unit-diagonal matrix that counts, and the first shift
 
 
@@ -271,6 +276,12 @@ class _Model:
         m = (self.constant + ((self.linear + half) * x).sum(-1)).rsqrt()  # NaN where not positive: rejected
         return lin, m, -(m[:, None] ** 3) * half
 
+    def reach(self, x: Tensor) -> Tensor:
+        """x^T quadratic x over its largest allowed value, [n]; 0 without demodulation."""
+        if self.constant is None:
+            return torch.zeros_like(x[:, 0])
+        return ((x @ self.quadratic) * x).sum(-1) / (REACH**2 * self.constant)
+
     def residual(self, lin: Tensor, m: Tensor, kink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """r and two derivatives of the value by m lin; the kink is rounded over a width [n], or sharp."""
         pre = m[:, None] * lin + self.shift
@@ -390,10 +401,13 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
         active = active & ~flat & ~broken
         iterations += active
 
+        predicted = 0.5 * (damping * mean * step.square().sum(-1) - (gradient * step).sum(-1))
         new_x = x + step
+        far = model.reach(new_x)[:, None]
+        new_x = torch.where(far > 1, new_x * far.rsqrt(), new_x)  # back to where W0 still counts
+        step = torch.where(far > 1, new_x - x, step)
         new_lin, new_m, new_dm = model.linearise(new_x)
         new = objective(residual(new_lin, new_m, smoothing)[0], smoothing, new_x)
-        predicted = 0.5 * (damping * mean * step.square().sum(-1) - (gradient * step).sum(-1))
         taken = active & good & (new < now)  # False for NaN
         drop = now - new
         if absolute:
@@ -426,6 +440,8 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
         active = active & ~done
         rate = torch.where(smoothing > SMOOTHING_SLOW * scale, slow_rate * one, SMOOTHING_RATE)
         smoothing = torch.where(taken | stalled, (smoothing * rate).maximum(smoothing_end), smoothing)
+    bounded = (model.reach(best_x) > REACHED) & (status != NONFINITE)
+    status = torch.where(bounded, BOUNDED, status).to(torch.int32)
     return best_x, best_loss, initial, iterations, status
 
 

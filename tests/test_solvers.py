@@ -1,0 +1,89 @@
+"""What the solvers refuse, warn of and estimate; their results are tested in test_rewriting and test_fit_low_rank."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rewrite_core as rc
+from rewrite_core.solvers import Problem, basis_maps, generic_second_moment, solve_adam, solve_lm
+
+
+def bound(convolution: nn.Module) -> rc.BoundLayer:
+    torch.manual_seed(0)
+    first = nn.Unflatten(1, (4, 3, 3)), nn.Conv2d(4, 6, 3, padding=1)
+    return rc.bind(nn.Sequential(*first, convolution).double(), "2")
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(6, 5, 1),
+        nn.Conv2d(6, 5, 1, padding=2),
+        nn.Conv2d(6, 5, 1, stride=2),
+        nn.ConvTranspose2d(6, 5, 1, stride=2),
+    ],
+    ids=["plain", "padded", "strided", "transposed"],
+)
+def test_generic_second_moment_of_1x1_layers(convolution):
+    layer = bound(convolution)
+    latents = torch.randn(20, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    moment = rc.collect_second_moment(layer, latents, 5, progress=False)
+    directions = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q.T
+    with torch.no_grad():
+        maps = basis_maps(layer, layer.keys(latents), directions).transpose(0, 1).flatten(1)
+    wanted = maps @ maps.T / maps.shape[1]
+    torch.testing.assert_close(generic_second_moment(layer, directions, latents, moment.matrix()), wanted)
+
+
+def problem(pixels: int, preserve: float = 0.0) -> Problem:
+    layer = bound(nn.Conv2d(6, 5, 3, padding=1))
+    with torch.no_grad():
+        capture = layer.capture(torch.randn(1, 36, dtype=torch.float64))
+        capture = layer.crop(capture, (0, 0, 1, pixels), (0, 0, 1, pixels))
+        value = layer.value(capture, layer.weight)
+    directions = torch.eye(6, dtype=torch.float64)[:1]
+    generic = torch.eye(9, dtype=torch.float64) if preserve else None
+    return Problem(layer, capture, value + 1, directions, preserve=preserve, generic=generic)
+
+
+@pytest.mark.parametrize("solve", [lambda p: solve_lm([p]), lambda p: solve_adam(p, steps=1)], ids=["lm", "adam"])
+def test_more_unknowns_than_pixels_warn(solve):
+    with pytest.warns(rc.UnderdeterminedWarning, match="9 unknowns for 3 pixels"):
+        solve(problem(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(problem(3, preserve=0.3))
+
+
+def test_infinite_loss_is_reported():
+    wrong = problem(3, preserve=0.3)
+    wrong.target.fill_(float("inf"))
+    with pytest.raises(rc.NonFiniteError, match="NaN or infinite"):
+        solve_adam(wrong, steps=2)
+
+
+class Coupled:
+    """A layer of a family that does not say what follows the convolution."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    def post_operation(self, capture):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::rewrite_core.UnderdeterminedWarning")
+def test_unknown_post_operation_is_refused():
+    known = problem(3, preserve=0.3)
+    coupled = dataclasses.replace(known, layer=Coupled(known.layer))
+    with pytest.raises(rc.SolverError, match="solver='adam'"):
+        solve_lm([coupled])
+    with pytest.raises(rc.SolverError, match="preserve=0"):
+        solve_adam(coupled)
+    assert solve_adam(dataclasses.replace(coupled, preserve=0.0), steps=3).solver == "adam"
