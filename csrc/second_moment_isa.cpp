@@ -85,12 +85,12 @@ inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(BFloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(Float16 value) {
-  // Exponent and mantissa moved into place; the product with 2^112 mends the exponent's bias and makes
-  // subnormal halves normal. Integer and float arithmetic only, so compilers vectorise it without F16C.
-  const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
-  const uint32_t bits = to_bits(from_bits(magnitude) * 0x1p112f);
-  const uint32_t special = (value.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
-  return from_bits(bits | special | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+  // Exponent and mantissa moved into place and the exponent's bias mended. A subnormal half is the difference of
+  // two normal floats, so that it survives flushing to zero. Compilers vectorise all this without F16C.
+  const uint32_t magnitude = (value.bits & 0x7fffu) << 13, exponent = value.bits & 0x7c00u;
+  const uint32_t normal = magnitude + (exponent == 0x7c00u ? 224u << 23 : 112u << 23);  // infinity and NaN
+  const uint32_t subnormal = to_bits(from_bits(magnitude + (113u << 23)) - from_bits(113u << 23));
+  return from_bits((exponent ? normal : subnormal) | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
 }
 
 // packed[k][c] = features[c * stride + k] for a full panel of floats: 4x4 blocks, transposed in registers.

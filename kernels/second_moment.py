@@ -89,9 +89,10 @@ def second_moment(features: Tensor, out: Tensor) -> None:
     steps = triton.cdiv(steps_in_all, max(1, PROGRAMS // tiles))
     slices = triton.cdiv(steps_in_all, steps)
     partials = torch.zeros(slices, channels, channels, dtype=torch.float64, device=features.device)
-    second_moment_kernel[(tiles, slices)](
-        features, partials, channels, positions, height, width, stride_n, stride_c, stride_h, stride_w, steps,
-        BLOCK_C=block, BLOCK_P=BLOCK_POSITIONS, WIDEN=triton_interpreted(), num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(features):  # Triton launches on the current device
+        second_moment_kernel[(tiles, slices)](
+            features, partials, channels, positions, height, width, stride_n, stride_c, stride_h, stride_w, steps,
+            BLOCK_C=block, BLOCK_P=BLOCK_POSITIONS, WIDEN=triton_interpreted(), num_warps=8,
+        )  # fmt: skip
     lower = (out + partials.sum(0)).tril()
     out.copy_(lower + lower.tril(-1).T)

@@ -452,7 +452,7 @@ def test_cpp_takes_the_steps_of_reference(steps):
 
 
 def test_threads_do_not_change_a_bit():
-    problem = cast(random_problem(9, 2, (8, 8)), torch.float32)
+    problem = cast(random_problem(9, 2, (8, 8), channels=256), torch.float32)  # work enough for three threads
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -463,6 +463,18 @@ def test_threads_do_not_change_a_bit():
     for result in results[1:]:
         for ours, theirs in zip(results[0][:5], result[:5]):
             assert torch.equal(ours, theirs)
+
+
+def test_more_edits_than_one_group():
+    """Prepared arrays of 2^24 doubles at most are held at a time; a later group must find its own edits."""
+    generator = torch.Generator().manual_seed(11)
+    basis = torch.randn(64, 576, 60, generator=generator)
+    base, target = torch.randn(2, 64, 2, 60, generator=generator)
+    assert 64 * 576 * 576 > 1 << 24
+    together = ops.fit_low_rank(basis, base, target, backend="cpp", max_iterations=2)
+    for i in (0, 43, 44, 63):
+        alone = ops.fit_low_rank(basis[i], base[i], target[i], backend="cpp", max_iterations=2)
+        assert torch.equal(together.coefficients[i], alone.coefficients)
 
 
 # Derivatives
@@ -746,6 +758,28 @@ def test_custom_op_contract():
     )
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"target": torch.zeros(1, 1, 1)}, "target has the wrong"),
+        ({"basis": torch.zeros(1, 9, 99)}, "base has the wrong"),
+        ({"basis": torch.zeros(9, 16)}, r"\[B, J, P\]"),
+        ({"basis": torch.zeros(1, 9, 16, dtype=torch.float64)}, "must be equal"),
+        ({"linear": None}, "together"),
+        ({"penalty": torch.eye(9, dtype=torch.float64)[None]}, "together"),
+        ({"constant": torch.ones(1, 32)}, "constant has the wrong"),
+        ({"loss": "huber"}, "unknown loss"),
+    ],
+)
+def test_the_raw_op_checks_too(change, words):
+    problem = cast(random_problem(1, 1, (4, 4)), torch.float32)
+    keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
+    defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
+    good = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
+    with pytest.raises(ValueError, match=words):
+        torch.ops.rewrite_core.fit_low_rank(*good._replace(**change))
+
+
 GOOD = linear_problem()
 NAN = torch.full((7, 40), float("nan"), dtype=torch.float64)
 
@@ -773,6 +807,8 @@ NAN = torch.full((7, 40), float("nan"), dtype=torch.float64)
         ({"penalty_scale": torch.ones(7)}, ValueError, "without a penalty"),
         ({"penalty": torch.eye(9), "penalty_scale": -torch.ones(7)}, ValueError, "penalty_scale has a neg"),
         ({"demodulation": (torch.ones(7),)}, ValueError, "three tensors"),
+        ({"demodulation": (torch.ones(7), None, None)}, ValueError, "three tensors"),
+        ({"demodulation": (None, torch.zeros(7, 9), torch.eye(9))}, ValueError, "three tensors"),
         ({"demodulation": (torch.zeros(7), torch.zeros(7, 9), torch.eye(9))}, ValueError, "must be positive"),
         ({"backend": "abacus"}, ValueError, "no backend"),
     ],

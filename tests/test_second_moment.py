@@ -274,6 +274,35 @@ def test_the_torch_op_checks_too():
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autograd_notices_the_write(backend):
+    out = prefilled(5)
+    y = (torch.ones(5, 5, dtype=torch.float64, requires_grad=True) * out).sum()
+    second_moment(normal(20, 5), out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.backward()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_output_over_the_features_is_refused(backend):
+    memory = torch.eye(6, dtype=torch.float64).flatten()
+    out, apart = memory[:9].view(3, 3), memory[9:18].view(3, 3)
+    second_moment(apart, out=out, backend=backend)
+    with pytest.raises(RewriteCoreError, match="shares memory"):
+        second_moment(memory[6:12].view(2, 3), out=out, backend=backend)
+
+
+def test_subnormal_halves_survive_flushing_to_zero():
+    features = torch.tensor([[3e-5, 1.0, 6e-8]], dtype=torch.float16).expand(10, 3)
+    exact = oracle(features)
+    assert torch.set_flush_denormal(True)
+    try:
+        got = second_moment(features, backend="cpp")
+    finally:
+        torch.set_flush_denormal(False)
+    assert_close(got, exact, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_is_a_well_behaved_torch_op(backend):
     features = normal(2, 5, 3, 4)
     torch.library.opcheck(torch.ops.rewrite_core.second_moment, (features, backend))

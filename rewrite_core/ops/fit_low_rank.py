@@ -189,7 +189,7 @@ def _check(
     if basis.ndim not in (2, 3):
         raise RewriteCoreError(f"basis must be [B, J, P] or [J, P], not {list(basis.shape)}.")
     batched = basis.ndim == 3
-    if demodulation is not None and len(demodulation) != 3:
+    if demodulation is not None and (len(demodulation) != 3 or any(part is None for part in demodulation)):
         raise RewriteCoreError("demodulation must be three tensors (constant, linear, quadratic), or None.")
     if penalty is None and penalty_scale is not None:
         raise RewriteCoreError("penalty_scale was given without a penalty: pass both, or neither.")
@@ -601,11 +601,41 @@ torch.library.define(
 )
 
 
+def _verify(problem: Problem) -> None:
+    """For those who call torch.ops: the kernels trust what they are given."""
+    basis, base = problem.basis, problem.base
+    if basis.ndim != 3 or base.ndim != 3:
+        raise RewriteCoreError("basis must be [B, J, P] and base [B, O, P]: call rewrite_core.ops.fit_low_rank.")
+    (edits, unknowns, pixels), channels = basis.shape, base.shape[1]
+    main, wide = (torch.float32, torch.float64), (torch.float64,)
+    wanted = {
+        "basis": ((edits, unknowns, pixels), main), "base": ((edits, channels, pixels), main),
+        "target": ((edits, channels, pixels), main), "shift": ((edits, channels, pixels), main),
+        "constant": ((edits, channels), wide), "linear": ((edits, channels, unknowns), wide),
+        "quadratic": ((edits, unknowns, unknowns), wide), "pixel_weights": ((edits, pixels), wide),
+        "penalty": ((edits, unknowns, unknowns), wide), "penalty_scale": ((edits, channels), wide),
+    }  # fmt: skip
+    for name, (shape, dtypes) in wanted.items():
+        data = getattr(problem, name)
+        if data is None:
+            continue
+        if data.shape != shape or data.dtype not in dtypes or data.device != base.device:
+            raise RewriteCoreError(f"{name} has the wrong shape, type or device: call rewrite_core.ops.fit_low_rank.")
+        if dtypes is main and data.dtype != base.dtype:
+            raise RewriteCoreError(f"{name} is {data.dtype} and base is {base.dtype}: they must be equal.")
+    for names in (("constant", "linear", "quadratic"), ("penalty", "penalty_scale")):
+        if len({getattr(problem, name) is None for name in names}) > 1:
+            raise RewriteCoreError(f"{', '.join(names)} come together, or not at all.")
+    if not unknowns or not pixels or problem.loss not in LOSSES or problem.max_iterations < 1:
+        raise RewriteCoreError("an empty basis, an unknown loss or no iterations: call rewrite_core.ops.fit_low_rank.")
+
+
 @torch.library.impl("rewrite_core::fit_low_rank", "CompositeExplicitAutograd")
 def _op(*args: Any) -> Outputs:
     arguments = list(args)
     backend = arguments.pop() if len(arguments) > len(Problem._fields) else "auto"
     problem = Problem(*arguments)
+    _verify(problem)
     return select("fit_low_rank", backend, *problem).load()(problem)
 
 
