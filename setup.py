@@ -5,6 +5,8 @@ REWRITE_CORE_CUDA=1 also compiles csrc/*.cu, and then a missing nvcc is an error
 
 import os
 import platform
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,10 @@ if not (sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")):
         f"rewrite_core builds on Linux x86-64 only, and this is {platform.system()} {platform.machine()}: "
         "use such a machine, or run the pure-Python package from the source tree (reference backend)."
     )
+
+source_digest = runpy.run_path(str(Path(__file__).resolve().parent / "rewrite_core" / "version.py"))["source_digest"]
+for stale in Path(__file__).resolve().parent.glob("build/lib*"):  # else modules deleted since would be packed too
+    shutil.rmtree(stale)
 
 
 class CMakeBuild(build_ext):
@@ -33,6 +39,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DREWRITE_CORE_SOURCE={source_digest(source)}",
             f"-DREWRITE_CORE_CUDA={'ON' if os.environ.get('REWRITE_CORE_CUDA') == '1' else 'OFF'}",
         ]
         for step in (configure, ["cmake", "--build", build]):  # CMAKE_BUILD_PARALLEL_LEVEL limits the jobs

@@ -21,7 +21,7 @@ import torch
 
 from rewrite_core.backends import extension, extension_reason
 from rewrite_core.files import atomic_write
-from rewrite_core.version import __version__
+from rewrite_core.version import __version__, source_digest
 
 SCHEMA = 1
 QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
@@ -54,9 +54,12 @@ def machine_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's git commit, "+" added where files differ from it; None without git or checkout."""
+    """The git commit that was measured, "+" added where files differ from it.
+
+    None without git or checkout, and where the installed library was built from other sources than lie there.
+    """
     folder = checkout()
-    if folder is None:
+    if folder is None or extension_reason() is not None or extension().source() != source_digest(folder):
         return None
 
     def git(*words: str) -> str:

@@ -45,6 +45,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "rewrite_core's CPU kernels; called through rewrite_core.ops.";
   m.def("isa", [] { return isa_name(detect_isa()); }, "The instruction set the kernels use on this CPU.");
 
+  m.def("source", [] { return std::string(REWRITE_CORE_SOURCE); },
+        "Digest of the sources this was built with (rewrite_core.version.source_digest).");
+
   m.def(
       "second_moment",
       [](std::uintptr_t features, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 4> strides,

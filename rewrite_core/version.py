@@ -1,8 +1,19 @@
 """The version, as installed (pyproject.toml is the only place that states it)."""
 
+import hashlib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 try:
     __version__ = version("rewrite_core")
 except PackageNotFoundError:  # run from the source tree
     __version__ = "0+source"
+
+
+def source_digest(folder: Path) -> str:
+    """Of the C++ and Python sources of a checkout: what the extension remembers it was built with."""
+    digest = hashlib.sha256()
+    for pattern in ("csrc/*", "kernels/*.py", "rewrite_core/**/*.py", "CMakeLists.txt"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

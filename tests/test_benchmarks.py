@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 import rewrite_core
 from rewrite_core import backends
 from rewrite_core.benchmarks import harness, report, runner
+from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "spd-solve": "spd_solve", "fit-low-rank": "fit_low_rank"}
 TIMES = {"p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float}
@@ -228,3 +232,22 @@ def test_contenders_take_turns():
         race.ours()
     assert calls == [*("(a) a (b) b (ours) ours " + "(a) a (ours) ours " * 2).split()]
     assert {name: len(times) for name, times in race.times.items()} == {"ours": 3, "a": 3, "b": 1}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_commit_is_only_named_for_the_library_that_was_built_from_it(monkeypatch, tmp_path):
+    folder = report.checkout()
+    copy = tmp_path / "copy"
+    for name in ("csrc", "kernels", "rewrite_core"):
+        shutil.copytree(folder / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(folder / "CMakeLists.txt", copy)
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(copy), *words], check=True)
+    built = source_digest(copy)
+    assert built == source_digest(folder) and len(backends.extension().source()) == len(built)
+    monkeypatch.setattr(report, "checkout", lambda: copy)
+    monkeypatch.setattr(report, "extension", lambda: SimpleNamespace(source=lambda: built))
+    assert len(report.commit()) == 40
+    with (copy / "csrc" / "common.h").open("a") as file:
+        file.write("// changed after the build\n")
+    assert report.commit() is None
