@@ -7,14 +7,14 @@ import binascii
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import FileFormatError, MaskError, SelectionError
+from .errors import FileFormatError, MaskError, RewriteCoreError, SelectionError
 from .files import atomic_write
 
 _URL_PREFIX = "data:image/png;base64,"
@@ -23,8 +23,12 @@ _FIELDS = {"object": "copy", "paste": "paste", "key": "context", "query": "query
 
 def _mask_bytes(mask) -> np.ndarray:
     if isinstance(mask, Tensor):
-        mask = mask.detach().cpu().numpy()
-    mask = np.asarray(mask)
+        mask = mask.detach().cpu()
+        mask = (mask.double() if mask.is_floating_point() else mask).numpy()  # numpy has no bfloat16
+    try:
+        mask = np.asarray(mask)
+    except ValueError as error:
+        raise MaskError(f"A mask is a two-dimensional [H, W] array, with rows of one length ({error}).") from error
     if mask.ndim != 2 or 0 in mask.shape:
         raise MaskError(f"A mask is a two-dimensional [H, W] array, not one of shape {list(mask.shape)}.")
     if mask.dtype == bool:
@@ -102,7 +106,9 @@ class Selection:
         try:
             image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
             pixels = np.asarray(image.convert("RGB"))[:, :, 0]  # the reference reads the first channel
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except (
+            binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError,
+        ) as error:  # fmt: skip
             raise FileFormatError(f"The mask of {field!r} cannot be decoded ({error}).") from error
         return cls(index, pixels.astype(np.float64) / 255)
 
@@ -121,10 +127,12 @@ class Edit:
         self,
         copy: Selection | None = None,
         paste: Selection | None = None,
-        context: Sequence[Selection] | None = None,
+        context: Iterable[Selection] | None = None,
         query: Selection | None = None,
     ):
-        context = list(context) if context else None
+        if not isinstance(context, Iterable | None):
+            raise SelectionError(f"context is a list of rc.Selection objects, not one {type(context).__name__}.")
+        context = list(() if context is None else context) or None
         for part in (copy, paste, query, *(context or ())):
             if part is not None and not isinstance(part, Selection):
                 raise SelectionError(f"An edit is made of rc.Selection objects, not {type(part).__name__}.")
@@ -169,6 +177,8 @@ class Edit:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise FileFormatError(f"Not JSON, or cut off (line {error.lineno}): {error.msg}.") from error
+        except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+            raise FileFormatError(f"Not an edit: its JSON cannot be read ({error}).") from error
         if not isinstance(record, dict):
             raise FileFormatError(f"An edit is a JSON object, not a {type(record).__name__}.")
         foreign = sorted(set(record) - set(_FIELDS))
@@ -202,5 +212,5 @@ class Edit:
             raise FileFormatError(f"{os.fspath(path)} is not an edit: it is not text.") from error
         try:
             return cls.from_json(text)
-        except FileFormatError as error:
-            raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+        except RewriteCoreError as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from error

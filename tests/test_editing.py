@@ -60,7 +60,8 @@ def test_png_modes(mode, channels):
 
 @pytest.mark.parametrize(
     "mask",
-    [box(), box().astype(bool), box().astype(int), torch.tensor(box()), torch.tensor(box()) > 0, box().astype(np.float16)],
+    [box(), box().astype(bool), box().astype(int), torch.tensor(box()), torch.tensor(box()) > 0, box().astype(np.float16),
+     torch.tensor(box()).bfloat16(), torch.tensor(box()).half().requires_grad_(), box().tolist()],
 )
 def test_mask_types(mask):
     assert np.array_equal(rc.Selection(0, mask).mask, box())
@@ -88,6 +89,7 @@ def test_masks_survive_the_json_to_the_bit():
         (np.full((8, 8), "a"), "numbers"),
         (np.full((8, 8), 1j), "numbers"),
         ("mask.png", "two-dimensional"),
+        ([[1, 0], [1]], "rows of one length"),
     ],
 )
 def test_bad_masks(mask, words):
@@ -106,6 +108,10 @@ def test_bad_edits():
         rc.Edit()
     with pytest.raises(rc.SelectionError, match="rc.Selection"):
         rc.Edit(copy=(3, box()))
+    with pytest.raises(rc.SelectionError, match="a list of rc.Selection"):
+        rc.Edit(context=rc.Selection(3, box()))
+    with pytest.raises(rc.SelectionError, match="rc.Selection"):
+        rc.Edit(context=[rc.Selection(3, box()), 4])
 
 
 def _golden_text():
@@ -127,6 +133,8 @@ def _golden_text():
         ('{"paste": [3, "data:image/png;base64,aGVsbG8="]}', "cannot be decoded"),
         ('{"key": [1, 2]}', "index, PNG"),
         ('{"key": "x"}', "list"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"paste": ' + "9" * 5000 + "}", "cannot be read"),
     ],
 )
 def test_bad_json(tmp_path, text, words):
@@ -135,6 +143,20 @@ def test_bad_json(tmp_path, text, words):
     with pytest.raises(rc.FileFormatError, match=words) as caught:
         rc.Edit.load(path)
     assert "edit.json" in str(caught.value)
+
+
+def test_every_error_in_a_file_names_it(tmp_path):
+    path = tmp_path / "edit.json"
+    record = json.loads(_golden_text())
+    path.write_text(json.dumps({"paste": [-1, record["paste"][1]]}))
+    with pytest.raises(rc.SelectionError, match="edit.json.*row of the latents"):
+        rc.Edit.load(path)
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, format="png")
+    black = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    path.write_text(json.dumps({"paste": [1, black]}))
+    with pytest.raises(rc.MaskError, match="edit.json.*empty"):
+        rc.Edit.load(path)
 
 
 def test_a_truncated_png_in_the_json():
