@@ -48,11 +48,14 @@ def bounding_box(area: Tensor) -> Box:
     return rows[0].item(), columns[0].item(), rows[-1].item() + 1, columns[-1].item() + 1
 
 
-def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int]) -> tuple[Box, Box]:
-    """The smallest box of the key map that covers `box` of the value map, and the value box it makes."""
+def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int]) -> tuple[Box, Box] | None:
+    """The smallest box of the key map that covers `box` of the value map, and the value box it makes; None where
+    one map's size is no multiple of the other's, so that no box of pixels matches a box of pixels."""
     key_box, value_box = [0] * 4, [0] * 4
     for axis in (0, 1):
         k, v = key_size[axis], value_size[axis]
+        if v % k and k % v:
+            return None
         if v >= k:  # same size or upsampling, v / k value pixels to a key pixel
             ratio = v // k
             key_box[axis], key_box[axis + 2] = box[axis] // ratio, min(k, -(-box[axis + 2] // ratio))
@@ -65,19 +68,39 @@ def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int])
     return tuple(key_box), tuple(value_box)
 
 
-def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tuple[Capture, Tensor, Box]:
-    key_box, value_box = _fit_boxes(box, tuple(capture.key.shape[2:]), tuple(target.shape[2:]))
-    cropped = layer.crop(capture, key_box, value_box)
+def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
+    """Whether the layer's linear operator on a crop of its key is what it would be on the whole key with zeros
+    outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
+    top, left, bottom, right = key_box
+    height, width = bottom - top, right - left
+    options = {"dtype": torch.float64, "device": key.device}  # exact enough for any order of additions
+    part = torch.arange(1, height * width + 1, **options).reshape(1, 1, height, width)
+    whole = torch.zeros(1, 1, *key.shape[2:], **options)
+    whole[:, :, top:bottom, left:right] = part
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    kernel = torch.arange(1, taps + 1, **options).reshape(1, 1, *layer.kernel_size)
     top, left, bottom, right = value_box
-    part = target[:, :, top:bottom, left:right]
-    with torch.no_grad():
-        shape = layer.linear(cropped.key[:, :1], layer.weight[:1, :1].to(cropped.key.dtype)).shape[2:]
-    if shape != part.shape[2:]:
+    wanted = layer.linear(whole, kernel)[:, :, top:bottom, left:right]
+    try:
+        found = layer.linear(part, kernel)
+    except RuntimeError:  # torch: the crop is smaller than the kernel or than the padding
+        return False
+    return found.shape == wanted.shape and torch.allclose(found, wanted)
+
+
+def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tuple[Capture, Tensor, Box]:
+    """The capture and the target in the smallest region around `box` that the layer can be run on by itself, and
+    that region of the value map. Copies: a view would keep the whole maps alive."""
+    boxes = _fit_boxes(box, tuple(capture.key.shape[2:]), tuple(target.shape[2:]))
+    if boxes is None or not _crops(layer, capture.key, *boxes):
         raise SolverError(
-            f"Layer {layer.name!r} cannot be run on a crop of its map ({tuple(shape)} values for a "
-            f"{tuple(part.shape[2:])} region); use tight=False."
+            f"Layer {layer.name!r} cannot be run on a crop of its map (its maps are {tuple(capture.key.shape[2:])} and "
+            f"{tuple(target.shape[2:])}, and a crop is padded with zeros); use tight=False."
         )
-    return cropped, part, value_box
+    cropped = layer.crop(capture, *boxes)
+    extra = {name: part.clone() for name, part in cropped.extra.items()}
+    top, left, bottom, right = boxes[1]
+    return Capture(cropped.key.clone(), extra), target[:, :, top:bottom, left:right].clone(), boxes[1]
 
 
 def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture, Tensor]:

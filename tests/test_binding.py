@@ -96,8 +96,9 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)])
     before = copy.deepcopy(generator.state_dict())
     images = generator(z).detach()
+    whole = {"tight": False} if (kind, name) == ("dcgan", "7") else {}  # reflection padding has no crops
     for options in ({}, {"loss": "l2"}, {"tight": False}, {"solver": "projected", "steps": 11}):
-        change = rc.rewrite(layer, moment, edit, z, **options)
+        change = rc.rewrite(layer, moment, edit, z, **whole | options)
         assert change.solver == options.get("solver", change.solver)
         if "solver" not in options:
             assert change.final_loss <= change.losses[0]

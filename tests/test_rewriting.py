@@ -212,6 +212,82 @@ def test_without_context_the_paste_is_the_context(moment, layer, edit, latents):
     assert torch.equal(a.weight_delta(), b.weight_delta())
 
 
+# --- crops -----------------------------------------------------------------------------------------------
+
+
+def _one_layer(conv, side):
+    """A generator whose second convolution is `conv` on a side x side map, bound, with its moment and latents."""
+    torch.manual_seed(1)
+    texture = torch.randn(1, 5, side, side)
+    generator = torch.nn.Sequential(torch.nn.Conv2d(5, 8, 3, padding=1), torch.nn.ReLU(), conv)
+    layer = rc.bind(generator, "2", forward=lambda g, z: g(z[:, :, None, None] * texture))
+    z = rc.sample_latents(5, 40)
+    return layer, rc.collect_second_moment(layer, z, progress=False), z
+
+
+def _square(index, size, top, side):
+    mask = torch.zeros(size, size)
+    mask[top : top + side, top : top + side] = 1
+    return rc.Selection(index, mask)
+
+
+def _square_edit(layer, z, top, side=1):
+    size = layer.values(z[:1]).shape[2]
+    return rc.Edit(copy=_square(1, size, min(1, size - side), side), paste=_square(2, size, top, side), context=[_square(3, 8, 0, 8)])
+
+
+@pytest.mark.parametrize(
+    "conv, side, top",
+    [
+        (torch.nn.Conv2d(8, 6, 3, stride=2, padding=1), 7, 3),  # map sizes that do not divide: 7 and 4
+        (torch.nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), 4, 5),  # 4 and 7
+        (torch.nn.Conv2d(8, 6, 3, stride=3, padding=1), 10, 2),
+        (torch.nn.Conv2d(8, 6, 3), 8, 3),  # no padding
+        (torch.nn.Conv2d(8, 6, 3), 4, 1),  # no padding, and sizes that divide: 4 and 2
+        (torch.nn.Conv2d(8, 6, 5), 8, 1),
+        (torch.nn.Conv2d(8, 6, 3, padding=3), 4, 2),  # 4 and 8, but no upsampling
+        (torch.nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), 8, 3),
+        (torch.nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular"), 8, 3),
+        (torch.nn.Conv2d(8, 6, 3, padding=1, padding_mode="replicate"), 8, 3),
+    ],
+)
+def test_layers_that_cannot_be_cropped_say_so(conv, side, top):
+    layer, moment, z = _one_layer(conv, side)
+    size = layer.values(z[:1]).shape[2]
+    for extent in range(1, min(3, size)):
+        edit = _square_edit(layer, z, min(top, size - extent), extent)
+        with pytest.raises(rc.SolverError, match="tight=False"):
+            rc.rewrite(layer, moment, edit, z)
+        assert rc.rewrite(layer, moment, edit, z, tight=False).box is None
+
+
+@pytest.mark.parametrize(
+    "conv, side, box, key",
+    [
+        (torch.nn.Conv2d(8, 6, 3, padding=1), 8, (3, 3, 4, 4), (1, 1)),
+        (torch.nn.Conv2d(8, 6, 3, padding=2, dilation=2), 8, (3, 3, 4, 4), (1, 1)),
+        (torch.nn.Conv2d(8, 6, 3, stride=2, padding=1), 8, (3, 3, 4, 4), (2, 2)),
+        (torch.nn.Conv2d(8, 6, 2, stride=2), 8, (3, 3, 4, 4), (2, 2)),
+        (torch.nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1), 4, (2, 2, 4, 4), (1, 1)),
+        (torch.nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1), 4, (2, 2, 4, 4), (1, 1)),
+    ],
+)
+def test_crops_are_the_map_with_zeros_around_them(conv, side, box, key):
+    layer, moment, z = _one_layer(conv, side)
+    edit = _square_edit(layer, z, 3)
+    goal = rc.rewriting.paste_goal(layer, edit, z)
+    assert goal.box == box and goal.capture.key.shape[2:] == key
+    assert goal.target.untyped_storage().nbytes() == goal.target.numel() * 4  # no view of the whole map
+    assert rc.rewrite(layer, moment, edit, z).box == box
+
+
+def test_the_whole_map_is_a_crop_of_any_layer():
+    layer, moment, z = _one_layer(torch.nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), 4)
+    edit = _square_edit(layer, z, 0, side=4)
+    whole, tight = (rc.rewrite(layer, moment, edit, z, loss="l2", tight=tight) for tight in (False, True))
+    assert torch.equal(whole.coefficients, tight.coefficients)
+
+
 # --- apply, revert, save ---------------------------------------------------------------------------------
 
 
