@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -172,15 +173,73 @@ def erase_goal(
 # --- the change ------------------------------------------------------------------------------------------
 
 
-class _Stack:
-    """The rewrites applied to one module, and its weight as it was before the first of them."""
+class _Stack(TypedDict):
+    """The rewrites that are on one module's weight, and that weight before and after them.
 
-    def __init__(self, weight: Tensor):
-        self.base = weight.detach().clone()
-        self.rewrites: list[Rewrite] = []
+    Kept as an attribute of the module itself: no global state, and it is copied, pickled and dropped with the
+    module. Plain containers of plain tensors, so that none of that needs this library, a Rewrite or its generator.
+    """
+
+    base: Tensor  # the weight before the first rewrite, as the module stored it then
+    weight: Tensor  # the weight with all of them, to notice when something else changes it
+    rewrites: dict[str, tuple[Tensor, Tensor]]  # content id: directions and coefficients, in the order applied
 
 
-_STACK = "_rewrite_core_stack"  # kept on the module itself: no global state, and it goes with the module
+_STACK = "_rewrite_core_stack"
+
+
+def _holds(bound: BoundLayer, weight: Tensor) -> bool:
+    """Whether the layer's parameter is `weight`, wherever the generator was moved or cast to since."""
+    parameter = bound.parameter.detach()
+    return torch.equal(parameter, weight.to(parameter))
+
+
+def _stack_of(bound: BoundLayer) -> _Stack | None:
+    """What is on the layer's weight, on the weight's device; None where nothing is, or where the weight has been put
+    back by other means (load_state_dict)."""
+    stack: _Stack | None = getattr(bound.module, _STACK, None)
+    if stack is None or (_holds(bound, stack["base"]) and not _holds(bound, stack["weight"])):
+        return None
+    device = bound.parameter.device
+    return {**stack, "base": stack["base"].to(device), "weight": stack["weight"].to(device)}
+
+
+def _delta(directions: Tensor, coefficients: Tensor) -> Tensor:
+    return combine(coefficients.double(), directions.double()).to(coefficients.dtype)
+
+
+def _plus(bound: BoundLayer, weight: Tensor, directions: Tensor, coefficients: Tensor) -> Tensor:
+    """A weight in native layout with a rewrite on it. A float16 or bfloat16 weight is added to in the coefficients'
+    float32 and rounded once."""
+    delta = bound.to_native(_delta(directions, coefficients)).to(weight.device)
+    return (weight + delta).to(weight.dtype)
+
+
+def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
+    if _holds(bound, stack["weight"]):
+        return
+    was, now = stack["weight"].dtype, bound.parameter.dtype
+    tied = [
+        name
+        for name, module in bound.generator.named_modules()
+        if module is not bound.module and hasattr(module, _STACK)
+        if any(parameter is bound.parameter for parameter in module.parameters(recurse=False))
+    ]
+    if tied:
+        reason = f"is shared with {tied[0]!r}, which has been rewritten too; revert that rewrite first, or use"
+    elif was != now:
+        reason = f"was {was} when a rewrite was applied and is {now} with other values now; restore it, or use"
+    else:
+        reason = "was changed by something else since a rewrite was applied; restore it, or use"
+    raise MismatchError(
+        f"The weight of {bound.name!r} {reason} revert(force=True) to go back to the weight before the rewrites."
+    )
+
+
+def _write(bound: BoundLayer, weight: Tensor) -> None:
+    # a parameter made in inference mode can only be changed in inference mode
+    with torch.inference_mode(bound.parameter.is_inference()), torch.no_grad():
+        bound.parameter.copy_(weight)
 
 
 class Rewrite:
@@ -190,7 +249,9 @@ class Rewrite:
         directions: D, [R, I], orthonormal rows.
         coefficients: Lambda, [O, R, kh, kw].
         losses: the loss before the first step, then one entry per step ("lm": before and after).
-        final_loss: the loss of the finished change; None where nothing was fitted (zero).
+        final_loss: the loss of the finished change over the region it was fitted to, in float32 at least; None where
+            nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
+            of its map around it instead of zeros: the loss measured then differs by that.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
         status: for "lm", how many output channels ended in each status.
         seconds: wall time of each stage.
@@ -223,7 +284,13 @@ class Rewrite:
         self.status = status or {}
         self.seconds = seconds or {}
         self.box = box
-        self._bound = bound
+        # where apply() acts by default comes last, after the other layers this is still applied to
+        self._layers = [] if bound is None else [bound]
+        self._entered: list[BoundLayer] = []  # one for each `with` block that is open
+
+    def __getstate__(self) -> dict:
+        """A copied or pickled rewrite knows no generator: it must not take a copy of one along."""
+        return self.__dict__ | {"_layers": [], "_entered": []}
 
     @property
     def rank(self) -> int:
@@ -235,13 +302,14 @@ class Rewrite:
 
     def weight_delta(self) -> Tensor:
         """Lambda D, [O, I, kh, kw], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
-        return combine(self.coefficients.double(), self.directions.double()).to(self.coefficients.dtype)
+        return _delta(self.directions, self.coefficients)
 
-    def _target(self, generator: nn.Module | BoundLayer | None) -> BoundLayer:
-        if generator is None:
-            if self._bound is None:
-                raise MismatchError("This rewrite was loaded from a file; say apply(G) to name the generator.")
-            return self._bound
+    @property
+    def _id(self) -> str:
+        """What this change is, by its bits: a saved and loaded one, or a copy, is the same change."""
+        return tensor_fingerprint(self.directions) + tensor_fingerprint(self.coefficients)
+
+    def _bind(self, generator: nn.Module | BoundLayer) -> BoundLayer:
         bound = generator if isinstance(generator, BoundLayer) else bind(generator, self.layer)
         if bound.name != self.layer:
             raise MismatchError(f"This rewrite is of layer {self.layer!r}, not {bound.name!r}.")
@@ -253,55 +321,103 @@ class Rewrite:
             )
         return bound
 
+    def _is_on(self, bound: BoundLayer) -> bool:
+        stack = _stack_of(bound)
+        return stack is not None and self._id in stack["rewrites"]
+
+    @torch.inference_mode(False)  # what is kept on the module outlives the caller's inference mode
     def apply(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> Rewrite:
         """Change the weight in place; returns self. Rewrites stack, on one layer or on several.
 
-        Raises MismatchError where the layer's weight is not the one this change was fitted to (`force=True`
-        applies it all the same, for instance to a finetuned copy), or if it is applied already.
+        Args:
+            generator: by default the one that the rewrite was made on, or applied to last.
+            force: apply it also where the layer's weight is not the one it was fitted to (a finetuned copy).
+
+        Raises:
+            MismatchError: the weight is not the one that this was fitted to, this or its equal is applied already, or
+                the weight was changed by something else since other rewrites were applied.
+            NonFiniteError: the weight would overflow its precision. Nothing is changed then.
         """
-        bound = self._target(generator)
-        stack = getattr(bound.module, _STACK, None)
+        if generator is None and not self._layers:
+            raise MismatchError("This rewrite was loaded or copied; name the generator to change: apply(G).")
+        bound = self._bind(self._layers[-1] if generator is None else generator)
+        stack = _stack_of(bound)
         if stack is None:
-            stack = _Stack(bound.parameter)
-        elif self in stack.rewrites:
+            base = bound.parameter.detach().clone()
+            stack = _Stack(base=base, weight=base, rewrites={})
+        elif self._id in stack["rewrites"]:
             raise MismatchError("This rewrite is applied already; revert it first.")
-        elif stack.rewrites:
+        else:
             _check_untouched(bound, stack)
-        if not force and self.fitted_to not in (tensor_fingerprint(bound.weight), _fingerprint_of(bound, stack.base)):
+        below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
+        if not force and all(tensor_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
             )
-        _write(bound, _stacked(bound, stack.base, [*stack.rewrites, self]))
-        stack.rewrites.append(self)
-        setattr(bound.module, _STACK, stack)
-        self._bound = bound
+        weight = _plus(bound, stack["weight"], self.directions, self.coefficients)
+        if not torch.isfinite(weight.to(bound.parameter.dtype)).all():
+            raise NonFiniteError(
+                f"With this rewrite the weight of {self.layer!r} would hold NaN or infinity in "
+                f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
+            )
+        rewrites = stack["rewrites"] | {self._id: (self.directions.clone(), self.coefficients.clone())}
+        _write(bound, weight)
+        setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rewrites))
+        self._layers = [other for other in self._layers if other.module is not bound.module and self._is_on(other)]
+        self._layers.append(bound)
         return self
 
-    def revert(self) -> Rewrite:
-        """Undo :meth:`apply`, bit for bit; other rewrites on the layer stay. Returns self."""
-        stack = None if self._bound is None else getattr(self._bound.module, _STACK, None)
-        if stack is None or self not in stack.rewrites:
-            raise MismatchError("This rewrite is not applied, so there is nothing to revert.")
-        _check_untouched(self._bound, stack)
-        rest = [change for change in stack.rewrites if change is not self]
-        _write(self._bound, _stacked(self._bound, stack.base, rest))
-        stack.rewrites = rest
-        if not rest:
-            delattr(self._bound.module, _STACK)
+    @torch.inference_mode(False)
+    def revert(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> Rewrite:
+        """Undo :meth:`apply`, bit for bit; other rewrites on the layer stay. Returns self.
+
+        A generator that was moved or cast since goes back to its original weight, moved or cast. Layers that share one
+        weight are reverted in the opposite order of applying.
+
+        Args:
+            generator: where to revert, for instance a copy of a rewritten generator. By default the one that this
+                object was last applied to and is still on: after apply(A) and apply(B), first B, then A.
+            force: revert also where something else has changed the weight since, which is lost then.
+
+        Raises MismatchError where this rewrite is not applied, or something else has changed the weight.
+        """
+        places = self._layers if generator is None else [self._bind(generator)]
+        bound = next((place for place in reversed(places) if self._is_on(place)), None)
+        if bound is None:
+            raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
+        stack = _stack_of(bound)
+        if not force:
+            _check_untouched(bound, stack)
+        rest = {key: change for key, change in stack["rewrites"].items() if key != self._id}
+        weight = stack["base"]
+        for directions, coefficients in rest.values():
+            weight = _plus(bound, weight, directions, coefficients)
+        _write(bound, weight)
+        if rest:
+            setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rest))
+        else:
+            delattr(bound.module, _STACK)
         return self
 
     @property
     def applied(self) -> bool:
-        stack = None if self._bound is None else getattr(self._bound.module, _STACK, None)
-        return stack is not None and self in stack.rewrites
+        """Whether this change is on a generator that this object was made on or applied to."""
+        return any(map(self._is_on, self._layers))
 
     def __enter__(self) -> Rewrite:
-        return self if self.applied else self.apply()
+        """Apply, unless it is applied already; leaving the outermost `with` block reverts in either case, so
+        ``with change:`` and ``with change.apply(G):`` are alike."""
+        if not (self._layers and self._is_on(self._layers[-1])):
+            self.apply()
+        self._entered.append(self._layers[-1])
+        return self
 
     def __exit__(self, *_) -> None:
-        if self.applied:
-            self.revert()
+        bound = self._entered.pop()
+        inner = any(outer.module is bound.module for outer in self._entered)
+        if not inner and self._is_on(bound):
+            self.revert(bound)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write directions and coefficients as safetensors, with the layer, the fingerprint of the weight they
@@ -345,32 +461,6 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         final_loss=losses[-1] if losses else None,
         edit=Edit.from_json(edit) if edit else None,
     )
-
-
-def _fingerprint_of(bound: BoundLayer, native: Tensor) -> str:
-    return tensor_fingerprint(bound._layer.canonical(native))
-
-
-def _stacked(bound: BoundLayer, base: Tensor, rewrites: Sequence[Rewrite]) -> Tensor:
-    """The weight in native layout with `rewrites` applied to `base`, one after the other."""
-    weight = base
-    for change in rewrites:
-        delta = bound.to_native(change.weight_delta()).reshape(base.shape)
-        weight = weight + delta.to(device=base.device, dtype=base.dtype)
-    return weight
-
-
-def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
-    if not torch.equal(bound.parameter.detach(), _stacked(bound, stack.base, stack.rewrites)):
-        raise MismatchError(
-            f"The weight of {bound.name!r} was changed by something else since a rewrite was applied; "
-            "restore it before applying or reverting."
-        )
-
-
-def _write(bound: BoundLayer, weight: Tensor) -> None:
-    with torch.no_grad():
-        bound.parameter.copy_(weight)
 
 
 # --- making changes --------------------------------------------------------------------------------------
