@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from .binding import BoundLayer, bind, tensor_fingerprint
-from .directions import collect_unit_quantiles, context_directions, context_keys, latent_of, rank_units
+from .directions import (
+    UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, latent_of, rank_units,
+)  # fmt: skip
 from .editing import Edit
 from .errors import (
     FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
@@ -22,7 +24,7 @@ from .families import Box, Capture
 from .files import load_record, save_record
 from .moments import SecondMoment
 from .solvers import (
-    LOSSES, SOLVERS, Problem, Solution, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,
+    LOSSES, SOLVERS, Problem, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,
     solve_unconstrained,
 )  # fmt: skip
 
@@ -112,6 +114,8 @@ def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture
         )
     # solve in float32 at least, whatever the generator's own precision
     capture = capture.to_dtype(torch.promote_types(capture.key.dtype, torch.float32))
+    if capture.key.is_inference():  # a view of latents made in inference mode, which autograd refuses
+        capture = dataclasses.replace(capture, key=capture.key.clone())
     with torch.no_grad():
         return capture, layer.value(capture, layer.weight.to(capture.key.dtype))
 
@@ -355,14 +359,15 @@ class Rewrite:
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
             )
-        weight = _plus(bound, stack["weight"], self.directions, self.coefficients)
+        record = self.directions.detach().clone(), self.coefficients.detach().clone()
+        weight = _plus(bound, stack["weight"], *record)
         if not torch.isfinite(weight.to(bound.parameter.dtype)).all():
             raise NonFiniteError(
                 f"With this rewrite the weight of {self.layer!r} would hold NaN or infinity in "
                 f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
             )
-        rewrites = stack["rewrites"] | {self._id: (self.directions.clone(), self.coefficients.clone())}
         _write(bound, weight)
+        rewrites = stack["rewrites"] | {self._id: record}
         setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rewrites))
         self._layers = [other for other in self._layers if other.module is not bound.module and self._is_on(other)]
         self._layers.append(bound)
@@ -391,8 +396,8 @@ class Rewrite:
             _check_untouched(bound, stack)
         rest = {key: change for key, change in stack["rewrites"].items() if key != self._id}
         weight = stack["base"]
-        for directions, coefficients in rest.values():
-            weight = _plus(bound, weight, directions, coefficients)
+        for record in rest.values():
+            weight = _plus(bound, weight, *record)
         _write(bound, weight)
         if rest:
             setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rest))
@@ -438,29 +443,34 @@ class Rewrite:
 def load_rewrite(path: str | os.PathLike) -> Rewrite:
     """Read a saved rewrite; ``load_rewrite(path).apply(G)`` changes G as the original did, bit for bit.
 
-    Raises FileFormatError on a truncated or foreign file.
+    Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
     """
+    name = os.fspath(path)
     tensors, metadata = load_record(path, "rewrite", _VERSION)
     directions, coefficients = tensors.get("directions"), tensors.get("coefficients")
-    missing = {"layer", "fitted_to", "solver"} - set(metadata)
-    if directions is None or coefficients is None or missing:
-        raise FileFormatError(f"{os.fspath(path)} is not a whole rewrite; make it again.")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
+    losses, edit = metadata.get("loss", []), metadata.get("edit")
+    if (
+        directions is None
+        or coefficients is None
+        or not all(isinstance(text, str) for text in texts)
+        or not isinstance(losses, list)
+        or not all(isinstance(loss, (int, float)) for loss in losses)
+        or not isinstance(edit, str | None)
+    ):
+        raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
     if directions.ndim != 2 or coefficients.ndim != 4 or coefficients.shape[1] != len(directions):
-        raise FileFormatError(f"{os.fspath(path)} holds directions and coefficients that do not match.")
-    if not (torch.isfinite(directions).all() and torch.isfinite(coefficients).all()):
-        raise FileFormatError(f"{os.fspath(path)} holds NaN or infinity.")
-    edit = metadata.get("edit")
-    losses = metadata.get("loss") or []
-    return Rewrite(
-        layer=metadata["layer"],
-        directions=directions,
-        coefficients=coefficients,
-        fitted_to=metadata["fitted_to"],
-        solver=metadata["solver"],
-        losses=losses,
-        final_loss=losses[-1] if losses else None,
-        edit=Edit.from_json(edit) if edit else None,
-    )
+        raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
+    if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
+        raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
+    try:
+        edit = None if edit is None else Edit.from_json(edit)
+    except RewriteCoreError as error:
+        raise type(error)(f"{name}: {error}") from error
+    layer, fitted_to, solver = texts
+    final_loss = losses[-1] if losses else None
+    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit)
 
 
 # --- making changes --------------------------------------------------------------------------------------
@@ -477,31 +487,55 @@ class _Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _directions(layer, moment, edit, latents, rank, method) -> Tensor:
-    quantiles = collect_unit_quantiles(layer, latents) if method == "units" else None
+@contextlib.contextmanager
+def _plain_arithmetic(layer: BoundLayer) -> Iterator[None]:
+    """Whatever modes the caller is in: no autocast, which would round what is solved for, and no inference mode, whose
+    tensors autograd refuses. The generator's own forward function may still set its own."""
+    with contextlib.ExitStack() as modes:
+        for kind in {"cpu", layer.parameter.device.type}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        yield
+
+
+def _checked(edits: Iterable[Edit]) -> list[Edit]:
+    if isinstance(edits, Edit):
+        raise SelectionError("rewrite_many takes a list of edits, not one Edit; use rc.rewrite for one.")
+    edits = list(edits)
+    if not edits:
+        raise SelectionError("There is no edit to make; give at least one.")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise SelectionError(f"An edit is an rc.Edit (rc.Edit.load reads a file), not {type(edit).__name__}.")
+    return edits
+
+
+def _directions(layer, moment, edit, latents, rank, method, quantiles: UnitQuantiles | None) -> Tensor:
     # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
     keys, weights = context_keys(layer, edit.keys, latents, inside_only=method != "units")
     return context_directions(moment, keys, weights, rank=rank, method=method, quantiles=quantiles)
 
 
-def _finish(layer: BoundLayer, edit: Edit, goal: Goal, problem: Problem, solution: Solution, seconds) -> Rewrite:
-    directions = problem.directions
-    if solution.solver == "unconstrained":
-        directions = torch.eye(layer.in_channels, device=directions.device)
+def _quantiles(layer, latents, method, progress) -> UnitQuantiles | None:
+    return collect_unit_quantiles(layer, latents, progress=progress) if method == "units" else None
+
+
+def _change(layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Tensor, **details) -> Rewrite:
+    """The change of `layer` as it is now, in float32 at least."""
+    if not torch.isfinite(coefficients).all():
+        raise NonFiniteError(
+            f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
+        )
     dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
     return Rewrite(
         layer=layer.name,
         directions=directions.to(dtype),
-        coefficients=solution.coefficients.to(dtype),
+        coefficients=coefficients.to(dtype),
         fitted_to=tensor_fingerprint(layer.weight),
-        solver=solution.solver,
-        losses=solution.losses,
-        final_loss=solution.final_loss,
         edit=edit,
-        status=solution.status,
-        seconds=dict(seconds),
-        box=goal.box,
         bound=layer,
+        **details,
     )
 
 
@@ -513,39 +547,50 @@ def _solve_goals(
         raise SolverError(f"There is no solver {solver!r}; choose from {list(SOLVERS)}.")
     if loss not in LOSSES:
         raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
-    if not preserve >= 0:
-        raise RewriteCoreError(f"preserve is a weight of 0 or more, not {preserve}.")
-    if not edits:
-        raise SelectionError("There is no edit to make; give at least one.")
-    moment.check(layer, latents)
+    if not 0 <= preserve < float("inf"):
+        raise RewriteCoreError(f"preserve is a finite weight of 0 or more, not {preserve}.")
+    edits = _checked(edits)
     clock = _Clock()
-    goals, problems = [], []
-    for edit in edits:
-        with clock.stage("goal"):
-            goal = make_goal(edit)
-        with clock.stage("directions"):
-            directions = _directions(layer, moment, edit, latents, rank, method).to(goal.target)
-        generic = None
-        if preserve:
-            with clock.stage("preserve"):
-                sample = latents[:_GENERIC_IMAGES]
-                generic = generic_second_moment(layer, directions, sample, moment.matrix())
-        goals.append(goal)
-        problems.append(Problem(layer, goal.capture, goal.target, directions, loss, float(preserve), generic))
-    with clock.stage("fit"):
-        if solver == "lm":
-            solutions = solve_lm(problems, backend)
-        elif solver == "adam":
-            solutions = [solve_adam(problem, steps, lr, progress) for problem in problems]
-        elif solver == "projected":
-            solutions = [
-                solve_projected(problem, steps, lr, project_every, project_gradient, progress) for problem in problems
-            ]
+    problems, boxes = [], []
+    with _plain_arithmetic(layer):
+        moment.check(layer, latents)
+        if solver == "unconstrained":  # no directions: all input channels, whatever the rank and the context
+            rows = torch.eye(layer.in_channels, device=layer.parameter.device)
         else:
-            solutions = [solve_unconstrained(problem, steps, lr, progress) for problem in problems]
-    return [
-        _finish(layer, *parts, clock.seconds) for parts in zip(edits, goals, problems, solutions, strict=True)
-    ]
+            with clock.stage("directions"):
+                quantiles = _quantiles(layer, latents, method, progress)
+        for edit in edits:
+            with clock.stage("goal"):
+                goal = make_goal(edit)
+            if solver != "unconstrained":
+                with clock.stage("directions"):
+                    rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
+            directions, generic = rows.to(goal.target), None
+            if preserve and solver in ("lm", "adam"):  # the others refuse it
+                with clock.stage("preserve"):
+                    sample = latents[:_GENERIC_IMAGES]
+                    generic = generic_second_moment(layer, directions, sample, moment.matrix())
+            boxes.append(goal.box)
+            problems.append(Problem(layer, goal.capture, goal.target, directions, loss, float(preserve), generic))
+        with clock.stage("fit"):
+            if solver == "lm":
+                solutions = solve_lm(problems, backend)
+            elif solver == "adam":
+                solutions = [solve_adam(problem, steps, lr, progress) for problem in problems]
+            elif solver == "projected":
+                solutions = [
+                    solve_projected(problem, steps, lr, project_every, project_gradient, progress)
+                    for problem in problems
+                ]
+            else:
+                solutions = [solve_unconstrained(problem, steps, lr, progress) for problem in problems]
+        return [
+            _change(
+                layer, edit, problem.directions, solution.coefficients, solver=solution.solver, losses=solution.losses,
+                final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds), box=box,
+            )  # fmt: skip
+            for edit, box, problem, solution in zip(edits, boxes, problems, solutions, strict=True)
+        ]
 
 
 def rewrite_many(
@@ -573,7 +618,7 @@ def rewrite_many(
     Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
     """
     return _solve_goals(
-        layer, moment, list(edits), latents, lambda edit: paste_goal(layer, edit, latents, tight, alpha),
+        layer, moment, edits, latents, lambda edit: paste_goal(layer, edit, latents, tight, alpha),
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )  # fmt: skip
@@ -673,21 +718,14 @@ def zero(
 
     `amount` adds that multiple of the projection of an all-ones weight in its place, as in the reference.
     """
-    moment.check(layer, latents)
+    _checked([edit])
     clock = _Clock()
-    with clock.stage("directions"):
-        rows = _directions(layer, moment, edit, latents, rank, method)
-    weight = layer.weight.double()
-    rows = rows.to(weight.device)
-    coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
-    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
-    return Rewrite(
-        layer=layer.name,
-        directions=rows.to(dtype),
-        coefficients=coefficients.to(dtype),
-        fitted_to=tensor_fingerprint(layer.weight),
-        solver="zero",
-        edit=edit,
-        seconds=clock.seconds,
-        bound=layer,
-    )
+    with _plain_arithmetic(layer):
+        moment.check(layer, latents)
+        with clock.stage("directions"):
+            quantiles = _quantiles(layer, latents, method, progress=False)
+            rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
+        weight = layer.weight.double()
+        rows = rows.to(weight.device)
+        coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
+        return _change(layer, edit, rows, coefficients, solver="zero", seconds=clock.seconds)

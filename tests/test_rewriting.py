@@ -1,4 +1,7 @@
 import copy
+import io
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from conftest import DATA, read_npz
 
 import rewrite_core as rc
 from rewrite_core.families import Capture
+from rewrite_core.files import save_record
 from rewrite_core.solvers import Problem, combine, solve_adam, solve_lm, solve_projected
 
 STEPS = {"solver": "projected", "steps": 201}
@@ -205,6 +209,83 @@ def test_many_edits_equal_one_by_one(moment, layer, edit, latents):
         assert change.edit is one
 
 
+@pytest.mark.parametrize("solver", ["lm", "adam", "projected", "unconstrained"])
+def test_the_callers_modes_change_nothing(generator, moment, layer, edit, latents, solver):
+    def changes():
+        made = rc.rewrite(layer, moment, edit, latents, solver=solver, steps=5), rc.zero(layer, moment, edit, latents)
+        return made + (rc.erase(layer, moment, edit, latents, units=8, solver=solver, steps=5),)
+
+    usual = changes()
+    with torch.inference_mode():
+        inferred = changes()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = changes()
+    for one, two, three in zip(usual, inferred, cast):
+        assert torch.equal(one.coefficients, two.coefficients) and torch.equal(one.coefficients, three.coefficients)
+        assert not two.coefficients.is_inference()
+        with two.apply():
+            pass
+    with torch.inference_mode():  # weights, latents and keys that autograd refuses
+        made = rc.load_proggan(DATA / "proggan_state.npz")
+        first = rc.bind(made, "layer5.conv")
+        again = rc.rewrite(first, moment, edit, latents.clone(), solver=solver, steps=5)
+    assert torch.equal(again.coefficients, usual[0].coefficients)
+    before = state_bits(made)
+    with again.apply(made):
+        assert again.applied
+    assert same_bits(before, state_bits(made))
+
+
+@pytest.mark.parametrize("solver", ["lm", "adam", "projected", "unconstrained"])
+def test_a_key_made_in_inference_mode(solver):
+    generator = torch.nn.Sequential(torch.nn.Conv2d(5, 4, 3, padding=1))
+    layer = rc.bind(generator, "0", forward=lambda g, z: g(z.reshape(-1, 5, 4, 4)))
+    with torch.inference_mode():
+        z = torch.randn(20, 80)
+    moment = rc.SecondMoment(5)
+    moment.update(torch.randn(40, 5))
+    edit = rc.Edit(copy=_square(1, 4, 0, 2), paste=_square(2, 4, 1, 2))
+    for tight in (True, False):
+        assert rc.rewrite(layer, moment, edit, z, solver=solver, steps=3, tight=tight).applied is False
+
+
+def test_many_edits_need_one_pass_over_the_units(monkeypatch, moment, layer, edit, latents):
+    calls = []
+    collect = rc.rewriting.collect_unit_quantiles
+    monkeypatch.setattr(rc.rewriting, "collect_unit_quantiles", lambda *a, **k: calls.append(a) or collect(*a, **k))
+    many = rc.rewrite_many(layer, moment, [edit] * 3, latents, method="units")
+    assert len(calls) == 1 and len(many) == 3
+
+
+def test_many_edits_keep_no_whole_maps(monkeypatch, moment, layer, edit, latents):
+    maps, alive = [], []
+    make, solve = rc.rewriting.paste_goal, rc.rewriting.solve_lm
+
+    def making(*args):
+        goal = make(*args)
+        maps.append(weakref.ref(goal.value))
+        return goal
+
+    def solving(*args):
+        alive.extend(kept for kept in maps[:-1] if kept() is not None)
+        return solve(*args)
+
+    monkeypatch.setattr(rc.rewriting, "paste_goal", making)
+    monkeypatch.setattr(rc.rewriting, "solve_lm", solving)
+    rc.rewrite_many(layer, moment, [edit] * 4, latents)
+    assert len(maps) == 4 and not alive
+
+
+def test_unconstrained_needs_no_rank_and_no_keys_of_a_context(moment, layer, edit, latents):
+    tiny = torch.zeros(512, 512)
+    tiny[5, 5] = 0.1  # vanishes on the map: no key is read from it
+    bare = rc.Edit(copy=edit.copy, paste=edit.paste, context=[rc.Selection(3, tiny)])
+    change = rc.rewrite(layer, moment, bare, latents, solver="unconstrained", steps=2, rank=1000)
+    assert change.coefficients.shape == (48, 64, 3, 3)
+    with pytest.raises(rc.SolverError, match="preserve"):
+        rc.rewrite(layer, moment, bare, latents, solver="unconstrained", preserve=1.0)
+
+
 def test_without_context_the_paste_is_the_context(moment, layer, edit, latents):
     bare = rc.Edit(copy=edit.copy, paste=edit.paste)
     explicit = rc.Edit(copy=edit.copy, paste=edit.paste, context=[edit.paste])
@@ -385,9 +466,219 @@ def test_saved_loaded_and_applied_is_bit_exact(tmp_path, generator, layer, momen
     assert same_bits(state_bits(generator), state_bits(copied))
 
 
-def test_a_deep_copy_of_a_rewritten_generator_is_a_rewritten_generator(generator, changes, latents):
+def _saved_and_loaded(generator):
+    file = io.BytesIO()
+    torch.save(generator, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g)), _saved_and_loaded])
+def test_a_copy_of_a_rewritten_generator_is_a_rewritten_generator(generator, moment, edit, latents, duplicate):
+    layer = rc.bind(generator, "layer5.conv", forward=lambda g, z: g(z))  # a lambda cannot be pickled
+    before = state_bits(generator)
+    change = rc.rewrite(layer, moment, edit, latents).apply()
+    copied = duplicate(generator)
+    assert same_bits(state_bits(copied), state_bits(generator)) and before.keys() == state_bits(copied).keys()
+    with pytest.raises(rc.MismatchError, match="already"):
+        change.apply(copied)
+    change.revert(copied)
+    assert same_bits(before, state_bits(copied)) and change.applied
+    change.revert()
+    assert same_bits(before, state_bits(generator)) and not change.applied
+
+
+def test_what_is_kept_on_the_module_is_plain(generator, changes):
+    """So that a pickled generator can be loaded where this library is not installed."""
+    for change in changes:
+        change.apply()
+    data = pickle.dumps(generator.layer5.conv)
+    assert b"rewrite_core." not in data.replace(b"rewrite_core.families", b"")
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copy_of_a_rewrite_takes_no_generator_along(generator, changes, duplicate):
+    before = state_bits(generator)
     changes[0].apply()
-    assert torch.equal(copy.deepcopy(generator)(latents[:1]), generator(latents[:1]))
+    copied = duplicate(changes[0])
+    assert len(pickle.dumps(copied)) < 200_000 < generator.layer5.conv.weight.nbytes + 200_000
+    with pytest.raises(rc.MismatchError, match="name the generator"):
+        copied.apply()
+    copied.revert(generator)  # the same change, by its content
+    assert same_bits(before, state_bits(generator)) and not changes[0].applied
+
+
+def test_one_rewrite_on_two_generators(generator, changes):
+    before, other = state_bits(generator), copy.deepcopy(generator)
+    change = changes[0]
+    change.apply(generator).apply(other)
+    change.revert()  # the last first
+    assert same_bits(before, state_bits(other)) and not same_bits(before, state_bits(generator)) and change.applied
+    change.revert()
+    assert same_bits(before, state_bits(generator)) and not change.applied
+    change.apply(generator).apply(other).revert(generator)
+    assert same_bits(before, state_bits(generator)) and not same_bits(before, state_bits(other))
+    change.revert()
+    assert same_bits(before, state_bits(other))
+
+
+def test_a_rewrite_forgets_the_generators_it_is_off(generator, changes):
+    other = copy.deepcopy(generator)
+    gone = weakref.ref(other)
+    changes[0].apply(other).revert()
+    changes[0].apply(generator)
+    del other
+    assert gone() is None
+
+
+def test_the_same_change_is_never_applied_twice(tmp_path, generator, changes):
+    path = tmp_path / "rule.safetensors"
+    changes[0].save(path)
+    rc.load_rewrite(path).apply(generator)
+    applied = state_bits(generator)
+    for again in (rc.load_rewrite(path), changes[0], copy.deepcopy(changes[0])):
+        with pytest.raises(rc.MismatchError, match="already"):
+            again.apply(generator)
+    assert same_bits(applied, state_bits(generator))
+    rc.load_rewrite(path).revert(generator)
+
+
+def test_nested_with_blocks_revert_once(generator, changes):
+    before, change = state_bits(generator), changes[0]
+    with change:
+        applied = state_bits(generator)
+        with change, change:
+            pass
+        assert same_bits(applied, state_bits(generator))
+    assert same_bits(before, state_bits(generator))
+
+
+def test_with_apply_reverts_where_it_applied(generator, changes):
+    before, other = state_bits(generator), copy.deepcopy(generator)
+    with changes[0].apply(generator):
+        with changes[0].apply(other):
+            pass
+        assert same_bits(before, state_bits(other)) and not same_bits(before, state_bits(generator))
+    assert same_bits(before, state_bits(generator))
+    with changes[0]:
+        changes[0].revert()  # within the block is fine
+    assert same_bits(before, state_bits(generator))
+
+
+def test_a_weight_put_back_by_load_state_dict_has_no_rewrites(generator, changes):
+    before = copy.deepcopy(generator.state_dict())
+    with changes[0]:
+        generator.load_state_dict(before)
+        assert not changes[0].applied
+        with pytest.raises(rc.MismatchError, match="not applied"):
+            changes[0].revert()
+    with changes[1]:  # nor is there anything in the way of another
+        assert changes[1].applied and not changes[0].applied
+    assert same_bits(before, state_bits(generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_generator_reverts_to_the_cast_original(generator, changes, dtype):
+    original = copy.deepcopy(generator).to(dtype)
+    changes[0].apply()
+    changes[1].apply()
+    generator.to(dtype)
+    assert changes[0].applied
+    changes[0].revert()
+    both = copy.deepcopy(original)
+    with pytest.raises(rc.MismatchError, match="fitted to"):
+        changes[1].apply(both)
+    changes[1].revert()
+    assert same_bits(state_bits(original), state_bits(generator))
+
+
+def test_a_weight_changed_by_a_cast_says_so_and_can_be_forced(generator, changes):
+    original = copy.deepcopy(generator).bfloat16()
+    changes[0].apply()
+    changes[1].apply()
+    generator.half().bfloat16()  # rounded twice: not the bits of one cast
+    with pytest.raises(rc.MismatchError, match="was torch.float32 .* is torch.bfloat16 .*force=True"):
+        changes[0].revert()
+    changes[0].revert(force=True)
+    changes[1].revert()
+    assert torch.equal(generator.layer5.conv.weight, original.layer5.conv.weight)
+
+
+def test_forced_revert_of_a_weight_that_something_else_changed(generator, layer, changes):
+    before = state_bits(generator)
+    changes[0].apply()
+    with torch.no_grad():
+        layer.parameter.mul_(2)
+    with pytest.raises(rc.MismatchError, match="something else"):
+        changes[1].apply()
+    changes[0].revert(force=True)
+    assert same_bits(before, state_bits(generator))
+
+
+def test_tied_weights_revert_in_the_opposite_order(latents):
+    torch.manual_seed(0)
+    generator = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1))
+    generator[2].weight = generator[0].weight
+    before = state_bits(generator)
+    texture = torch.randn(1, 64, 8, 8)
+    edit = rc.Edit(copy=_square(1, 8, 1, 4), paste=_square(2, 8, 3, 4))
+    changes = []
+    for name in "0", "2":
+        layer = rc.bind(generator, name, forward=lambda g, z: g(z[:, :, None, None] * texture))
+        moment = rc.collect_second_moment(layer, latents, progress=False)
+        changes.append(rc.rewrite(layer, moment, edit, latents, tight=False).apply())
+    with pytest.raises(rc.MismatchError, match="shared with '2'"):
+        changes[0].revert()
+    changes[1].revert()
+    changes[0].revert()
+    assert same_bits(before, state_bits(generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_rounded_once(generator, edit, latents, dtype):
+    layer = rc.bind(generator.to(dtype), "layer5.conv")
+    moment = rc.collect_second_moment(layer, latents, progress=False)
+    change = rc.rewrite(layer, moment, edit, latents, rank=2)
+    wanted = (layer.weight.double() + change.weight_delta().double()).to(dtype)
+    with change:
+        assert (layer.weight != wanted).double().mean() < 1e-3  # float32 between, so a tie may fall the other way
+
+
+def test_a_change_that_overflows_is_refused(generator, layer, changes):
+    half = copy.deepcopy(generator).half()
+    before = state_bits(half)
+    big = rc.Rewrite(layer.name, changes[0].directions, changes[0].coefficients * 1e6, "", "lm")
+    with pytest.raises(rc.NonFiniteError, match="torch.float16"):
+        big.apply(half, force=True)
+    assert same_bits(before, state_bits(half)) and not hasattr(half.layer5.conv, "_rewrite_core_stack")
+    big.apply(generator, force=True).revert()
+
+
+def test_applying_costs_the_same_however_many_are_on(monkeypatch, generator, layer, changes):
+    before, one, calls = state_bits(generator), changes[0], []
+    combine = rc.rewriting.combine
+    monkeypatch.setattr(rc.rewriting, "combine", lambda *args: calls.append(args) or combine(*args))
+    many = [rc.Rewrite(one.layer, one.directions, one.coefficients * 0.1 * i, one.fitted_to, "lm") for i in range(1, 13)]
+    weights = []
+    for change in many:
+        weights.append(layer.weight.clone())
+        calls.clear()
+        change.apply(layer)
+        assert len(calls) == 1
+    for change, weight in zip(reversed(many), reversed(weights)):
+        change.revert()
+        assert torch.equal(layer.weight, weight)  # to the bit, at every step down
+    assert same_bits(before, state_bits(generator))
+
+
+def test_apply_in_inference_mode_leaves_a_generator_that_trains(generator, changes, latents):
+    before = state_bits(generator)
+    with torch.inference_mode():
+        changes[0].apply()
+    generator(latents[:1]).sum().backward()
+    copy.deepcopy(generator)
+    changes[0].revert()
+    assert same_bits(before, state_bits(generator)) and generator.layer5.conv.weight.grad is not None
 
 
 def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
@@ -425,6 +716,27 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
         rc.load_rewrite(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"loss": 3}, {"loss": ["a"]}, {"layer": 5}, {"fitted_to": None}, {"solver": ["lm"]}, {"edit": 3}, {"edit": "{bad"},
+    ],
+)  # fmt: skip
+def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):
+    path = tmp_path / "rule.safetensors"
+    tensors = {"directions": changes[0].directions, "coefficients": changes[0].coefficients}
+    good = {"layer": "layer5.conv", "fitted_to": "", "solver": "lm", "loss": [], "edit": None}
+    save_record(path, "rewrite", 1, tensors, good)
+    assert rc.load_rewrite(path).final_loss is None
+    for metadata in (good | wrong, list(good), 5):
+        save_record(path, "rewrite", 1, tensors, metadata)
+        with pytest.raises(rc.FileFormatError, match="rule.safetensors"):
+            rc.load_rewrite(path)
+    save_record(path, "rewrite", 1, {name: part.long() for name, part in tensors.items()}, good)
+    with pytest.raises(rc.FileFormatError, match="floating-point"):
+        rc.load_rewrite(path)
+
+
 # --- bad input -------------------------------------------------------------------------------------------
 
 
@@ -435,6 +747,7 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
         ({"loss": "l3"}, rc.SolverError, "choose from"),
         ({"rank": 65}, rc.RankError, "64 channels"),
         ({"preserve": -1}, rc.RewriteCoreError, "0 or more"),
+        ({"preserve": float("inf")}, rc.RewriteCoreError, "finite"),
         ({"preserve": 1, "solver": "projected"}, rc.SolverError, "preserve"),
         ({"solver": "projected", "steps": 0}, rc.RewriteCoreError, "at least one step"),
         ({"solver": "projected", "project_every": 0}, rc.RewriteCoreError, "project_every"),
@@ -462,6 +775,23 @@ def test_bad_edits(moment, layer, edit, latents):
         rc.rewrite(layer, moment, rc.Edit(copy=rc.Selection(7, tiny), paste=edit.paste), latents)
     with pytest.raises(rc.RewriteCoreError, match="units"):
         rc.erase(layer, moment, edit, latents, units=65)
+
+
+def test_edits_that_are_no_edits(moment, layer, edit, latents):
+    for make in (rc.rewrite, rc.erase, rc.zero):
+        with pytest.raises(rc.SelectionError, match="rc.Edit.load"):
+            make(layer, moment, "edit.json", latents)
+    with pytest.raises(rc.SelectionError, match="a list of edits"):
+        rc.rewrite_many(layer, moment, edit, latents)
+    assert len(rc.rewrite_many(layer, moment, iter([edit, edit]), latents)) == 2
+
+
+def test_nan_weights(moment, layer, edit, latents):
+    with torch.no_grad():
+        layer.parameter[0, 0, 0, 0] = torch.nan
+    for make in (rc.rewrite, rc.zero):
+        with pytest.raises(rc.NonFiniteError):
+            make(layer, moment, edit, latents)
 
 
 def test_moment_of_another_layer(generator, moment, edit, latents):
