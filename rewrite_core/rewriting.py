@@ -236,7 +236,7 @@ def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
     else:
         reason = "was changed by something else since a rewrite was applied; restore it, or use"
     raise MismatchError(
-        f"The weight of {bound.name!r} {reason} revert(force=True) to go back to the weight before the rewrites."
+        f"The weight of {bound.name!r} {reason} revert(force=True) to go back to the weight recorded then."
     )
 
 
@@ -335,7 +335,8 @@ class Rewrite:
 
         Args:
             generator: by default the one that the rewrite was made on, or applied to last.
-            force: apply it also where the layer's weight is not the one it was fitted to (a finetuned copy).
+            force: apply it also where the layer's weight is not the one it was fitted to (a finetuned copy). Rewrites
+                that something else has changed the weight over are then part of it, and can no longer be reverted.
 
         Raises:
             MismatchError: the weight is not the one that this was fitted to, this or its equal is applied already, or
@@ -346,13 +347,13 @@ class Rewrite:
             raise MismatchError("This rewrite was loaded or copied; name the generator to change: apply(G).")
         bound = self._bind(self._layers[-1] if generator is None else generator)
         stack = _stack_of(bound)
-        if stack is None:
+        if stack is not None and self._id in stack["rewrites"]:
+            raise MismatchError("This rewrite is applied already; revert it first.")
+        if stack is not None and not force:
+            _check_untouched(bound, stack)
+        if stack is None or not _holds(bound, stack["weight"]):
             base = bound.parameter.detach().clone()
             stack = _Stack(base=base, weight=base, rewrites={})
-        elif self._id in stack["rewrites"]:
-            raise MismatchError("This rewrite is applied already; revert it first.")
-        else:
-            _check_untouched(bound, stack)
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
         if not force and all(tensor_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
@@ -653,13 +654,14 @@ def rewrite(
         moment: second moment of that layer's keys.
         edit: copy, paste and context; its selections index the rows of `latents`.
         latents: [N, ...], the set the edit was made on.
-        rank: R, 1 to the number of key channels.
+        rank: R, 1 to the number of key channels. "unconstrained" needs neither rank nor context.
         solver: "lm" (default), "projected" (the reference's algorithm), "adam", or "unconstrained".
         loss: "l1" (the reference's) or "l2", the mean over the region.
         method: how directions are found, see :func:`rewrite_core.context_directions`.
         preserve: weight of the paper's L_smooth, the mean squared change that the rewrite makes to the values of
             ordinary images before the activation; 0 is the reference's objective. For "lm" and "adam".
-        tight: fit the pasted box, zero-padded at its edge, as the reference does; else the whole map.
+        tight: fit the pasted box, zero-padded at its edge, as the reference does; else the whole map. SolverError
+            where the layer cannot be run so: other padding than zeros, or map sizes that are no multiples.
         alpha: composite through the copy's mask; else its bounding box.
         steps, lr, project_every, project_gradient: for the stepwise solvers.
 

@@ -611,8 +611,19 @@ def test_forced_revert_of_a_weight_that_something_else_changed(generator, layer,
         layer.parameter.mul_(2)
     with pytest.raises(rc.MismatchError, match="something else"):
         changes[1].apply()
+    with pytest.raises(rc.MismatchError, match="already"):
+        changes[0].apply(force=True)
     changes[0].revert(force=True)
     assert same_bits(before, state_bits(generator))
+
+
+def test_forced_apply_on_a_weight_that_something_else_changed(generator, layer, changes):
+    changes[0].apply()
+    with torch.no_grad():
+        layer.parameter.mul_(2)
+    finetuned = state_bits(generator)
+    changes[1].apply(force=True).revert()
+    assert same_bits(finetuned, state_bits(generator)) and not changes[0].applied
 
 
 def test_tied_weights_revert_in_the_opposite_order(latents):
