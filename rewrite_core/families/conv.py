@@ -33,7 +33,7 @@ class ConvLayer(LayerFamily):
         if methods != (kind.forward, getattr(kind, "_conv_forward", None)):
             return f"{type(self.module).__name__} has a forward of its own, and what it computes is not known"
         if self.module.groups != 1:
-            return f"it is a grouped convolution (groups={self.module.groups}) and no direction spans its input channels"
+            return f"it is a grouped convolution ({self.module.groups} groups), whose inputs no one direction spans"
         return super().refusal()
 
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
