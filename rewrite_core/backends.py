@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .errors import RewriteCoreError
+
 OPS = ("second_moment", "spd_solve", "fit_low_rank")
 ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
 ENVIRONMENT_VARIABLE = "REWRITE_CORE_BACKEND"
@@ -68,7 +70,7 @@ def _load(target: str) -> Any:
 def backends_of(op: str) -> tuple[Backend, ...]:
     """The op's backends in the order "auto" tries them."""
     if op not in OPS:
-        raise ValueError(f"there is no op {op!r}: the ops are {', '.join(OPS)}.")
+        raise RewriteCoreError(f"there is no op {op!r}: the ops are {', '.join(OPS)}.")
     records = importlib.import_module(f"rewrite_core.ops.{op}").BACKENDS
     return tuple(sorted(records, key=lambda record: ORDER.index(record.name)))
 
@@ -83,7 +85,7 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
         asked, source = os.environ[ENVIRONMENT_VARIABLE], f"the environment variable {ENVIRONMENT_VARIABLE}="
     if asked != "auto" and asked not in ORDER:
-        raise ValueError(f"{source}{asked!r} is no backend: use auto, {', '.join(ORDER)}.")
+        raise RewriteCoreError(f"{source}{asked!r} is no backend: use auto, {', '.join(ORDER)}.")
     reasons = []
     for record in backends_of(op):
         if asked not in ("auto", record.name):

@@ -10,13 +10,17 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .errors import RewriteCoreError, UnknownLayerError
 from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation
+from .latents import for_generator
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -35,6 +39,18 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, flag in flags:
             part.training = flag
+
+
+class _Reads(TorchDispatchMode):
+    """Notes, in ``ids``, every tensor that an operation takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return operation(*args, **(kwargs or {}))
 
 
 def _call(generator: nn.Module, latents: Tensor) -> Tensor:
@@ -92,12 +108,11 @@ class BoundLayer:
         """A weight [O, I, kh, kw] in the layout the generator stores."""
         return self._layer.native(weight)
 
-    def _to_device(self, latents: Tensor) -> Tensor:
-        weight = self.parameter
-        return latents.to(device=weight.device, dtype=weight.dtype if latents.is_floating_point() else None)
-
     def capture(self, latents: Tensor) -> Capture:
-        """Run the generator up to the layer: the key map and what else the value depends on."""
+        """Run the generator up to the layer: the key map and what else the value depends on.
+
+        Of a layer that runs more than once in a forward pass this is the first run, as nothing after it is reached.
+        """
         caught: list[Capture] = []
 
         def stop(module, args, kwargs):
@@ -107,7 +122,7 @@ class BoundLayer:
         handle = self._layer.site.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), _evaluating(self.generator):
-                self._forward(self.generator, self._to_device(latents))
+                self._forward(self.generator, for_generator(latents, self.generator))
         except _Stop:
             return caught[0]
         finally:
@@ -131,7 +146,8 @@ class BoundLayer:
 
     def value(self, capture: Capture, weight: Tensor | None = None) -> Tensor:
         """The value of a capture under `weight` [O, I, kh, kw] (default: the current one), differentiable."""
-        return self._layer.value(capture, self.weight if weight is None else weight)
+        weight = self.weight if weight is None else weight
+        return self._layer.value(capture, weight.to(capture.key.dtype))  # under autocast, not the weight's own
 
     def post_operation(self, capture: Capture) -> PostOperation | None:
         """What the layer does per channel after its linear operator; None where unknown."""
@@ -145,39 +161,54 @@ class BoundLayer:
         """Images of latents; with `value`, the images that follow from that value at this layer."""
         handle = None
         if value is not None:
+            runs = 0
 
             def swap(module, args, output):
-                return self._layer.replace_value(output, value.to(self.parameter.dtype))
+                nonlocal runs
+                runs += 1
+                if runs > 1:
+                    raise RewriteCoreError(
+                        f"{self.name!r} runs more than once in a forward pass, so it has no one value to replace; "
+                        "choose a layer that list_layers names."
+                    )
+                return self._layer.replace_value(output, value)
 
             handle = self._layer.site.register_forward_hook(swap)
         try:
             with torch.no_grad(), _evaluating(self.generator):
-                return self._forward(self.generator, self._to_device(latents))
+                return self._forward(self.generator, for_generator(latents, self.generator))
         finally:
             if handle is not None:
                 handle.remove()
 
     def fingerprint(self, latents: Tensor) -> str:
-        """A fingerprint of every weight that the key depends on: those of all modules that start before
-        the layer does. An edit of this layer, or of a later one, leaves it as it is."""
-        started: list[tuple[str, nn.Module]] = []
-        handles = []
-        for name, module in self.generator.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(lambda module, args, name=name: started.append((name, module)))
-            )
+        """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
+        operation before the layer takes, and the parameters, buffers and float attributes (slopes, scales, a
+        truncation) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
+        is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen."""
+        started: set[nn.Module] = set()
+        modules = dict(self.generator.named_modules())
+        handles = [
+            module.register_forward_pre_hook(lambda module, args: started.add(module))
+            for module in modules.values()
+            if module is not self._layer.site  # whose call ends the pass
+        ]
         try:
-            self.capture(latents[:1])
+            # Custom kernels take tensors unseen, and modules lend theirs to others: neither alone would do.
+            with _Reads() as reads:
+                self.capture(latents[:1])
         finally:
             for handle in handles:
                 handle.remove()
         digest = hashlib.blake2b(digest_size=16)
-        for name, module in sorted({name: module for name, module in started}.items()):
-            whole = module is self._layer.site  # its own submodules have not started yet
-            tensors = dict(module.named_parameters(recurse=whole)) | dict(module.named_buffers(recurse=whole))
-            for key in sorted(tensors):
-                if tensors[key] is not self.parameter:
-                    _hash_tensor(digest, f"{name}.{key}", tensors[key])
+        for name, module in sorted(modules.items()):
+            tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            for key, tensor in sorted(tensors.items()):
+                if module in started or id(tensor) in reads.ids:
+                    _hash_tensor(digest, f"{name}.{key}", tensor)
+            if module in started:
+                settings = [(key, float(value)) for key, value in vars(module).items() if isinstance(value, float)]
+                digest.update(f"{name}|{sorted(settings)}|".encode())
         return digest.hexdigest()
 
 
@@ -187,7 +218,7 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
         for family in FAMILIES:
             layer = family.recognise(generator, path)
             if layer is not None:
-                if layer.refusal(generator, layer.path) is None:
+                if layer.refusal() is None:
                     found.setdefault(layer.path, layer)
                 break
     return found
@@ -196,10 +227,14 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
 def bind(generator: nn.Module, name: str, forward: Forward | None = None, family: str | None = None) -> BoundLayer:
     """Bind one layer of `generator` for rewriting. Nothing in the generator is changed.
 
+    Keys and values are those of the layer's first run in a forward pass; an edit of a layer that runs more than
+    once changes the other runs as well, which is why :func:`list_layers` leaves such layers out.
+
     Args:
         generator: any torch module that makes images from latents.
         name: dotted path of the layer, as in ``generator.named_modules()``.
         forward: ``forward(generator, latents) -> images`` where ``generator(latents)`` is not the right call.
+            Latents arrive on the device and in the precision of the generator's first weight.
         family: insist on one family by name instead of recognising it.
 
     Raises:
@@ -207,23 +242,25 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     """
     if not isinstance(generator, nn.Module):
         raise RewriteCoreError(f"bind needs a torch.nn.Module, not {type(generator).__name__}.")
-    names = dict(generator.named_modules())
-    if name in names:
-        for kind in FAMILIES:
-            if family is not None and family not in (kind.name, *(sub.name for sub in kind.__subclasses__())):
-                continue
-            layer = kind.recognise(generator, name)
-            if layer is None or (family is not None and layer.name != family):
-                continue
-            reason = layer.refusal(generator, layer.path)
-            if reason:
-                raise UnknownLayerError(f"Layer {name!r} cannot be edited: {reason}.")
-            return BoundLayer(generator, layer, forward)
-        problem = f"Layer {name!r} is a {type(names[name]).__name__}, not a convolution this library can bind"
-        if family is not None:
-            problem += f" as family {family!r}"
-    else:
+    known = sorted({member.name for kind in FAMILIES for member in (kind, *kind.__subclasses__())})
+    if family is not None and family not in known:
+        raise RewriteCoreError(f"There is no family {family!r}; choose from {known}, or leave it out.")
+    try:
+        module = generator.get_submodule(name)  # by any of its names, where a module has several
+    except AttributeError:
         problem = f"The generator has no layer {name!r}"
+    else:
+        layers = [layer for kind in FAMILIES if (layer := kind.recognise(generator, name)) is not None]
+        for layer in layers:
+            if family is None or layer.name == family:
+                reason = layer.refusal()
+                if reason:
+                    raise UnknownLayerError(f"Layer {name!r} cannot be edited: {reason}.")
+                return BoundLayer(generator, layer, forward)
+        if layers:
+            found = " or ".join(dict.fromkeys(repr(layer.name) for layer in layers))
+            raise UnknownLayerError(f"Layer {name!r} is of family {found}, not {family!r}; leave the family out.")
+        problem = f"Layer {name!r} is a {type(module).__name__}, not a convolution this library can bind"
     bindable = list(_bindable(generator))
     if not bindable:
         raise UnknownLayerError(f"{problem}; it has no bindable convolution at all.")
@@ -249,39 +286,48 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     """Every layer that can be bound, in the order the generator runs them.
 
     `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there:
-    "closed_form" (for L2; "lm" for L1), "lm", or "adam" where what follows the layer is unknown.
+    "closed_form" (for L2; "lm" for L1), "lm", or "adam" where what follows the layer is unknown. A layer that runs
+    more than once in a forward pass is left out, with a warning.
     """
-    layers = _bindable(generator)
+    layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
     captures: dict[str, Capture] = {}
+    runs = dict.fromkeys(layers, 0)
     handles = []
     for path, layer in layers.items():
 
         def catch(module, args, kwargs, path=path, layer=layer):
-            captures.setdefault(path, layer.capture(args, kwargs))
+            runs[path] += 1
+            if runs[path] == 1:
+                captures[path] = layer._layer.capture(args, kwargs)
 
-        handles.append(layer.site.register_forward_pre_hook(catch, with_kwargs=True))
+        handles.append(layer._layer.site.register_forward_pre_hook(catch, with_kwargs=True))
     try:
         with torch.no_grad(), _evaluating(generator):
-            weight = next(generator.parameters())
-            (forward or _call)(generator, latents[:1].to(weight.device, weight.dtype))
+            (forward or _call)(generator, for_generator(latents, generator)[:1])
     finally:
         for handle in handles:
             handle.remove()
     infos = []
     for path, capture in captures.items():
         layer = layers[path]
-        weight = layer.canonical(layer.weight.detach())
+        if runs[path] > 1:
+            warnings.warn(
+                f"Layer {path!r} is left out: it runs {runs[path]} times in a forward pass, and an edit of its weight "
+                "changes them all.",
+                stacklevel=2,
+            )
+            continue
         with torch.no_grad():
-            value = layer.value(capture, weight)
+            value = layer.value(capture)
             after = layer.post_operation(capture)
         exact = after is not None and after.style is None and after.slope == 1.0
         infos.append(
             LayerInfo(
                 name=path,
-                family=layer.name,
-                in_channels=weight.shape[1],
-                out_channels=weight.shape[0],
-                kernel_size=tuple(weight.shape[2:]),
+                family=layer.family,
+                in_channels=layer.in_channels,
+                out_channels=layer.out_channels,
+                kernel_size=tuple(layer.kernel_size),
                 key_size=tuple(capture.key.shape[2:]),
                 value_size=tuple(value.shape[2:]),
                 solver="adam" if after is None else "closed_form" if exact else "lm",

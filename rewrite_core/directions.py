@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -22,15 +23,17 @@ class UnitQuantiles:
     """
 
     def __init__(self, channels: int, capacity: int = 8192):
-        self._rows = torch.empty(0, channels)
+        self._rows = torch.empty(0, channels, dtype=torch.float32, device="cpu")
         self._capacity = capacity
         self._stride = 1
         self._seen = 0
-        self.maximum = torch.full((channels,), -torch.inf)
+        self.maximum = torch.full((channels,), -torch.inf, dtype=torch.float32, device="cpu")
 
     def update(self, features: Tensor) -> None:
-        """Add keys [N, C, H, W]."""
+        """Add keys [N, C, H, W]. Raises NonFiniteError, and adds nothing, on NaN or infinity."""
         rows = features.detach().movedim(1, -1).reshape(-1, features.shape[1]).float().cpu()
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError("The features hold NaN or infinity; leave those images out.")
         self.maximum = torch.maximum(self.maximum, rows.amax(0))
         first = -self._seen % self._stride
         self._seen += len(rows)
@@ -132,8 +135,13 @@ def context_directions(
     """
     if method not in METHODS:
         raise RewriteCoreError(f"There is no direction method {method!r}; choose from {list(METHODS)}.")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= moment.channels:
+    try:
+        whole = 0 if isinstance(rank, bool) else operator.index(rank)  # numpy's whole numbers too
+    except TypeError:
+        whole = 0
+    if not 1 <= whole <= moment.channels:
         raise RankError(f"The rank must be a whole number from 1 to the {moment.channels} channels, not {rank!r}.")
+    rank = whole
     if method == "mean" and rank != 1:
         raise RankError(f"Method 'mean' has one direction; use rank=1, not {rank}.")
     if method == "units":
@@ -156,6 +164,8 @@ def context_directions(
     adjusted = moment.solve(weighted)
     if method == "mean":
         direction = adjusted.mean(0)
+        if direction.norm() <= 1e-10 * adjusted.norm():
+            raise RankError("The context keys cancel out and have no mean direction; use method='whitened'.")
         return (direction / direction.norm())[None]
     return _orthonormal_rows(_top_right_vectors(adjusted, rank), adjusted.mean(0))
 

@@ -50,7 +50,7 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
                 f"{name} holds no plain state dict: entry {key!r} is {_describe(value)}, "
                 "so save model.state_dict() alone."
             )
-        state[key] = torch.as_tensor(value)
+        state[key] = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     return state
 
 
@@ -105,6 +105,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_npz(path: str | os.PathLike) -> bool:
+    """Whether the file at `path` begins as an .npz (a zip) does, whatever it is called."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def save_record(path: str | os.PathLike, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Write one of the library's own safetensors files (a second moment, a rewrite), all or nothing.
 
@@ -135,6 +141,9 @@ def load_record(path: str | os.PathLike, kind: str, version: int) -> tuple[dict[
             "upgrade rewrite_core or make the file again."
         )
     try:
-        return tensors, json.loads(header["metadata"])
+        metadata = json.loads(header["metadata"])
     except (KeyError, json.JSONDecodeError) as error:
         raise FileFormatError(f"{path} has unreadable metadata ({error}).") from error
+    if not isinstance(metadata, dict):
+        raise FileFormatError(f"{path} has metadata that is no JSON object but {_describe(metadata)}.")
+    return tensors, metadata

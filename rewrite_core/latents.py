@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import RewriteCoreError
+
+
+def check_latents(latents: Tensor) -> None:
+    """Raises TypeError for anything but a tensor."""
+    if not isinstance(latents, Tensor):
+        raise TypeError(
+            f"latents must be a torch tensor [N, ...], not {type(latents).__name__}: use torch.as_tensor, or "
+            "torch.stack for several tensors."
+        )
+
+
+def for_generator(latents: Tensor, generator: nn.Module) -> Tensor:
+    """The latents on the device and, where they are no integers, in the precision of the generator's first weight."""
+    check_latents(latents)
+    first = next((weight for weight in generator.parameters() if weight.is_floating_point()), None)
+    if first is None:
+        return latents
+    return latents.to(device=first.device, dtype=first.dtype if latents.is_floating_point() else None)
 
 
 def sample_latents(channels: int, count: int, seed: int = 1) -> Tensor:

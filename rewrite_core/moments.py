@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,19 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
-from .binding import BoundLayer, _hash_tensor
+from .binding import BoundLayer, tensor_fingerprint
 from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
-from .files import load_record, save_record
+from .files import is_npz, load_record, save_record
+from .latents import check_latents
 from .ops.spd_solve import SPDFactor, spd_factor
 
 _VERSION = 1
-
-
-def latents_fingerprint(latents: Tensor) -> str:
-    """A fingerprint of a set of latents, stored with what is collected from them."""
-    digest = hashlib.blake2b(digest_size=16)
-    _hash_tensor(digest, "", latents)
-    return digest.hexdigest()
 
 
 class SecondMoment:
@@ -39,7 +33,7 @@ class SecondMoment:
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
         if channels < 1:
             raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
-        self._sum = torch.zeros(channels, channels, dtype=torch.float64)
+        self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
         self.layer = layer
         self.fingerprint = fingerprint
@@ -56,7 +50,7 @@ class SecondMoment:
     def update(self, features: Tensor) -> None:
         """Add keys: [N, C, H, W] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
-        Raises NonFiniteError (and leaves the moment as it was) on NaN or infinity.
+        Raises NonFiniteError (and leaves the moment as it was) on NaN, infinity or values too large to square.
         """
         if features.ndim not in (2, 4) or features.shape[1] != self.channels:
             raise RewriteCoreError(
@@ -64,10 +58,17 @@ class SecondMoment:
                 f"not {list(features.shape)}."
             )
         part = ops.second_moment(features.detach())
-        # the diagonal holds every channel's sum of squares: finite exactly when the features are
+        # the diagonal holds every channel's sum of squares: finite exactly when they are
         if not torch.isfinite(part.diagonal()).all():
-            raise NonFiniteError("The features hold NaN or infinity; the second moment was not changed.")
-        self._sum += part.to(self._sum.device)
+            if torch.isfinite(features).all():
+                largest = features.abs().max().item()
+                raise NonFiniteError(
+                    f"The features are as large as {largest:.0e} and their squares overflow {features.dtype}; "
+                    "scale them down or pass them as float64."
+                )
+            raise NonFiniteError("The features hold NaN or infinity; leave those images out.")
+        # not in place: a sum that was made under torch.inference_mode cannot be written outside
+        self._sum = self._sum + part.to(self._sum.device)
         self.count += features.numel() // self.channels
         self._factor = None
 
@@ -109,22 +110,34 @@ class SecondMoment:
             if self.fingerprint != layer.fingerprint(latents):
                 raise MismatchError(
                     f"The second moment was collected with other weights before {layer.name!r} (another model, "
-                    "or an edit to an earlier layer); collect it again."
+                    "another truncation, or an edit to an earlier layer); collect it again."
                 )
 
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model."""
+        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
+        warns where both were collected from the same latents, whose keys then count twice."""
         for name in ("channels", "layer", "fingerprint"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs and None not in (mine, theirs):
                 raise MismatchError(f"These second moments differ in {name} ({mine!r}, {theirs!r}) and do not add up.")
-        self._sum += other._sum.to(self._sum.device)
+        sets, more = self._latent_sets(), other._latent_sets()
+        if {part.get("fingerprint") for part in sets} & {part.get("fingerprint") for part in more} - {None}:
+            warnings.warn(
+                "These second moments were collected from the same latents, whose keys now count twice; "
+                "merge moments of different latents.",
+                stacklevel=2,
+            )
+        self._sum = self._sum + other._sum.to(self._sum.device)
         self.count += other.count
         self.layer = self.layer or other.layer
         self.fingerprint = self.fingerprint or other.fingerprint
-        self.latents = {"merged": [self.latents, other.latents]}
+        self.latents = {"merged": sets + more}
         self._factor = None
         return self
+
+    def _latent_sets(self) -> list[dict]:
+        """What is known of each set of latents that the keys came from."""
+        return self.latents.get("merged", [self.latents] if self.count else [])
 
     def all_reduce(self, group=None) -> SecondMoment:
         """Sum over the processes of a ``torch.distributed`` group, in place; returns self."""
@@ -158,7 +171,7 @@ class SecondMoment:
 
     @classmethod
     def load(cls, path: str | os.PathLike, layer: BoundLayer | None = None) -> SecondMoment:
-        """Read a saved second moment, or the reference implementation's ``r2m.npz``.
+        """Read a saved second moment, or the reference implementation's ``r2m.npz`` (told apart by their content).
 
         With `layer`, its name and channels are checked at once; the weights are checked when it is used.
         Raises FileFormatError on a truncated or foreign file.
@@ -175,32 +188,43 @@ class SecondMoment:
 
     @classmethod
     def _load(cls, path: str | os.PathLike) -> tuple[SecondMoment, dict]:
-        if Path(path).suffix == ".npz":
-            return cls._load_npz(Path(path)), {}
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        if is_npz(path):
+            return cls._load_npz(path), {}
         tensors, metadata = load_record(path, "second_moment", _VERSION)
         total = tensors.get("sum")
         count = metadata.get("count")
-        if total is None or total.ndim != 2 or total.shape[0] != total.shape[1] or total.dtype != torch.float64:
-            raise FileFormatError(f"{os.fspath(path)} holds no float64 [C, C] tensor 'sum'.")
-        if not isinstance(count, int) or count < 0 or not torch.isfinite(total).all():
-            raise FileFormatError(f"{os.fspath(path)} holds no finite sum with its count.")
-        moment = cls(len(total), metadata.get("layer"), metadata.get("fingerprint"))
-        moment._sum, moment.count, moment.latents = total, count, metadata.get("latents") or {}
-        return moment, metadata.get("progress") or {}
+        if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
+            raise FileFormatError(f"{path} holds no float64 [C, C] tensor 'sum'.")
+        if type(count) is not int or count < 0 or not torch.isfinite(total).all():
+            raise FileFormatError(f"{path} holds no finite sum with its count.")
+        layer, fingerprint = metadata.get("layer"), metadata.get("fingerprint")
+        latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
+        if not (
+            all(isinstance(text, str | None) for text in (layer, fingerprint))
+            and all(isinstance(record, dict) for record in (latents, progress))
+            and sorted((name, type(value)) for name, value in progress.items())
+            in ([], [("batch_size", int), ("done", int)])
+        ):
+            raise FileFormatError(f"{path} has metadata of the wrong types.")
+        moment = cls(len(total), layer, fingerprint)
+        moment._sum, moment.count, moment.latents = total, count, latents
+        return moment, progress
 
     @classmethod
     def _load_npz(cls, path: Path) -> SecondMoment:
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                total, count = arrays["mom2"], int(arrays["count"])
+                # same_kind: no numbers made of strings or complex numbers
+                total, count = arrays["mom2"].astype(np.float64, casting="same_kind"), int(arrays["count"])
         except Exception as error:  # numpy raises anything from BadZipFile to KeyError here
             raise FileFormatError(f"{path} is not the reference's r2m.npz ({type(error).__name__}: {error}).") from error
-        if total.ndim != 2 or total.shape[0] != total.shape[1] or count < 1 or not np.isfinite(total).all():
+        if total.ndim != 2 or not 0 < len(total) == total.shape[1] or count < 1 or not np.isfinite(total).all():
             raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
         moment = cls(len(total))
-        moment._sum, moment.count = torch.from_numpy(total).to(torch.float64), count
+        moment._sum, moment.count = torch.from_numpy(total), count
         return moment
 
 
@@ -208,7 +232,8 @@ def _stream(
     layer: BoundLayer, latents: Tensor, batch_size: int, start: int, progress: bool, label: str,
     consume: Callable[[Tensor, int], None],
 ) -> None:  # fmt: skip
-    """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`."""
+    """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`, which must raise
+    NonFiniteError on NaN or infinity; the batch is then named."""
     with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
         for first in range(start, len(latents), batch_size):
             batch = latents[first : first + batch_size]
@@ -216,8 +241,8 @@ def _stream(
                 consume(layer.keys(batch), first + len(batch))
             except NonFiniteError as error:
                 raise NonFiniteError(
-                    f"The keys of {layer.name!r} hold NaN or infinity in batch {first // batch_size} "
-                    f"(latents {first} to {first + len(batch) - 1}); leave those latents out."
+                    f"Keys of {layer.name!r}, batch {first // batch_size} "
+                    f"(latents {first} to {first + len(batch) - 1}): {error}"
                 ) from error
             bar.update(len(batch))
 
@@ -243,10 +268,11 @@ def collect_second_moment(
         NonFiniteError: NaN or infinity in the keys; names the batch.
         MismatchError: the checkpoint belongs to another layer, model, batch size or set of latents.
     """
+    check_latents(latents)
     if len(latents) == 0 or batch_size < 1:
         raise RewriteCoreError("Collecting a second moment needs at least one latent and a batch size of at least 1.")
     moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
-    moment.latents = {"count": len(latents), "seed": latent_seed, "fingerprint": latents_fingerprint(latents)}
+    moment.latents = {"count": len(latents), "seed": latent_seed, "fingerprint": tensor_fingerprint(latents)}
     start = 0
     if checkpoint is not None and Path(checkpoint).exists():
         saved, position = SecondMoment._load(checkpoint)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .binding import BoundLayer
 from .directions import query_key
 from .editing import Selection
-from .errors import RewriteCoreError
+from .errors import NonFiniteError, RewriteCoreError
+from .latents import check_latents
 from .moments import SecondMoment, _stream
+
+_LEVEL_POSITIONS = 4_000_000  # that the level is estimated from; all of them where there are no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,8 @@ class SearchResult:
 
     indices: int64 [k], rows of the latents. scores: float [k], the highest match in each image.
     heatmaps: float [k, h, w], the match C^-1 k* . k at every position of the key map.
-    level: the 99.9 % quantile of the match over all images: where the reference's interface draws its outline.
+    level: the 99.9 % quantile of the match over all images, or over a random sample of 4 million positions where
+        there are more: where the reference's interface draws its outline.
     """
 
     indices: Tensor
@@ -45,30 +50,39 @@ def search(
         top: how many matches to return, at most ``len(latents)``.
 
     Raises:
-        SelectionError, MaskError, MismatchError, NonFiniteError.
+        NonFiniteError: NaN or infinity in the key or in an image's; names the batch.
+        SelectionError, MaskError, MismatchError: as their names say.
     """
-    if top < 1:
-        raise RewriteCoreError(f"top must be at least 1, not {top}.")
+    check_latents(latents)
+    if top < 1 or len(latents) == 0:
+        raise RewriteCoreError(f"A search needs a top of at least 1 and some latents, not {top} of {len(latents)}.")
     moment.check(layer, latents)
     key = selection if isinstance(selection, Tensor) else query_key(layer, moment, selection, latents)
     if key.shape != (layer.in_channels,):
         raise RewriteCoreError(f"A key to search for has shape [{layer.in_channels}], not {list(key.shape)}.")
+    if not torch.isfinite(key).all():
+        raise NonFiniteError("The key to search for holds NaN or infinity.")
     top = min(top, len(latents))
-    scores, indices, heatmaps = torch.empty(0), torch.empty(0, dtype=torch.long), None
+    scores = torch.empty(0, dtype=torch.float32, device="cpu")
+    indices = torch.empty(0, dtype=torch.long, device="cpu")
+    heatmaps: Tensor | None = None
     sample = []
+    random = torch.Generator(device="cpu").manual_seed(0)
 
     def consume(keys: Tensor, done: int) -> None:
         nonlocal scores, indices, heatmaps
         heat = torch.einsum("nihw,i->nhw", keys.float(), key.to(keys.device).float()).cpu()
-        sample.append(heat.flatten()[:: max(1, heat.numel() // 4096)])
-        rows = torch.arange(done - len(heat), done)
+        if not torch.isfinite(heat).all():
+            raise NonFiniteError("The match is NaN or infinite; leave those images out.")
+        values, share = heat.flatten(), len(heat) * _LEVEL_POSITIONS // len(latents)
+        if share < len(values):  # at random: a stride would meet the same columns of every map
+            values = values[torch.randint(len(values), (max(1, share),), generator=random, device="cpu")]
+        sample.append(values)
+        rows = torch.arange(done - len(heat), done, device="cpu")
         heatmaps = heat if heatmaps is None else torch.cat([heatmaps, heat])
         scores, indices = torch.cat([scores, heat.amax((1, 2))]), torch.cat([indices, rows])
         keep = scores.argsort(descending=True, stable=True)[:top]
         scores, indices, heatmaps = scores[keep], indices[keep], heatmaps[keep]
 
     _stream(layer, latents, batch_size, 0, progress, f"search {layer.name}", consume)
-    # torch.quantile takes 16 million values at most
-    values = torch.cat(sample)
-    values = values[:: 1 + len(values) // 10_000_000]
-    return SearchResult(indices, scores, heatmaps, values.quantile(0.999).item())
+    return SearchResult(indices, scores, heatmaps, float(np.quantile(torch.cat(sample).numpy(), 0.999)))

@@ -9,6 +9,8 @@ import torch
 
 from rewrite_core import backends
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
+from rewrite_core.cli import main
+from rewrite_core.errors import RewriteCoreError
 
 FEATURES = torch.ones(2, 3)
 
@@ -69,9 +71,9 @@ def test_records_are_frozen():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'fast'.*cuda, triton, cpp, reference"):
+    with pytest.raises(RewriteCoreError, match="'fast'.*cuda, triton, cpp, reference"):
         select("second_moment", "fast", FEATURES)
-    with pytest.raises(ValueError, match="no op 'first_moment'"):
+    with pytest.raises(RewriteCoreError, match="no op 'first_moment'"):
         select("first_moment", "auto", FEATURES)
 
 
@@ -127,6 +129,12 @@ def test_environment_variable_replaces_auto_and_nothing_else(monkeypatch):
     with pytest.raises(BackendUnavailable, match="environment variable REWRITE_CORE_BACKEND="):
         select("second_moment", "auto", FEATURES)
     assert {choice.backend for choice in explain().choices} == {"none"}, "explain explains, it does not raise"
+
+
+def test_an_unknown_backend_is_one_sentence_on_the_command_line(monkeypatch, capsys):
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "quickest")
+    assert main(["info"]) == 2
+    assert "REWRITE_CORE_BACKEND='quickest' is no backend: use auto" in capsys.readouterr().err
 
 
 def test_public_ops_honour_the_choice(monkeypatch):

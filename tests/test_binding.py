@@ -1,10 +1,13 @@
 import copy
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import rewrite_core as rc
 from rewrite_core.families import ProgGAN, StyleGAN2
@@ -217,8 +220,14 @@ def test_what_cannot_be_edited_says_why():
         rc.bind(nn.Sequential(nn.Linear(4, 4)), "0")
     with pytest.raises(rc.RewriteCoreError, match="torch.nn.Module"):
         rc.bind("generator", "0")
-    with pytest.raises(rc.UnknownLayerError, match="family"):
+    with pytest.raises(rc.UnknownLayerError, match="is of family 'conv_transpose', not 'stylegan2'; leave the family out"):
         rc.bind(make("dcgan"), "1", family="stylegan2")
+    with pytest.raises(rc.UnknownLayerError, match="is of family 'proggan' or 'conv', not 'stylegan2'"):
+        rc.bind(make("proggan"), "layer3.conv", family="stylegan2")
+    with pytest.raises(rc.RewriteCoreError, match=r"no family 'foo'; choose from \['conv', 'conv_transpose', 'proggan', 's"):
+        rc.bind(make("dcgan"), "1", family="foo")
+    with pytest.raises(rc.UnknownLayerError, match="run it once"):
+        rc.bind(nn.Sequential(nn.LazyConv2d(4, 1)), "0")
 
 
 def test_a_layer_that_never_runs():
@@ -242,3 +251,259 @@ def test_latents_are_the_reference_rows():
     assert torch.equal(rc.sample_latents(64, 10), rc.sample_latents(64, 200)[:10])
     with pytest.raises(rc.RewriteCoreError):
         rc.sample_latents(0, 5)
+    with pytest.raises(TypeError, match="torch.as_tensor"):
+        rc.bind(make("proggan"), "layer5.conv").keys(rows)
+    with pytest.raises(TypeError, match="torch.stack"):
+        rc.bind(make("proggan"), "layer5.conv").render(list(latents(2)))
+    with pytest.raises(TypeError, match="not list"):
+        rc.list_layers(make("proggan"), [[0.0] * 12])
+
+
+# --- weights that are not used as stored, and classes of other people -------------------------------------
+
+
+@pytest.mark.parametrize("kind, name", [("stylegan2", "convs.1"), ("proggan", "layer5"), ("dcgan", "4")])
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_a_computed_weight_is_refused(kind, name, wrap):
+    generator = make(kind)
+    module = rc.bind(generator, name).module
+    count = len(rc.list_layers(generator, latents()))
+    wrap(module)
+    with pytest.raises(rc.UnknownLayerError, match="parametrization"):
+        rc.bind(generator, name)
+    assert len(rc.list_layers(generator, latents())) == count - 1
+
+
+class Conv2d(nn.Module):  # as ADM and EDM name theirs
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / 10, padding=1)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 0.1
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / weight.std(), bias)
+
+
+class Small(nn.Conv2d):
+    """Nothing but another start."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        nn.init.normal_(self.weight, std=0.1)
+
+
+def maps(count=3):
+    return torch.randn(count, 5, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_other_peoples_convolutions():
+    def chain(second):
+        return nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), second)
+
+    assert [info.name for info in rc.list_layers(chain(Conv2d()), maps())] == ["0"]
+    with pytest.raises(rc.UnknownLayerError, match="did you mean '0'"):
+        rc.bind(chain(Conv2d()), "1")
+    patched = nn.Conv2d(8, 6, 3, padding=1)
+    patched.forward = lambda x: 0 * x
+    for conv in (Scaled(8, 6, 3, padding=1), Standardized(8, 6, 3, padding=1), patched):
+        with pytest.raises(rc.UnknownLayerError, match="forward of its own"):
+            rc.bind(chain(conv), "1")
+        assert [info.name for info in rc.list_layers(chain(conv), maps())] == ["0"]
+    generator = chain(Small(8, 6, 3, padding=1))
+    assert torch.equal(rc.bind(generator, "1").values(maps()), generator(maps()))
+
+
+def test_a_convolution_beside_a_wscale():
+    def block(conv):
+        return nn.Sequential(OrderedDict(conv=conv, wscale=nn.Identity()))
+
+    transposed = nn.Sequential(OrderedDict(block=block(nn.ConvTranspose2d(5, 8, 4, 2, 1))))
+    layer = rc.bind(transposed, "block.conv")
+    assert (layer.family, layer.in_channels, layer.out_channels) == ("conv_transpose", 5, 8)
+    assert torch.allclose(layer.values(maps()), transposed(maps()), atol=1e-6)
+    own = nn.Sequential(OrderedDict(first=nn.Conv2d(5, 8, 1), block=block(Conv2d())))
+    assert [info.name for info in rc.list_layers(own, maps())] == ["first"]
+    root = block(nn.Conv2d(5, 8, 3, padding=1))
+    assert [info.name for info in rc.list_layers(root, maps())] == ["conv"]
+    assert rc.bind(root, "conv").name == rc.bind(root, "").name == "conv"
+    assert rc.bind(make("stylegan2").conv1, "").name == "conv"
+
+
+def test_a_layer_of_two_names():
+    generator = nn.Sequential(OrderedDict(a=nn.Conv2d(5, 5, 1), b=nn.Identity()))
+    generator.b = generator.a
+    assert rc.bind(generator, "b").name == "b" and rc.bind(generator, "b").module is rc.bind(generator, "a").module
+
+
+# --- latents -------------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(5, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1).bfloat16()
+
+    def forward(self, x):
+        return self.b(self.a(x).bfloat16())
+
+
+class Classes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(10, 5), nn.Conv2d(5, 8, 3, padding=1)
+
+    def forward(self, index):
+        return self.conv(self.embed(index)[:, :, None, None].expand(-1, -1, 6, 6))
+
+
+def test_latents_are_as_the_first_weight_wants_them():
+    generator = Mixed()
+    layer = rc.bind(generator, "b")
+    assert layer.keys(maps()).dtype == torch.bfloat16
+    assert relative(layer.values(maps().double()).float(), generator(maps()).float()) < 0.02
+    assert torch.equal(layer.render(maps()), generator(maps()))
+    assert [info.name for info in rc.list_layers(generator, maps().double())] == ["a", "b"]
+    assert [info.name for info in rc.list_layers(Classes(), torch.arange(3))] == ["conv"]
+    assert rc.bind(Classes(), "conv").keys(torch.arange(3)).shape == (3, 5, 6, 6)
+    assert rc.list_layers(nn.Identity(), maps()) == []
+
+
+@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.0.conv"), ("dcgan", "4")])
+def test_values_where_forward_uses_autocast(kind, name):
+    generator = make(kind).eval()
+
+    def forward(generator, z):
+        with torch.autocast("cpu", torch.bfloat16):
+            return generator(z)
+
+    layer = rc.bind(generator, name, forward)
+    values = layer.values(latents(3))
+    assert relative(values.float(), rc.bind(generator, name).values(latents(3))) < 0.05
+    assert layer.render(latents(3), values).shape == generator(latents(3)).shape
+    assert name in [info.name for info in rc.list_layers(generator, latents(3), forward)]
+
+
+# --- layers that run more than once --------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 3, 1)
+
+    def forward(self, x):
+        return self.out(self.conv(torch.relu(self.conv(x))))
+
+
+def test_a_layer_that_runs_twice():
+    generator = Twice()
+    layer = rc.bind(generator, "conv")
+    assert torch.equal(layer.keys(maps()), maps()), "documented: of the first run"
+    with pytest.warns(UserWarning, match="'conv' is left out: it runs 2 times"):
+        assert [info.name for info in rc.list_layers(generator, maps())] == ["out"]
+    with pytest.raises(rc.RewriteCoreError, match="runs more than once"):
+        layer.render(maps(), layer.values(maps()))
+    assert not generator.conv._forward_hooks and not generator.conv._forward_pre_hooks
+
+
+# --- the fingerprint -----------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Everything before `conv` is used in another way, and everything after it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.ParameterList([nn.Parameter(torch.ones(5, 1, 1)), nn.Parameter(torch.ones(6, 1, 1))])
+        self.named = nn.ParameterDict({"first": nn.Parameter(torch.ones(5, 1, 1)), "last": nn.Parameter(torch.ones(1))})
+        self.noises = nn.Module()  # with no forward of its own
+        self.noises.register_buffer("first", torch.zeros(6, 6))
+        self.noises.register_buffer("last", torch.zeros(6, 6))
+        self.lent, self.own = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)  # never calls its out_proj
+        self.slope = nn.LeakyReLU(0.2)
+        self.conv, self.last = nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
+        self.start = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = (x + self.start + self.noises.first) * self.gains[0] * self.named["first"]
+        rows = F.linear(self.own(x.flatten(2).mT), 2 * self.lent.weight)
+        rows = self.slope(rows + self.attention(rows, rows, rows)[0])
+        x = self.conv(rows.mT.reshape(x.shape))
+        return self.last((x + self.noises.last) * self.gains[1] * self.named["last"])
+
+
+BEFORE = ["gains.0", "named.first", "noises.first", "lent.weight", "own.weight", "own.bias", "start",
+          "attention.in_proj_weight", "attention.out_proj.weight"]  # fmt: skip
+AFTER = ["gains.1", "named.last", "noises.last", "conv.weight", "last.weight"]
+
+
+@pytest.mark.parametrize("name", BEFORE + AFTER)
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_fingerprint_is_of_all_that_the_key_depends_on(name, inference):
+    generator = Everything().eval()
+    layer = rc.bind(generator, "conv")
+    with torch.inference_mode(inference):
+        before, keys = layer.fingerprint(maps()), layer.keys(maps())
+        assert layer.fingerprint(maps()) == before
+        state = dict(generator.named_parameters()) | dict(generator.named_buffers())
+        with torch.no_grad():
+            state[name] += torch.linspace(0, 1, state[name].shape[-1]) + 1
+        assert torch.equal(layer.keys(maps()), keys) == (name in AFTER), "the test itself"
+        assert (layer.fingerprint(maps()) == before) == (name in AFTER)
+
+
+def test_the_fingerprint_sees_settings():
+    generator = Everything().eval()
+    layer = rc.bind(generator, "conv")
+    before = layer.fingerprint(maps())
+    generator.slope.negative_slope = 0.3
+    assert layer.fingerprint(maps()) != before
+
+
+def test_the_fingerprint_of_stylegan2():
+    generator = make("stylegan2").eval()
+    generator.latent_avg = generator.style(latents()).mean(0).detach()
+    layer = rc.bind(generator, "convs.1")
+    before = layer.fingerprint(latents())
+    generator.noises.noise_4.normal_()
+    generator.convs[1].noise.weight.data.add_(1)  # follows the convolution, as do the bias and its own weight
+    generator.convs[1].activate.bias.data.add_(1)
+    generator.convs[1].conv.weight.data.add_(1)
+    generator.convs[2].conv.modulation.weight.data.add_(1)
+    assert layer.fingerprint(latents()) == before
+    for change in (
+        lambda: generator.noises.noise_1.normal_(),
+        lambda: generator.convs[1].conv.modulation.bias.data.add_(1),
+        lambda: generator.input.input.data.add_(1),
+        lambda: setattr(generator, "truncation", 0.5),
+        lambda: generator.latent_avg.add_(1),
+    ):
+        keys, before = layer.keys(latents()), layer.fingerprint(latents())
+        change()
+        assert not torch.equal(layer.keys(latents()), keys), "the test itself"
+        assert layer.fingerprint(latents()) != before
+    silent = rc.bind(generator, "convs.1", forward=lambda g, z: g(z, noise="none"))
+    before = silent.fingerprint(latents())
+    generator.noises.noise_1.normal_()
+    assert silent.fingerprint(latents()) == before
+
+
+def test_the_fingerprint_with_a_tied_weight():
+    generator = nn.Sequential(OrderedDict(a=nn.Conv2d(5, 5, 3, padding=1), relu=nn.ReLU(), b=nn.Conv2d(5, 5, 3, padding=1)))
+    generator.b.weight = generator.a.weight
+    first, second = rc.bind(generator, "a"), rc.bind(generator, "b")
+    before = first.fingerprint(maps()), second.fingerprint(maps())
+    with torch.no_grad():
+        generator.a.weight.mul_(3)
+    assert first.fingerprint(maps()) == before[0], "its key is the input"
+    assert second.fingerprint(maps()) != before[1]

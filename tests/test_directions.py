@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +153,9 @@ def test_dead_channels_stay_finite():
         ({"rank": 65}, rc.RankError, "64 channels"),
         ({"rank": 0}, rc.RankError, "from 1"),
         ({"rank": 1.0}, rc.RankError, "whole number"),
+        ({"rank": True}, rc.RankError, "whole number"),
+        ({"rank": np.int64(65)}, rc.RankError, "64 channels"),
+        ({"keys": torch.eye(64)[:1] * torch.tensor([[1.0], [-1.0]]), "method": "mean"}, rc.RankError, "cancel out"),
         ({"rank": 2, "method": "mean"}, rc.RankError, "one direction"),
         ({"method": "pca"}, rc.RewriteCoreError, "choose from"),
         ({"weights": torch.ones(3)}, rc.RewriteCoreError, "one each"),
@@ -167,3 +171,31 @@ def test_bad_input(moment, arguments, error, words):
     keys = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     with pytest.raises(error, match=words):
         rc.context_directions(moment, **({"keys": keys} | arguments))
+
+
+def test_the_rank_may_be_a_numpy_number(moment, context):
+    assert torch.equal(rc.context_directions(moment, *context, rank=np.int64(3)), rc.context_directions(moment, *context, rank=3))
+
+
+def test_nan_in_the_population_is_refused(layer, latents):
+    bad = latents.clone()
+    bad[37] = torch.nan
+    with pytest.raises(rc.NonFiniteError, match="batch 3 .*30 to 39"):
+        rc.collect_unit_quantiles(layer, bad, batch_size=10)
+    quantiles = rc.UnitQuantiles(2)
+    with pytest.raises(rc.NonFiniteError, match="NaN or infinity"):
+        quantiles.update(torch.full((1, 2, 3, 3), torch.inf))
+    assert (quantiles._seen, len(quantiles._rows)) == (0, 0)
+
+
+def test_another_default_device(moment, layer, edit, latents):
+    rows = rc.context_keys(layer, edit.keys, latents)
+
+    def directions():
+        quantiles = rc.collect_unit_quantiles(layer, latents[:20])
+        return [rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in rc.directions.METHODS]
+
+    plain = directions()
+    with torch.device("meta"):
+        found = directions()
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
+from rewrite_core.files import save_record
 
 
 def relative(a, b):
@@ -100,6 +102,70 @@ def test_merge_refuses_other_layers(generator, moment, latents):
         other.merge(moment)
 
 
+def test_merging_many_shards(tmp_path, generator, latents):
+    layer = rc.bind(generator, "layer2.conv")
+    shards = [rc.collect_second_moment(layer, part, progress=False) for part in latents[:4].split(2)]
+    total = rc.SecondMoment(64)
+    for number in range(1500):
+        shard = rc.SecondMoment(64)
+        shard.update(torch.ones(1, 64))
+        shard.latents = {"seed": number}
+        total.merge(shard)
+    for shard in shards:
+        total.merge(shard)
+    total.save(tmp_path / "moment.safetensors")
+    loaded = rc.SecondMoment.load(tmp_path / "moment.safetensors")
+    assert loaded.count == 1500 + sum(shard.count for shard in shards)
+    assert [part["seed"] for part in loaded.latents["merged"]] == [*range(1500), None, None]
+    assert loaded.latents["merged"][-1] == shards[1].latents
+
+
+def test_merging_the_same_latents_twice_warns(generator, latents):
+    layer = rc.bind(generator, "layer2.conv")
+    shards = [rc.collect_second_moment(layer, part, progress=False) for part in latents[:6].split(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        total = rc.SecondMoment(64).merge(shards[0]).merge(shards[1])
+    with pytest.warns(UserWarning, match="count twice"):
+        total.merge(shards[1])
+    with pytest.warns(UserWarning, match="count twice"):
+        shards[2].merge(shards[2])
+
+
+def test_inference_mode_inside_and_outside(layer, latents, moment):
+    with torch.inference_mode():
+        total = rc.collect_second_moment(layer, latents[:100], batch_size=10, progress=False)
+        total.solve(torch.ones(64))
+    with pytest.warns(UserWarning, match="rank-deficient"):
+        dead = rc.SecondMoment(3)
+        with torch.inference_mode():
+            dead.update(torch.ones(2, 3))
+            dead.solve(torch.ones(3))
+    assert dead.solve(torch.ones(3)).isfinite().all()
+    assert total.solve(torch.ones(64)).isfinite().all()
+    for batch in latents[100:150].split(10):
+        total.update(layer.keys(batch))
+    with torch.inference_mode():
+        other = rc.collect_second_moment(layer, latents[150:], batch_size=10, progress=False)
+    total.merge(other)
+    assert torch.equal(total.matrix(), moment.matrix()) or relative(total.matrix(), moment.matrix()) < 1e-12
+    assert total.count == moment.count
+
+
+def test_another_default_device(layer, latents):
+    plain = rc.collect_second_moment(layer, latents[:20], progress=False)
+    with torch.device("meta"):
+        found = rc.collect_second_moment(layer, latents[:20], progress=False)
+        found.check(layer, latents)
+    assert torch.equal(found.matrix(), plain.matrix())
+
+
+@pytest.mark.parametrize("kind", [list, iter, torch.Tensor.numpy])
+def test_latents_that_are_no_tensor(layer, latents, kind):
+    with pytest.raises(TypeError, match="use torch.as_tensor, or torch.stack"):
+        rc.collect_second_moment(layer, kind(latents), progress=False)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nonfinite_features_are_refused_and_change_nothing(value):
     moment = rc.SecondMoment(3)
@@ -117,6 +183,14 @@ def test_nan_activations_name_the_batch(generator, latents):
     bad[37] = torch.nan
     with pytest.raises(rc.NonFiniteError, match="batch 3 .*30 to 39"):
         rc.collect_second_moment(rc.bind(generator, "layer5.conv"), bad, batch_size=10, progress=False)
+
+
+@pytest.mark.parametrize("features", [torch.full((2, 3), 1e20), torch.full((2, 3), 1e200, dtype=torch.float64)])
+def test_features_too_large_to_square_say_so(features):
+    moment = rc.SecondMoment(3)
+    with pytest.raises(rc.NonFiniteError, match=r"as large as 1e\+20+ and their squares overflow") as caught:
+        moment.update(features)
+    assert "NaN" not in str(caught.value) and moment.count == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 4), (5,), (2, 3, 4), (3, 4)])
@@ -146,8 +220,39 @@ def test_truncated_and_foreign_files(tmp_path, moment):
     np.savez(tmp_path / "foreign.npz", a=np.ones(3))
     with pytest.raises(rc.FileFormatError, match="r2m"):
         rc.SecondMoment.load(tmp_path / "foreign.npz")
+    for wrong in ({"mom2": np.array([["a", "b"], ["c", "d"]])}, {"mom2": 1j * np.eye(2)}, {"mom2": np.zeros((0, 0))},
+                  {"mom2": np.eye(2), "count": np.array([3, 4])}, {"mom2": np.eye(2), "count": 0}):  # fmt: skip
+        np.savez(tmp_path / "foreign.npz", **({"count": 3} | wrong))
+        with pytest.raises(rc.FileFormatError, match="foreign.npz"):
+            rc.SecondMoment.load(tmp_path / "foreign.npz")
     with pytest.raises(FileNotFoundError):
         rc.SecondMoment.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("metadata, words", [
+    (["count"], "no JSON object but a list"), ({"count": True}, "no finite sum with its count"),
+    ({"count": 3, "layer": 5}, "wrong types"), ({"count": 3, "latents": ["a"]}, "wrong types"),
+    ({"count": 3, "progress": ["a"]}, "wrong types"), ({"count": 3, "progress": {"done": 3}}, "wrong types"),
+    ({"count": 3, "progress": {"done": "3", "batch_size": 3}}, "wrong types"),
+])  # fmt: skip
+def test_files_with_impossible_metadata(tmp_path, metadata, words):
+    path = tmp_path / "moment.safetensors"
+    save_record(path, "second_moment", 1, {"sum": torch.eye(3).double()}, metadata)
+    with pytest.raises(rc.FileFormatError, match=words):
+        rc.SecondMoment.load(path)
+    save_record(path, "second_moment", 1, {"sum": torch.zeros(0, 0).double()}, {"count": 3})
+    with pytest.raises(rc.FileFormatError, match="no float64"):
+        rc.SecondMoment.load(path)
+
+
+def test_files_are_told_apart_by_content(tmp_path, layer, moment, latents):
+    moment.save(tmp_path / "moment.npz")
+    assert torch.equal(rc.SecondMoment.load(tmp_path / "moment.npz", layer).matrix(), moment.matrix())
+    (tmp_path / "r2m").write_bytes((DATA / "kitchen_second_moment.npz").read_bytes())
+    assert rc.SecondMoment.load(tmp_path / "r2m").count == 256000
+    whole = rc.collect_second_moment(layer, latents[:8], checkpoint=tmp_path / "checkpoint.npz", progress=False)
+    again = rc.collect_second_moment(layer, latents[:8], checkpoint=tmp_path / "checkpoint.npz", progress=False)
+    assert torch.equal(again.matrix(), whole.matrix())
 
 
 def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):

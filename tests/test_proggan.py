@@ -156,3 +156,9 @@ def test_other_bad_files(tmp_path):
     (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="text.pt cannot be read as a checkpoint"):
         load_proggan(tmp_path / "text.pt")
+
+
+def test_another_default_device(tiny):
+    with torch.device("meta"):
+        loaded = load_proggan({key: value.numpy() for key, value in tiny.items()})
+    assert all(torch.equal(value, tiny[key]) for key, value in loaded.state_dict().items())

@@ -1,5 +1,9 @@
+import sys
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import rewrite_core as rc
 
@@ -23,9 +27,59 @@ def test_search_takes_a_direction_and_any_top(layer, moment, edit, latents):
 def test_bad_input(generator, layer, moment, edit, latents):
     with pytest.raises(rc.RewriteCoreError, match="top"):
         rc.search(layer, moment, edit.copy, latents, top=0)
+    with pytest.raises(rc.RewriteCoreError, match="latents"):
+        rc.search(layer, moment, torch.ones(64), latents[:0])
+    with pytest.raises(TypeError, match="torch.as_tensor"):
+        rc.search(layer, moment, edit.copy, latents.numpy())
     with pytest.raises(rc.RewriteCoreError, match="64"):
         rc.search(layer, moment, torch.ones(63), latents)
     with pytest.raises(rc.SelectionError, match="out of range"):
         rc.search(layer, moment, rc.Selection(200, edit.copy.mask), latents)
     with pytest.raises(rc.MismatchError):
         rc.search(rc.bind(generator, "layer4.conv"), moment, edit.copy, latents)
+
+
+class Stripes(nn.Module):
+    """Latents [N, 4] -> key maps [N, 4, 64, 64] whose first channel is large in one column only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 3, 1)
+
+    def forward(self, z):
+        maps = 0.01 * torch.sin(z.sum(1)[:, None, None, None] * torch.arange(4 * 64 * 64.0).reshape(4, 64, 64))
+        maps[:, 0, :, 5] = 100 * torch.sin(z[:, :1] * torch.arange(64.0)).abs()
+        return self.conv(maps)
+
+
+@pytest.mark.parametrize("batch_size", [16, 7])
+@pytest.mark.parametrize("positions", [4_000_000, 100_000])
+def test_the_level_does_not_depend_on_where_matches_lie(monkeypatch, batch_size, positions):
+    search_module = sys.modules["rewrite_core.search"]  # the name is the function
+    monkeypatch.setattr(search_module, "_LEVEL_POSITIONS", positions)
+    layer = rc.bind(Stripes(), "conv")
+    z = rc.sample_latents(4, 160)
+    moment = rc.SecondMoment(4)
+    key = torch.tensor([1.0, 0, 0, 0])
+    found = rc.search(layer, moment, key, z, top=160, batch_size=batch_size)
+    wanted = np.quantile(found.heatmaps.numpy(), 0.999)
+    assert wanted > 50
+    assert found.level == pytest.approx(wanted, rel=1e-6 if positions > found.heatmaps.numel() else 0.05)
+    again = rc.search(layer, moment, key, z, batch_size=batch_size)
+    assert again.level == found.level
+
+
+def test_nan_is_refused_not_ranked_first(layer, moment, edit, latents):
+    bad = latents.clone()
+    bad[37] = torch.nan
+    with pytest.raises(rc.NonFiniteError, match="batch 3 .*30 to 39"):
+        rc.search(layer, moment, edit.context[0], bad, batch_size=10)
+    with pytest.raises(rc.NonFiniteError, match="key to search for"):
+        rc.search(layer, moment, torch.full((64,), torch.nan), latents)
+
+
+def test_another_default_device(layer, moment, edit, latents):
+    plain = rc.search(layer, moment, edit.context[0], latents[:40], top=3)
+    with torch.device("meta"):
+        found = rc.search(layer, moment, edit.context[0], latents[:40], top=3)
+    assert found.indices.tolist() == plain.indices.tolist() and found.level == plain.level

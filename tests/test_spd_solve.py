@@ -289,3 +289,15 @@ def test_info_names_the_first_bad_pivot():
     matrix[2, 0, 0] = math.nan
     for isa in ("portable", ""):
         assert ops._cpp_factor(matrix, isa)[1].tolist() == [0, 101, 1]
+
+
+@backends
+def test_another_default_device(backend):
+    matrix, b = second_moment(7), right_sides(7, 2)
+    plain = spd_factor(matrix, backend)
+    x, condition = plain.solve(b), plain.condition
+    with torch.device("meta"):
+        factor = spd_factor(matrix, backend)
+        assert torch.equal(factor.solve(b), x) and torch.equal(factor.condition, condition)
+        with pytest.warns(DiagonalShiftWarning):
+            assert spd_factor(torch.ones_like(matrix), backend).solve(b).isfinite().all()

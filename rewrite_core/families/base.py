@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,15 @@ class LayerFamily(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
-        """The layer at `path` if it is of this family, else None. By class name and attributes, not
-        isinstance: unpickled generators bring their own copy of their classes."""
+        """The layer at `path` if it is of this family, else None. Generators' own classes are known by their
+        attributes, not by isinstance: unpickled generators bring their own copy of them."""
 
-    @classmethod
-    def refusal(cls, generator: nn.Module, path: str) -> str | None:
-        """Why the layer at `path`, though of this family, cannot be edited; None where it can."""
+    def refusal(self) -> str | None:
+        """Why this layer, though of this family, cannot be edited; None where it can."""
+        if not isinstance(self.weight, nn.Parameter):
+            return "its weight is computed by a hook or a parametrization, not used as stored"
+        if is_lazy(self.weight):
+            return "its weight has no shape before the generator's first run; run it once"
         return None
 
     @property
@@ -98,6 +102,6 @@ class LayerFamily(abc.ABC):
         top, left, bottom, right = key_box
         return Capture(capture.key[:, :, top:bottom, left:right], dict(capture.extra))
 
-    def replace_value(self, output: Any, value: Tensor) -> Any:
+    def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
         """The output of the intercepted call with its value replaced (to render an edited feature map)."""
-        return value
+        return value.to(output)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from .base import Capture, LayerFamily, PostOperation
 
-_CLASSES = ("Conv2d", "ConvTranspose2d")
-
 
 class ConvLayer(LayerFamily):
     """``nn.Conv2d``: weight [O, I, kh, kw]."""
@@ -24,19 +22,19 @@ class ConvLayer(LayerFamily):
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        kinds = {base.__name__ for base in type(module).__mro__}
-        if "ConvTranspose2d" in kinds:
+        if isinstance(module, nn.ConvTranspose2d):
             return TransposedConvLayer(path, module)
-        return ConvLayer(path, module) if "Conv2d" in kinds else None
+        return ConvLayer(path, module) if isinstance(module, nn.Conv2d) else None
 
-    @classmethod
-    def refusal(cls, generator: nn.Module, path: str) -> str | None:
-        module = generator.get_submodule(path)
-        if module.groups != 1:
-            return f"it is a grouped convolution (groups={module.groups}) and no direction spans its input channels"
-        if type(module).__name__ not in _CLASSES or not isinstance(module.weight, nn.Parameter):
-            return "its weight is computed by a hook, a parametrization or a subclass, not used as stored"
-        return None
+    def refusal(self) -> str | None:
+        kind = nn.ConvTranspose2d if isinstance(self.module, nn.ConvTranspose2d) else nn.Conv2d
+        # a subclass's methods, and a forward that was put on this one module
+        methods = getattr(self.module.forward, "__func__", None), getattr(type(self.module), "_conv_forward", None)
+        if methods != (kind.forward, getattr(kind, "_conv_forward", None)):
+            return f"{type(self.module).__name__} has a forward of its own, and what it computes is not known"
+        if self.module.groups != 1:
+            return f"it is a grouped convolution ({self.module.groups} groups), whose inputs no one direction spans"
+        return super().refusal()
 
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         return Capture(args[0] if args else kwargs["input"])

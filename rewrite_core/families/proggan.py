@@ -164,9 +164,9 @@ class ProgGANLayer(ConvLayer):
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
         if hasattr(module, "wscale") and hasattr(module, "conv"):
-            path = f"{path}.conv"
+            path, module = f"{path}.conv".lstrip("."), module.conv
         else:
             parent = generator.get_submodule(path.rpartition(".")[0])
             if not hasattr(parent, "wscale") or getattr(parent, "conv", None) is not module:
                 return None
-        return cls(path, generator.get_submodule(path))
+        return cls(path, module) if isinstance(module, nn.Conv2d) else None

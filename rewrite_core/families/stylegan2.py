@@ -251,7 +251,7 @@ class StyleGAN2(nn.Module):
         self.style_dim = style_dim
         self.n_mlp = n_mlp
         self.channels = {s: channels[s] for s in sizes}
-        self.truncation = truncation
+        self.truncation = float(truncation)
         self.register_buffer("latent_avg", None, persistent=False)
 
         mlp = [EqualLinear(style_dim, style_dim, lr_mul=0.01, activate=True) for _ in range(n_mlp)]
@@ -382,7 +382,7 @@ class StyleGAN2Layer(LayerFamily):
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
         if cls._is_modulated(getattr(module, "conv", None)):
-            return cls(f"{path}.conv", module.conv, module if hasattr(module, "activate") else None)
+            return cls(f"{path}.conv".lstrip("."), module.conv, module if hasattr(module, "activate") else None)
         if not cls._is_modulated(module):
             return None
         parent = generator.get_submodule(path.rpartition(".")[0])

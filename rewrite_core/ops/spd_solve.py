@@ -72,7 +72,7 @@ class SPDFactor:
                 break
             x = torch.zeros_like(x)
             x[j] = 1
-        ramp = torch.linspace(1, 2, n).to(x)
+        ramp = torch.linspace(1, 2, n, dtype=x.dtype, device=x.device)
         ramp[1::2] *= -1  # a second guess that cancellation cannot hide from (Higham 1988)
         largest = torch.maximum(largest, 2 * self.solve(ramp).abs().sum() / (3 * n))
         return largest * self.matrix.abs().sum(0).max()
@@ -232,7 +232,7 @@ _reference = Cholesky(torch.linalg.cholesky_ex, lambda lower, rhs: torch.cholesk
 
 def _cpp_factor(matrix: Tensor, isa: str = "") -> tuple[Tensor, Tensor]:
     lower = matrix.clone(memory_format=torch.contiguous_format)
-    info = torch.empty(len(matrix), dtype=torch.int64)
+    info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
     extension().cholesky(
         lower.data_ptr(), len(matrix), matrix.shape[-1], info.data_ptr(), torch.get_num_threads(), isa
     )
