@@ -301,3 +301,27 @@ def test_another_default_device(backend):
         assert torch.equal(factor.solve(b), x) and torch.equal(factor.condition, condition)
         with pytest.warns(DiagonalShiftWarning):
             assert spd_factor(torch.ones_like(matrix), backend).solve(b).isfinite().all()
+
+
+@pytest.mark.parametrize("n", [16, 128, 512])
+def test_float32_sums_need_not_be_symmetric_to_the_last_bit(n):
+    """BLAS may sum the two triangles in different orders; float32 rounding of either is no reason to refuse."""
+    generator = torch.Generator().manual_seed(n)
+    rows = 3 + torch.randn(4 * n, n, generator=generator)
+    exact = rows.T @ rows
+    uneven = exact * (1 + 1.2e-7 * torch.randn(n, n, generator=generator).clamp(-2, 2))
+    assert not torch.equal(uneven, uneven.T)
+    factor = ops.spd_factor(uneven)
+    assert torch.equal(factor.matrix, factor.matrix.T)
+    with pytest.raises(RewriteCoreError, match="not symmetric"):
+        ops.spd_factor(uneven.double() + 1e-3 * exact.double().amax() * torch.eye(n).roll(1, 0).double())
+
+
+def test_asymmetry_in_a_pattern_is_seen():
+    ramp = torch.tensor([[0.0, 2, -1], [-2, 0, 0.5], [1, -0.5, 0]], dtype=torch.float64)
+    skew = torch.zeros(3, 3, dtype=torch.float64)
+    skew[0, 1], skew[1, 2], skew[2, 0] = 2, 1, 1.5  # skew - skew.T times (1, 1.5, 2) vanishes
+    skew = skew - skew.T
+    for part in (ramp, skew):
+        with pytest.raises(RewriteCoreError, match="not symmetric"):
+            ops.spd_factor(5 * torch.eye(3, dtype=torch.float64) + part)
