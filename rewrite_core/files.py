@@ -80,15 +80,35 @@ def _describe(value: Any) -> str:
     return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
 
 
+def writable_path(path: str | os.PathLike) -> Path:
+    """The file that writing to `path` would make or replace, symbolic links followed.
+
+    Raises OSError where that cannot be: no such folder, a folder that may not be written to, or something there
+    that is no regular file. Nothing is touched, so it can be asked before long work.
+    """
+    given = os.fspath(path)
+    if not given:
+        raise FileNotFoundError("The name of the file to write is empty; give one.")
+    path = Path(os.path.realpath(given))
+    if path.is_dir() or given.endswith(os.sep):
+        raise IsADirectoryError(f"{given} is a folder; name a file in it.")
+    if os.path.lexists(path) and not path.is_file():
+        raise FileExistsError(f"{given} is a device, a pipe or a broken link, not a file to replace; name another.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {path.parent} may not be written to; choose another for {path.name}.")
+    return path
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`.
 
-    A crash or an exception never leaves half a file, nor harms the one that was there.
+    A crash or an exception never leaves half a file, nor harms the one that was there. A symbolic link stays, and
+    the file it points to is replaced. Raises what :func:`writable_path` does.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; make it first.")
+    path = writable_path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)
