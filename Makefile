@@ -24,7 +24,7 @@ $(VENV)/.torch:
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml CMakeLists.txt $(SOURCES)
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '.[test]'
 	touch $@
 

@@ -58,7 +58,9 @@ setup(
         "rewrite_core.benchmarks",
     ],
     package_dir={"rewrite_core.kernels": "kernels", "rewrite_core.benchmarks": "benchmarks"},
+    py_modules=["rewrite_core_command"],
     package_data={
+        "rewrite_core": ["py.typed"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
         "rewrite_core.demo": ["*.safetensors", "*.json"],
     },

@@ -1,4 +1,4 @@
-"""Pictures: image tensors to Pillow, outlines, heat maps and labelled grids."""
+"""Pictures: what a generator paints, as tensors in 0..1 and in Pillow; outlines, heat maps and labelled grids."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from .editing import Selection
 from .files import atomic_write
@@ -17,11 +18,37 @@ from .files import atomic_write
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
 
+def to_unit(images: Tensor, span: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """A generator's images, which lie in `span`, as float32 pictures in 0..1 on the CPU."""
+    low, high = span
+    return (images.float().cpu() - low) / (high - low)
+
+
+def paint(
+    generator: nn.Module,
+    latents: Tensor,
+    batch_size: int = 50,
+    span: tuple[float, float] = (-1.0, 1.0),
+    progress: bool = False,
+) -> Tensor:
+    """Pictures [N, C, H, W] in 0..1 of latents [N, ...], which are cast to the generator's device and dtype."""
+    weight = next(generator.parameters())
+    pictures = []
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(latents), desc="paint", unit="img", disable=None if progress else True) as bar,
+    ):
+        for batch in latents.split(batch_size):
+            pictures.append(to_unit(generator(batch.to(weight.device, weight.dtype)), span))
+            bar.update(len(batch))
+    return torch.cat(pictures)
+
+
 def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
-    """One picture [3, H, W] in -1..1 (or [1, H, W]) as an RGB image, its longer side scaled to `side` pixels."""
+    """One picture [3, H, W] in 0..1 (or [1, H, W]) as an RGB image, its longer side scaled to `side` pixels."""
     if picture.ndim != 3 or picture.shape[0] not in (1, 3):
         raise ValueError(f"A picture has shape [3, H, W] or [1, H, W], not {list(picture.shape)}.")
-    pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    pixels = picture.detach().float().cpu().clamp(0, 1) * 255
     array = pixels.expand(3, -1, -1).permute(1, 2, 0).round().to(torch.uint8).numpy()
     image = Image.fromarray(array)
     if side is None:
@@ -38,13 +65,13 @@ def _upscale(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def outline(image: Image.Image, mask, colour: tuple[int, int, int] = (255, 60, 40)) -> Image.Image:
     """The image with the border of a mask [h, w] (any resolution) drawn on it."""
-    inside = _upscale(np.asarray(mask, dtype=np.float32), image.size) > 0.5
-    grown = inside.copy()
-    for axis in (0, 1):
-        for step in (1, -1):
-            grown |= np.roll(inside, step, axis)
+    return _outline(image, _upscale(np.asarray(mask, dtype=np.float32), image.size) > 0.5, colour)
+
+
+def _outline(image: Image.Image, inside: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    grown = np.asarray(Image.fromarray(inside.astype(np.uint8)).filter(ImageFilter.MaxFilter(3)))
     pixels = np.asarray(image).copy()
-    pixels[grown & ~inside] = colour
+    pixels[(grown > 0) & ~inside] = colour
     return Image.fromarray(pixels)
 
 
@@ -53,13 +80,15 @@ def selected(picture: Tensor, selection: Selection, side: int) -> Image.Image:
     return outline(to_image(picture, side), selection.mask)
 
 
-def heat(picture: Tensor, heatmap: Tensor, side: int, low: float, high: float) -> Image.Image:
-    """A picture under a heat map [h, w] of scores, `low` transparent and `high` strongest."""
+def heat(picture: Tensor, heatmap: Tensor, side: int, level: float, high: float) -> Image.Image:
+    """A picture under a heat map [h, w] of scores, from 0 (transparent) to `high`, with an outline at `level`."""
     image = to_image(picture, side)
-    strength = np.clip((_upscale(heatmap.float().numpy(), image.size) - low) / max(high - low, 1e-12), 0, 1)
+    scores = _upscale(heatmap.float().numpy(), image.size)
+    strength = np.clip(scores / max(high, 1e-12), 0, 1)
     colours = colormaps["inferno"](strength)[..., :3] * 255
-    share = 0.75 * strength[..., None]
-    return Image.fromarray(((1 - share) * np.asarray(image) + share * colours).astype(np.uint8))
+    share = 0.8 * strength[..., None]
+    blend = Image.fromarray(((1 - share) * np.asarray(image) + share * colours).astype(np.uint8))
+    return _outline(blend, scores > level, (255, 255, 255))
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

@@ -1,8 +1,14 @@
+import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +17,18 @@ from conftest import DATA
 from PIL import Image
 
 import rewrite_core as rc
+from rewrite_core import cli
 from rewrite_core.cli import build_parser, main
-from rewrite_core.demo import load_edit
+from rewrite_core.demo import RULES, load_edit
 
 LAYER = "synthesis.layer4.conv"
 
 
 def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -36,15 +46,34 @@ def user_generator(tmp_path, monkeypatch):
                     torch.nn.Unflatten(1, (6, 1, 1)), torch.nn.ConvTranspose2d(6, 8, 4), torch.nn.ReLU(),
                     torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 3, 4, 2, 1),
                 )
+            def make_maps():
+                return make()[1:]
+            def make_half():
+                return make().bfloat16()
+            def make_unit():
+                return torch.nn.Sequential(*make(), torch.nn.Sigmoid())
             def not_a_module():
                 return 3
+            def empty():
+                return torch.nn.ReLU()
+            def raises():
+                raise KeyError("weights")
+            def quits():
+                raise SystemExit(3)
+            def two(path, size):
+                return make()
+            def keyword(*, path):
+                return make()
+            def fussy():
+                class Fussy(torch.nn.Linear):
+                    def forward(self, latents):
+                        raise ValueError
+                return Fussy(2, 2)
             """
         )
     )
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("mine", None)
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("mine_for_saving", tmp_path / "mine.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +81,9 @@ def user_generator(tmp_path, monkeypatch):
     with torch.no_grad():
         generator[3].weight.add_(0.1)  # not what make() starts from
     torch.save(generator.state_dict(), tmp_path / "weights.pt")
+    path = list(sys.path)  # the command line puts the working folder there
     yield generator.eval()
+    sys.path[:] = path
     sys.modules.pop("mine", None)
 
 
@@ -63,6 +94,13 @@ def square(size=8):
     mask = np.zeros((size, size))
     mask[1:5, 1:5] = 1
     return mask
+
+
+def test_every_option_has_help():
+    [commands] = [action.choices for action in build_parser()._actions if action.dest == "command"]
+    for command, parser in commands.items():
+        for action in parser._actions:
+            assert action.help, f"rewrite {command} {action.option_strings or action.dest}"
 
 
 def test_every_command_has_help(capsys):
@@ -140,7 +178,23 @@ def test_loaders_that_take_a_path(tmp_path, capsys, monkeypatch):
 
 BAD = [
     (["layers", "--generator", "mine"], "module:function"),
-    (["layers", "--generator", "nowhere:make", "--latent-size", "6"], "no module"),
+    (["layers", "--generator", "nowhere:make", "--latent-size", "6"], "no module 'nowhere'"),
+    (["layers", "--generator", "../work/mine.py:make", "--latent-size", "6"], "use mine:make, and run from ../work/"),
+    (["layers", "--generator", "needy:make", "--latent-size", "6"], "install what it needs: ModuleNotFoundError: No module named 'notthere'"),
+    (["layers", "--generator", "zero:make", "--latent-size", "6"], "ZeroDivisionError: division by zero (zero.py, line 1)"),
+    (["layers", "--generator", "typo:make", "--latent-size", "6"], "(typo.py, line 1)"),
+    (["layers", "--generator", "mine:raises", "--latent-size", "6"], "KeyError: 'weights' (mine.py"),
+    (["layers", "--generator", "mine:quits", "--latent-size", "6"], "SystemExit: 3"),
+    (["layers", "--generator", "mine:two", "--latent-size", "6"], "needs path, size"),
+    (["layers", "--generator", "mine:keyword", "--latent-size", "6"], "takes a checkpoint"),
+    (["layers", "--generator", "mine:empty", "--latent-size", "6"], "without parameters"),
+    (["layers", "--generator", "mine:fussy", "--latent-size", "6"], "ValueError (mine.py"),
+    (["layers", "--generator", "mine:make_maps", "--latent-size", "6"], "100x1x1"),
+    (["layers", "--latent-size", "6x"], "512 or 100x1x1"),
+    (["layers", "--range", "1,0"], "the lower first"),
+    (["layers", "--seed", "-1"], "from 0 to 4294967295"),
+    (["layers", "--seed", "4294967296"], "4294967295"),
+    (["render", "--images", "99999999999999", "--out", "g.png"], "Out of memory"),
     (["layers", "--generator", "mine:nothing", "--latent-size", "6"], "no function"),
     (["layers", "--generator", "mine:not_a_module", "--latent-size", "6"], "torch.nn.Module"),
     (["layers", "--generator", "mine:make"], "--latent-size"),
@@ -153,7 +207,28 @@ BAD = [
     (["layers", "--device", "cuda:77"], "cannot be used"),
     (["collect", "--layer", "3x", "--out", "m.safetensors", *MINE], "did you mean"),
     (["collect", "--layer", "3", "--out", "no/folder/m.safetensors", "--count", "4", *MINE], "folder"),
-    (["collect", "--layer", "3", "--out", "m.safetensors", "--count", "0", *MINE], "At least one"),
+    (["collect", "--layer", "3", "--out", "m.safetensors", "--count", "0", *MINE], "1 or more"),
+    (["collect", "--layer", "3", "--out", "", *MINE], "empty"),
+    (["collect", "--layer", "3", "--out", ".", *MINE], "is a folder"),
+    (["collect", "--layer", "3", "--out", "pipe", *MINE], "not a file to replace"),
+    (["collect", "--layer", "3", "--out", "m.safetensors", "--resume", "no/m.safetensors", *MINE], "folder"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--state-dict", "state.pt", *MINE], "end its name in .safetensors"),
+    (["render", "--out", "x.jpg", *MINE], "end its name in .png"),
+    (["demo", "--out", "e.json"], "is a file"),
+    (["demo", "--out", "taken"], "report.json is a folder"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--preserve", "3", *MINE], "--preserve would change nothing"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--whole-map", *MINE], "--whole-map would change nothing"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--erase", "2", "--box", *MINE], "--box would change nothing"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--steps", "20", *MINE], "--steps would change nothing"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "unconstrained", "--rank", "2", *MINE], "--rank would change nothing"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--tight", "--whole-map", *MINE], "not allowed with"),
+    (["edit", "q.json", "--layer", "3", "--out", "r", *MINE], "or use --erase or --zero"),
+    (["edit", "spire", "--layer", "3", "--out", "r", "--seed", "2"], "--seed 1"),
+    (["edit", "spire", "--layer", "3", "--out", "r", *MINE], "spire: No such file"),
+    (["eval", "--rewrite", "r", "--rule", "spire", *MINE], "embedded generator only"),
+    (["bench", "flying"], "no benchmark 'flying'"),
+    (["bench", "--device", "bogus"], "cannot be used"),
+    (["bench", "--device", "meta"], "measure the CPU"),
     (["edit", "none.json", "--layer", "3", "--out", "r", *MINE], "none.json"),
     (["edit", "bad.json", "--layer", "3", "--out", "r", *MINE], "bad.json"),
     (["edit", "e.json", "--layer", "3", "--out", "r", "--count", "1", *MINE], "out of range"),
@@ -168,9 +243,15 @@ BAD = [
 @pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a[:4]) + "..." + w for a, w in BAD])
 def test_bad_input_is_one_sentence_and_a_status(tmp_path, capsys, user_generator, arguments, words):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    rc.Edit(paste=rc.Selection(1, square())).save("q.json")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "needy.py").write_text("import notthere")
+    (tmp_path / "zero.py").write_text("1 / 0")
+    (tmp_path / "typo.py").write_text("def make(:")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(os.listdir(tmp_path))
-    code, out, err = run(capsys, *arguments, *(["--quiet"] if "--quiet" not in arguments else []))
+    code, out, err = run(capsys, *arguments, "--quiet")
     assert code == 2 and words in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     after = [name for name in sorted(os.listdir(tmp_path)) if name != "__pycache__"]
@@ -190,8 +271,146 @@ def test_info_names_the_backends(capsys):
     assert code == 0 and all(word in out for word in ("second_moment", "spd_solve", "fit_low_rank", "cpp"))
 
 
-def test_the_console_script(tmp_path):
+def test_latents_that_are_maps(tmp_path, capsys, user_generator):
+    """[N, 6, 1, 1], as a textbook DCGAN takes them, are the very numbers of [N, 6]."""
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    torch.save(user_generator[1:].state_dict(), "maps.pt")
+    maps = ("--generator", "mine:make_maps", "--checkpoint", "maps.pt", "--latent-size", "6x1x1")
+    for name, generator in (("rows", MINE), ("maps", maps)):
+        for options in (
+            ("collect", "--layer", "3", "--out", f"{name}.safetensors", "--count", 40, "--quiet"),
+            ("edit", "e.json", "--layer", "3", "--out", f"{name}_rule.safetensors", "--count", 40, "--quiet"),
+            ("render", "--out", f"{name}.png"),
+        ):
+            code, _, err = run(capsys, *options, *generator)
+            assert code == 0, err
+    rows, other = (rc.SecondMoment.load(f"{name}.safetensors").matrix() for name in ("rows", "maps"))
+    assert torch.equal(rows, other)
+    title = 34  # the pictures are under it
+    first, second = (np.asarray(Image.open(f"{name}.png"))[title:] for name in ("rows", "maps"))
+    assert np.array_equal(first, second)
+
+
+def test_generators_in_half_precision(tmp_path, capsys, user_generator):
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    half = ("--generator", "mine:make_half", "--checkpoint", "weights.pt", "--latent-size", "6")
+    edit = ("edit", "e.json", "--layer", "3", "--count", 20, "--out", "r.safetensors", "--quiet")
+    for command in (("layers",), edit, ("render", "--rewrite", "r.safetensors", "--out", "g.png")):
+        code, _, err = run(capsys, *command, *half)
+        assert code == 0, err
+
+
+def test_the_range_of_a_generators_images(tmp_path, capsys, user_generator):
+    unit = ("--generator", "mine:make_unit", "--latent-size", "6", "--images", 3)
+    assert run(capsys, "render", "--out", "wrong.png", *unit)[0] == 0
+    assert run(capsys, "render", "--out", "right.png", "--range", "0,1", *unit)[0] == 0
+    wrong, right = (np.asarray(Image.open(name))[40:160, 10:130].mean() for name in ("wrong.png", "right.png"))
+    assert wrong == pytest.approx(127.5 + right / 2, abs=2)
+
+
+def test_the_shipped_edits_by_name_and_the_size_of_a_change(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ("--layer", LAYER, "--rank", 4, "--loss", "l2", "--quiet")
+    code, out, err = run(capsys, "edit", "spire", *common, "--whole-map", "--out", "good.safetensors")
+    assert code == 0 and 0.1 < float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) < 1 and not err
+    code, out, err = run(capsys, "edit", "spire", *common, "--tight", "--out", "bad.safetensors")
+    assert code == 0 and float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) > 2
+    assert "rewrite: warning: The change is" in err and "use --whole-map" in err
+    assert all(line.startswith("rewrite: warning: ") for line in err.splitlines())
+
+
+def test_options_that_were_not_given_are_the_librarys_defaults(tmp_path, capsys, user_generator, monkeypatch):
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    seen = {}
+    for name in ("rewrite", "erase", "zero"):
+        real = getattr(cli, name)
+        monkeypatch.setattr(cli, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1])
+    edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 20, "--quiet", *MINE)
+    assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"alpha": True, "progress": False}
+    assert run(capsys, *edit, "--erase", 3, "--tight")[0] == 0
+    assert seen["erase"] == {"units": 3, "progress": False, "tight": True}
+    assert run(capsys, *edit, "--zero", "--rank", 2)[0] == 0 and seen["zero"] == {"rank": 2}
+    assert run(capsys, *edit, "--whole-map", "--box", "--preserve", 0.5)[0] == 0
+    assert seen["rewrite"] == {"alpha": False, "progress": False, "tight": False, "preserve": 0.5}
+
+
+def test_warnings_are_one_line(tmp_path, capsys, user_generator):
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    code, _, err = run(capsys, "layers", "--generator", "mine:make", "--latent-size", 6)
+    assert code == 0 and err == "rewrite: warning: Without --checkpoint the weights are those that mine:make starts from.\n"
+    assert run(capsys, "collect", "--layer", "3", "--out", "m.safetensors", "--count", 30, *MINE, "--quiet")[2] == ""
+    edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--moment", "m.safetensors", "--zero", *MINE)
+    for same in (("--count", 30), ("--count", 60), ("--count", 20)):  # samples of one seed begin alike
+        assert run(capsys, *edit, *same)[2] == ""
+    for other in (("--seed", 2), ("--latents", "uniform")):
+        code, _, err = run(capsys, *edit, *other)
+        assert code == 0 and err.startswith("rewrite: warning: m.safetensors was collected on other latents"), err
+        assert len(err.splitlines()) == 1
+
+
+def test_advice_names_options(capsys):
+    assert cli._worded("apply those first,\n or pass force=True.") == "apply those first, or pass --force."
+    assert cli._worded("a lower rank, or preserve=0.3.") == "a lower rank, or --preserve 0.3."
+    assert cli._worded("use solver='adam'.") == "use --solver adam."
+    # every phrase that is translated is still said somewhere in the library
+    sources = "".join(file.read_text() for file in Path(rc.__file__).parent.glob("*.py") if file.name != "cli.py")
+    for python, _ in cli._OPTIONS:
+        assert re.search(python, sources), python
+
+
+def test_a_rewrite_of_other_weights_needs_force(tmp_path, capsys, user_generator):
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    assert run(capsys, "edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 9, *MINE, "--quiet")[0] == 0
+    other = ("render", "--rewrite", "r.safetensors", "--out", "g.png", "--generator", "mine:make", "--latent-size", 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, _, err = run(capsys, *other)
+        assert code == 2 and "pass --force" in err
+        assert run(capsys, *other, "--force")[0] == 0
+
+
+def test_benchmarks_without_a_name(tmp_path, capsys, monkeypatch):
+    runner = pytest.importorskip("rewrite_core.benchmarks.runner")
+    asked = []
+    monkeypatch.setattr(runner, "main", lambda *arguments: asked.append(arguments) or 0)
+    assert run(capsys, "bench", "--quick", "--out", tmp_path)[0] == 0
+    assert run(capsys, "bench", "spd-solve", "--out", tmp_path)[0] == 0
+    assert asked == [(["all"], tmp_path, True), (["spd-solve"], tmp_path, False)]
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, user_generator, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "collect_second_moment", interrupt)
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    collect = ("collect", "--layer", "3", "--out", "m.safetensors", *MINE)
+    edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", *MINE)
+    for command, words in (
+        ((*collect, "--resume", "c.safetensors"), "the same command again to go on from c.safetensors"),
+        (collect, "with --resume FILE"),
+        (edit, "rewrite collect --resume FILE"),
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 130 and err.startswith(f"rewrite {command[0]}: interrupted; ") and words in err
+        assert len(err.splitlines()) == 1
+
+
+def test_the_module_runs(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "rewrite_core.cli", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "rewrite_core", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == rc.__version__
+    assert (Path(rc.__file__).parent / "py.typed").exists()
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path):
+    script = "import sys; from rewrite_core_command import main; print('started', flush=True); sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "info"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "rewrite: interrupted.\n"

@@ -12,10 +12,11 @@ from ..binding import bind, list_layers
 from ..errors import RewriteCoreError
 from ..latents import sample_latents
 from ..moments import collect_second_moment
+from ..pictures import paint
 from ..rewriting import rewrite
 from . import chapels, load_edit
 from .generator import ARCHITECTURES, load_chapels
-from .rules import RULES, paint, score
+from .rules import RULES, score
 from .run import EDIT_LATENTS, EDIT_SEED, OPTIONS
 from .world import LATENT_SIZE
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..editing import Edit, Selection
 from ..latents import sample_latents
+from ..pictures import paint
 from . import chapels
-from .rules import RULES, Rule, paint
+from .rules import RULES, Rule
 from .run import EDIT_LATENTS, EDIT_SEED
 from .world import LATENT_SIZE, Scene, region, render, scene_from_latents
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .world import Scene, region, render, scene_from_latents
 
@@ -54,12 +54,6 @@ class Score:
     collateral_unrelated: float
     scenes: int
     scenes_unrelated: int
-
-
-def paint(generator: nn.Module, latents: Tensor, batch_size: int = 50) -> Tensor:
-    """Images of latents [N, 16], in 0..1."""
-    with torch.inference_mode():
-        return torch.cat([generator(batch).float().cpu() / 2 + 0.5 for batch in latents.split(batch_size)])
 
 
 def score(rule: Rule, before: Tensor, after: Tensor, latents: Tensor) -> Score:

@@ -15,13 +15,14 @@ from torch import Tensor
 from .. import pictures
 from ..binding import BoundLayer, bind
 from ..editing import Edit
-from ..files import atomic_write
+from ..files import atomic_write, writable_path
 from ..latents import sample_latents
 from ..moments import SecondMoment, collect_second_moment
+from ..pictures import paint, to_unit
 from ..rewriting import Rewrite, paste_goal, rewrite
 from ..version import __version__
 from . import chapels, load_edit
-from .rules import RULES, Rule, Score, paint, score
+from .rules import RULES, Rule, Score, score
 from .world import LATENT_SIZE, ROOFS, scene_from_latents
 
 EDIT_LATENTS, EDIT_SEED = 1000, 1  # what the edits' selections index, and the moment is collected on
@@ -57,10 +58,10 @@ def _sheet(
     wide = 2 * side + 2
 
     def show(index: int) -> Tensor:
-        return layer.render(latents[index : index + 1])[0]
+        return paint(layer.generator, latents[index : index + 1])[0]
 
     goal = paste_goal(layer, edit, latents, tight=False)
-    preview = layer.render(latents[edit.paste.index][None], goal.value)[0]
+    preview = to_unit(layer.render(latents[edit.paste.index][None], goal.value))[0]
     top = [
         (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),
         (pictures.selected(show(edit.paste.index), edit.paste, wide), f"paste (picture {edit.paste.index})"),
@@ -70,13 +71,14 @@ def _sheet(
     order = torch.argsort(rule.concerns(scene_from_latents(unseen)).int(), descending=True, stable=True)
     states = _state(rule, unseen)
     rows = pictures.before_after(
-        before[order] * 2 - 1, after[order] * 2 - 1, side, [f"{states[i]}: before | after" for i in order.tolist()]
+        before[order], after[order], side, [f"{states[i]}: before | after" for i in order.tolist()]
     )
     notes = [
         f"layer {layer.name}, rank {change.rank}, solver {change.solver}; "
         f"weights changed by Lambda D in {change.seconds['fit'] * 1e3:.0f} ms",
         f"on {result.scenes} unseen scenes that the rule concerns: efficacy {result.efficacy:.1%} "
-        f"(before: {result.efficacy_before:.1%}), collateral {result.collateral:.4f}; "
+        f"(before: {result.efficacy_before:.1%}), completed {result.completed:.0%}, "
+        f"collateral {result.collateral:.4f}; "
         f"on {result.scenes_unrelated} others: change {result.collateral_unrelated:.4f}",
     ]
     return pictures.grid([top, *rows], f"{rule.title}: one edit, then {len(unseen)} unseen pictures", notes)
@@ -103,14 +105,21 @@ def _processor() -> str:
 
 
 def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True) -> dict:
-    """Run the three edits; write ``<edit>.png`` and ``report.json`` into `out`; return the report."""
+    """Run the three edits; write ``<edit>.png`` and ``report.json`` into `out`; return the report.
+
+    Raises OSError before any work where one of those files could not be written.
+    """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder for the pictures and report.json.")
     out.mkdir(parents=True, exist_ok=True)
+    sheets = {name: writable_path(out / f"{name}.png") for name in RULES}
+    report_file = writable_path(out / "report.json")
     start = time.perf_counter()
     generator = chapels().to(device)
     latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
     unseen = sample_latents(LATENT_SIZE, UNSEEN_LATENTS, seed=UNSEEN_SEED)
-    before = paint(generator, unseen)
+    before = paint(generator, unseen, progress=progress)
     moments: dict[str, tuple[BoundLayer, SecondMoment, float]] = {}
     edits: dict[str, dict] = {}
     for rule in RULES.values():
@@ -129,7 +138,7 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
         change.apply()
         seconds["apply"], clock = time.perf_counter() - clock, time.perf_counter()
         try:
-            after = paint(generator, unseen)
+            after = paint(generator, unseen, progress=progress)
         finally:
             change.revert()
         seconds["render"] = time.perf_counter() - clock
@@ -137,7 +146,7 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
         sheet = _sheet(
             rule, layer, edit, change, result, latents, unseen[:SHOWN], before[:SHOWN], after[:SHOWN]
         )
-        pictures.save_png(sheet, out / f"{rule.name}.png")
+        pictures.save_png(sheet, sheets[rule.name])
         edits[rule.name] = {
             "layer": name,
             "rank": rank,
@@ -148,21 +157,21 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
         }
     report = {"edits": edits, "environment": environment(torch.device(device))}
     report["environment"]["seconds_total"] = round(time.perf_counter() - start, 2)
-    with atomic_write(out / "report.json") as partial:
+    with atomic_write(report_file) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
 def table(report: dict) -> str:
     """The report as a table for the terminal."""
-    head = ("edit", "layer", "rank", "efficacy", "before", "collateral", "unrelated", "collect", "rewrite", "render")
+    head = ("edit", "layer", "rank", "efficacy", "before", "completed", "collateral", "unrelated", "collect", "rewrite", "render")
     rows = [head]
     for name, row in report["edits"].items():
         seconds = row["seconds"]
         rows.append(
             (
                 name, row["layer"], str(row["rank"]), f"{row['efficacy']:.1%}", f"{row['efficacy_before']:.1%}",
-                f"{row['collateral']:.4f}", f"{row['collateral_unrelated']:.4f}",
+                f"{row['completed']:.0%}", f"{row['collateral']:.4f}", f"{row['collateral_unrelated']:.4f}",
                 *(f"{seconds[stage]:.2f} s" for stage in ("collect", "rewrite", "render")),
             )
         )  # fmt: skip
