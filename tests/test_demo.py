@@ -120,7 +120,20 @@ def test_the_demo_changes_three_rules(tmp_path):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.size[0] > 1000 and picture.size[1] > 800
     assert {"torch", "device", "threads"} <= set(report["environment"])
-    assert "spire" in table(report)
+    assert report["edits"]["spire"]["completed"] > 0.4 and report["edits"]["watermark"]["completed"] > 0.9
+    head, _, spire, *_ = table(report).splitlines()
+    assert "completed" in head and spire.startswith("spire")
+
+
+@pytest.mark.parametrize("name", ["spire.png", "reflection.png", "report.json"])
+def test_the_demo_finds_out_before_the_work_that_it_cannot_write(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("rewrite_core.demo.run.chapels", None)  # the work would fail
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=name):
+        run_demo(tmp_path, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="name a folder"):
+        run_demo(tmp_path / "file", progress=False)
 
 
 def test_the_rules_hold_in_a_stack():
