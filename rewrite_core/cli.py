@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import pictures
 from .backends import BackendUnavailable, explain
-from .binding import BoundLayer, bind, list_layers
+from .binding import BoundLayer, bind, list_layers, tensor_fingerprint
 from .demo import LATENT_SIZE, RULES, chapels, load_edit
 from .demo.rules import score
 from .demo.run import EDIT_SEED, run_demo, table
@@ -32,7 +32,7 @@ from .editing import Edit, Selection
 from .errors import RewriteCoreError
 from .files import atomic_write, read_state_dict, writable_path
 from .latents import sample_latents
-from .moments import SecondMoment, collect_second_moment, latents_fingerprint
+from .moments import SecondMoment, collect_second_moment
 from .rewriting import erase, load_rewrite, rewrite, zero
 from .search import search
 from .solvers import LOSSES, SOLVERS
@@ -300,7 +300,7 @@ def _moment_for(options: argparse.Namespace, layer: BoundLayer, latents: Tensor)
     seed, count, fingerprint = (moment.latents.get(name) for name in ("seed", "count", "fingerprint"))
     # a longer sample begins with the rows of a shorter one
     comparable = count is not None and count <= len(latents)
-    if seed not in (None, options.seed) or (comparable and fingerprint != latents_fingerprint(latents[:count])):
+    if seed not in (None, options.seed) or (comparable and fingerprint != tensor_fingerprint(latents[:count])):
         warnings.warn(
             f"{options.moment} was collected on other latents (seed {seed}) than these (seed {options.seed}); make "
             "sure that the edit selects from these."

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .editing import Selection
 from .files import atomic_write
+from .latents import for_generator
 
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -31,15 +32,14 @@ def paint(
     span: tuple[float, float] = (-1.0, 1.0),
     progress: bool = False,
 ) -> Tensor:
-    """Pictures [N, C, H, W] in 0..1 of latents [N, ...], which are cast to the generator's device and dtype."""
-    weight = next(generator.parameters())
+    """Pictures [N, C, H, W] in 0..1 of latents [N, ...], on whatever device and in whatever precision it works."""
     pictures = []
     with (
         torch.inference_mode(),
         tqdm(total=len(latents), desc="paint", unit="img", disable=None if progress else True) as bar,
     ):
         for batch in latents.split(batch_size):
-            pictures.append(to_unit(generator(batch.to(weight.device, weight.dtype)), span))
+            pictures.append(to_unit(generator(for_generator(batch, generator)), span))
             bar.update(len(batch))
     return torch.cat(pictures)
 
