@@ -659,7 +659,8 @@ def rewrite(
         loss: "l1" (the reference's) or "l2", the mean over the region.
         method: how directions are found, see :func:`rewrite_core.context_directions`.
         preserve: weight of the paper's L_smooth, the mean squared change that the rewrite makes to the values of
-            ordinary images before the activation; 0 is the reference's objective. For "lm" and "adam".
+            ordinary images before the activation, at the demodulation that the unchanged weight has; 0 is the
+            reference's objective. For "lm" and "adam".
         tight: fit the pasted box, zero-padded at its edge, as the reference does; else the whole map. SolverError
             where the layer cannot be run so: other padding than zeros, or map sizes that are no multiples.
         alpha: composite through the copy's mask; else its bounding box.
