@@ -141,7 +141,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"Device {name!r} cannot be used here; try --device cpu: {_brief(error)}.") from error
+        raise UsageError(f"Device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from error
     return device
 
 
@@ -165,14 +165,14 @@ def _paint(options: argparse.Namespace, generator: nn.Module, latents: Tensor, p
 
 
 def _setup(options: argparse.Namespace, count: int) -> tuple[nn.Module, Tensor]:
-    """The generator and `count` latents, tried out on one of them."""
+    """The generator and `count` latents, tried out on two of them."""
     generator = _load_generator(options)
     latents = _latents(options, count)
     try:
-        images = _paint(options, generator, latents[:1], progress=False)
+        images = _paint(options, generator, latents[:2], progress=False)
     except Exception as error:  # a user's own code raises anything
         raise UsageError(
-            f"{options.generator} fails on latents {list(latents[:1].shape)}; check --latent-size (512, or 100x1x1 "
+            f"{options.generator} fails on latents {list(latents[:2].shape)}; check --latent-size (512, or 100x1x1 "
             f"where latents are maps) and --checkpoint: {_brief(error)}."
         ) from error
     if images.ndim != 4 or images.shape[1] not in (1, 3):

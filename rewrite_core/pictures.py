@@ -39,7 +39,10 @@ def paint(
         tqdm(total=len(latents), desc="paint", unit="img", disable=None if progress else True) as bar,
     ):
         for batch in latents.split(batch_size):
-            pictures.append(to_unit(generator(for_generator(batch, generator)), span))
+            images = generator(for_generator(batch, generator))
+            if not isinstance(images, Tensor):
+                raise TypeError(f"The generator returns a {type(images).__name__} and not images alone; wrap it.")
+            pictures.append(to_unit(images, span))
             bar.update(len(batch))
     return torch.cat(pictures)
 

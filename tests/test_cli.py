@@ -52,6 +52,17 @@ def user_generator(tmp_path, monkeypatch):
                 return make().bfloat16()
             def make_unit():
                 return torch.nn.Sequential(*make(), torch.nn.Sigmoid())
+            def one_at_a_time():
+                class Single(torch.nn.Linear):
+                    def forward(self, latents):
+                        assert len(latents) == 1
+                        return super().forward(latents).reshape(1, 1, 2, 3)
+                return Single(6, 6)
+            def pair():
+                class Pair(torch.nn.Linear):
+                    def forward(self, latents):
+                        return latents, latents
+                return Pair(6, 6)
             def not_a_module():
                 return 3
             def empty():
@@ -190,6 +201,8 @@ BAD = [
     (["layers", "--generator", "mine:empty", "--latent-size", "6"], "without parameters"),
     (["layers", "--generator", "mine:fussy", "--latent-size", "6"], "ValueError (mine.py"),
     (["layers", "--generator", "mine:make_maps", "--latent-size", "6"], "100x1x1"),
+    (["eval", "--rewrite", "r", "--generator", "mine:one_at_a_time", "--latent-size", "6"], "AssertionError (mine.py"),
+    (["layers", "--generator", "mine:pair", "--latent-size", "6"], "returns a tuple and not images alone"),
     (["layers", "--latent-size", "6x"], "512 or 100x1x1"),
     (["layers", "--range", "1,0"], "the lower first"),
     (["layers", "--seed", "-1"], "from 0 to 4294967295"),

@@ -46,3 +46,8 @@ def test_heat_is_strong_where_the_match_is_and_nowhere_else():
     change = np.abs(heated - 128).sum(2)
     assert change[16:24, 16:24].min() > 30 and change[40:, 40:].max() <= 3
     assert (heated == 255).all(2).any(), "the outline at the level"
+
+
+def test_no_progress_bar_where_nobody_watches(capsys):
+    pictures.paint(Doubler(torch.float32), torch.zeros(3, 2), progress=True)
+    assert capsys.readouterr().err == ""
