@@ -234,7 +234,7 @@ def _stream(
 ) -> None:  # fmt: skip
     """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`, which must raise
     NonFiniteError on NaN or infinity; the batch is then named."""
-    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
+    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
         for first in range(start, len(latents), batch_size):
             batch = latents[first : first + batch_size]
             try:
