@@ -4,14 +4,17 @@
 // Not for csrc/*_isa.cpp: standard headers compiled for AVX-512 there could be the copy the linker keeps.
 #pragma once
 
-#include <condition_variable>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace rewrite_core {
 
@@ -72,59 +75,76 @@ class Aligned {
 // A thread must not throw.
 class Team {
  public:
-  int64_t next() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return next_++;
-  }
+  int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
   // This thread's number, from 0; call it once per thread.
-  int64_t join() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return joined_++;
-  }
+  int64_t join() { return joined_.fetch_add(1, std::memory_order_relaxed); }
 
   // Waits until every thread is here, then restarts the task numbers at 0.
   void meet() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t round = round_;
-    if (++waiting_ == size_) {
-      waiting_ = 0;
-      next_ = 0;
-      ++round_;
-      changed_.notify_all();
+    const int64_t round = round_.load(std::memory_order_acquire);
+    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_.load(std::memory_order_relaxed)) {
+      waiting_.store(0, std::memory_order_relaxed);
+      next_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
     } else {
-      changed_.wait(lock, [&] { return round_ != round; });
+      wait([&] { return round_.load(std::memory_order_acquire) != round; });
     }
   }
 
   // Runs work(team) on `threads` threads, the caller among them, or on as many as can be started.
-  // Plain std::thread and no OpenMP: a second OpenMP runtime beside torch's would oversubscribe the cores.
+  // OpenMP's threads, because torch's own are the same ones where it uses the same runtime (libgomp, as its Linux
+  // builds do): they are awake already, and after torch's last operation they spin for milliseconds on the very
+  // cores that other threads would want. Plain threads where the compiler has no OpenMP.
   template <class Work>
   static void run(int threads, Work work) {
     Team team;
-    std::vector<std::thread> others;
-    {
-      std::unique_lock<std::mutex> lock(team.mutex_);  // nobody passes meet() before the size is known
-      try {
-        others.reserve(threads > 1 ? threads - 1 : 0);
-        while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back([&] { work(team); });
-      } catch (const std::system_error&) {  // no more threads to be had: fewer do the same work
-      } catch (const std::bad_alloc&) {
-      }
-      team.size_ = static_cast<int>(others.size()) + 1;
+    if (threads <= 1) {
+      team.size_ = 1;
+      work(team);
+      return;
     }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+      team.size_.store(omp_get_num_threads(), std::memory_order_relaxed);  // all store the same
+      work(team);
+    }
+#else
+    std::vector<std::thread> others;
+    const auto start = [&] {
+      team.wait([&] { return team.size_.load(std::memory_order_acquire) > 0; });
+      work(team);
+    };
+    try {
+      others.reserve(threads - 1);
+      while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(start);
+    } catch (const std::system_error&) {  // no more threads to be had: fewer do the same work
+    } catch (const std::bad_alloc&) {
+    }
+    team.size_.store(static_cast<int>(others.size()) + 1, std::memory_order_release);
     work(team);
     for (std::thread& other : others) other.join();
+#endif
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int64_t next_ = 0;
-  int64_t round_ = 0;
-  int64_t joined_ = 0;
-  int waiting_ = 0;
-  int size_ = 1;
+  template <class Condition>
+  static void wait(Condition reached) {
+    for (int spins = 0; !reached(); ++spins) {
+      if (spins < 1000) {
+        __builtin_ia32_pause();
+      } else {
+        std::this_thread::yield();  // more threads than cores
+      }
+    }
+  }
+
+  std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> round_{0};
+  std::atomic<int64_t> joined_{0};
+  std::atomic<int> waiting_{0};
+  std::atomic<int> size_{0};
 };
 
 }  // namespace rewrite_core

@@ -100,7 +100,7 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   const int64_t group =
       std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
 
-  // A thread costs some 20 us to start: give each at least a million multiply-adds.
+  // A thread costs some microseconds to wake: give each at least a million multiply-adds.
   const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   constexpr int64_t chunk = 4;  // channels per task

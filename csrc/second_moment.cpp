@@ -79,7 +79,7 @@ Status run(const SecondMomentKernels<Real>& kernels, const char* features, DType
     return Status::out_of_memory;
   }
 
-  // A thread costs some 20 us to start: give each at least a million multiply-adds.
+  // A thread costs some microseconds to wake: give each at least a million multiply-adds.
   const double work = 0.5 * static_cast<double>(positions.total) * channels * channels;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
 
