@@ -27,14 +27,17 @@ class SecondMoment:
     """The uncentred second moment of keys with `channels` coordinates, kept as a float64 sum and a count.
 
     ``layer`` and ``fingerprint`` say which layer of which weights the keys came from (None: unknown, and
-    then nothing is checked). ``latents`` is a dict with what is known of the latents.
+    then nothing is checked). ``latents`` is a dict with what is known of the latents, ``skipped`` the number of
+    images (or rows) left out for NaN or infinity.
     """
 
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
         if channels < 1:
             raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
-        self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # or it could not be written in place outside
+            self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
+        self.skipped = 0
         self.layer = layer
         self.fingerprint = fingerprint
         self.latents: dict = {}
@@ -47,18 +50,26 @@ class SecondMoment:
     def __repr__(self) -> str:
         return f"SecondMoment({self.channels} channels, {self.count} keys, layer={self.layer!r})"
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor, skip_nonfinite: bool = False) -> None:
         """Add keys: [N, C, H, W] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
-        Raises NonFiniteError (and leaves the moment as it was) on NaN, infinity or values too large to square.
+        With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
+        Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
+        large to square.
         """
         if features.ndim not in (2, 4) or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, H, W] or [N, {self.channels}], "
                 f"not {list(features.shape)}."
             )
-        part = ops.second_moment(features.detach())
+        features, skipped = features.detach(), 0
+        part = ops.second_moment(features)
         # the diagonal holds every channel's sum of squares: finite exactly when they are
+        if skip_nonfinite and not torch.isfinite(part.diagonal()).all():
+            finite = torch.isfinite(features).flatten(1).all(1)
+            skipped = len(features) - int(finite.sum())
+            features = features[finite]
+            part = ops.second_moment(features)
         if not torch.isfinite(part.diagonal()).all():
             if torch.isfinite(features).all():
                 largest = features.abs().max().item()
@@ -66,10 +77,10 @@ class SecondMoment:
                     f"The features are as large as {largest:.0e} and their squares overflow {features.dtype}; "
                     "scale them down or pass them as float64."
                 )
-            raise NonFiniteError("The features hold NaN or infinity; leave those images out.")
-        # not in place: a sum that was made under torch.inference_mode cannot be written outside
-        self._sum = self._sum + part.to(self._sum.device)
+            raise NonFiniteError("The features hold NaN or infinity; leave those images out with skip_nonfinite=True.")
+        self._sum += part.to(self._sum.device)
         self.count += features.numel() // self.channels
+        self.skipped += skipped
         self._factor = None
 
     def matrix(self) -> Tensor:
@@ -127,8 +138,9 @@ class SecondMoment:
                 "merge moments of different latents.",
                 stacklevel=2,
             )
-        self._sum = self._sum + other._sum.to(self._sum.device)
+        self._sum += other._sum.to(self._sum.device)
         self.count += other.count
+        self.skipped += other.skipped
         self.layer = self.layer or other.layer
         self.fingerprint = self.fingerprint or other.fingerprint
         self.latents = {"merged": sets + more}
@@ -147,11 +159,11 @@ class SecondMoment:
             raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         total = self._sum.to(device, copy=True)
-        count = torch.tensor([self.count], dtype=torch.int64, device=device)
+        counts = torch.tensor([self.count, self.skipped], dtype=torch.int64, device=device)
         dist.all_reduce(total, group=group)
-        dist.all_reduce(count, group=group)
-        self._sum = total.to(self._sum.device)
-        self.count = int(count)
+        dist.all_reduce(counts, group=group)
+        self._sum.copy_(total)
+        self.count, self.skipped = counts.tolist()
         self._factor = None
         return self
 
@@ -162,6 +174,7 @@ class SecondMoment:
     def _save(self, path: str | os.PathLike, progress: dict) -> None:
         metadata = {
             "count": self.count,
+            "skipped": self.skipped,
             "layer": self.layer,
             "fingerprint": self.fingerprint,
             "latents": self.latents,
@@ -195,11 +208,11 @@ class SecondMoment:
             return cls._load_npz(path), {}
         tensors, metadata = load_record(path, "second_moment", _VERSION)
         total = tensors.get("sum")
-        count = metadata.get("count")
+        count, skipped = metadata.get("count"), metadata.get("skipped", 0)
         if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
             raise FileFormatError(f"{path} holds no float64 [C, C] tensor 'sum'.")
-        if type(count) is not int or count < 0 or not torch.isfinite(total).all():
-            raise FileFormatError(f"{path} holds no finite sum with its count.")
+        if any(type(number) is not int or number < 0 for number in (count, skipped)) or not torch.isfinite(total).all():
+            raise FileFormatError(f"{path} holds no finite sum with its counts.")
         layer, fingerprint = metadata.get("layer"), metadata.get("fingerprint")
         latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
         if not (
@@ -210,7 +223,8 @@ class SecondMoment:
         ):
             raise FileFormatError(f"{path} has metadata of the wrong types.")
         moment = cls(len(total), layer, fingerprint)
-        moment._sum, moment.count, moment.latents = total, count, latents
+        moment._sum.copy_(total)
+        moment.count, moment.skipped, moment.latents = count, skipped, latents
         return moment, progress
 
     @classmethod
@@ -224,7 +238,8 @@ class SecondMoment:
         if total.ndim != 2 or not 0 < len(total) == total.shape[1] or count < 1 or not np.isfinite(total).all():
             raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
         moment = cls(len(total))
-        moment._sum, moment.count = torch.from_numpy((total + total.T) / 2), count  # a float32 sum's triangles differ
+        moment._sum.copy_(torch.from_numpy((total + total.T) / 2))  # a float32 sum's triangles differ
+        moment.count = count
         return moment
 
 
@@ -254,6 +269,7 @@ def collect_second_moment(
     checkpoint: str | os.PathLike | None = None,
     progress: bool = True,
     latent_seed: int | None = None,
+    skip_nonfinite: bool = False,
 ) -> SecondMoment:
     """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
 
@@ -263,9 +279,10 @@ def collect_second_moment(
         checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
             ends with the same bits as an uninterrupted one. It holds the finished moment at the end.
         latent_seed: recorded in the moment's metadata.
+        skip_nonfinite: leave out images whose keys hold NaN or infinity, and count them in ``moment.skipped``.
 
     Raises:
-        NonFiniteError: NaN or infinity in the keys; names the batch.
+        NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
         MismatchError: the checkpoint belongs to another layer, model, batch size or set of latents.
     """
     check_latents(latents)
@@ -291,7 +308,7 @@ def collect_second_moment(
 
     def consume(keys: Tensor, done: int) -> None:
         nonlocal saved_at
-        moment.update(keys)
+        moment.update(keys, skip_nonfinite)
         if checkpoint is not None and done < len(latents) and time.monotonic() - saved_at > 5:
             moment._save(checkpoint, {"done": done, "batch_size": batch_size})
             saved_at = time.monotonic()

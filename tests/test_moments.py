@@ -185,6 +185,31 @@ def test_nan_activations_name_the_batch(generator, latents):
         rc.collect_second_moment(rc.bind(generator, "layer5.conv"), bad, batch_size=10, progress=False)
 
 
+def test_nonfinite_images_are_skipped_and_counted(tmp_path, generator, latents):
+    bad = latents[:40].clone()
+    bad[[3, 37]] = torch.nan
+    bad[20:24] = torch.inf  # all of a batch
+    good = latents[[i for i in range(40) if i not in (3, 20, 21, 22, 23, 37)]]
+    layer = rc.bind(generator, "layer5.conv")
+    moment = rc.collect_second_moment(layer, bad, batch_size=4, progress=False, skip_nonfinite=True)
+    whole = rc.collect_second_moment(layer, good, batch_size=4, progress=False)
+    assert moment.skipped == 6 and whole.skipped == 0 and moment.count == whole.count == 34 * 256
+    assert relative(moment.matrix(), whole.matrix()) < 1e-6
+    moment.save(tmp_path / "moment.safetensors")
+    loaded = rc.SecondMoment.load(tmp_path / "moment.safetensors")
+    assert loaded.skipped == 6 and rc.SecondMoment(64).merge(loaded).merge(loaded.__class__(64)).skipped == 6
+
+
+def test_nonfinite_rows_are_skipped_and_too_large_ones_are_not():
+    moment = rc.SecondMoment(2)
+    moment.update(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, -torch.inf]]), skip_nonfinite=True)
+    assert moment.count == 1 and moment.skipped == 2
+    assert torch.equal(moment.matrix(), torch.tensor([[1.0, 2.0], [2.0, 4.0]]).double())
+    with pytest.raises(rc.NonFiniteError, match="squares overflow"):
+        moment.update(torch.tensor([[torch.nan, 1.0], [1e30, 1.0]]), skip_nonfinite=True)
+    assert moment.count == 1 and moment.skipped == 2
+
+
 @pytest.mark.parametrize("features", [torch.full((2, 3), 1e20), torch.full((2, 3), 1e200, dtype=torch.float64)])
 def test_features_too_large_to_square_say_so(features):
     moment = rc.SecondMoment(3)
@@ -231,6 +256,7 @@ def test_truncated_and_foreign_files(tmp_path, moment):
 
 @pytest.mark.parametrize("metadata, words", [
     (["count"], "no JSON object but a list"), ({"count": True}, "no finite sum with its count"),
+    ({"count": 3, "skipped": -1}, "no finite sum with its count"),
     ({"count": 3, "layer": 5}, "wrong types"), ({"count": 3, "latents": ["a"]}, "wrong types"),
     ({"count": 3, "progress": ["a"]}, "wrong types"), ({"count": 3, "progress": {"done": 3}}, "wrong types"),
     ({"count": 3, "progress": {"done": "3", "batch_size": 3}}, "wrong types"),
