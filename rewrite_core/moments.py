@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
-from .binding import BoundLayer, tensor_fingerprint
+from .binding import BoundLayer, check_together, run_to, tensor_fingerprint
 from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
+from .families import Capture
 from .files import is_npz, load_record, save_record
 from .latents import check_latents
 from .ops.spd_solve import SPDFactor, spd_factor
@@ -243,6 +246,17 @@ class SecondMoment:
         return moment
 
 
+@contextlib.contextmanager
+def _batch_named(layer: BoundLayer, first: int, count: int, batch_size: int) -> Iterator[None]:
+    """Adds the layer and the batch, latents `first` on, to the message of a NonFiniteError."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"Keys of {layer.name!r}, batch {first // batch_size} (latents {first} to {first + count - 1}): {error}"
+        ) from error
+
+
 def _stream(
     layer: BoundLayer, latents: Tensor, batch_size: int, start: int, progress: bool, label: str,
     consume: Callable[[Tensor, int], None],
@@ -252,32 +266,80 @@ def _stream(
     with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
         for first in range(start, len(latents), batch_size):
             batch = latents[first : first + batch_size]
-            try:
+            with _batch_named(layer, first, len(batch), batch_size):
                 consume(layer.keys(batch), first + len(batch))
-            except NonFiniteError as error:
-                raise NonFiniteError(
-                    f"Keys of {layer.name!r}, batch {first // batch_size} "
-                    f"(latents {first} to {first + len(batch) - 1}): {error}"
-                ) from error
             bar.update(len(batch))
 
 
+class _Collection:
+    """One layer's part of a collection: its moment, how many latents are in it, and its checkpoint file."""
+
+    def __init__(self, layer: BoundLayer, latents: Tensor, batch_size: int, seed: int | None, path: str | os.PathLike | None):
+        self.layer = layer
+        self.batch_size = batch_size
+        self.path = path
+        self.done = 0
+        self.moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
+        self.moment.latents = {"count": len(latents), "seed": seed, "fingerprint": tensor_fingerprint(latents)}
+        if path is not None and Path(path).exists():
+            self._resume(len(latents))
+
+    def _resume(self, total: int) -> None:
+        saved, progress = SecondMoment._load(self.path)
+        same = saved.layer == self.moment.layer and saved.fingerprint == self.moment.fingerprint
+        if not same or saved.latents.get("fingerprint") != self.moment.latents["fingerprint"]:
+            raise MismatchError(
+                f"The checkpoint {os.fspath(self.path)} belongs to another layer, model or set of latents; "
+                "delete it or name another file."
+            )
+        if progress and progress["batch_size"] != self.batch_size:
+            raise MismatchError(
+                f"The checkpoint was made with batch size {progress['batch_size']}; resume with the same one."
+            )
+        self.moment, self.done = saved, progress["done"] if progress else total
+
+    def save(self, finished: bool) -> None:
+        if self.path is not None:
+            self.moment._save(self.path, {} if finished else {"done": self.done, "batch_size": self.batch_size})
+
+
+def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequence:
+    """`given`, an argument that has an item for each layer; None stands for as many times None."""
+    if given is None:
+        return [None] * len(layers)
+    if not isinstance(given, list | tuple) or len(given) != len(layers):
+        raise RewriteCoreError(f"For {len(layers)} layers `{name}` is a list of as many items, or None.")
+    return given
+
+
+@overload
 def collect_second_moment(
-    layer: BoundLayer,
-    latents: Tensor,
-    batch_size: int = 16,
-    checkpoint: str | os.PathLike | None = None,
-    progress: bool = True,
-    latent_seed: int | None = None,
-    skip_nonfinite: bool = False,
-) -> SecondMoment:
+    layer: BoundLayer, latents: Tensor, batch_size: int = ..., checkpoint: str | os.PathLike | None = ...,
+    progress: bool = ..., latent_seed: int | None = ..., skip_nonfinite: bool = ...,
+) -> SecondMoment: ...  # fmt: skip
+
+
+@overload
+def collect_second_moment(
+    layer: Sequence[BoundLayer], latents: Tensor, batch_size: int = ...,
+    checkpoint: Sequence[str | os.PathLike] | None = ..., progress: bool = ..., latent_seed: int | None = ...,
+    skip_nonfinite: bool = ...,
+) -> list[SecondMoment]: ...  # fmt: skip
+
+
+def collect_second_moment(
+    layer, latents, batch_size=16, checkpoint=None, progress=True, latent_seed=None, skip_nonfinite=False
+):
     """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
 
     The forward pass stops at the layer; keys are streamed, so memory does not grow with N.
 
     Args:
+        layer: a bound layer, or a list of layers of one generator: they are then collected in one pass, which stops
+            at the last of them that the generator reaches, and the result is a list in the same order.
         checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
-            ends with the same bits as an uninterrupted one. It holds the finished moment at the end.
+            ends with the same bits as an uninterrupted one. It holds the finished moment at the end. For a list of
+            layers, a list of files, one each.
         latent_seed: recorded in the moment's metadata.
         skip_nonfinite: leave out images whose keys hold NaN or infinity, and count them in ``moment.skipped``.
 
@@ -288,32 +350,30 @@ def collect_second_moment(
     check_latents(latents)
     if len(latents) == 0 or batch_size < 1:
         raise RewriteCoreError("Collecting a second moment needs at least one latent and a batch size of at least 1.")
-    moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
-    moment.latents = {"count": len(latents), "seed": latent_seed, "fingerprint": tensor_fingerprint(latents)}
-    start = 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved, position = SecondMoment._load(checkpoint)
-        same = saved.layer == moment.layer and saved.fingerprint == moment.fingerprint
-        if not same or saved.latents.get("fingerprint") != moment.latents["fingerprint"]:
-            raise MismatchError(
-                f"The checkpoint {os.fspath(checkpoint)} belongs to another layer, model or set of latents; "
-                "delete it or name another file."
-            )
-        if position and position["batch_size"] != batch_size:
-            raise MismatchError(
-                f"The checkpoint was made with batch size {position['batch_size']}; resume with the same one."
-            )
-        moment, start = saved, position["done"] if position else len(latents)
+    single = isinstance(layer, BoundLayer)
+    layers, paths = ([layer], [checkpoint]) if single else (layer, _one_each("checkpoint", checkpoint, layer))
+    check_together(layers)
+    parts = [_Collection(one, latents, batch_size, latent_seed, path) for one, path in zip(layers, paths)]
     saved_at = time.monotonic()
+    start = min(part.done for part in parts)
+    label = f"second moment of {', '.join(one.name for one in layers)}"
+    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
+        for first in range(start, len(latents), batch_size):
+            batch = latents[first : first + batch_size]
+            # each part has a file of its own: a crash may have left some of them further than others
+            behind = [part for part in parts if part.done <= first]
 
-    def consume(keys: Tensor, done: int) -> None:
-        nonlocal saved_at
-        moment.update(keys, skip_nonfinite)
-        if checkpoint is not None and done < len(latents) and time.monotonic() - saved_at > 5:
-            moment._save(checkpoint, {"done": done, "batch_size": batch_size})
-            saved_at = time.monotonic()
+            def consume(number: int, capture: Capture) -> None:
+                with _batch_named(behind[number].layer, first, len(batch), batch_size):
+                    behind[number].moment.update(capture.key, skip_nonfinite)
+                behind[number].done = first + len(batch)
 
-    _stream(layer, latents, batch_size, start, progress, f"second moment of {layer.name}", consume)
-    if checkpoint is not None:
-        moment.save(checkpoint)
-    return moment
+            run_to([part.layer for part in behind], batch, consume)
+            bar.update(len(batch))
+            if first + len(batch) < len(latents) and time.monotonic() - saved_at > 5:
+                for part in behind:
+                    part.save(finished=False)
+                saved_at = time.monotonic()
+    for part in parts:
+        part.save(finished=True)
+    return parts[0].moment if single else [part.moment for part in parts]

@@ -12,6 +12,7 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
+from rewrite_core.binding import tensor_fingerprint
 from rewrite_core.files import save_record
 
 
@@ -64,6 +65,108 @@ def test_forward_stops_at_the_layer(generator, latents):
         if name.startswith(("layer6", "output")) or name == "layer5.conv":
             module.register_forward_hook(never)
     rc.collect_second_moment(rc.bind(generator, "layer5.conv"), latents[:8], progress=False)
+
+
+@pytest.mark.parametrize("names", [["layer5.conv", "layer2.conv", "layer4.conv"], ["layer2.conv"]])
+def test_several_layers_in_one_pass(generator, latents, names):
+    ran = []
+    for name, module in generator.named_modules():
+        if name.endswith("conv"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    layers = [rc.bind(generator, name) for name in names]
+    together = rc.collect_second_moment(layers, latents[:20], batch_size=8, progress=False)
+    ran.clear()
+    again = rc.collect_second_moment(layers, latents[:20], batch_size=20, progress=False)
+    last = max(int(name[5]) for name in names)
+    # one pass for the batch and one for each fingerprint; none beyond the deepest layer
+    assert ran.count("layer1.conv") == 1 + len(names) and f"layer{last}.conv" not in ran
+    for layer, moment, other in zip(layers, together, again, strict=True):
+        alone = rc.collect_second_moment(layer, latents[:20], batch_size=8, progress=False)
+        assert moment.layer == layer.name and torch.equal(moment.matrix(), alone.matrix())
+        assert (moment.fingerprint, moment.latents) == (alone.fingerprint, alone.latents)
+        assert relative(other.matrix(), alone.matrix()) < 1e-6
+        moment.check(layer, latents)
+
+
+class Overwriting(torch.nn.Module):
+    """Writes to the keys of its first convolution after that has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 3, 1)
+
+    def forward(self, z):
+        x = z[:, :, None, None] * 1
+        y = self.first(x)
+        return self.second(x.add_(y))
+
+
+def test_keys_are_taken_before_the_generator_overwrites_them():
+    torch.manual_seed(0)
+    generator, z = Overwriting(), torch.randn(10, 4)
+    layers = [rc.bind(generator, name) for name in ("first", "second")]
+    first, second = rc.collect_second_moment(layers, z, progress=False)
+    assert relative(first.matrix(), z.double().T @ z.double() / 10) < 1e-6
+    assert torch.equal(second.matrix(), rc.collect_second_moment(layers[1], z, progress=False).matrix())
+
+
+def test_layers_that_cannot_go_together(generator, latents):
+    layer = rc.bind(generator, "layer5.conv")
+    other = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer4.conv")
+    for layers, words in (
+        ([layer, other], "same generator object"),
+        ([layer, rc.bind(generator, "layer4.conv", forward=lambda g, z: g(z))], "same `forward`"),
+        ([layer, rc.bind(generator, "layer5")], "twice"),
+        ([], "no layer"),
+    ):
+        with pytest.raises(rc.RewriteCoreError, match=words):
+            rc.collect_second_moment(layers, latents[:4], progress=False)
+    with pytest.raises(rc.RewriteCoreError, match="`checkpoint` is a list of as many"):
+        rc.collect_second_moment([layer, rc.bind(generator, "layer4.conv")], latents[:4], checkpoint="one.safetensors")
+
+
+def test_a_layer_that_is_never_reached(latents):
+    generator = Overwriting()
+    generator.forward = lambda z: generator.first(z[:, :, None, None])
+    layers = [rc.bind(generator, name) for name in ("first", "second")]
+    with pytest.raises(rc.UnknownLayerError, match="never reached 'second'"):
+        rc.collect_second_moment(layers, torch.randn(3, 4), progress=False)
+
+
+def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
+    bad = latents[:20].clone()
+    bad[13] = torch.nan
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer4.conv")]
+    with pytest.raises(rc.NonFiniteError, match="'layer4.conv', batch 3 .*12 to 15"):
+        rc.collect_second_moment(layers, bad, batch_size=4, progress=False)
+
+
+def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, generator, latents, monkeypatch):
+    """As a crash leaves them: some files written, others one checkpoint behind or finished."""
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv", "layer4.conv")]
+    paths = [tmp_path / f"{layer.name}.safetensors" for layer in layers]
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+    bad = latents[:40].clone()
+    for stop, path in ((12, paths[0]), (24, paths[2])):
+        bad[stop:] = torch.nan
+        with pytest.raises(rc.NonFiniteError):
+            rc.collect_second_moment(layers, bad, batch_size=4, checkpoint=paths, progress=False)
+        # a run of other latents: what counts is the state, which is given the name of the right ones
+        saved, progress = rc.SecondMoment._load(path)
+        assert progress == {"done": stop, "batch_size": 4}
+        saved.latents["fingerprint"] = tensor_fingerprint(latents[:40])
+        for each in paths:
+            each.unlink()
+        saved._save(tmp_path / f"kept{stop}", progress)
+        bad = latents[:40].clone()
+    (tmp_path / "kept12").rename(paths[0])
+    (tmp_path / "kept24").rename(paths[2])
+    resumed = rc.collect_second_moment(layers, latents[:40], batch_size=4, checkpoint=paths, progress=False)
+    for layer, moment, path in zip(layers, resumed, paths, strict=True):
+        whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
+        assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
+        assert torch.equal(rc.SecondMoment.load(path, layer).matrix(), whole.matrix())
 
 
 def test_save_and_load(tmp_path, layer, moment, latents):
