@@ -1,9 +1,8 @@
+import functools
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 
 import numpy as np
@@ -153,12 +152,12 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
         with pytest.raises(rc.NonFiniteError):
             rc.collect_second_moment(layers, bad, batch_size=4, checkpoint=paths, progress=False)
         # a run of other latents: what counts is the state, which is given the name of the right ones
-        saved, progress = rc.SecondMoment._load(path)
+        saved, progress, _ = rc.SecondMoment._load(path)
         assert progress == {"done": stop, "batch_size": 4}
         saved.latents["fingerprint"] = tensor_fingerprint(latents[:40])
         for each in paths:
             each.unlink()
-        saved._save(tmp_path / f"kept{stop}", progress)
+        saved._save(tmp_path / f"kept{stop}", progress, {})
         bad = latents[:40].clone()
     (tmp_path / "kept12").rename(paths[0])
     (tmp_path / "kept24").rename(paths[2])
@@ -401,49 +400,200 @@ def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):
         moment.save(tmp_path / "nowhere" / "moment.safetensors")
 
 
-def test_killed_collection_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL at a moment of its own choosing, resume, compare with an uninterrupted run."""
-    program = textwrap.dedent(
-        """
-        import sys, time
-        sys.path[:0] = [{tests!r}]
-        import rewrite_core as rc, rewrite_core.moments as moments
-        from conftest import DATA
-        clock = iter(range(10**9))
-        moments.time.monotonic = lambda: next(clock) * 2.0  # a checkpoint every few batches
-        layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
-        z = rc.sample_latents(64, 200)
-        real = layer.keys
-        def keys(batch):
-            time.sleep({pause})
-            return real(batch)
-        layer.keys = keys
-        rc.collect_second_moment(layer, z, batch_size=4, checkpoint={path!r}, progress=False)
-        """
+KILLED = """
+import os, random, signal, sys, time
+from types import SimpleNamespace
+sys.path[:0] = [sys.argv[1]]
+import torch
+torch.set_num_threads(1)  # no threads that a fork would lose
+import rewrite_core as rc, rewrite_core.moments as moments
+from test_moments import killed_collection
+
+ticks = iter(range(0, 10**9, 100))
+moments.time = SimpleNamespace(monotonic=lambda: next(ticks))  # a checkpoint after every batch
+run_to = moments.run_to
+moments.run_to = lambda *args: (time.sleep(0.01), run_to(*args))  # time to be killed in
+random.seed(0)
+for name in (".warm", ".whole"):  # the first call of all is slow
+    start = time.perf_counter()
+    killed_collection([path + name for path in sys.argv[2:]])
+    seconds = time.perf_counter() - start
+kills = 0
+for attempt in range(200):
+    child = os.fork()
+    if not child:
+        killed_collection(sys.argv[2:])
+        os._exit(0)
+    time.sleep(random.uniform(0.05, 0.3) * seconds)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    kills += os.path.exists(sys.argv[2])
+print(kills, flush=True)
+"""
+
+
+def killed_collection(checkpoint):
+    """Two layers, keys for the second, and an end before the latents'."""
+    generator = rc.load_proggan(DATA / "proggan_state.npz")
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
+    keys = [None, torch.eye(64)[:2]]
+    return rc.collect_second_moment(
+        layers, rc.sample_latents(64, 200), 4, checkpoint, progress=False, until=0.22, keys=keys
     )
-    path = tmp_path / "checkpoint.safetensors"
-    tests = os.path.dirname(__file__)
-    child = subprocess.Popen([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0.05)], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert path.exists()
+
+
+def test_killed_collection_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL at random moments, again and again until it is through; compare with an uninterrupted run."""
+    paths = [str(tmp_path / name) for name in ("five.safetensors", "two.safetensors")]
+    command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3  # kills that left a checkpoint
+    for path, whole in zip(paths, killed_collection(None), strict=True):
+        resumed = rc.SecondMoment.load(path)
+        assert torch.equal(resumed.matrix(), whole.matrix()) and resumed._facts() == whole._facts()
+        assert resumed.standard_error == whole.standard_error <= 0.22 and 32 < whole.latents["used"] < 200
+    assert torch.equal(resumed.key_errors, whole.key_errors) and whole.key_errors.max() <= 0.22
+
+
+def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, latents):
+    layer, path = rc.bind(generator, "layer2.conv"), tmp_path / "checkpoint.safetensors"
+    collect = functools.partial(rc.collect_second_moment, layer, progress=False, checkpoint=path, batch_size=4)
+    whole = collect(latents[:60])
+    assert torch.equal(collect(latents[:60]).matrix(), whole.matrix())
+    with pytest.raises(rc.MismatchError, match="another layer, model or set"):
+        collect(latents[:50])
+    bad = latents[:40].clone()
+    bad[20:] = torch.nan
+    path.unlink()
+    keys = torch.eye(64)[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        ticks = iter(range(0, 10**6, 100))
+        patch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+        with pytest.raises(rc.NonFiniteError):
+            collect(bad, keys=keys)
     with pytest.raises(rc.FileFormatError, match="unfinished"):
         rc.SecondMoment.load(path)
-    subprocess.run([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0)], check=True, cwd=tmp_path)
-    layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
-    latents = rc.sample_latents(64, 200)
-    whole = rc.collect_second_moment(layer, latents, batch_size=4, progress=False)
-    resumed = rc.SecondMoment.load(path)
-    assert torch.equal(resumed.matrix(), whole.matrix()) and resumed.count == whole.count
-    # a finished checkpoint is returned as it is; one of other latents is refused
-    again = rc.collect_second_moment(layer, latents, batch_size=4, checkpoint=path, progress=False)
-    assert torch.equal(again.matrix(), whole.matrix())
+    for words, changed in (("batch size 4", {"batch_size": 5}), ("other keys", {"keys": 2 * keys})):
+        with pytest.raises(rc.MismatchError, match=words):
+            collect(bad, **({"keys": keys} | changed))
     with pytest.raises(rc.MismatchError, match="another layer, model or set"):
-        rc.collect_second_moment(layer, latents[:100], batch_size=4, checkpoint=path, progress=False)
+        rc.collect_second_moment(rc.bind(generator, "layer4.conv"), bad, 4, path, progress=False)
+    saved, _, state = rc.SecondMoment._load(path)
+    for progress, state in (({"done": 41, "batch_size": 4}, state), ({"done": 20, "batch_size": 4}, {"keys": keys.double()})):
+        saved._save(path, progress, state)
+        with pytest.raises(rc.FileFormatError):
+            collect(bad, keys=keys)
+
+
+def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, latents):
+    path = tmp_path / "checkpoint.safetensors"
+    collect = functools.partial(rc.collect_second_moment, layer, latents, 4, path, progress=False)
+    rough = collect(until=0.3)
+    assert 32 <= rough.latents["used"] < 100 and rough.standard_error <= 0.3
+    assert rough.count == rough.latents["used"] * 256
+    assert torch.equal(rc.SecondMoment.load(path, layer).matrix(), rough.matrix())
+    assert torch.equal(collect(until=0.3).matrix(), rough.matrix())
+    whole = collect()
+    assert whole.count == 200 * 256 and "used" not in whole.latents
+    straight = rc.collect_second_moment(layer, latents, 4, progress=False)
+    assert torch.equal(whole.matrix(), straight.matrix()) and whole.standard_error == straight.standard_error
+
+
+class Scaled(torch.nn.Module):
+    """Latents [N, 6] -> maps [N, 6, 4, 4] of correlated keys, whose size differs from image to image."""
+
+    def __init__(self):
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.mixing = torch.nn.Parameter(torch.randn(6, 6, generator=random) + 3 * torch.eye(6))
+        self.pixels = torch.nn.Parameter(torch.randn(16, 6, generator=random))
+        self.conv = torch.nn.Conv2d(6, 3, 1)
+
+    def forward(self, z):
+        maps = z[:, None, :] * (1 + 0.3 * self.pixels)  # the same latent in all positions of a map
+        return self.conv((maps @ self.mixing).mT.unflatten(2, (4, 4)))
+
+
+@pytest.mark.parametrize("batch_size", [5, 7])
+def test_standard_errors_are_what_repeated_collections_show(batch_size):
+    """The error said against the error made, in the root mean square over independent collections."""
+    layer = rc.bind(Scaled(), "conv")
+    random = torch.Generator().manual_seed(1)
+    keys = torch.eye(6)[:3]
+    spatial = (1 + 0.3 * layer.generator.pixels.detach().double())
+    mixing = layer.generator.mixing.detach().double()
+    truth = mixing.T @ ((spatial.T @ spatial / 16) * torch.eye(6)) @ mixing  # E z z^T is the identity
+    said, made, said_keys, made_keys = [], [], [], []
+    for _ in range(60):
+        z = torch.randn(320, 6, generator=random)
+        moment = rc.collect_second_moment(layer, z, batch_size, progress=False, keys=keys)
+        said.append(moment.standard_error)
+        made.append(relative(moment.matrix(), truth))
+        exact = torch.linalg.solve(truth, keys.double().T).T
+        said_keys.append(moment.key_errors)
+        made_keys.append((moment.solve(keys) - exact).norm(dim=1) / exact.norm(dim=1))
+
+    def rms(values):
+        return torch.as_tensor(np.array(values)).square().mean(0).sqrt()
+
+    assert rms(said) == pytest.approx(rms(made).item(), rel=0.15)
+    assert np.std(said) < 0.3 * np.mean(said)
+    assert torch.allclose(rms(said_keys), rms(made_keys), rtol=0.25), (rms(said_keys), rms(made_keys))
+
+
+def test_until_stops_at_the_error_that_was_asked_for(capsys):
+    layer, z = rc.bind(Scaled(), "conv"), torch.randn(4000, 6, generator=torch.Generator().manual_seed(2))
+    moment = rc.collect_second_moment(layer, z, 10, until=0.1)
+    used = moment.latents["used"]
+    assert moment.standard_error <= 0.1 and moment.count == used * 16 and "error" in capsys.readouterr().err
+    assert rc.collect_second_moment(layer, z[: used - 10], 10, progress=False).standard_error > 0.1
+    one = rc.collect_second_moment(layer, z, 10, progress=False, until=0.1, keys=torch.eye(6)[0])
+    assert one.key_errors.shape == (1,) and one.key_errors.max() <= 0.1
+    several = rc.collect_second_moment(layer, z, 10, progress=False, until=0.1, keys=torch.eye(6))
+    assert used <= one.latents["used"] <= several.latents["used"] < 4000
+    tight = rc.collect_second_moment(layer, z, 10, progress=False, until=0.04, keys=torch.eye(6)[0])
+    assert tight.key_errors.max() <= 0.04 and tight.standard_error <= 0.04 and tight.latents["used"] > 4 * used
+    with pytest.raises(rc.RewriteCoreError, match="`until`"):
+        rc.collect_second_moment(layer, z, until=0)
+    for keys, words in ((torch.ones(2, 5), "rows"), (torch.zeros(2, 6), "only zeros"), (torch.full((6,), torch.nan), "NaN")):
+        with pytest.raises(rc.RewriteCoreError, match=words):
+            rc.collect_second_moment(layer, z, keys=keys, progress=False)
+
+
+def test_errors_survive_files_and_merges(tmp_path):
+    layer, z = rc.bind(Scaled(), "conv"), torch.randn(400, 6, generator=torch.Generator().manual_seed(3))
+    whole = rc.collect_second_moment(layer, z, 10, progress=False, keys=torch.eye(6))
+    left, right = (rc.collect_second_moment(layer, part, 10, progress=False) for part in z.split(200))
+    assert left.merge(right).standard_error == pytest.approx(whole.standard_error, rel=1e-9)
+    whole.save(tmp_path / "moment")
+    loaded = rc.SecondMoment.load(tmp_path / "moment")
+    assert loaded.standard_error == whole.standard_error and torch.equal(loaded.key_errors, whole.key_errors)
+    loaded.update(torch.ones(1, 6))
+    assert loaded.key_errors is None and loaded.standard_error > 0
+    unknown = rc.SecondMoment.load(DATA / "kitchen_second_moment.npz")
+    unknown.save(tmp_path / "moment")
+    for moment in (unknown, rc.SecondMoment.load(tmp_path / "moment"), rc.SecondMoment(3)):
+        assert np.isnan(moment.standard_error)
+    known = rc.SecondMoment(512)
+    for _ in range(3):
+        known.update(torch.ones(2, 512))
+    assert known.standard_error == 0 and np.isnan(known.merge(unknown).standard_error)
+
+
+def test_dead_channels_have_errors_too():
+    features = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 0
+    generator = torch.nn.Sequential(torch.nn.Conv2d(4, 3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moment = rc.collect_second_moment(
+            rc.bind(generator, "0"), features[:, :, None, None], progress=False, keys=torch.eye(4)[:2]
+        )
+    assert ((0.01 < moment.key_errors) & (moment.key_errors < 0.2)).all()
 
 
 def test_all_reduce_over_two_processes(tmp_path):
