@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,22 +114,8 @@ class BoundLayer:
         Of a layer that runs more than once in a forward pass this is the first run, as nothing after it is reached.
         """
         caught: list[Capture] = []
-
-        def stop(module, args, kwargs):
-            caught.append(self._layer.capture(args, kwargs))
-            raise _Stop
-
-        handle = self._layer.site.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad(), _evaluating(self.generator):
-                self._forward(self.generator, for_generator(latents, self.generator))
-        except _Stop:
-            return caught[0]
-        finally:
-            handle.remove()
-        raise UnknownLayerError(
-            f"The forward pass never reached {self.name!r}; bind a layer that this generator really runs."
-        )
+        run_to([self], latents, lambda number, capture: caught.append(capture))
+        return caught[0]
 
     def keys(self, latents: Tensor) -> Tensor:
         """Key maps [N, I, h, w] of latents [N, ...]."""
@@ -210,6 +196,65 @@ class BoundLayer:
                 settings = [(key, float(value)) for key, value in vars(module).items() if isinstance(value, float)]
                 digest.update(f"{name}|{sorted(settings)}|".encode())
         return digest.hexdigest()
+
+
+def run_to(layers: Sequence[BoundLayer], latents: Tensor, consume: Callable[[int, Capture], object]) -> None:
+    """Run the generator that `layers` share on latents [N, ...], until each of them has been reached once.
+
+    ``consume(number, capture)`` is called as ``layers[number]`` is reached, so a key map lives no longer than the
+    generator itself needs it, and is seen before the generator can write to it. What it raises ends the pass.
+
+    Raises:
+        UnknownLayerError: the forward pass ended before it reached them all.
+    """
+    waiting = dict(enumerate(layers))
+    problems: list[Exception] = []
+    handles = []
+    for number, layer in enumerate(layers):
+
+        def reach(module, args, kwargs, number=number):
+            layer = waiting.pop(number, None)
+            if layer is None:  # a later run
+                return
+            try:
+                consume(number, layer._layer.capture(args, kwargs))
+            except Exception as error:
+                problems.append(error)
+            if problems or not waiting:
+                raise _Stop
+
+        handles.append(layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True))
+    first = layers[0]
+    try:
+        with torch.no_grad(), _evaluating(first.generator):
+            first._forward(first.generator, for_generator(latents, first.generator))
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if problems:
+        raise problems[0]
+    if waiting:
+        name = next(iter(waiting.values())).name
+        raise UnknownLayerError(
+            f"The forward pass never reached {name!r}; bind a layer that this generator really runs."
+        )
+
+
+def check_together(layers: Sequence[BoundLayer]) -> None:
+    """Raise RewriteCoreError where one forward pass does not reach all of `layers`, each once."""
+    if not layers:
+        raise RewriteCoreError("There is no layer to run to; give at least one.")
+    for layer in layers[1:]:
+        if layer.generator is not layers[0].generator or layer._forward is not layers[0]._forward:
+            raise RewriteCoreError(
+                f"{layers[0].name!r} and {layer.name!r} are not bound to the same generator object with the same "
+                "`forward`, so one pass cannot serve both; run them one by one."
+            )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        raise RewriteCoreError(f"A layer is given twice in {names}; give each one once.")
 
 
 def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:

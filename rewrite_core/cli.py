@@ -278,10 +278,12 @@ def _collect(options: argparse.Namespace) -> None:
     layer = bind(generator, options.layer)
     moment = collect_second_moment(
         layer, latents, options.batch_size, checkpoint=options.resume, progress=not options.quiet,
-        latent_seed=options.seed,
+        latent_seed=options.seed, skip_nonfinite=options.skip_nonfinite, until=options.until,
     )  # fmt: skip
     moment.save(options.out)
-    print(f"{moment.count} keys of {moment.channels} channels at {layer.name} -> {options.out}")
+    error = "" if math.isnan(moment.standard_error) else f", standard error {moment.standard_error:.2%}"
+    skipped = f", {moment.skipped} pictures left out" if moment.skipped else ""
+    print(f"{moment.count} keys of {moment.channels} channels at {layer.name}{error}{skipped} -> {options.out}")
 
 
 def _load_edit(options: argparse.Namespace) -> Edit:
@@ -516,6 +518,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=_file(), metavar="FILE", help="safetensors file to write")
     sub.add_argument("--batch-size", type=_positive, default=16, help="latents at a time (default 16)")
     sub.add_argument("--resume", type=_file(), metavar="FILE", help="keep a checkpoint here and resume from it")
+    sub.add_argument("--until", type=float, metavar="ERROR", help="stop at this relative standard error, such as 0.01")
+    sub.add_argument("--skip-nonfinite", action="store_true", help="leave out pictures whose keys hold NaN or infinity")
 
     # Defaults are the library's: None means that an option was not given, and what was given can be refused.
     sub = command("edit", _edit, "solve an edit and save the rewrite", generator=1000)
@@ -581,6 +585,8 @@ _OPTIONS = (
     (r"\bcollect_second_moment\(checkpoint=\.\.\.\)", "rewrite collect --resume"),
     (r"\brc\.(erase|zero)\b", r"--\1"),
     (r"\btight=False\b", "--whole-map"),
+    (r"\bskip_nonfinite=True\b", "--skip-nonfinite"),
+    (r"`until`", "--until"),
     (r"\bforce=True\b", "--force"),
     (r"\b(preserve|rank|solver)=['\"]?([\w.]+\w)['\"]?", r"--\1 \2"),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,30 +17,44 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
-from .binding import BoundLayer, tensor_fingerprint
+from .binding import BoundLayer, check_together, run_to, tensor_fingerprint
 from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
+from .families import Capture
 from .files import is_npz, load_record, save_record
 from .latents import check_latents
-from .ops.spd_solve import SPDFactor, spd_factor
+from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
 
 _VERSION = 1
+_LEAST = 8  # batches before their spread is believed
+
+
+def _square(matrix: Tensor) -> float:
+    """The squared Frobenius norm, without a matrix of squares."""
+    return torch.dot(matrix.flatten(), matrix.flatten()).item()
 
 
 class SecondMoment:
     """The uncentred second moment of keys with `channels` coordinates, kept as a float64 sum and a count.
 
     ``layer`` and ``fingerprint`` say which layer of which weights the keys came from (None: unknown, and
-    then nothing is checked). ``latents`` is a dict with what is known of the latents.
+    then nothing is checked). ``latents`` is a dict with what is known of the latents, ``skipped`` the number of
+    images (or rows) left out for NaN or infinity. ``key_errors``, float64 [n], are the relative standard errors of
+    ``solve(keys)`` for the n keys that the collection was given (None: no keys, or too few batches so far).
     """
 
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
         if channels < 1:
             raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
-        self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # or it could not be written in place outside
+            self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
+        self.skipped = 0
         self.layer = layer
         self.fingerprint = fingerprint
         self.latents: dict = {}
+        self.key_errors: Tensor | None = None
+        self._groups = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
+        self._spread = 0.0
         self._factor: SPDFactor | None = None
 
     @property
@@ -47,18 +64,30 @@ class SecondMoment:
     def __repr__(self) -> str:
         return f"SecondMoment({self.channels} channels, {self.count} keys, layer={self.layer!r})"
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor, skip_nonfinite: bool = False) -> None:
         """Add keys: [N, C, H, W] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
-        Raises NonFiniteError (and leaves the moment as it was) on NaN, infinity or values too large to square.
+        With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
+        Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
+        large to square. Each update counts as one independent sample in :attr:`standard_error`.
         """
+        self._add(features, skip_nonfinite)
+
+    def _add(self, features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, int]:
+        """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
         if features.ndim not in (2, 4) or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, H, W] or [N, {self.channels}], "
                 f"not {list(features.shape)}."
             )
-        part = ops.second_moment(features.detach())
+        features, skipped = features.detach(), 0
+        part = ops.second_moment(features)
         # the diagonal holds every channel's sum of squares: finite exactly when they are
+        if skip_nonfinite and not torch.isfinite(part.diagonal()).all():
+            finite = torch.isfinite(features).flatten(1).all(1)
+            skipped = len(features) - int(finite.sum())
+            features = features[finite]
+            part = ops.second_moment(features)
         if not torch.isfinite(part.diagonal()).all():
             if torch.isfinite(features).all():
                 largest = features.abs().max().item()
@@ -66,17 +95,36 @@ class SecondMoment:
                     f"The features are as large as {largest:.0e} and their squares overflow {features.dtype}; "
                     "scale them down or pass them as float64."
                 )
-            raise NonFiniteError("The features hold NaN or infinity; leave those images out.")
-        # not in place: a sum that was made under torch.inference_mode cannot be written outside
-        self._sum = self._sum + part.to(self._sum.device)
-        self.count += features.numel() // self.channels
-        self._factor = None
+            raise NonFiniteError("The features hold NaN or infinity; leave those images out with skip_nonfinite=True.")
+        part, count = part.to(self._sum.device), features.numel() // self.channels
+        self._sum += part
+        self.count += count
+        self.skipped += skipped
+        if count:
+            self._groups += 1
+            self._spread += _square(part) / count
+        self._factor = self.key_errors = None
+        return part, count
 
     def matrix(self) -> Tensor:
         """C = sum / count, float64 [C, C]."""
         if self.count == 0:
             raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
         return self._sum / self.count
+
+    @property
+    def standard_error(self) -> float:
+        """The relative standard error of C, sqrt(E|C - C_true|^2) / |C| in the Frobenius norm, NaN where unknown.
+
+        From the spread of the updates, taken as independent samples (batches of different images), by a one-way
+        analysis of variance: it needs their |S|^2 / n and the total only. Merged moments count with all their updates.
+        """
+        if self._groups < 2 or self.count == 0:
+            return math.nan
+        square = _square(self._sum)
+        # of one key's worth; a difference that rounding can make negative
+        variance = max(self._spread - square / self.count, 0.0) / (self._groups - 1)
+        return math.sqrt(variance * self.count / square) if square else 0.0
 
     @property
     def factor(self) -> SPDFactor:
@@ -116,58 +164,74 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
         warns where both were collected from the same latents, whose keys then count twice."""
-        for name in ("channels", "layer", "fingerprint"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs and None not in (mine, theirs):
-                raise MismatchError(f"These second moments differ in {name} ({mine!r}, {theirs!r}) and do not add up.")
-        sets, more = self._latent_sets(), other._latent_sets()
-        if {part.get("fingerprint") for part in sets} & {part.get("fingerprint") for part in more} - {None}:
-            warnings.warn(
-                "These second moments were collected from the same latents, whose keys now count twice; "
-                "merge moments of different latents.",
-                stacklevel=2,
-            )
-        self._sum = self._sum + other._sum.to(self._sum.device)
-        self.count += other.count
-        self.layer = self.layer or other.layer
-        self.fingerprint = self.fingerprint or other.fingerprint
-        self.latents = {"merged": sets + more}
-        self._factor = None
+        self._join([self._facts(), other._facts()])
+        self._sum += other._sum.to(self._sum.device)
         return self
 
-    def _latent_sets(self) -> list[dict]:
-        """What is known of each set of latents that the keys came from."""
-        return self.latents.get("merged", [self.latents] if self.count else [])
-
     def all_reduce(self, group=None) -> SecondMoment:
-        """Sum over the processes of a ``torch.distributed`` group, in place; returns self."""
+        """Sum over the processes of a ``torch.distributed`` group, in place; returns self. Raises and warns on every
+        process as :meth:`merge` does."""
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
             raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        total = self._sum.to(device, copy=True)
-        count = torch.tensor([self.count], dtype=torch.int64, device=device)
+        facts: list[dict] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(facts, self._facts(), group=group)
+        self._join(facts)
+        total = self._sum.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
         dist.all_reduce(total, group=group)
-        dist.all_reduce(count, group=group)
-        self._sum = total.to(self._sum.device)
-        self.count = int(count)
-        self._factor = None
+        self._sum.copy_(total)
         return self
+
+    def _facts(self) -> dict:
+        """All there is to a moment but its sum; ``latents`` is a list of what is known of each set of them."""
+        return {
+            "channels": self.channels, "layer": self.layer, "fingerprint": self.fingerprint,
+            "latents": self.latents.get("merged", [self.latents] if self.count else []),
+            "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread,
+        }  # fmt: skip
+
+    def _join(self, facts: list[dict]) -> None:
+        """Become the sum of the moments that `facts` tell of, but for the sum itself."""
+        for name in ("channels", "layer", "fingerprint"):
+            values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
+            if len(values) > 1:
+                raise MismatchError(
+                    f"These second moments differ in {name} ({values[0]!r}, {values[1]!r}) and do not add up."
+                )
+            if name != "channels":
+                setattr(self, name, values[0] if values else None)
+        known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
+        if sum(map(len, known)) > len(set().union(*known)):
+            warnings.warn(
+                "These second moments were collected from the same latents, whose keys now count twice; "
+                "merge moments of different latents.",
+                stacklevel=3,
+            )
+        sets = [part for fact in facts for part in fact["latents"]]
+        self.latents = sets[0] if len(sets) == 1 else {"merged": sets}
+        self.count, self.skipped, self._groups, self._spread = (
+            sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")
+        )
+        self._factor = self.key_errors = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``sum`` and its metadata as safetensors, all or nothing."""
-        self._save(path, {})
+        self._save(path, {}, {})
 
-    def _save(self, path: str | os.PathLike, progress: dict) -> None:
+    def _save(self, path: str | os.PathLike, progress: dict, state: dict[str, Tensor]) -> None:
         metadata = {
             "count": self.count,
+            "skipped": self.skipped,
             "layer": self.layer,
             "fingerprint": self.fingerprint,
             "latents": self.latents,
+            "groups": self._groups,
+            "spread": None if math.isnan(self._spread) else self._spread,
+            "key_errors": None if self.key_errors is None else self.key_errors.tolist(),
             "progress": progress,
         }
-        save_record(path, "second_moment", _VERSION, {"sum": self._sum.cpu()}, metadata)
+        save_record(path, "second_moment", _VERSION, {"sum": self._sum.cpu(), **state}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, layer: BoundLayer | None = None) -> SecondMoment:
@@ -176,7 +240,7 @@ class SecondMoment:
         With `layer`, its name and channels are checked at once; the weights are checked when it is used.
         Raises FileFormatError on a truncated or foreign file.
         """
-        moment, progress = cls._load(path)
+        moment, progress, _ = cls._load(path)
         if progress:
             raise FileFormatError(
                 f"{os.fspath(path)} is a checkpoint of an unfinished collection; "
@@ -187,31 +251,38 @@ class SecondMoment:
         return moment
 
     @classmethod
-    def _load(cls, path: str | os.PathLike) -> tuple[SecondMoment, dict]:
+    def _load(cls, path: str | os.PathLike) -> tuple[SecondMoment, dict, dict[str, Tensor]]:
+        """A moment, and of a checkpoint how far it is and the state of the errors of its keys."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         if is_npz(path):
-            return cls._load_npz(path), {}
+            return cls._load_npz(path), {}, {}
         tensors, metadata = load_record(path, "second_moment", _VERSION)
-        total = tensors.get("sum")
-        count = metadata.get("count")
+        total = tensors.pop("sum", None)
+        count, skipped, groups = metadata.get("count"), metadata.get("skipped", 0), metadata.get("groups", 0)
         if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
             raise FileFormatError(f"{path} holds no float64 [C, C] tensor 'sum'.")
-        if type(count) is not int or count < 0 or not torch.isfinite(total).all():
-            raise FileFormatError(f"{path} holds no finite sum with its count.")
+        if any(type(number) is not int or number < 0 for number in (count, skipped, groups)) or not torch.isfinite(total).all():
+            raise FileFormatError(f"{path} holds no finite sum with its counts.")
         layer, fingerprint = metadata.get("layer"), metadata.get("fingerprint")
         latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
+        spread, errors = metadata.get("spread"), metadata.get("key_errors")
         if not (
             all(isinstance(text, str | None) for text in (layer, fingerprint))
             and all(isinstance(record, dict) for record in (latents, progress))
+            and isinstance(spread, float | None)
+            and (errors is None or isinstance(errors, list) and all(isinstance(error, float) for error in errors))
             and sorted((name, type(value)) for name, value in progress.items())
             in ([], [("batch_size", int), ("done", int)])
         ):
             raise FileFormatError(f"{path} has metadata of the wrong types.")
         moment = cls(len(total), layer, fingerprint)
-        moment._sum, moment.count, moment.latents = total, count, latents
-        return moment, progress
+        moment._sum.copy_(total)
+        moment.count, moment.skipped, moment.latents = count, skipped, latents
+        moment._groups, moment._spread = groups, math.nan if spread is None else spread
+        moment.key_errors = None if errors is None else torch.tensor(errors, dtype=torch.float64, device="cpu")
+        return moment, progress, tensors
 
     @classmethod
     def _load_npz(cls, path: Path) -> SecondMoment:
@@ -224,8 +295,20 @@ class SecondMoment:
         if total.ndim != 2 or not 0 < len(total) == total.shape[1] or count < 1 or not np.isfinite(total).all():
             raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
         moment = cls(len(total))
-        moment._sum, moment.count = torch.from_numpy((total + total.T) / 2), count  # a float32 sum's triangles differ
+        moment._sum.copy_(torch.from_numpy((total + total.T) / 2))  # a float32 sum's triangles differ
+        moment.count, moment._spread = count, math.nan
         return moment
+
+
+@contextlib.contextmanager
+def _batch_named(layer: BoundLayer, first: int, count: int, batch_size: int) -> Iterator[None]:
+    """Adds the layer and the batch, latents `first` on, to the message of a NonFiniteError."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"Keys of {layer.name!r}, batch {first // batch_size} (latents {first} to {first + count - 1}): {error}"
+        ) from error
 
 
 def _stream(
@@ -237,66 +320,228 @@ def _stream(
     with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
         for first in range(start, len(latents), batch_size):
             batch = latents[first : first + batch_size]
-            try:
+            with _batch_named(layer, first, len(batch), batch_size):
                 consume(layer.keys(batch), first + len(batch))
-            except NonFiniteError as error:
-                raise NonFiniteError(
-                    f"Keys of {layer.name!r}, batch {first // batch_size} "
-                    f"(latents {first} to {first + len(batch) - 1}): {error}"
-                ) from error
             bar.update(len(batch))
 
 
+class _KeyErrors:
+    """The relative standard errors of d = C^-1 k for a few keys k, in n x C numbers for each of ``GROUPS`` groups.
+
+    Where C changes by E, d changes by -C^-1 E d. So whenever the number of batches has doubled, d is solved for, and
+    from then on S d is summed over the batches (S: a batch's sum of k k^T), in groups. At the next doubling the
+    spread of the groups, sent through C^-1, is the variance that one key's worth of data leaves in d; the error is that
+    over the number of keys, and its root taken. First order in E: too low while d itself is off by tens of percent.
+    """
+
+    GROUPS = 32
+
+    def __init__(self, keys: Tensor, channels: int):
+        keys = torch.atleast_2d(keys).detach().to(device="cpu", dtype=torch.float64)
+        if keys.ndim != 2 or keys.shape[1] != channels or len(keys) == 0:
+            raise RewriteCoreError(f"Keys are rows [n, {channels}], not {list(keys.shape)}.")
+        if not torch.isfinite(keys).all() or not keys.any(1).all():
+            raise NonFiniteError("The keys hold NaN or infinity, or only zeros, whose error is relative to nothing.")
+        shape = (self.GROUPS, *keys.shape)
+        self.state = {
+            "keys": keys,
+            "directions": torch.zeros_like(keys),
+            "products": torch.zeros(shape, dtype=torch.float64, device="cpu"),
+            "counts": torch.zeros(self.GROUPS, dtype=torch.int64, device="cpu"),
+            "batches": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "variances": torch.full((len(keys),), torch.nan, dtype=torch.float64, device="cpu"),
+        }
+
+    def resume(self, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+        """Go on from a checkpoint's state."""
+        if not torch.equal(state.get("keys", torch.empty(0)), self.state["keys"]):
+            raise MismatchError(f"The checkpoint {os.fspath(path)} was made with other keys; resume with the same ones.")
+        for name, tensor in self.state.items():
+            saved = state.get(name)
+            if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+                raise FileFormatError(f"{os.fspath(path)} holds no whole state of its keys' errors.")
+            tensor.copy_(saved)
+
+    def update(self, part: Tensor, count: int, moment: SecondMoment) -> None:
+        """Take in a batch that `moment` already holds: its sum [C, C] over `count` keys."""
+        state = self.state
+        if state["directions"].any():
+            group = int(state["batches"]) % self.GROUPS
+            state["products"][group] += state["directions"] @ part
+            state["counts"][group] += count
+        state["batches"] += 1
+        batches = int(state["batches"])
+        if batches >= _LEAST and batches & (batches - 1) == 0:
+            self._evaluate(moment.matrix())
+        if not state["variances"].isnan().any():
+            moment.key_errors = (state["variances"] / moment.count).sqrt()
+
+    def _evaluate(self, matrix: Tensor) -> None:
+        with warnings.catch_warnings():  # whoever solves with the result is told
+            warnings.simplefilter("ignore", DiagonalShiftWarning)
+            factor = spd_factor(matrix)
+        state = self.state
+        used = state["counts"] > 0
+        if used.any():
+            counts, products = state["counts"][used].double(), state["products"][used]
+            spread = factor.solve(products.flatten(0, 1).T).T.reshape(products.shape)
+            total = spread.sum(0).square().sum(1) / counts.sum()
+            between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
+            variances = between.clamp(min=0) / (len(counts) - 1) / state["directions"].square().sum(1)
+            state["variances"].copy_(variances)
+        state["directions"].copy_(factor.solve(state["keys"].T).T)
+        state["products"].zero_()
+        state["counts"].zero_()
+
+
+class _Collection:
+    """One layer's part of a collection: its moment, how many latents are in it, and its checkpoint file."""
+
+    def __init__(
+        self, layer: BoundLayer, latents: Tensor, batch_size: int, seed: int | None, path: str | os.PathLike | None,
+        keys: Tensor | None,
+    ):  # fmt: skip
+        self.layer = layer
+        self.batch_size = batch_size
+        self.path = path
+        self.done = 0
+        self.keys = None if keys is None else _KeyErrors(keys, layer.in_channels)
+        self.moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
+        self.moment.latents = {"count": len(latents), "seed": seed, "fingerprint": tensor_fingerprint(latents)}
+        if path is not None and Path(path).exists():
+            self._resume(len(latents))
+
+    def _resume(self, total: int) -> None:
+        saved, progress, state = SecondMoment._load(self.path)
+        same = saved.layer == self.moment.layer and saved.fingerprint == self.moment.fingerprint
+        if not same or saved.latents.get("fingerprint") != self.moment.latents["fingerprint"]:
+            raise MismatchError(
+                f"The checkpoint {os.fspath(self.path)} belongs to another layer, model or set of latents; "
+                "delete it or name another file."
+            )
+        if progress and progress["batch_size"] != self.batch_size:
+            raise MismatchError(
+                f"The checkpoint was made with batch size {progress['batch_size']}; resume with the same one."
+            )
+        if self.keys is not None and progress:
+            self.keys.resume(state, self.path)
+        self.moment, self.done = saved, progress["done"] if progress else saved.latents.get("used", total)
+        if type(self.done) is not int or not 0 <= self.done <= total:
+            raise FileFormatError(f"{os.fspath(self.path)} says that {self.done!r} of {total} latents are in it.")
+
+    def update(self, keys: Tensor, count: int, skip_nonfinite: bool) -> None:
+        """Add the key maps of the next `count` latents."""
+        part, added = self.moment._add(keys, skip_nonfinite)
+        if self.keys is not None and added:
+            self.keys.update(part, added, self.moment)
+        self.done += count
+
+    @property
+    def error(self) -> float:
+        """The largest relative standard error, NaN where one is not known."""
+        errors = [self.moment.standard_error if self.moment._groups >= _LEAST else math.nan]
+        if self.keys is not None:
+            errors += [math.nan] if self.moment.key_errors is None else self.moment.key_errors.tolist()
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+    def save(self, finished: bool) -> None:
+        if self.path is not None:
+            progress = {} if finished else {"done": self.done, "batch_size": self.batch_size}
+            self.moment._save(self.path, progress, {} if finished or self.keys is None else self.keys.state)
+
+    def finish(self) -> SecondMoment:
+        self.moment.latents.pop("used", None)
+        if self.done < self.moment.latents["count"]:
+            self.moment.latents["used"] = self.done
+        self.save(finished=True)
+        return self.moment
+
+
+def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequence:
+    """`given`, an argument that has an item for each layer; None stands for as many times None."""
+    if given is None:
+        return [None] * len(layers)
+    if not isinstance(given, list | tuple) or len(given) != len(layers):
+        raise RewriteCoreError(f"For {len(layers)} layers `{name}` is a list of as many items, or None.")
+    return given
+
+
+@overload
 def collect_second_moment(
-    layer: BoundLayer,
-    latents: Tensor,
-    batch_size: int = 16,
-    checkpoint: str | os.PathLike | None = None,
-    progress: bool = True,
-    latent_seed: int | None = None,
-) -> SecondMoment:
+    layer: BoundLayer, latents: Tensor, batch_size: int = ..., checkpoint: str | os.PathLike | None = ...,
+    progress: bool = ..., latent_seed: int | None = ..., skip_nonfinite: bool = ..., until: float | None = ...,
+    keys: Tensor | None = ...,
+) -> SecondMoment: ...  # fmt: skip
+
+
+@overload
+def collect_second_moment(
+    layer: Sequence[BoundLayer], latents: Tensor, batch_size: int = ...,
+    checkpoint: Sequence[str | os.PathLike] | None = ..., progress: bool = ..., latent_seed: int | None = ...,
+    skip_nonfinite: bool = ..., until: float | None = ..., keys: Sequence[Tensor | None] | None = ...,
+) -> list[SecondMoment]: ...  # fmt: skip
+
+
+def collect_second_moment(
+    layer, latents, batch_size=16, checkpoint=None, progress=True, latent_seed=None, skip_nonfinite=False, until=None,
+    keys=None,
+):  # fmt: skip
     """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
 
     The forward pass stops at the layer; keys are streamed, so memory does not grow with N.
 
     Args:
+        layer: a bound layer, or a list of layers of one generator: they are then collected in one pass, which stops
+            at the last of them that the generator reaches, and the result is a list in the same order.
         checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
-            ends with the same bits as an uninterrupted one. It holds the finished moment at the end.
+            ends with the same bits as an uninterrupted one. It holds the finished moment at the end. For a list of
+            layers, a list of files, one each.
         latent_seed: recorded in the moment's metadata.
+        skip_nonfinite: leave out images whose keys hold NaN or infinity, and count them in ``moment.skipped``.
+        until: stop when the relative standard error of C, and of C^-1 k for each of `keys`, is this or less (0.01:
+            one percent); after 8 batches at the earliest, and 16 with `keys`. The latents must be in random order.
+            ``moment.standard_error`` and ``moment.key_errors`` say what was reached, and ``moment.latents["used"]``
+            how many latents went in where not all did. A checkpoint that stopped before what `until` asks for goes on.
+        keys: rows [n, C] (or one key [C]) to give the error of C^-1 k for; for a list of layers, a list, one each.
 
     Raises:
-        NonFiniteError: NaN or infinity in the keys; names the batch.
-        MismatchError: the checkpoint belongs to another layer, model, batch size or set of latents.
+        NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
+        MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents or set of `keys`.
     """
     check_latents(latents)
     if len(latents) == 0 or batch_size < 1:
         raise RewriteCoreError("Collecting a second moment needs at least one latent and a batch size of at least 1.")
-    moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
-    moment.latents = {"count": len(latents), "seed": latent_seed, "fingerprint": tensor_fingerprint(latents)}
-    start = 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved, position = SecondMoment._load(checkpoint)
-        same = saved.layer == moment.layer and saved.fingerprint == moment.fingerprint
-        if not same or saved.latents.get("fingerprint") != moment.latents["fingerprint"]:
-            raise MismatchError(
-                f"The checkpoint {os.fspath(checkpoint)} belongs to another layer, model or set of latents; "
-                "delete it or name another file."
-            )
-        if position and position["batch_size"] != batch_size:
-            raise MismatchError(
-                f"The checkpoint was made with batch size {position['batch_size']}; resume with the same one."
-            )
-        moment, start = saved, position["done"] if position else len(latents)
+    if until is not None and not until > 0:
+        raise RewriteCoreError(f"`until` is the relative error to stop at, such as 0.01, and not {until}.")
+    single = isinstance(layer, BoundLayer)
+    layers = [layer] if single else layer
+    check_together(layers)
+    paths, targets = [checkpoint], [keys]
+    if not single:
+        paths, targets = _one_each("checkpoint", checkpoint, layers), _one_each("keys", keys, layers)
+    parts = [_Collection(one, latents, batch_size, latent_seed, path, few) for one, path, few in zip(layers, paths, targets)]
     saved_at = time.monotonic()
+    start = min(part.done for part in parts)
+    label = f"second moment of {', '.join(one.name for one in layers)}"
+    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
+        for first in range(start, len(latents), batch_size):
+            # each part has a file of its own: a crash may have left some of them further than others
+            behind = [part for part in parts if part.done <= first]
+            if until is not None and len(behind) == len(parts) and all(part.error <= until for part in parts):
+                break
+            batch = latents[first : first + batch_size]
 
-    def consume(keys: Tensor, done: int) -> None:
-        nonlocal saved_at
-        moment.update(keys)
-        if checkpoint is not None and done < len(latents) and time.monotonic() - saved_at > 5:
-            moment._save(checkpoint, {"done": done, "batch_size": batch_size})
-            saved_at = time.monotonic()
+            def consume(number: int, capture: Capture) -> None:
+                with _batch_named(behind[number].layer, first, len(batch), batch_size):
+                    behind[number].update(capture.key, len(batch), skip_nonfinite)
 
-    _stream(layer, latents, batch_size, start, progress, f"second moment of {layer.name}", consume)
-    if checkpoint is not None:
-        moment.save(checkpoint)
-    return moment
+            run_to([part.layer for part in behind], batch, consume)
+            if progress:
+                bar.set_postfix_str(f"error {max(part.error for part in parts):.2%}", refresh=False)
+            bar.update(len(batch))
+            if first + len(batch) < len(latents) and time.monotonic() - saved_at > 5:
+                for part in behind:
+                    part.save(finished=False)
+                saved_at = time.monotonic()
+    moments = [part.finish() for part in parts]
+    return moments[0] if single else moments

@@ -158,6 +158,14 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
     assert all(torch.equal(state[name], tensor) for name, tensor in edited.state_dict().items())
 
 
+def test_collecting_until_it_is_good_enough(tmp_path, capsys, user_generator):
+    collect = ("collect", "--layer", "3", "--out", "m.safetensors", "--count", 400, "--batch-size", 4, *MINE, "--quiet")
+    code, out, _ = run(capsys, *collect, "--until", "0.2", "--skip-nonfinite")
+    moment = rc.SecondMoment.load("m.safetensors")
+    assert code == 0 and f"standard error {moment.standard_error:.2%} ->" in out
+    assert moment.standard_error <= 0.2 and moment.latents["used"] < 400
+
+
 def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square()), query=rc.Selection(2, square())).save("e.json")
     assert run(capsys, "layers", *MINE)[0] == 0
@@ -221,6 +229,7 @@ BAD = [
     (["collect", "--layer", "3x", "--out", "m.safetensors", *MINE], "did you mean"),
     (["collect", "--layer", "3", "--out", "no/folder/m.safetensors", "--count", "4", *MINE], "folder"),
     (["collect", "--layer", "3", "--out", "m.safetensors", "--count", "0", *MINE], "1 or more"),
+    (["collect", "--layer", "3", "--out", "m.safetensors", "--until", "0", *MINE], "--until is the relative error"),
     (["collect", "--layer", "3", "--out", "", *MINE], "empty"),
     (["collect", "--layer", "3", "--out", ".", *MINE], "is a folder"),
     (["collect", "--layer", "3", "--out", "pipe", *MINE], "not a file to replace"),

@@ -1,9 +1,8 @@
+import functools
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
+from rewrite_core.binding import tensor_fingerprint
 from rewrite_core.files import save_record
 
 
@@ -64,6 +64,108 @@ def test_forward_stops_at_the_layer(generator, latents):
         if name.startswith(("layer6", "output")) or name == "layer5.conv":
             module.register_forward_hook(never)
     rc.collect_second_moment(rc.bind(generator, "layer5.conv"), latents[:8], progress=False)
+
+
+@pytest.mark.parametrize("names", [["layer5.conv", "layer2.conv", "layer4.conv"], ["layer2.conv"]])
+def test_several_layers_in_one_pass(generator, latents, names):
+    ran = []
+    for name, module in generator.named_modules():
+        if name.endswith("conv"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    layers = [rc.bind(generator, name) for name in names]
+    together = rc.collect_second_moment(layers, latents[:20], batch_size=8, progress=False)
+    ran.clear()
+    again = rc.collect_second_moment(layers, latents[:20], batch_size=20, progress=False)
+    last = max(int(name[5]) for name in names)
+    # one pass for the batch and one for each fingerprint; none beyond the deepest layer
+    assert ran.count("layer1.conv") == 1 + len(names) and f"layer{last}.conv" not in ran
+    for layer, moment, other in zip(layers, together, again, strict=True):
+        alone = rc.collect_second_moment(layer, latents[:20], batch_size=8, progress=False)
+        assert moment.layer == layer.name and torch.equal(moment.matrix(), alone.matrix())
+        assert (moment.fingerprint, moment.latents) == (alone.fingerprint, alone.latents)
+        assert relative(other.matrix(), alone.matrix()) < 1e-6
+        moment.check(layer, latents)
+
+
+class Overwriting(torch.nn.Module):
+    """Writes to the keys of its first convolution after that has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 3, 1)
+
+    def forward(self, z):
+        x = z[:, :, None, None] * 1
+        y = self.first(x)
+        return self.second(x.add_(y))
+
+
+def test_keys_are_taken_before_the_generator_overwrites_them():
+    torch.manual_seed(0)
+    generator, z = Overwriting(), torch.randn(10, 4)
+    layers = [rc.bind(generator, name) for name in ("first", "second")]
+    first, second = rc.collect_second_moment(layers, z, progress=False)
+    assert relative(first.matrix(), z.double().T @ z.double() / 10) < 1e-6
+    assert torch.equal(second.matrix(), rc.collect_second_moment(layers[1], z, progress=False).matrix())
+
+
+def test_layers_that_cannot_go_together(generator, latents):
+    layer = rc.bind(generator, "layer5.conv")
+    other = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer4.conv")
+    for layers, words in (
+        ([layer, other], "same generator object"),
+        ([layer, rc.bind(generator, "layer4.conv", forward=lambda g, z: g(z))], "same `forward`"),
+        ([layer, rc.bind(generator, "layer5")], "twice"),
+        ([], "no layer"),
+    ):
+        with pytest.raises(rc.RewriteCoreError, match=words):
+            rc.collect_second_moment(layers, latents[:4], progress=False)
+    with pytest.raises(rc.RewriteCoreError, match="`checkpoint` is a list of as many"):
+        rc.collect_second_moment([layer, rc.bind(generator, "layer4.conv")], latents[:4], checkpoint="one.safetensors")
+
+
+def test_a_layer_that_is_never_reached(latents):
+    generator = Overwriting()
+    generator.forward = lambda z: generator.first(z[:, :, None, None])
+    layers = [rc.bind(generator, name) for name in ("first", "second")]
+    with pytest.raises(rc.UnknownLayerError, match="never reached 'second'"):
+        rc.collect_second_moment(layers, torch.randn(3, 4), progress=False)
+
+
+def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
+    bad = latents[:20].clone()
+    bad[13] = torch.nan
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer4.conv")]
+    with pytest.raises(rc.NonFiniteError, match="'layer4.conv', batch 3 .*12 to 15"):
+        rc.collect_second_moment(layers, bad, batch_size=4, progress=False)
+
+
+def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, generator, latents, monkeypatch):
+    """As a crash leaves them: some files written, others one checkpoint behind or finished."""
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv", "layer4.conv")]
+    paths = [tmp_path / f"{layer.name}.safetensors" for layer in layers]
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+    bad = latents[:40].clone()
+    for stop, path in ((12, paths[0]), (24, paths[2])):
+        bad[stop:] = torch.nan
+        with pytest.raises(rc.NonFiniteError):
+            rc.collect_second_moment(layers, bad, batch_size=4, checkpoint=paths, progress=False)
+        # a run of other latents: what counts is the state, which is given the name of the right ones
+        saved, progress, _ = rc.SecondMoment._load(path)
+        assert progress == {"done": stop, "batch_size": 4}
+        saved.latents["fingerprint"] = tensor_fingerprint(latents[:40])
+        for each in paths:
+            each.unlink()
+        saved._save(tmp_path / f"kept{stop}", progress, {})
+        bad = latents[:40].clone()
+    (tmp_path / "kept12").rename(paths[0])
+    (tmp_path / "kept24").rename(paths[2])
+    resumed = rc.collect_second_moment(layers, latents[:40], batch_size=4, checkpoint=paths, progress=False)
+    for layer, moment, path in zip(layers, resumed, paths, strict=True):
+        whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
+        assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
+        assert torch.equal(rc.SecondMoment.load(path, layer).matrix(), whole.matrix())
 
 
 def test_save_and_load(tmp_path, layer, moment, latents):
@@ -185,6 +287,31 @@ def test_nan_activations_name_the_batch(generator, latents):
         rc.collect_second_moment(rc.bind(generator, "layer5.conv"), bad, batch_size=10, progress=False)
 
 
+def test_nonfinite_images_are_skipped_and_counted(tmp_path, generator, latents):
+    bad = latents[:40].clone()
+    bad[[3, 37]] = torch.nan
+    bad[20:24] = torch.inf  # all of a batch
+    good = latents[[i for i in range(40) if i not in (3, 20, 21, 22, 23, 37)]]
+    layer = rc.bind(generator, "layer5.conv")
+    moment = rc.collect_second_moment(layer, bad, batch_size=4, progress=False, skip_nonfinite=True)
+    whole = rc.collect_second_moment(layer, good, batch_size=4, progress=False)
+    assert moment.skipped == 6 and whole.skipped == 0 and moment.count == whole.count == 34 * 256
+    assert relative(moment.matrix(), whole.matrix()) < 1e-6
+    moment.save(tmp_path / "moment.safetensors")
+    loaded = rc.SecondMoment.load(tmp_path / "moment.safetensors")
+    assert loaded.skipped == 6 and rc.SecondMoment(64).merge(loaded).merge(loaded.__class__(64)).skipped == 6
+
+
+def test_nonfinite_rows_are_skipped_and_too_large_ones_are_not():
+    moment = rc.SecondMoment(2)
+    moment.update(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, -torch.inf]]), skip_nonfinite=True)
+    assert moment.count == 1 and moment.skipped == 2
+    assert torch.equal(moment.matrix(), torch.tensor([[1.0, 2.0], [2.0, 4.0]]).double())
+    with pytest.raises(rc.NonFiniteError, match="squares overflow"):
+        moment.update(torch.tensor([[torch.nan, 1.0], [1e30, 1.0]]), skip_nonfinite=True)
+    assert moment.count == 1 and moment.skipped == 2
+
+
 @pytest.mark.parametrize("features", [torch.full((2, 3), 1e20), torch.full((2, 3), 1e200, dtype=torch.float64)])
 def test_features_too_large_to_square_say_so(features):
     moment = rc.SecondMoment(3)
@@ -231,6 +358,7 @@ def test_truncated_and_foreign_files(tmp_path, moment):
 
 @pytest.mark.parametrize("metadata, words", [
     (["count"], "no JSON object but a list"), ({"count": True}, "no finite sum with its count"),
+    ({"count": 3, "skipped": -1}, "no finite sum with its count"),
     ({"count": 3, "layer": 5}, "wrong types"), ({"count": 3, "latents": ["a"]}, "wrong types"),
     ({"count": 3, "progress": ["a"]}, "wrong types"), ({"count": 3, "progress": {"done": 3}}, "wrong types"),
     ({"count": 3, "progress": {"done": "3", "batch_size": 3}}, "wrong types"),
@@ -272,73 +400,255 @@ def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):
         moment.save(tmp_path / "nowhere" / "moment.safetensors")
 
 
-def test_killed_collection_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL at a moment of its own choosing, resume, compare with an uninterrupted run."""
-    program = textwrap.dedent(
-        """
-        import sys, time
-        sys.path[:0] = [{tests!r}]
-        import rewrite_core as rc, rewrite_core.moments as moments
-        from conftest import DATA
-        clock = iter(range(10**9))
-        moments.time.monotonic = lambda: next(clock) * 2.0  # a checkpoint every few batches
-        layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
-        z = rc.sample_latents(64, 200)
-        real = layer.keys
-        def keys(batch):
-            time.sleep({pause})
-            return real(batch)
-        layer.keys = keys
-        rc.collect_second_moment(layer, z, batch_size=4, checkpoint={path!r}, progress=False)
-        """
+KILLED = """
+import os, random, signal, sys, time
+from types import SimpleNamespace
+sys.path[:0] = [sys.argv[1]]
+import torch
+torch.set_num_threads(1)  # no threads that a fork would lose
+import rewrite_core as rc, rewrite_core.moments as moments
+from test_moments import killed_collection
+
+ticks = iter(range(0, 10**9, 100))
+moments.time = SimpleNamespace(monotonic=lambda: next(ticks))  # a checkpoint after every batch
+run_to = moments.run_to
+moments.run_to = lambda *args: (time.sleep(0.01), run_to(*args))  # time to be killed in
+random.seed(0)
+for name in (".warm", ".whole"):  # the first call of all is slow
+    start = time.perf_counter()
+    killed_collection([path + name for path in sys.argv[2:]])
+    seconds = time.perf_counter() - start
+kills = 0
+for attempt in range(100):
+    child = os.fork()
+    if not child:
+        killed_collection(sys.argv[2:])
+        os._exit(0)
+    time.sleep(random.uniform(0.03, 0.1) * (attempt + 2) * seconds)  # longer and longer, so it ends
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    kills += os.path.exists(sys.argv[2])
+print(kills, flush=True)
+"""
+
+
+def killed_collection(checkpoint):
+    """Two layers, keys for the second, and an end before the latents'."""
+    generator = rc.load_proggan(DATA / "proggan_state.npz")
+    layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
+    keys = [None, torch.eye(64)[:2]]
+    return rc.collect_second_moment(
+        layers, rc.sample_latents(64, 200), 4, checkpoint, progress=False, until=0.22, keys=keys
     )
-    path = tmp_path / "checkpoint.safetensors"
-    tests = os.path.dirname(__file__)
-    child = subprocess.Popen([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0.05)], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert path.exists()
+
+
+def test_killed_collection_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL at random moments, again and again until it is through; compare with an uninterrupted run."""
+    paths = [str(tmp_path / name) for name in ("five.safetensors", "two.safetensors")]
+    command = [sys.executable, "-c", KILLED, os.path.dirname(__file__), *paths]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 2  # kills that left a checkpoint
+    for path, whole in zip(paths, killed_collection(None), strict=True):
+        resumed = rc.SecondMoment.load(path)
+        assert torch.equal(resumed.matrix(), whole.matrix()) and resumed._facts() == whole._facts()
+        assert resumed.standard_error == whole.standard_error <= 0.22 and 32 < whole.latents["used"] < 200
+    assert torch.equal(resumed.key_errors, whole.key_errors) and whole.key_errors.max() <= 0.22
+
+
+def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, latents):
+    layer, path = rc.bind(generator, "layer2.conv"), tmp_path / "checkpoint.safetensors"
+    collect = functools.partial(rc.collect_second_moment, layer, progress=False, checkpoint=path, batch_size=4)
+    whole = collect(latents[:60])
+    assert torch.equal(collect(latents[:60]).matrix(), whole.matrix())
+    with pytest.raises(rc.MismatchError, match="another layer, model or set"):
+        collect(latents[:50])
+    bad = latents[:40].clone()
+    bad[20:] = torch.nan
+    path.unlink()
+    keys = torch.eye(64)[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        ticks = iter(range(0, 10**6, 100))
+        patch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+        with pytest.raises(rc.NonFiniteError):
+            collect(bad, keys=keys)
     with pytest.raises(rc.FileFormatError, match="unfinished"):
         rc.SecondMoment.load(path)
-    subprocess.run([sys.executable, "-c", program.format(tests=tests, path=str(path), pause=0)], check=True, cwd=tmp_path)
-    layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
-    latents = rc.sample_latents(64, 200)
-    whole = rc.collect_second_moment(layer, latents, batch_size=4, progress=False)
-    resumed = rc.SecondMoment.load(path)
-    assert torch.equal(resumed.matrix(), whole.matrix()) and resumed.count == whole.count
-    # a finished checkpoint is returned as it is; one of other latents is refused
-    again = rc.collect_second_moment(layer, latents, batch_size=4, checkpoint=path, progress=False)
-    assert torch.equal(again.matrix(), whole.matrix())
+    for words, changed in (("batch size 4", {"batch_size": 5}), ("other keys", {"keys": 2 * keys})):
+        with pytest.raises(rc.MismatchError, match=words):
+            collect(bad, **({"keys": keys} | changed))
     with pytest.raises(rc.MismatchError, match="another layer, model or set"):
-        rc.collect_second_moment(layer, latents[:100], batch_size=4, checkpoint=path, progress=False)
+        rc.collect_second_moment(rc.bind(generator, "layer4.conv"), bad, 4, path, progress=False)
+    saved, _, state = rc.SecondMoment._load(path)
+    for progress, state in (({"done": 41, "batch_size": 4}, state), ({"done": 20, "batch_size": 4}, {"keys": keys.double()})):
+        saved._save(path, progress, state)
+        with pytest.raises(rc.FileFormatError):
+            collect(bad, keys=keys)
 
 
-def test_all_reduce_over_two_processes(tmp_path):
-    program = textwrap.dedent(
-        """
-        import sys, torch, torch.distributed as dist, rewrite_core as rc
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-        moment = rc.SecondMoment(5)
-        moment.update(torch.randn(40, 5, generator=torch.Generator().manual_seed(rank)))
-        moment.all_reduce()
-        if rank == 0:
-            moment.save(sys.argv[3])
-        dist.destroy_process_group()
-        """
-    )
-    args = [str(tmp_path / "store"), str(tmp_path / "sum.safetensors")]
-    children = [subprocess.Popen([sys.executable, "-c", program, str(rank), *args], cwd=tmp_path) for rank in range(2)]
+def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, latents):
+    path = tmp_path / "checkpoint.safetensors"
+    collect = functools.partial(rc.collect_second_moment, layer, latents, 4, path, progress=False)
+    rough = collect(until=0.3)
+    assert 32 <= rough.latents["used"] < 100 and rough.standard_error <= 0.3
+    assert rough.count == rough.latents["used"] * 256
+    assert torch.equal(rc.SecondMoment.load(path, layer).matrix(), rough.matrix())
+    assert torch.equal(collect(until=0.3).matrix(), rough.matrix())
+    whole = collect()
+    assert whole.count == 200 * 256 and "used" not in whole.latents
+    straight = rc.collect_second_moment(layer, latents, 4, progress=False)
+    assert torch.equal(whole.matrix(), straight.matrix()) and whole.standard_error == straight.standard_error
+
+
+class Scaled(torch.nn.Module):
+    """Latents [N, 6] -> maps [N, 6, 4, 4] of correlated keys, whose size differs from image to image."""
+
+    def __init__(self):
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.mixing = torch.nn.Parameter(torch.randn(6, 6, generator=random) + 3 * torch.eye(6))
+        self.pixels = torch.nn.Parameter(torch.randn(16, 6, generator=random))
+        self.conv = torch.nn.Conv2d(6, 3, 1)
+
+    def forward(self, z):
+        maps = z[:, None, :] * (1 + 0.3 * self.pixels)  # the same latent in all positions of a map
+        return self.conv((maps @ self.mixing).mT.unflatten(2, (4, 4)))
+
+
+@pytest.mark.parametrize("batch_size", [5, 7])
+def test_standard_errors_are_what_repeated_collections_show(batch_size):
+    """The error said against the error made, in the root mean square over independent collections."""
+    layer = rc.bind(Scaled(), "conv")
+    random = torch.Generator().manual_seed(1)
+    keys = torch.eye(6)[:3]
+    spatial = (1 + 0.3 * layer.generator.pixels.detach().double())
+    mixing = layer.generator.mixing.detach().double()
+    truth = mixing.T @ ((spatial.T @ spatial / 16) * torch.eye(6)) @ mixing  # E z z^T is the identity
+    said, made, said_keys, made_keys = [], [], [], []
+    for _ in range(60):
+        z = torch.randn(320, 6, generator=random)
+        moment = rc.collect_second_moment(layer, z, batch_size, progress=False, keys=keys)
+        said.append(moment.standard_error)
+        made.append(relative(moment.matrix(), truth))
+        exact = torch.linalg.solve(truth, keys.double().T).T
+        said_keys.append(moment.key_errors)
+        made_keys.append((moment.solve(keys) - exact).norm(dim=1) / exact.norm(dim=1))
+
+    def rms(values):
+        return torch.as_tensor(np.array(values)).square().mean(0).sqrt()
+
+    assert rms(said) == pytest.approx(rms(made).item(), rel=0.15)
+    assert np.std(said) < 0.3 * np.mean(said)
+    assert torch.allclose(rms(said_keys), rms(made_keys), rtol=0.25), (rms(said_keys), rms(made_keys))
+
+
+def test_until_stops_at_the_error_that_was_asked_for(capsys):
+    layer, z = rc.bind(Scaled(), "conv"), torch.randn(4000, 6, generator=torch.Generator().manual_seed(2))
+    moment = rc.collect_second_moment(layer, z, 10, until=0.1)
+    used = moment.latents["used"]
+    assert moment.standard_error <= 0.1 and moment.count == used * 16 and "error" in capsys.readouterr().err
+    assert rc.collect_second_moment(layer, z[: used - 10], 10, progress=False).standard_error > 0.1
+    one = rc.collect_second_moment(layer, z, 10, progress=False, until=0.1, keys=torch.eye(6)[0])
+    assert one.key_errors.shape == (1,) and one.key_errors.max() <= 0.1
+    several = rc.collect_second_moment(layer, z, 10, progress=False, until=0.1, keys=torch.eye(6))
+    assert used <= one.latents["used"] <= several.latents["used"] < 4000
+    tight = rc.collect_second_moment(layer, z, 10, progress=False, until=0.04, keys=torch.eye(6)[0])
+    assert tight.key_errors.max() <= 0.04 and tight.standard_error <= 0.04 and tight.latents["used"] > 4 * used
+    with pytest.raises(rc.RewriteCoreError, match="`until`"):
+        rc.collect_second_moment(layer, z, until=0)
+    for keys, words in ((torch.ones(2, 5), "rows"), (torch.zeros(2, 6), "only zeros"), (torch.full((6,), torch.nan), "NaN")):
+        with pytest.raises(rc.RewriteCoreError, match=words):
+            rc.collect_second_moment(layer, z, keys=keys, progress=False)
+
+
+def test_errors_survive_files_and_merges(tmp_path):
+    layer, z = rc.bind(Scaled(), "conv"), torch.randn(400, 6, generator=torch.Generator().manual_seed(3))
+    whole = rc.collect_second_moment(layer, z, 10, progress=False, keys=torch.eye(6))
+    left, right = (rc.collect_second_moment(layer, part, 10, progress=False) for part in z.split(200))
+    assert left.merge(right).standard_error == pytest.approx(whole.standard_error, rel=1e-9)
+    whole.save(tmp_path / "moment")
+    loaded = rc.SecondMoment.load(tmp_path / "moment")
+    assert loaded.standard_error == whole.standard_error and torch.equal(loaded.key_errors, whole.key_errors)
+    loaded.update(torch.ones(1, 6))
+    assert loaded.key_errors is None and loaded.standard_error > 0
+    unknown = rc.SecondMoment.load(DATA / "kitchen_second_moment.npz")
+    unknown.save(tmp_path / "moment")
+    for moment in (unknown, rc.SecondMoment.load(tmp_path / "moment"), rc.SecondMoment(3)):
+        assert np.isnan(moment.standard_error)
+    known = rc.SecondMoment(512)
+    for _ in range(3):
+        known.update(torch.ones(2, 512))
+    assert known.standard_error == 0 and np.isnan(known.merge(unknown).standard_error)
+
+
+def test_dead_channels_have_errors_too():
+    features = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 0
+    generator = torch.nn.Sequential(torch.nn.Conv2d(4, 3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moment = rc.collect_second_moment(
+            rc.bind(generator, "0"), features[:, :, None, None], progress=False, keys=torch.eye(4)[:2]
+        )
+    assert ((0.01 < moment.key_errors) & (moment.key_errors < 0.2)).all()
+
+
+REDUCED = """
+import sys, warnings
+sys.path[:0] = [sys.argv[1]]
+import pytest, torch, torch.distributed as dist, rewrite_core as rc
+from conftest import DATA
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
+generator = rc.load_proggan(DATA / "proggan_state.npz")
+layer, latents = rc.bind(generator, "layer5.conv"), rc.sample_latents(64, 80).split(40)
+
+def collect(layer, latents):
+    return rc.collect_second_moment(layer, latents, batch_size=8, progress=False, skip_nonfinite=True)
+
+mine = latents[rank].clone()
+mine[7, rank] = torch.nan
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    collect(layer, mine).all_reduce().save(sys.argv[4 + rank])
+for other, words in (
+    (rc.SecondMoment(64 + rank), "channels"),
+    (collect(rc.bind(generator, f"layer{4 + rank}.conv"), latents[0][:4]), "layer"),
+):
+    with pytest.raises(rc.MismatchError, match=f"differ in {words}"):
+        other.all_reduce()
+with torch.no_grad():
+    generator.layer2.conv.weight.mul_(1 + rank)
+with pytest.raises(rc.MismatchError, match="fingerprint"):
+    collect(layer, latents[0][:4]).all_reduce()
+with torch.no_grad():
+    generator.layer2.conv.weight.div_(1 + rank)
+with pytest.warns(UserWarning, match="count twice"):
+    collect(layer, latents[0][:4]).all_reduce()
+dist.destroy_process_group()
+"""
+
+
+def test_all_reduce_over_two_processes(tmp_path, layer):
+    sums = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
+    args = [os.path.dirname(__file__), *map(str, (tmp_path / "store", *sums))]
+    children = [
+        subprocess.Popen([sys.executable, "-c", REDUCED, args[0], str(rank), *args[1:]], cwd=tmp_path) for rank in range(2)
+    ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
-    single = rc.SecondMoment(5)
-    for rank in range(2):
-        single.update(torch.randn(40, 5, generator=torch.Generator().manual_seed(rank)))
-    total = rc.SecondMoment.load(tmp_path / "sum.safetensors")
-    assert total.count == 80 and relative(total.matrix(), single.matrix()) < 1e-12
+    latents = rc.sample_latents(64, 80)
+    latents[7, 0] = latents[47, 1] = torch.nan
+    single = rc.collect_second_moment(layer, latents, batch_size=8, progress=False, skip_nonfinite=True)
+    for path in sums:
+        total = rc.SecondMoment.load(path, layer)
+        assert relative(total.matrix(), single.matrix()) < 1e-12
+        assert total.count == single.count == 78 * 256 and total.skipped == 2
+        assert total.standard_error == pytest.approx(single.standard_error, rel=1e-9)
+        assert total.fingerprint == single.fingerprint
+        assert [part["count"] for part in total.latents["merged"]] == [40, 40]
 
 
 def test_all_reduce_without_a_group():
