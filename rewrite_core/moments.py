@@ -483,9 +483,16 @@ def collect_second_moment(
 
 
 def collect_second_moment(
-    layer, latents, batch_size=16, checkpoint=None, progress=True, latent_seed=None, skip_nonfinite=False, until=None,
-    keys=None,
-):  # fmt: skip
+    layer: BoundLayer | Sequence[BoundLayer],
+    latents: Tensor,
+    batch_size: int = 16,
+    checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    progress: bool = True,
+    latent_seed: int | None = None,
+    skip_nonfinite: bool = False,
+    until: float | None = None,
+    keys: Tensor | Sequence[Tensor | None] | None = None,
+) -> SecondMoment | list[SecondMoment]:
     """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
 
     The forward pass stops at the layer; keys are streamed, so memory does not grow with N.
@@ -523,7 +530,7 @@ def collect_second_moment(
     saved_at = time.monotonic()
     start = min(part.done for part in parts)
     label = f"second moment of {', '.join(one.name for one in layers)}"
-    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=not progress) as bar:
+    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
         for first in range(start, len(latents), batch_size):
             # each part has a file of its own: a crash may have left some of them further than others
             behind = [part for part in parts if part.done <= first]
