@@ -97,9 +97,12 @@ def chosen_backend(op: str) -> str:
         raise Refused(f"{op} has no speed to report: {error}") from error
 
 
-def check(op: str, case: Case, tests: str) -> Checked:
-    """Run every contender once and compare with float64; raises Refused where ours is wrong."""
-    backend = chosen_backend(op)
+def check(op: str, case: Case, tests: str, kernel: str) -> Checked:
+    """Run every contender once and compare with float64; raises Refused where ours is wrong.
+
+    kernel  the op whose backend is asked for: `op` itself, where that is one of ``rewrite_core.ops``
+    """
+    backend = chosen_backend(kernel)
     try:
         problem = case.make(backend)
         errors = {}

@@ -23,11 +23,13 @@ SUITES = {
     "second-moment": "bench_second_moment",
     "spd-solve": "bench_spd_solve",
     "fit-low-rank": "bench_fit_low_rank",
+    "collect": "bench_collect",
 }
 
 
 def suite(name: str) -> ModuleType:
-    """The module of a suite, which has ``OP`` and ``cases(quick)``."""
+    """The module of a suite, which has ``OP`` and ``cases(quick)``; where `OP` is no op of ``rewrite_core.ops``
+    it also has ``KERNEL``, the op whose backend it uses, and ``TESTS``, what its tests are called."""
     return importlib.import_module(f".{SUITES[name]}", __package__)
 
 
@@ -66,8 +68,9 @@ def gate(module: ModuleType, quick: bool) -> list[Checked]:
 
     Quick runs check the cases alone: the tests take longer than they do, and their lines say so.
     """
-    tests = "not run" if quick else run_tests(module.OP)
-    return [check(module.OP, case, tests) for case in module.cases(quick)]
+    kernel = getattr(module, "KERNEL", module.OP)
+    tests = "not run" if quick else run_tests(getattr(module, "TESTS", module.OP))
+    return [check(module.OP, case, tests, kernel) for case in module.cases(quick)]
 
 
 def main(names: Sequence[str], out: Path, quick: bool) -> int:

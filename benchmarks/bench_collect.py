@@ -1,0 +1,115 @@
+"""Collecting a second moment, end to end, against the bare forward pass up to the layer (DESIGN 5) and the
+reference implementation's way. Generators of true widths with random weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rewrite_core import bind, collect_second_moment, sample_latents
+from rewrite_core.families import ProgGAN, StyleGAN2
+
+from .harness import Case, Contender, Problem
+
+OP = "collect"
+KERNEL = "second_moment"  # the op whose backend it uses
+TESTS = "moments"
+BATCH, BATCHES = 8, 8
+
+
+def proggan_256() -> nn.Module:
+    return ProgGAN([512, 512, 512, 512, 512, 256, 128, 64])
+
+
+def stylegan2_256() -> nn.Module:
+    return StyleGAN2(256)
+
+
+def small_proggan() -> nn.Module:
+    return ProgGAN([32, 32, 32])
+
+
+def small_stylegan2() -> nn.Module:
+    return StyleGAN2(8, style_dim=32, n_mlp=2, channels={4: 32, 8: 32})
+
+
+FULL = ((proggan_256, "layer8.conv", 512), (stylegan2_256, "convs.5.conv", 512))  # 512 channels @ 32x32
+QUICK = ((small_proggan, "layer4.conv", 32), (small_stylegan2, "convs.1.conv", 32))
+
+
+class _Stop(Exception):
+    pass
+
+
+def cases(quick: bool) -> list[Case]:
+    return [
+        Case(f"{build.__name__} {name}", functools.partial(make, build, name, size))
+        for build, name, size in (QUICK if quick else FULL)
+    ]
+
+
+def make(build: Callable[[], nn.Module], name: str, size: int, backend: str) -> Problem:
+    """The bare pass yields no moment, so its error is 1. The reference's way adds every key by itself, in float32, after
+    the same forward pass, so its error grows with their number."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = build().eval().requires_grad_(False)
+    layer = bind(generator, name)
+    latents = sample_latents(size, BATCH * BATCHES, seed=1)
+    channels = layer.in_channels
+
+    def rows(batch: Tensor) -> Tensor:
+        return layer.keys(batch).permute(0, 2, 3, 1).reshape(-1, channels)
+
+    exact, count = torch.zeros(channels, channels, dtype=torch.float64), 0
+    for batch in latents.split(BATCH):
+        wide = rows(batch).double()
+        exact.addmm_(wide.T, wide)
+        count += len(wide)
+    exact /= count
+
+    def ours() -> Tensor:
+        return collect_second_moment(layer, latents, BATCH, progress=False).matrix()
+
+    def bare() -> Tensor:
+        def stop(module: nn.Module, args: tuple) -> None:
+            raise _Stop
+
+        handle = layer.module.register_forward_pre_hook(stop)
+        with torch.no_grad():
+            for batch in latents.split(BATCH):
+                try:
+                    generator(batch)
+                except _Stop:
+                    pass
+        handle.remove()
+        return torch.zeros_like(exact)
+
+    def reference() -> Tensor:
+        total = torch.zeros(channels, channels)
+        for batch in latents.split(BATCH):
+            for key in rows(batch):
+                total.addr_(key, key)
+        return total / count
+
+    return Problem(
+        ours=Contender("rewrite_core", ours),
+        stock=[
+            Contender("bare forward pass", bare),
+            Contender("rank-1 updates", reference, rounds=3),
+        ],
+        shapes={"latents": list(latents.shape), "keys": [count, channels]},
+        dtype="float32",
+        operations=count * channels * (channels + 1),
+        traffic=count * channels * 4 + channels * (channels + 1) * 8,
+        error=lambda matrix: ((matrix.double() - exact).norm() / exact.norm()).item(),
+        error_kind="relative Frobenius error",
+        tolerance=1e-6,
+    )
+
+
+def bench_collect(measure: Callable[[], None]) -> None:
+    measure()
