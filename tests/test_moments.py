@@ -551,7 +551,9 @@ def test_standard_errors_are_what_repeated_collections_show(batch_size):
     assert torch.allclose(rms(said_keys), rms(made_keys), rtol=0.25), (rms(said_keys), rms(made_keys))
 
 
-def test_until_stops_at_the_error_that_was_asked_for(capsys):
+def test_until_stops_at_the_error_that_was_asked_for(capsys, monkeypatch):
+    tqdm = rc.moments.tqdm  # shows no bar without a terminal, unless told
+    monkeypatch.setattr(rc.moments, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"disable": False}))
     layer, z = rc.bind(Scaled(), "conv"), torch.randn(4000, 6, generator=torch.Generator().manual_seed(2))
     moment = rc.collect_second_moment(layer, z, 10, until=0.1)
     used = moment.latents["used"]
@@ -603,7 +605,7 @@ def test_dead_channels_have_errors_too():
 
 
 REDUCED = """
-import sys, warnings
+import os, sys, warnings
 sys.path[:0] = [sys.argv[1]]
 import pytest, torch, torch.distributed as dist, rewrite_core as rc
 from conftest import DATA
@@ -635,6 +637,7 @@ with torch.no_grad():
 with pytest.warns(UserWarning, match="count twice"):
     collect(layer, latents[0][:4]).all_reduce()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads now and then abort the interpreter's own way out
 """
 
 
