@@ -21,7 +21,7 @@ import torch
 
 from rewrite_core.backends import extension, extension_reason
 from rewrite_core.files import atomic_write
-from rewrite_core.version import __version__, source_digest
+from rewrite_core.version import __version__, cpu_name, source_digest
 
 SCHEMA = 1
 QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
@@ -35,16 +35,6 @@ def checkout() -> Path | None:
         if project.is_file() and re.search(r'^name = "rewrite_core"', project.read_text(), re.MULTILINE):
             return folder
     return None
-
-
-def cpu_name() -> str:
-    """The CPU's model name; never the machine's own name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
 
 
 def machine_name() -> str:

@@ -330,9 +330,9 @@ class LayerInfo:
 def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None = None) -> list[LayerInfo]:
     """Every layer that can be bound, in the order the generator runs them.
 
-    `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there:
-    "closed_form" (for L2; "lm" for L1), "lm", or "adam" where what follows the layer is unknown. A layer that runs
-    more than once in a forward pass is left out, with a warning.
+    `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
+    L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown, and "lm" is refused. A layer that
+    runs more than once in a forward pass is left out, with a warning.
     """
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
     captures: dict[str, Capture] = {}

@@ -501,8 +501,8 @@ def collect_second_moment(
         layer: a bound layer, or a list of layers of one generator: they are then collected in one pass, which stops
             at the last of them that the generator reaches, and the result is a list in the same order.
         checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
-            ends with the same bits as an uninterrupted one. It holds the finished moment at the end. For a list of
-            layers, a list of files, one each.
+            ends with the same bits as an uninterrupted one on as many threads. It holds the finished moment at the
+            end. For a list of layers, a list of files, one each.
         latent_seed: recorded in the moment's metadata.
         skip_nonfinite: leave out images whose keys hold NaN or infinity, and count them in ``moment.skipped``.
         until: stop when the relative standard error of C, and of C^-1 k for each of `keys`, is this or less (0.01:

@@ -1,6 +1,8 @@
-"""The version, as installed (pyproject.toml is the only place that states it)."""
+"""What is installed and on what: the version (only pyproject.toml states it), the sources it was built from, the CPU."""
 
 import hashlib
+import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,3 +19,13 @@ def source_digest(folder: Path) -> str:
         for path in sorted(folder.glob(pattern)):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The CPU's model name; never the machine's own name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()

@@ -20,7 +20,7 @@ from ..latents import sample_latents
 from ..moments import SecondMoment, collect_second_moment
 from ..pictures import paint, to_unit
 from ..rewriting import Rewrite, paste_goal, rewrite
-from ..version import __version__
+from ..version import __version__, cpu_name
 from . import chapels, load_edit
 from .rules import RULES, Rule, Score, score
 from .world import LATENT_SIZE, ROOFS, scene_from_latents
@@ -91,17 +91,9 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processor": _processor(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True) -> dict:
