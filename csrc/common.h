@@ -80,6 +80,9 @@ class Team {
   // This thread's number, from 0; call it once per thread.
   int64_t join() { return joined_.fetch_add(1, std::memory_order_relaxed); }
 
+  // How many threads there are.
+  int64_t size() const { return size_.load(std::memory_order_relaxed); }
+
   // Waits until every thread is here, then restarts the task numbers at 0.
   void meet() {
     const int64_t round = round_.load(std::memory_order_acquire);
@@ -145,6 +148,17 @@ class Team {
   std::atomic<int64_t> joined_{0};
   std::atomic<int> waiting_{0};
   std::atomic<int> size_{0};
+};
+
+// One thread alone, with Team's interface.
+class Solo {
+ public:
+  int64_t next() { return task_++; }
+  int64_t size() const { return 1; }
+  void meet() { task_ = 0; }
+
+ private:
+  int64_t task_ = 0;
 };
 
 }  // namespace rewrite_core

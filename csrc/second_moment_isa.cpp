@@ -5,61 +5,215 @@ namespace rewrite_core {
 namespace REWRITE_CORE_ISA {
 namespace {
 
-// The tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
+// A tile fills the register file: rows x columns vectors of sums, the rows' vectors and one column's.
 #if defined(REWRITE_CORE_ISA_avx512)
-constexpr int vector_bytes = 64, rows_f32 = 8, rows_f64 = 8, tile_panels = 3;
+constexpr int vector_bytes = 64, tile_columns = 8;
 #elif defined(REWRITE_CORE_ISA_avx2)
-constexpr int vector_bytes = 32, rows_f32 = 4, rows_f64 = 4, tile_panels = 3;
+constexpr int vector_bytes = 32, tile_columns = 4;
 #else
-constexpr int vector_bytes = 16, rows_f32 = 4, rows_f64 = 2, tile_panels = 2;
+constexpr int vector_bytes = 16, tile_columns = 4;
 #endif
+constexpr int tile_rows = 3;
+constexpr int panel_channels = 16;
 
+template <class Element, int bytes>
+struct Vector {
+  typedef Element type __attribute__((vector_size(bytes)));
+  typedef Element unaligned __attribute__((vector_size(bytes), aligned(sizeof(Element)), may_alias));
+};
+template <class Real>
+using Vec = typename Vector<Real, vector_bytes>::type;
 template <class Real>
 constexpr int lanes = vector_bytes / static_cast<int>(sizeof(Real));
 
-template <class Real>
-struct Vector {
-  typedef Real type __attribute__((vector_size(vector_bytes)));
+template <int bytes>
+struct Integer;
+template <>
+struct Integer<2> {
+  typedef int16_t type;
+};
+template <>
+struct Integer<4> {
+  typedef int32_t type;
+};
+template <>
+struct Integer<8> {
+  typedef int64_t type;
 };
 
-template <class Real, int rows, int panels>
-void tile_of(const Real* row, const Real* columns, int64_t panel_stride, int run, double* sums) {
-  constexpr int width = lanes<Real>;
-  constexpr int step = sizeof(Real) == 4 ? short_run : max_run;  // double needs no short runs
-  typedef typename Vector<Real>::type Vec;
-  Vec total[rows][panels] = {};
-  for (int start = 0; start < run; start += step) {
-    const int end = start + step < run ? start + step : run;
-    Vec sum[rows][panels] = {};
-    for (int k = start; k < end; ++k) {
-      Vec column[panels];
-#pragma GCC unroll 4
-      for (int j = 0; j < panels; ++j) {
-        column[j] = *reinterpret_cast<const Vec*>(columns + j * panel_stride + k * width);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const Real scale = row[k * width + i];
-#pragma GCC unroll 4
-        for (int j = 0; j < panels; ++j) sum[i][j] += scale * column[j];
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < panels; ++j) total[i][j] += sum[i][j];
-    }
+// The sums of vectors of packed elements, lane by lane.
+template <class Element>
+struct Products {
+  typedef Element Real;
+  static inline void add(Vec<Real>& sum, Vec<Real> a, Vec<Real> b) { sum += a * b; }
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+#if defined(REWRITE_CORE_ISA_avx512)
+template <>
+struct Products<BFloat16> {  // two positions per lane
+  typedef float Real;
+  // The one instruction that processors of this set may lack: second_moment.cpp asks for it before it comes here.
+  static inline void add(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
-  const Real* flat = reinterpret_cast<const Real*>(total);
-  for (int i = 0; i < rows * panels * width; ++i) sums[i] += static_cast<double>(flat[i]);
+};
+#endif
+
+// Vectors of lanes / group groups each, and the sums of their groups wanted: adds the halves of every group. The
+// result holds a's groups, then b's, of half the size.
+template <class Real, int group>
+inline Vec<Real> add_halves(Vec<Real> a, Vec<Real> b) {
+  constexpr int n = lanes<Real>, half = group / 2;
+  typename Vector<typename Integer<sizeof(Real)>::type, vector_bytes>::type first, second;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < n; ++lane) {
+    first[lane] = lane / half * group + lane % half;  // lanes of b count from n on
+    second[lane] = first[lane] + half;
+  }
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
 }
 
-template <class Real, int rows>
-void tile(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run,
-          double* sums) {
-  if (panel_count == 1) return tile_of<Real, rows, 1>(row, columns, panel_stride, run, sums);
-  if (panel_count == 2) return tile_of<Real, rows, 2>(row, columns, panel_stride, run, sums);
-  return tile_of<Real, rows, tile_panels>(row, columns, panel_stride, run, sums);
+// out[i] += the sum over the lanes of vectors[i], for i < wanted; count and group are how far the sums are.
+template <class Real, int wanted, int count = wanted, int group = lanes<Real>>
+inline void add_lanes(Vec<Real>* vectors, double* out) {
+  if constexpr (group == 1) {
+    Real sums[count * lanes<Real>];
+    __builtin_memcpy(sums, vectors, sizeof(sums));
+    for (int i = 0; i < wanted; ++i) out[i] += static_cast<double>(sums[i]);
+  } else {
+    constexpr int pairs = (count + 1) / 2;
+#pragma GCC unroll 4
+    for (int i = 0; i < pairs; ++i) {
+      vectors[i] = add_halves<Real, group>(vectors[2 * i], vectors[count == 1 ? 0 : 2 * i + 1]);
+    }
+    add_lanes<Real, wanted, pairs, group / 2>(vectors, out);
+  }
+}
+
+// A lane's sums of so many terms at most join a total: see second_moment_isa.h. Doubles need no totals.
+constexpr int most_terms = 32;
+template <class Real>
+constexpr bool has_totals = sizeof(Real) == 4 && run_bytes / vector_bytes > most_terms;
+
+template <class Real>
+inline int end_of_terms(int start, int steps) {
+  return has_totals<Real> && start + most_terms < steps ? start + most_terms : steps;
+}
+
+template <class Real, int count>
+inline void add_all(Vec<Real>* total, const Vec<Real>* sum) {
+#pragma GCC unroll 32
+  for (int i = 0; i < count; ++i) total[i] = has_totals<Real> ? total[i] + sum[i] : sum[i];
+}
+
+enum class Besides { nothing, ask, ask_and_copy };  // which parts of Meanwhile
+
+template <class Element, int row_count, int columns, Besides besides>
+void tile_of(const char* row, const char* column, int steps, double* out, int64_t out_stride,
+             const Meanwhile* meanwhile) {
+  typedef typename Products<Element>::Real Real;
+  typedef typename Vector<Real, vector_bytes>::unaligned Unaligned;
+  Meanwhile also = {};
+  if constexpr (besides != Besides::nothing) also = *meanwhile;
+  Vec<Real> total[row_count][columns] = {};
+  for (int start = 0, end; start < steps; start = end) {
+    end = end_of_terms<Real>(start, steps);
+    Vec<Real> sum[row_count][columns] = {};
+    for (int step = start; step < end; ++step) {
+      Vec<Real> left[row_count];
+      if constexpr (besides != Besides::nothing) __builtin_prefetch(also.ahead + also.ahead_offsets[step]);
+      if constexpr (besides == Besides::ask_and_copy) {
+        *reinterpret_cast<Unaligned*>(also.to + step * vector_bytes) =
+            *reinterpret_cast<const Unaligned*>(also.from + also.from_offsets[step]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < row_count; ++i) {
+        left[i] = *reinterpret_cast<const Vec<Real>*>(row + i * key_stride + step * vector_bytes);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < columns; ++j) {
+        Vec<Real> right = *reinterpret_cast<const Vec<Real>*>(column + j * key_stride + step * vector_bytes);
+        asm("" : "+v"(right));  // or every product loads it again, and loads become the limit
+#pragma GCC unroll 4
+        for (int i = 0; i < row_count; ++i) Products<Element>::add(sum[i][j], left[i], right);
+      }
+    }
+    add_all<Real, row_count * columns>(total[0], sum[0]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < row_count; ++i) add_lanes<Real, columns>(total[i], out + i * out_stride);
+}
+
+template <class Element, Besides besides>
+void tile_rows_of(const char* row, int row_count, const char* column, int steps, double* out,
+                  int64_t out_stride, const Meanwhile* meanwhile) {
+  constexpr int columns = tile_columns;
+  if (row_count == 3) return tile_of<Element, 3, columns, besides>(row, column, steps, out, out_stride, meanwhile);
+  if (row_count == 2) return tile_of<Element, 2, columns, besides>(row, column, steps, out, out_stride, meanwhile);
+  return tile_of<Element, 1, columns, besides>(row, column, steps, out, out_stride, meanwhile);
+}
+
+template <class Element>
+void tile(const void* rows, int row_count, const void* columns, int steps, double* out,
+          int64_t out_stride, const Meanwhile* meanwhile) {
+  const char *row = static_cast<const char*>(rows), *column = static_cast<const char*>(columns);
+  if (!meanwhile) {
+    tile_rows_of<Element, Besides::nothing>(row, row_count, column, steps, out, out_stride, nullptr);
+  } else if (!meanwhile->to) {
+    tile_rows_of<Element, Besides::ask>(row, row_count, column, steps, out, out_stride, meanwhile);
+  } else {
+    tile_rows_of<Element, Besides::ask_and_copy>(row, row_count, column, steps, out, out_stride, meanwhile);
+  }
+}
+
+// out[i][j] += the products j <= i of four channels.
+template <class Element>
+void triangle(const char* block, int steps, double* out, int64_t out_stride) {
+  typedef typename Products<Element>::Real Real;
+  Vec<Real> total[10] = {};
+  for (int start = 0, end; start < steps; start = end) {
+    end = end_of_terms<Real>(start, steps);
+    Vec<Real> sum[10] = {};
+    for (int step = start; step < end; ++step) {
+      Vec<Real> value[4];
+      int place = 0;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        value[i] = *reinterpret_cast<const Vec<Real>*>(block + i * key_stride + step * vector_bytes);
+#pragma GCC unroll 4
+        for (int j = 0; j <= i; ++j) Products<Element>::add(sum[place++], value[i], value[j]);
+      }
+    }
+    add_all<Real, 10>(total, sum);
+  }
+  double sums[10] = {};
+  add_lanes<Real, 4>(total, sums);
+  add_lanes<Real, 4>(total + 4, sums + 4);
+  add_lanes<Real, 2>(total + 8, sums + 8);
+  for (int i = 0, place = 0; i < 4; ++i) {
+    for (int j = 0; j <= i; ++j) out[i * out_stride + j] += sums[place++];
+  }
+}
+
+template <class Element>
+void diagonal(const void* block, int channels, int steps, double* out, int64_t out_stride) {
+  const char* first = static_cast<const char*>(block);
+  double sums[tile_columns * tile_columns] = {};
+  for (int corner = 0; corner < tile_columns; corner += 4) {
+    triangle<Element>(first + corner * key_stride, steps, sums + corner * (tile_columns + 1), tile_columns);
+  }
+  if constexpr (tile_columns == 8) {
+    tile_of<Element, 4, 4, Besides::nothing>(first + 4 * key_stride, first, steps, sums + 4 * tile_columns,
+                                             tile_columns, nullptr);
+  }
+  for (int i = 0; i < channels; ++i) {
+    for (int j = 0; j <= i; ++j) out[i * out_stride + j] += sums[i * tile_columns + j];
+  }
 }
 
 inline float from_bits(uint32_t bits) {
@@ -74,117 +228,130 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
-inline float widen(Float16 value) {
+inline void widen(float value, float& to) { to = value; }
+inline void widen(double value, double& to) { to = value; }
+inline void widen(BFloat16 value, BFloat16& to) { to = value; }
+inline void widen(BFloat16 value, float& to) { to = from_bits(static_cast<uint32_t>(value.bits) << 16); }
+inline void widen(Float16 value, float& to) {
   // Exponent and mantissa moved into place and the exponent's bias mended. A subnormal half is the difference of
   // two normal floats, so that it survives flushing to zero. Compilers vectorise all this without F16C.
   const uint32_t magnitude = (value.bits & 0x7fffu) << 13, exponent = value.bits & 0x7c00u;
   const uint32_t normal = magnitude + (exponent == 0x7c00u ? 224u << 23 : 112u << 23);  // infinity and NaN
   const uint32_t subnormal = to_bits(from_bits(magnitude + (113u << 23)) - from_bits(113u << 23));
-  return from_bits((exponent ? normal : subnormal) | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+  to = from_bits((exponent ? normal : subnormal) | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
 }
 
-// packed[k][c] = features[c * stride + k] for a full panel of floats: 4x4 blocks, transposed in registers.
-inline int transpose_blocks(const float* features, int64_t stride, int count, float* packed) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef Four Unaligned __attribute__((aligned(4)));
-  typedef int Pick __attribute__((vector_size(16)));
-  constexpr int width = lanes<float>;
-  const int whole = count & ~3;
-  for (int c = 0; c < width; c += 4) {
-    const float* source = features + c * stride;
-    for (int k = 0; k < whole; k += 4) {
-      const Four a = *reinterpret_cast<const Unaligned*>(source + k);
-      const Four b = *reinterpret_cast<const Unaligned*>(source + stride + k);
-      const Four d = *reinterpret_cast<const Unaligned*>(source + 2 * stride + k);
-      const Four e = *reinterpret_cast<const Unaligned*>(source + 3 * stride + k);
-      const Four ab_low = __builtin_shuffle(a, b, Pick{0, 4, 1, 5});
-      const Four ab_high = __builtin_shuffle(a, b, Pick{2, 6, 3, 7});
-      const Four de_low = __builtin_shuffle(d, e, Pick{0, 4, 1, 5});
-      const Four de_high = __builtin_shuffle(d, e, Pick{2, 6, 3, 7});
-      float* target = packed + k * width + c;
-      *reinterpret_cast<Four*>(target) = __builtin_shuffle(ab_low, de_low, Pick{0, 1, 4, 5});
-      *reinterpret_cast<Four*>(target + width) = __builtin_shuffle(ab_low, de_low, Pick{2, 3, 6, 7});
-      *reinterpret_cast<Four*>(target + 2 * width) = __builtin_shuffle(ab_high, de_high, Pick{0, 1, 4, 5});
-      *reinterpret_cast<Four*>(target + 3 * width) = __builtin_shuffle(ab_high, de_high, Pick{2, 3, 6, 7});
+// to[c][k] = from[k][c] for a square block that fills 16-byte vectors, in registers: every round interleaves the
+// upper and the lower half of the rows, which rotates the bits of the index (row, lane) by one.
+template <class Element>
+inline void transpose_block(const Element* from, int64_t from_stride, Element* to, int64_t to_stride) {
+  typedef typename Integer<sizeof(Element)>::type Bits;
+  typedef Vector<Bits, 16> Part;
+  constexpr int n = 16 / sizeof(Element);
+  typename Part::type low, high, row[n];
+#pragma GCC unroll 8
+  for (int lane = 0; lane < n; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * n;
+    high[lane] = low[lane] + n / 2;
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < n; ++k) row[k] = *reinterpret_cast<const typename Part::unaligned*>(from + k * from_stride);
+#pragma GCC unroll 3
+  for (int round = 1; round < n; round *= 2) {
+    typename Part::type mixed[n];
+#pragma GCC unroll 4
+    for (int k = 0; k < n / 2; ++k) {
+      mixed[2 * k] = __builtin_shuffle(row[k], row[k + n / 2], low);
+      mixed[2 * k + 1] = __builtin_shuffle(row[k], row[k + n / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) row[k] = mixed[k];
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < n; ++c) *reinterpret_cast<typename Part::unaligned*>(to + c * to_stride) = row[c];
+}
+
+template <class Element>
+void transpose(const Element* from, int64_t from_stride, int channels, int count, Element* to, int64_t to_stride) {
+  constexpr int n = 16 / sizeof(Element);
+  const int whole_channels = channels / n * n, whole = count / n * n;
+  for (int k = 0; k < whole; k += n) {
+    for (int c = 0; c < whole_channels; c += n) {
+      transpose_block(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
     }
   }
-  return whole;
-}
-inline int transpose_blocks(const double*, int64_t, int, double*) { return 0; }
-
-// The same type, positions next to each other: maps in NCHW.
-template <class Real>
-void pack_maps(const Real* features, int64_t channel_stride, int channels, int count, Real* packed) {
-  constexpr int width = lanes<Real>;
-  int done = channels == width ? transpose_blocks(features, channel_stride, count, packed) : 0;
-  for (int k = done; k < count; ++k) {
-    for (int c = 0; c < channels; ++c) packed[k * width + c] = features[c * channel_stride + k];
-    for (int c = channels; c < width; ++c) packed[k * width + c] = Real(0);
+  for (int c = 0; c < channels; ++c) {
+    for (int k = c < whole_channels ? whole : 0; k < count; ++k) to[c * to_stride + k] = from[k * from_stride + c];
   }
 }
 
-template <class Real, class Element>
-void pack_of(const Element* features, int64_t channel_stride, int64_t position_stride, int channels,
-             int count, Real* packed, Real* scratch) {
-  constexpr int width = lanes<Real>;
-  if (position_stride == 1) {
-    if constexpr (sizeof(Element) == sizeof(Real)) {
-      pack_maps<Real>(features, channel_stride, channels, count, packed);
-    } else {  // widen each channel's run first, which vectorises, then transpose
-      for (int c = 0; c < channels; ++c) {
-        for (int k = 0; k < count; ++k) scratch[c * max_run + k] = widen(features[c * channel_stride + k]);
+template <class Element, class Packed>
+void pack_of(const Element* from, int64_t channel_stride, int64_t position_stride, int channels, int count,
+             char* to) {
+  if (position_stride == 1 || channel_stride != 1) {
+    for (int c = 0; c < channels; ++c) {
+      const Element* source = from + c * channel_stride;
+      Packed* target = reinterpret_cast<Packed*>(to + c * key_stride);
+      if (position_stride == 1) {
+        for (int k = 0; k < count; ++k) widen(source[k], target[k]);
+      } else {
+        for (int k = 0; k < count; ++k) widen(source[k * position_stride], target[k]);
       }
-      pack_maps<Real>(scratch, max_run, channels, count, packed);
     }
-  } else if (channel_stride == 1 && channels == width) {  // rows and channels_last
-    for (int k = 0; k < count; ++k) {
-      for (int c = 0; c < width; ++c) packed[k * width + c] = widen(features[k * position_stride + c]);
-    }
+  } else if constexpr (sizeof(Element) == sizeof(Packed)) {  // rows and channels_last
+    transpose(from, position_stride, channels, count, reinterpret_cast<Element*>(to),
+              key_stride / static_cast<int64_t>(sizeof(Element)));
   } else {
-    for (int k = 0; k < count; ++k) {
+    constexpr int some = 32;
+    Element turned[panel_channels * some];
+    for (int first = 0; first < count; first += some) {
+      const int length = count - first < some ? count - first : some;
+      transpose(from + first * position_stride, position_stride, channels, length, turned, some);
       for (int c = 0; c < channels; ++c) {
-        packed[k * width + c] = widen(features[k * position_stride + c * channel_stride]);
+        Packed* target = reinterpret_cast<Packed*>(to + c * key_stride) + first;
+        for (int k = 0; k < length; ++k) widen(turned[c * some + k], target[k]);
       }
-      for (int c = channels; c < width; ++c) packed[k * width + c] = Real(0);
     }
   }
 }
 
-void pack_f32(const void* features, int dtype, int64_t channel_stride, int64_t position_stride, int channels,
-              int count, float* packed, float* scratch) {
+void pack_float32(const void* from, int dtype, int64_t channel_stride, int64_t position_stride, int channels, int count,
+                  void* to) {
+  char* target = static_cast<char*>(to);
   if (dtype == 0) {
-    pack_of(static_cast<const float*>(features), channel_stride, position_stride, channels, count, packed,
-            scratch);
+    pack_of<float, float>(static_cast<const float*>(from), channel_stride, position_stride, channels, count, target);
   } else if (dtype == 2) {
-    pack_of(static_cast<const BFloat16*>(features), channel_stride, position_stride, channels, count, packed,
-            scratch);
+    pack_of<BFloat16, float>(static_cast<const BFloat16*>(from), channel_stride, position_stride, channels, count,
+                             target);
   } else {
-    pack_of(static_cast<const Float16*>(features), channel_stride, position_stride, channels, count, packed,
-            scratch);
+    pack_of<Float16, float>(static_cast<const Float16*>(from), channel_stride, position_stride, channels, count,
+                            target);
   }
 }
 
-void pack_f64(const void* features, int, int64_t channel_stride, int64_t position_stride, int channels,
-              int count, double* packed, double* scratch) {
-  pack_of(static_cast<const double*>(features), channel_stride, position_stride, channels, count, packed,
-          scratch);
+template <class Element>
+void pack_same(const void* from, int, int64_t channel_stride, int64_t position_stride, int channels, int count,
+               void* to) {
+  pack_of<Element, Element>(static_cast<const Element*>(from), channel_stride, position_stride, channels, count,
+                            static_cast<char*>(to));
+}
+
+template <class Element>
+constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) {
+  return {sizeof(Element), vector_bytes / static_cast<int>(sizeof(Element)), tile_rows, tile_columns, panel_channels,
+          pack, tile<Element>, diagonal<Element>};
 }
 
 }  // namespace
 
 const SecondMomentTable second_moment_table = {
-    {lanes<float>, rows_f32, tile_panels, pack_f32, tile<float, rows_f32>},
-    {lanes<double>, rows_f64, tile_panels, pack_f64, tile<double, rows_f64>},
+    kernels<float>(pack_float32),
+    kernels<double>(pack_same<double>),
+#if defined(REWRITE_CORE_ISA_avx512)
+    kernels<BFloat16>(pack_same<BFloat16>),
+#else
+    {},
+#endif
 };
 
 }  // namespace REWRITE_CORE_ISA

@@ -6,35 +6,54 @@
 
 namespace rewrite_core {
 
-// Kernels for one accumulation type. Features are packed into panels of `width` channels, [positions][width];
-// one tile is `rows` channels (a divisor of width) by up to `panels` panels.
-template <class Real>
-struct SecondMomentKernels {
-  int width;
-  int rows;
-  int panels;
+// Keys are packed in runs of run_bytes per channel: a channel's values at neighbouring positions lie next to each
+// other, zeros fill the run up to whole vectors, and key_stride bytes on lies the next channel: neighbours fall into
+// different sets of the cache, and with a constant all of a tile's addresses are one register and a number.
+constexpr int run_bytes = 2048;
+constexpr int key_stride = run_bytes + 64;
 
-  // Packs `count` <= max_run positions of `channels` <= width channels, and zeros for the missing ones.
-  // dtype is DType's number; strides are in elements; scratch holds width * max_run Reals.
-  void (*pack)(const void* features, int dtype, int64_t channel_stride, int64_t position_stride, int channels,
-               int count, Real* packed, Real* scratch);
-
-  // sums[rows][panel_count * width] += the products of one run, summed in Real, then widened.
-  // row: `rows` neighbouring channels inside their panel; columns: panel_count panels, panel_stride apart.
-  void (*tile)(const Real* row, const Real* columns, int64_t panel_stride, int panel_count, int run,
-               double* sums);
+// What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
+// `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
+struct Meanwhile {
+  const char* ahead;
+  const int64_t* ahead_offsets;
+  const char* from;
+  const int64_t* from_offsets;
+  char* to;  // vector after vector
 };
 
-// Positions summed in Real before widening to double, in short runs whose sums are then summed. A channel
-// that repeats one value rounds the same way at every term, so errors add up: in float32 at worst 3.8e-6
-// (relative) over a straight run of 256, 5.5e-7 over 8 short runs of 32. Many keys just too small to count
-// beside one in their short run reach 1.9e-6.
-constexpr int max_run = 256;
-constexpr int short_run = 32;
+// The kernels for one packed type. Positions lie along a vector's lanes, so products are of whole runs, and their
+// lanes are added up at the end of a run.
+//
+// A lane sums at most 32 products (64 of bfloat16) in the packed type (float for bfloat16); at most four such sums and
+// the lanes are added up before they are widened to double. A channel that repeats one value rounds the same way at
+// every term, so errors add up: in float32 at worst 3.8e-6 (relative) over 256 terms and an eighth of that over 32.
+// Sums of as few bfloat16 squares as these are exact where all are the same.
+struct SecondMomentKernels {
+  int element;  // bytes of a packed element
+  int vector;   // elements that `steps` counts by
+  int rows;     // of a tile, at most
+  int columns;  // of a tile: channels are padded with zeros to a multiple
+  int panel;    // channels that are packed together: a multiple of `columns`
+
+  // Packs `count` positions of `channels` <= panel channels from `from` (position 0 of the first channel) to `to`.
+  // dtype is DType's number; strides are in elements.
+  void (*pack)(const void* from, int dtype, int64_t channel_stride, int64_t position_stride, int channels, int count,
+               void* to);
+
+  // out[i][j] += sum over the run of row i times column j, for `row_count` <= rows and all columns. `meanwhile` may
+  // be null.
+  void (*tile)(const void* rows, int row_count, const void* columns, int steps, double* out,
+               int64_t out_stride, const Meanwhile* meanwhile);
+
+  // The same for the products j <= i of the first `channels` <= columns channels from `block`.
+  void (*diagonal)(const void* block, int channels, int steps, double* out, int64_t out_stride);
+};
 
 struct SecondMomentTable {
-  SecondMomentKernels<float> float32;
-  SecondMomentKernels<double> float64;
+  SecondMomentKernels float32;
+  SecondMomentKernels float64;
+  SecondMomentKernels bfloat16;  // needs AVX512_BF16; elsewhere element is 0 and bfloat16 is widened to float32
 };
 
 namespace portable {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 
-#include "second_moment_isa.h"
 #include "spd_solve_isa.h"
 
 namespace rewrite_core {
@@ -11,23 +10,10 @@ namespace {
 
 constexpr int64_t block_size = 64;  // columns factored before the rest of the matrix is updated
 
-struct Kernels {
-  const SecondMomentKernels<double>& products;
-  const SPDSolveKernels& own;
-};
-
-Kernels kernels_for(Isa isa) {
-  if (isa == Isa::avx512) return {avx512::second_moment_table.float64, avx512::spd_solve_kernels};
-  if (isa == Isa::avx2) return {avx2::second_moment_table.float64, avx2::spd_solve_kernels};
-  return {portable::second_moment_table.float64, portable::spd_solve_kernels};
+const SPDSolveKernels& kernels_for(Isa isa) {
+  return isa == Isa::avx512 ? avx512::spd_solve_kernels : isa == Isa::avx2 ? avx2::spd_solve_kernels
+                                                                           : portable::spd_solve_kernels;
 }
-
-// One thread alone, with Team's interface.
-struct Solo {
-  int64_t task = 0;
-  int64_t next() { return task++; }
-  void meet() { task = 0; }
-};
 
 // Work space of one matrix; `sums` has one part per thread.
 struct Space {
@@ -37,22 +23,21 @@ struct Space {
   bool ok() const { return packed.data() && transposed.data() && column.data(); }
 };
 
-int64_t tile_size(const Kernels& kernels) {
-  return kernels.products.rows * kernels.products.panels * kernels.products.width;
+int64_t tile_size(const SPDSolveKernels& kernels) {
+  return kernels.rows * kernels.panels * kernels.width;
 }
 
 // Right-looking blocked factorisation: factor a diagonal block, solve for the rows below it, subtract their
 // products (a second moment of the rows!) from the rest.
 template <class Workers>
-void factor(Workers& team, const Kernels& kernels, double* a, int64_t n, const Space& space, double* sums,
+void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n, const Space& space, double* sums,
             std::atomic<int64_t>& failed) {
-  const SecondMomentKernels<double>& products = kernels.products;
-  const int64_t width = products.width, panel_size = width * block_size;
+  const int64_t width = kernels.width, panel_size = width * block_size;
   for (int64_t k = 0; k < n; k += block_size) {
     const int64_t size = std::min(block_size, n - k), below = k + size, rest = n - below;
     const int64_t panels = (rest + width - 1) / width;
     if (team.next() == 0) {
-      const int bad = kernels.own.factor_block(a + k * n + k, n, static_cast<int>(size), space.column.data());
+      const int bad = kernels.factor_block(a + k * n + k, n, static_cast<int>(size), space.column.data());
       if (bad) failed = k + bad;
       for (int64_t i = 0; i < size; ++i) {
         for (int64_t j = 0; j < size; ++j) space.transposed.data()[j * size + i] = a[(k + i) * n + k + j];
@@ -64,25 +49,24 @@ void factor(Workers& team, const Kernels& kernels, double* a, int64_t n, const S
     for (int64_t panel = team.next(); panel < panels; panel = team.next()) {
       double* packed = space.packed.data() + panel * panel_size;
       const int64_t row = below + panel * width, rows = std::min(width, n - row);
-      products.pack(a + row * n + k, static_cast<int>(DType::float64), n, 1, static_cast<int>(rows),
-                    static_cast<int>(size), packed, nullptr);
-      kernels.own.solve_panel(packed, space.transposed.data(), static_cast<int>(size));
+      kernels.pack(a + row * n + k, n, static_cast<int>(rows), static_cast<int>(size), packed);
+      kernels.solve_panel(packed, space.transposed.data(), static_cast<int>(size));
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < size; ++j) a[(row + i) * n + k + j] = packed[j * width + i];
       }
     }
     team.meet();
 
-    const int64_t row_groups = (rest + products.rows - 1) / products.rows;
+    const int64_t row_groups = (rest + kernels.rows - 1) / kernels.rows;
     for (int64_t task = team.next(); task < row_groups; task = team.next()) {
-      const int64_t row = (row_groups - 1 - task) * products.rows;  // the longest rows first
-      for (int64_t panel = 0; panel * width <= row; panel += products.panels) {
-        const int64_t count = std::min<int64_t>(row / width + 1 - panel, products.panels);
-        std::fill(sums, sums + products.rows * count * width, 0.0);
-        products.tile(space.packed.data() + row / width * panel_size + row % width,
+      const int64_t row = (row_groups - 1 - task) * kernels.rows;  // the longest rows first
+      for (int64_t panel = 0; panel * width <= row; panel += kernels.panels) {
+        const int64_t count = std::min<int64_t>(row / width + 1 - panel, kernels.panels);
+        std::fill(sums, sums + kernels.rows * count * width, 0.0);
+        kernels.tile(space.packed.data() + row / width * panel_size + row % width,
                       space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
                       static_cast<int>(size), sums);
-        for (int64_t i = row; i < std::min(row + products.rows, rest); ++i) {
+        for (int64_t i = row; i < std::min(row + kernels.rows, rest); ++i) {
           const int64_t end = std::min(count * width, i + 1 - panel * width);  // up to the diagonal
           double* target = a + (below + i) * n + below + panel * width;
           for (int64_t j = 0; j < end; ++j) target[j] -= sums[(i - row) * count * width + j];
@@ -101,14 +85,14 @@ void factor(Workers& team, const Kernels& kernels, double* a, int64_t n, const S
 Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa) {
   if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
     return Status::bad_argument;
-  const Kernels kernels = kernels_for(isa);
+  const SPDSolveKernels& kernels = kernels_for(isa);
   threads = std::max(threads, 1);
   const bool share = n >= 256 && batch < 2 * threads;  // one matrix by all threads, else one thread each
   if (n < 128 && batch == 1) threads = 1;              // done before a second thread has started
   std::atomic<bool> out_of_memory{false};
 
   if (share) {
-    const Space space(n, kernels.products.width);
+    const Space space(n, kernels.width);
     Aligned<double> sums(threads * tile_size(kernels));
     if (!space.ok() || !sums.data()) return Status::out_of_memory;
     for (int64_t b = 0; b < batch; ++b) {
@@ -122,7 +106,7 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
     return Status::ok;
   }
   Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
-    const Space space(n, kernels.products.width);
+    const Space space(n, kernels.width);
     Aligned<double> sums(tile_size(kernels));
     if (!space.ok() || !sums.data()) {
       out_of_memory = true;
@@ -143,14 +127,14 @@ Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, 
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!lower || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }
-  const Kernels kernels = kernels_for(isa);
+  const SPDSolveKernels& kernels = kernels_for(isa);
   const int64_t groups = (m + solve_rows - 1) / solve_rows;
   const double work = static_cast<double>(batch) * m * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   Team::run(threads, [&](Team& team) {
     for (int64_t task = team.next(); task < batch * groups; task = team.next()) {
       const int64_t b = task / groups, first = task % groups * solve_rows;
-      kernels.own.solve(lower + b * n * n, n, x + (b * m + first) * n,
+      kernels.solve(lower + b * n * n, n, x + (b * m + first) * n,
                         static_cast<int>(std::min<int64_t>(solve_rows, m - first)));
     }
   });

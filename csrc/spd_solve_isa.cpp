@@ -6,11 +6,11 @@ namespace REWRITE_CORE_ISA {
 namespace {
 
 #if defined(REWRITE_CORE_ISA_avx512)
-constexpr int vector_bytes = 64;
+constexpr int vector_bytes = 64, tile_rows = 8, tile_panels = 3;
 #elif defined(REWRITE_CORE_ISA_avx2)
-constexpr int vector_bytes = 32;
+constexpr int vector_bytes = 32, tile_rows = 4, tile_panels = 3;
 #else
-constexpr int vector_bytes = 16;
+constexpr int vector_bytes = 16, tile_rows = 2, tile_panels = 2;
 #endif
 
 typedef double Vec __attribute__((vector_size(vector_bytes)));
@@ -31,6 +31,38 @@ int factor_block(double* block, int64_t stride, int size, double* column) {
     }
   }
   return 0;
+}
+
+void pack(const double* from, int64_t stride, int count, int size, double* packed) {
+  for (int k = 0; k < size; ++k) {
+    for (int row = 0; row < count; ++row) packed[k * width + row] = from[row * stride + k];
+    for (int row = count; row < width; ++row) packed[k * width + row] = 0.0;
+  }
+}
+
+// The tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
+template <int panels>
+void tile_of(const double* row, const double* columns, int64_t panel_stride, int size, double* sums) {
+  Vec sum[tile_rows][panels] = {};
+  for (int k = 0; k < size; ++k) {
+    Vec column[panels];
+#pragma GCC unroll 4
+    for (int j = 0; j < panels; ++j) column[j] = *reinterpret_cast<const Vec*>(columns + j * panel_stride + k * width);
+#pragma GCC unroll 8
+    for (int i = 0; i < tile_rows; ++i) {
+      const double scale = row[k * width + i];
+#pragma GCC unroll 4
+      for (int j = 0; j < panels; ++j) sum[i][j] += scale * column[j];
+    }
+  }
+  const double* flat = reinterpret_cast<const double*>(sum);
+  for (int i = 0; i < tile_rows * panels * width; ++i) sums[i] += flat[i];
+}
+
+void tile(const double* row, const double* columns, int64_t panel_stride, int panel_count, int size, double* sums) {
+  if (panel_count == 1) return tile_of<1>(row, columns, panel_stride, size, sums);
+  if (panel_count == 2) return tile_of<2>(row, columns, panel_stride, size, sums);
+  return tile_of<tile_panels>(row, columns, panel_stride, size, sums);
 }
 
 void solve_panel(double* packed, const double* transposed, int size) {
@@ -131,7 +163,7 @@ void solve(const double* lower, int64_t n, double* x, int rows) {
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {factor_block, solve_panel, solve};
+const SPDSolveKernels spd_solve_kernels = {width, tile_rows, tile_panels, pack, tile, factor_block, solve_panel, solve};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

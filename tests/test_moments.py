@@ -53,7 +53,7 @@ def test_batching_and_merge_do_not_matter(layer, latents, moment):
     for part in parts[1:]:
         total.merge(part)
     assert total.count == moment.count
-    assert relative(total.matrix(), moment.matrix()) < 1e-9
+    assert relative(total.matrix(), moment.matrix()) < 1e-7  # float32 sums of other runs of keys
 
 
 def test_forward_stops_at_the_layer(generator, latents):
