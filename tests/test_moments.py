@@ -11,7 +11,7 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
-from rewrite_core.binding import tensor_fingerprint
+from rewrite_core.fingerprints import tensor_fingerprint
 from rewrite_core.files import save_record
 
 
@@ -73,12 +73,12 @@ def test_several_layers_in_one_pass(generator, latents, names):
         if name.endswith("conv"):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     layers = [rc.bind(generator, name) for name in names]
-    together = rc.collect_second_moment(layers, latents[:20], batch_size=8, progress=False)
+    together = rc.collect_second_moment(layers=layers, latents=latents[:20], batch_size=8, progress=False)
     ran.clear()
-    again = rc.collect_second_moment(layers, latents[:20], batch_size=20, progress=False)
+    again = rc.collect_second_moment(layers=layers, latents=latents[:20], batch_size=20, progress=False)
     last = max(int(name[5]) for name in names)
-    # one pass for the batch and one for each fingerprint; none beyond the deepest layer
-    assert ran.count("layer1.conv") == 1 + len(names) and f"layer{last}.conv" not in ran
+    # one pass for the batch, none for the fingerprints, and none beyond the deepest layer
+    assert ran.count("layer1.conv") == 1 and f"layer{last}.conv" not in ran
     for layer, moment, other in zip(layers, together, again, strict=True):
         alone = rc.collect_second_moment(layer, latents[:20], batch_size=8, progress=False)
         assert moment.layer == layer.name and torch.equal(moment.matrix(), alone.matrix())
@@ -104,7 +104,7 @@ def test_keys_are_taken_before_the_generator_overwrites_them():
     torch.manual_seed(0)
     generator, z = Overwriting(), torch.randn(10, 4)
     layers = [rc.bind(generator, name) for name in ("first", "second")]
-    first, second = rc.collect_second_moment(layers, z, progress=False)
+    first, second = rc.collect_second_moment(layers=layers, latents=z, progress=False)
     assert relative(first.matrix(), z.double().T @ z.double() / 10) < 1e-6
     assert torch.equal(second.matrix(), rc.collect_second_moment(layers[1], z, progress=False).matrix())
 
@@ -119,9 +119,11 @@ def test_layers_that_cannot_go_together(generator, latents):
         ([], "no layer"),
     ):
         with pytest.raises(rc.RewriteCoreError, match=words):
-            rc.collect_second_moment(layers, latents[:4], progress=False)
+            rc.collect_second_moment(layers=layers, latents=latents[:4], progress=False)
     with pytest.raises(rc.RewriteCoreError, match="`checkpoint` is a list of as many"):
-        rc.collect_second_moment([layer, rc.bind(generator, "layer4.conv")], latents[:4], checkpoint="one.safetensors")
+        rc.collect_second_moment(
+            layers=[layer, rc.bind(generator, "layer4.conv")], latents=latents[:4], checkpoint="one.safetensors"
+        )
 
 
 def test_a_layer_that_is_never_reached(latents):
@@ -129,7 +131,7 @@ def test_a_layer_that_is_never_reached(latents):
     generator.forward = lambda z: generator.first(z[:, :, None, None])
     layers = [rc.bind(generator, name) for name in ("first", "second")]
     with pytest.raises(rc.UnknownLayerError, match="never reached 'second'"):
-        rc.collect_second_moment(layers, torch.randn(3, 4), progress=False)
+        rc.collect_second_moment(layers=layers, latents=torch.randn(3, 4), progress=False)
 
 
 def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
@@ -137,7 +139,7 @@ def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
     bad[13] = torch.nan
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer4.conv")]
     with pytest.raises(rc.NonFiniteError, match="'layer4.conv', batch 3 .*12 to 15"):
-        rc.collect_second_moment(layers, bad, batch_size=4, progress=False)
+        rc.collect_second_moment(layers=layers, latents=bad, batch_size=4, progress=False)
 
 
 def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, generator, latents, monkeypatch):
@@ -150,7 +152,7 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
     for stop, path in ((12, paths[0]), (24, paths[2])):
         bad[stop:] = torch.nan
         with pytest.raises(rc.NonFiniteError):
-            rc.collect_second_moment(layers, bad, batch_size=4, checkpoint=paths, progress=False)
+            rc.collect_second_moment(layers=layers, latents=bad, batch_size=4, checkpoint=paths, progress=False)
         # a run of other latents: what counts is the state, which is given the name of the right ones
         saved, progress, _ = rc.SecondMoment._load(path)
         assert progress == {"done": stop, "batch_size": 4}
@@ -161,7 +163,7 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
         bad = latents[:40].clone()
     (tmp_path / "kept12").rename(paths[0])
     (tmp_path / "kept24").rename(paths[2])
-    resumed = rc.collect_second_moment(layers, latents[:40], batch_size=4, checkpoint=paths, progress=False)
+    resumed = rc.collect_second_moment(layers=layers, latents=latents[:40], batch_size=4, checkpoint=paths, progress=False)
     for layer, moment, path in zip(layers, resumed, paths, strict=True):
         whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
         assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
@@ -441,8 +443,9 @@ def killed_collection(checkpoint):
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
     keys = [None, torch.eye(64)[:2]]
     return rc.collect_second_moment(
-        layers, rc.sample_latents(64, 200), 4, checkpoint, progress=False, until=0.22, keys=keys
-    )
+        layers=layers, latents=rc.sample_latents(64, 200), batch_size=4, checkpoint=checkpoint, progress=False, until=0.22,
+        keys=keys,
+    )  # fmt: skip
 
 
 def test_killed_collection_resumes_to_the_same_bits(tmp_path):
