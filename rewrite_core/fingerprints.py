@@ -134,7 +134,11 @@ class Trace(TorchDispatchMode):
             handle.remove()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self._read.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, Tensor):
+                self._read.add(id(value))
+            elif isinstance(value, list | tuple | dict):
+                self._read.update(id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         return operation(*args, **(kwargs or {}))
 
     def reached(self, number: int) -> None:
