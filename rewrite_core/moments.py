@@ -388,7 +388,7 @@ class _KeyErrors:
     def tell(self, moment: SecondMoment) -> None:
         """Set the errors of `moment`, which holds all batches that were taken in, where they are known."""
         batches = int(self.state["batches"])
-        if batches >= _LEAST and batches & (batches - 1) == 0:
+        if batches >= _LEAST and batches & (batches - 1) == 0 and moment.count >= moment.channels:
             self._evaluate(moment)
         if not self.state["variances"].isnan().any():
             moment.key_errors = (self.state["variances"] / moment.count).sqrt()
@@ -525,8 +525,8 @@ def collect_second_moment(
     for several of one generator, in one pass.
 
     The forward pass stops at the layer; keys are streamed and read where they lie, so memory does not grow with N:
-    beside the sum [C, C] in float64 there is one more such matrix at a time (two with `keys` where C is rank-deficient),
-    and the activations of one batch.
+    beside the sum [C, C] in float64 there is one more such matrix at a time (with `keys` up to four where C is
+    rank-deficient), and the activations of one batch.
 
     Args:
         layer: a bound layer.
