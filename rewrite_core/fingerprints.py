@@ -40,7 +40,9 @@ class _Opaque(Exception):
     """A value that only its own methods could compare."""
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, range, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN = (
+    bool, int, float, complex, str, bytes, range, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
 
 
 class _Surroundings:

@@ -165,8 +165,8 @@ class SecondMoment:
         if self.fingerprint is not None and latents is not None:
             if not self.fingerprint.startswith(KIND):
                 raise MismatchError(
-                    "The second moment is from an earlier version of rewrite_core, which knew weights by another kind of "
-                    "fingerprint; collect it again."
+                    "The second moment is from an earlier version of rewrite_core, which knew weights by another kind "
+                    "of fingerprint; collect it again."
                 )
             if self.fingerprint != layer.fingerprint(latents):
                 raise MismatchError(
@@ -436,7 +436,8 @@ class _Collection:
 
     def _resume(self, latents: Tensor, facts: dict) -> None:
         saved, progress, state = SecondMoment._load(self.path)
-        total, same = len(latents), (saved.layer, saved.latents.get("fingerprint")) == (self.layer.name, facts["fingerprint"])
+        total = len(latents)
+        same = saved.layer == self.layer.name and saved.latents.get("fingerprint") == facts["fingerprint"]
         if not same or saved.fingerprint != self.layer.fingerprint(latents):
             raise MismatchError(
                 f"The checkpoint {os.fspath(self.path)} belongs to another layer, model or set of latents; "
@@ -566,7 +567,10 @@ def collect_second_moment(
     check_together(layers)
     if several:
         paths, targets = _one_each("checkpoint", checkpoint, layers), _one_each("keys", keys, layers)
-    parts = [_Collection(one, latents, batch_size, latent_seed, path, few) for one, path, few in zip(layers, paths, targets)]
+    parts = [
+        _Collection(one, latents, batch_size, latent_seed, path, few)
+        for one, path, few in zip(layers, paths, targets, strict=True)
+    ]
     saved_at = time.monotonic()
     start = min(part.done for part in parts)
     label = f"second moment of {', '.join(one.name for one in layers)}"

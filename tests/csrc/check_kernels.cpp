@@ -1,6 +1,6 @@
-// Calls every kernel of csrc/ without torch or Python, on odd, empty, strided and threaded cases, and compares with plain
-// loops. tests/test_sanitizers.py builds and runs it under sanitizers and valgrind; so every array is a heap block
-// of exactly the size that the headers promise to stay within, and gaps between strided elements hold NaN.
+// Calls every kernel of csrc/ without torch or Python, on odd, empty, strided and threaded cases, and compares with
+// plain loops. tests/test_sanitizers.py builds and runs it under sanitizers and valgrind; so every array is a heap
+// block of exactly the size that the headers promise to stay within, and gaps between strided elements hold NaN.
 //
 //   check_kernels [smallest] [ISA ...]     default: all cases, every instruction set that this CPU has
 //   check_kernels overrun|race|unwritten   makes a mistake, to see that it is caught
@@ -162,13 +162,16 @@ void check_second_moments(bool smallest, Isa isa) {
     }
   }
   what = std::string("second_moment, bad arguments, ") + isa_name(isa);
-  const int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {1, 1, 1, 1}, negative[4] = {1, 1, 1, -1}, none[4] = {1, 0, 1, 1};
-  float one = 1;
+  const int64_t one[4] = {1, 1, 1, 1}, negative[4] = {1, 1, 1, -1}, none[4] = {1, 0, 1, 1};
+  float feature = 1;
   double sum = 0;
-  check(second_moment(&one, DType::float32, sizes, negative, &sum, 1, isa) == Status::bad_argument, "a negative stride");
-  check(second_moment(&one, DType::float32, none, strides, &sum, 1, isa) == Status::bad_argument, "no channels");
-  check(second_moment(nullptr, DType::float32, sizes, strides, &sum, 1, isa) == Status::bad_argument, "no features");
-  check(second_moment(&one, DType::float32, sizes, strides, nullptr, 1, isa) == Status::bad_argument, "no output");
+  const auto refused = [&](const float* features, const int64_t sizes[4], const int64_t strides[4], double* out) {
+    return second_moment(features, DType::float32, sizes, strides, out, 1, isa) == Status::bad_argument;
+  };
+  check(refused(&feature, one, negative, &sum), "a negative stride");
+  check(refused(&feature, none, one, &sum), "no channels");
+  check(refused(nullptr, one, one, &sum), "no features");
+  check(refused(&feature, one, one, nullptr), "no output");
   check(sum == 0, "a refused call writes");
 }
 
@@ -271,9 +274,12 @@ void check_fit(const FitCase& given, Isa isa) {
   const std::vector<Real> shift = random(given.broadcast_shift ? channels : edits * channels * pixels);
   std::vector<double> constant(edits * channels), linear = normals(edits * channels * unknowns, 0.01);
   for (double& value : constant) value = 1 + std::abs(normal());
-  const std::vector<double> quadratic = positive_definite(edits, unknowns), penalty = positive_definite(edits, unknowns);
+  const std::vector<double> quadratic = positive_definite(edits, unknowns);
+  const std::vector<double> penalty = positive_definite(edits, unknowns);
   std::vector<double> scale(edits * channels, 0.1), weights(edits * pixels, 1);
-  for (int64_t i = 0; given.weighted && i < edits * pixels; ++i) weights[i] = i % 3 ? 0.5 + static_cast<double>(i % 5) : 0;
+  for (int64_t i = 0; given.weighted && i < edits * pixels; ++i) {
+    weights[i] = i % 3 ? 0.5 + static_cast<double>(i % 5) : 0;
+  }
 
   FitProblem problem{};
   problem.basis = basis.data();
@@ -340,7 +346,8 @@ void check_fit(const FitCase& given, Isa isa) {
     for (int64_t p = 0; p < pixels; ++p) {
       double value = base[(b * channels + o) * pixels + p];
       for (int64_t i = 0; i < unknowns; ++i) value += x[i] * basis[(b * unknowns + i) * pixels + p];
-      value = value / std::sqrt(norm) + shift[b * problem.shift_strides[0] + o * problem.shift_strides[1] + p * problem.shift_strides[2]];
+      const int64_t* const strides = problem.shift_strides;
+      value = value / std::sqrt(norm) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
       value = 1.5 * (value > 0 ? value : given.slope * value) - target[(b * channels + o) * pixels + p];
       sum += weights[b * pixels + p] * (given.absolute ? std::abs(value) : value * value);
       total += weights[b * pixels + p];
@@ -356,7 +363,8 @@ void check_fit(const FitCase& given, Isa isa) {
   for (int64_t b = 0; b < edits; ++b)
     for (int64_t o = 0; o < channels; ++o) {
       const int64_t at = b * channels + o;
-      std::vector<double> x(found.coefficients.begin() + at * unknowns, found.coefficients.begin() + (at + 1) * unknowns);
+      const Real* const coefficients = found.coefficients.data() + at * unknowns;
+      const std::vector<double> x(coefficients, coefficients + unknowns);
       const auto [loss, all] = objective(b, o, x);
       const double initial = objective(b, o, std::vector<double>(unknowns, 0.0)).second;
       right &= std::abs(loss - found.loss[at]) <= tolerance * (1 + loss);
@@ -401,7 +409,9 @@ int make(const std::string& mistake) {
   const int64_t sizes[4] = {100, 3, 1, 1}, strides[4] = {3, 1, 0, 0};
   std::vector<float> features(mistake == "overrun" ? 299 : 300, 1.0f);
   std::vector<double> out(9);
-  const auto run = [&] { second_moment(features.data(), DType::float32, sizes, strides, out.data(), 1, Isa::portable); };
+  const auto run = [&] {
+    second_moment(features.data(), DType::float32, sizes, strides, out.data(), 1, Isa::portable);
+  };
   if (mistake == "race") {
     std::thread other(run);
     run();
