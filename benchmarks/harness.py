@@ -177,6 +177,7 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         contenders[name] = {
             "p20": p20, "p50": p50, "p80": p80, "rounds": len(times),
             "gflops": problem.operations / p50 / 1e9, "error": checked.errors[name],
+            "paired": float(np.median([time / own for time, own in zip(times, race.times[problem.ours.name])])),
         }  # fmt: skip
     ours = contenders[problem.ours.name]
     stock = [contender.name for contender in problem.stock]

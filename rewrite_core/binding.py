@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .errors import RewriteCoreError, UnknownLayerError
 from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation
+from .fingerprints import Trace, Traced
 from .latents import for_generator
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -41,33 +39,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
-class _Reads(TorchDispatchMode):
-    """Notes, in ``ids``, every tensor that an operation takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.ids: set[int] = set()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return operation(*args, **(kwargs or {}))
-
-
 def _call(generator: nn.Module, latents: Tensor) -> Tensor:
     return generator(latents)
-
-
-def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """A 32-digit fingerprint of a tensor's dtype, shape and bits."""
-    digest = hashlib.blake2b(digest_size=16)
-    _hash_tensor(digest, "", tensor)
-    return digest.hexdigest()
 
 
 class BoundLayer:
@@ -81,6 +54,7 @@ class BoundLayer:
         self.generator = generator
         self._layer = layer
         self._forward = forward or _call
+        self._traced: Traced | None = None
         self.name = layer.path
         self.family = layer.name
         self.out_channels, self.in_channels, *self.kernel_size = layer.canonical(layer.weight).shape
@@ -171,38 +145,30 @@ class BoundLayer:
         """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
         operation before the layer takes, and the parameters, buffers and float attributes (slopes, scales, a
         truncation) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
-        is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen."""
-        started: set[nn.Module] = set()
-        modules = dict(self.generator.named_modules())
-        handles = [
-            module.register_forward_pre_hook(lambda module, args: started.add(module))
-            for module in modules.values()
-            if module is not self._layer.site  # whose call ends the pass
-        ]
-        try:
-            # Custom kernels take tensors unseen, and modules lend theirs to others: neither alone would do.
-            with _Reads() as reads:
-                self.capture(latents[:1])
-        finally:
-            for handle in handles:
-                handle.remove()
-        digest = hashlib.blake2b(digest_size=16)
-        for name, module in sorted(modules.items()):
-            tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            for key, tensor in sorted(tensors.items()):
-                if module in started or id(tensor) in reads.ids:
-                    _hash_tensor(digest, f"{name}.{key}", tensor)
-            if module in started:
-                settings = [(key, float(value)) for key, value in vars(module).items() if isinstance(value, float)]
-                digest.update(f"{name}|{sorted(settings)}|".encode())
-        return digest.hexdigest()
+        is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen.
+
+        The first call runs the generator on one latent; later ones only read the weights, every bit of them, as long
+        as the generator's modules and their attributes are the same."""
+        known = self._traced and self._traced.still(self, latents)
+        if known:
+            return known
+        trace = Trace([self], latents)
+        with trace:
+            run_to([self], latents[:1], lambda number, capture: None, trace)
+        return trace.fingerprint(0)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_traced": None}  # it holds weak references
 
 
-def run_to(layers: Sequence[BoundLayer], latents: Tensor, consume: Callable[[int, Capture], object]) -> None:
+def run_to(
+    layers: Sequence[BoundLayer], latents: Tensor, consume: Callable[[int, Capture], object], trace: Trace | None = None
+) -> None:
     """Run the generator that `layers` share on latents [N, ...], until each of them has been reached once.
 
     ``consume(number, capture)`` is called as ``layers[number]`` is reached, so a key map lives no longer than the
     generator itself needs it, and is seen before the generator can write to it. What it raises ends the pass.
+    `trace`, entered by the caller, is told of each layer that is reached.
 
     Raises:
         UnknownLayerError: the forward pass ended before it reached them all.
@@ -217,7 +183,10 @@ def run_to(layers: Sequence[BoundLayer], latents: Tensor, consume: Callable[[int
             if layer is None:  # a later run
                 return
             try:
-                consume(number, layer._layer.capture(args, kwargs))
+                capture = layer._layer.capture(args, kwargs)
+                if trace is not None:
+                    trace.reached(number)
+                consume(number, capture)
             except Exception as error:
                 problems.append(error)
             if problems or not waiting:

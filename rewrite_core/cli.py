@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import pictures
 from .backends import BackendUnavailable, explain
-from .binding import BoundLayer, bind, list_layers, tensor_fingerprint
+from .binding import BoundLayer, bind, list_layers
 from .demo import LATENT_SIZE, RULES, chapels, load_edit
 from .demo.rules import score
 from .demo.run import EDIT_SEED, run_demo, table
@@ -31,6 +31,7 @@ from .directions import METHODS
 from .editing import Edit, Selection
 from .errors import RewriteCoreError
 from .files import atomic_write, read_state_dict, writable_path
+from .fingerprints import tensor_fingerprint
 from .latents import sample_latents
 from .moments import SecondMoment, collect_second_moment
 from .rewriting import erase, load_rewrite, rewrite, zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
 import time
 import warnings
@@ -17,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
-from .binding import BoundLayer, check_together, run_to, tensor_fingerprint
+from .binding import BoundLayer, check_together, run_to
 from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
 from .families import Capture
 from .files import is_npz, load_record, save_record
+from .fingerprints import KIND, Trace, tensor_fingerprint
 from .latents import check_latents
 from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
 
@@ -75,6 +77,8 @@ class SecondMoment:
 
     def _add(self, features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, int]:
         """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
+        if not isinstance(features, Tensor):
+            raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
         if features.ndim not in (2, 4) or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, H, W] or [N, {self.channels}], "
@@ -109,6 +113,10 @@ class SecondMoment:
     def matrix(self) -> Tensor:
         """C = sum / count, float64 [C, C]."""
         if self.count == 0:
+            if self.skipped:
+                raise RewriteCoreError(
+                    f"This second moment holds no keys: all {self.skipped} images were left out for NaN or infinity."
+                )
             raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
         return self._sum / self.count
 
@@ -155,6 +163,11 @@ class SecondMoment:
                 f"The second moment is of layer {self.layer!r}, not {layer.name!r}; collect it for this layer."
             )
         if self.fingerprint is not None and latents is not None:
+            if not self.fingerprint.startswith(KIND):
+                raise MismatchError(
+                    "The second moment is from an earlier version of rewrite_core, which knew weights by another kind "
+                    "of fingerprint; collect it again."
+                )
             if self.fingerprint != layer.fingerprint(latents):
                 raise MismatchError(
                     f"The second moment was collected with other weights before {layer.name!r} (another model, "
@@ -258,7 +271,8 @@ class SecondMoment:
             raise FileNotFoundError(f"There is no file {path}.")
         if is_npz(path):
             return cls._load_npz(path), {}, {}
-        tensors, metadata = load_record(path, "second_moment", _VERSION)
+        with torch.inference_mode(False):  # or it could not be written in place outside
+            tensors, metadata = load_record(path, "second_moment", _VERSION)
         total = tensors.pop("sum", None)
         count, skipped, groups = metadata.get("count"), metadata.get("skipped", 0), metadata.get("groups", 0)
         if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
@@ -277,8 +291,8 @@ class SecondMoment:
             in ([], [("batch_size", int), ("done", int)])
         ):
             raise FileFormatError(f"{path} has metadata of the wrong types.")
-        moment = cls(len(total), layer, fingerprint)
-        moment._sum.copy_(total)
+        moment = cls(1, layer, fingerprint)
+        moment._sum = total.clone()  # what was read may be the file itself, mapped into memory
         moment.count, moment.skipped, moment.latents = count, skipped, latents
         moment._groups, moment._spread = groups, math.nan if spread is None else spread
         moment.key_errors = None if errors is None else torch.tensor(errors, dtype=torch.float64, device="cpu")
@@ -362,34 +376,41 @@ class _KeyErrors:
                 raise FileFormatError(f"{os.fspath(path)} holds no whole state of its keys' errors.")
             tensor.copy_(saved)
 
-    def update(self, part: Tensor, count: int, moment: SecondMoment) -> None:
-        """Take in a batch that `moment` already holds: its sum [C, C] over `count` keys."""
+    def add(self, part: Tensor, count: int) -> None:
+        """Take in a batch: its sum [C, C] over `count` keys."""
         state = self.state
         if state["directions"].any():
             group = int(state["batches"]) % self.GROUPS
             state["products"][group] += state["directions"] @ part
             state["counts"][group] += count
         state["batches"] += 1
-        batches = int(state["batches"])
-        if batches >= _LEAST and batches & (batches - 1) == 0:
-            self._evaluate(moment.matrix())
-        if not state["variances"].isnan().any():
-            moment.key_errors = (state["variances"] / moment.count).sqrt()
 
-    def _evaluate(self, matrix: Tensor) -> None:
+    def tell(self, moment: SecondMoment) -> None:
+        """Set the errors of `moment`, which holds all batches that were taken in, where they are known."""
+        batches = int(self.state["batches"])
+        if batches >= _LEAST and batches & (batches - 1) == 0 and moment.count >= moment.channels:
+            self._evaluate(moment)
+        if not self.state["variances"].isnan().any():
+            moment.key_errors = (self.state["variances"] / moment.count).sqrt()
+
+    def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
             warnings.simplefilter("ignore", DiagonalShiftWarning)
-            factor = spd_factor(matrix)
+            factor = spd_factor(moment._sum)  # N C, as a copy to divide by N would be one matrix more
+
+        def solve(rhs: Tensor) -> Tensor:
+            return factor.solve(rhs).mul_(moment.count)
+
         state = self.state
         used = state["counts"] > 0
         if used.any():
             counts, products = state["counts"][used].double(), state["products"][used]
-            spread = factor.solve(products.flatten(0, 1).T).T.reshape(products.shape)
+            spread = solve(products.flatten(0, 1).T).T.reshape(products.shape)
             total = spread.sum(0).square().sum(1) / counts.sum()
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
             variances = between.clamp(min=0) / (len(counts) - 1) / state["directions"].square().sum(1)
             state["variances"].copy_(variances)
-        state["directions"].copy_(factor.solve(state["keys"].T).T)
+        state["directions"].copy_(solve(state["keys"].T).T)
         state["products"].zero_()
         state["counts"].zero_()
 
@@ -406,15 +427,18 @@ class _Collection:
         self.path = path
         self.done = 0
         self.keys = None if keys is None else _KeyErrors(keys, layer.in_channels)
-        self.moment = SecondMoment(layer.in_channels, layer.name, layer.fingerprint(latents))
-        self.moment.latents = {"count": len(latents), "seed": seed, "fingerprint": tensor_fingerprint(latents)}
+        facts = {"count": len(latents), "seed": seed, "fingerprint": tensor_fingerprint(latents)}
         if path is not None and Path(path).exists():
-            self._resume(len(latents))
+            self._resume(latents, facts)
+        else:  # the fingerprint costs nothing during the first batch
+            self.moment = SecondMoment(layer.in_channels, layer.name)
+            self.moment.latents = facts
 
-    def _resume(self, total: int) -> None:
+    def _resume(self, latents: Tensor, facts: dict) -> None:
         saved, progress, state = SecondMoment._load(self.path)
-        same = saved.layer == self.moment.layer and saved.fingerprint == self.moment.fingerprint
-        if not same or saved.latents.get("fingerprint") != self.moment.latents["fingerprint"]:
+        total = len(latents)
+        same = saved.layer == self.layer.name and saved.latents.get("fingerprint") == facts["fingerprint"]
+        if not same or saved.fingerprint != self.layer.fingerprint(latents):
             raise MismatchError(
                 f"The checkpoint {os.fspath(self.path)} belongs to another layer, model or set of latents; "
                 "delete it or name another file."
@@ -433,7 +457,9 @@ class _Collection:
         """Add the key maps of the next `count` latents."""
         part, added = self.moment._add(keys, skip_nonfinite)
         if self.keys is not None and added:
-            self.keys.update(part, added, self.moment)
+            self.keys.add(part, added)
+            del part  # there is to be one matrix at a time beside the sum
+            self.keys.tell(self.moment)
         self.done += count
 
     @property
@@ -446,7 +472,7 @@ class _Collection:
 
     def save(self, finished: bool) -> None:
         if self.path is not None:
-            progress = {} if finished else {"done": self.done, "batch_size": self.batch_size}
+            progress = {} if finished else {"done": self.done, "batch_size": int(self.batch_size)}
             self.moment._save(self.path, progress, {} if finished or self.keys is None else self.keys.state)
 
     def finish(self) -> SecondMoment:
@@ -458,7 +484,7 @@ class _Collection:
 
 
 def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequence:
-    """`given`, an argument that has an item for each layer; None stands for as many times None."""
+    """`given`, an argument that has an item for each of ``layers=[...]``; None stands for as many times None."""
     if given is None:
         return [None] * len(layers)
     if not isinstance(given, list | tuple) or len(given) != len(layers):
@@ -470,21 +496,21 @@ def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequenc
 def collect_second_moment(
     layer: BoundLayer, latents: Tensor, batch_size: int = ..., checkpoint: str | os.PathLike | None = ...,
     progress: bool = ..., latent_seed: int | None = ..., skip_nonfinite: bool = ..., until: float | None = ...,
-    keys: Tensor | None = ...,
+    keys: Tensor | None = ..., layers: None = ...,
 ) -> SecondMoment: ...  # fmt: skip
 
 
 @overload
 def collect_second_moment(
-    layer: Sequence[BoundLayer], latents: Tensor, batch_size: int = ...,
+    *, layers: Sequence[BoundLayer], latents: Tensor, batch_size: int = ...,
     checkpoint: Sequence[str | os.PathLike] | None = ..., progress: bool = ..., latent_seed: int | None = ...,
     skip_nonfinite: bool = ..., until: float | None = ..., keys: Sequence[Tensor | None] | None = ...,
 ) -> list[SecondMoment]: ...  # fmt: skip
 
 
 def collect_second_moment(
-    layer: BoundLayer | Sequence[BoundLayer],
-    latents: Tensor,
+    layer: BoundLayer | None = None,
+    latents: Tensor | None = None,
     batch_size: int = 16,
     checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     progress: bool = True,
@@ -492,41 +518,59 @@ def collect_second_moment(
     skip_nonfinite: bool = False,
     until: float | None = None,
     keys: Tensor | Sequence[Tensor | None] | None = None,
+    layers: Sequence[BoundLayer] | None = None,
 ) -> SecondMoment | list[SecondMoment]:
     """Collect the second moment of a layer's keys over the images of `latents` [N, ...].
 
-    The forward pass stops at the layer; keys are streamed, so memory does not grow with N.
+    ``collect_second_moment(layer, latents)`` for one layer; ``collect_second_moment(layers=[a, b], latents=latents)``
+    for several of one generator, in one pass.
+
+    The forward pass stops at the layer; keys are streamed and read where they lie, so memory does not grow with N:
+    beside the sum [C, C] in float64 there is one more such matrix at a time (with `keys` up to four where C is
+    rank-deficient), and the activations of one batch.
 
     Args:
-        layer: a bound layer, or a list of layers of one generator: they are then collected in one pass, which stops
-            at the last of them that the generator reaches, and the result is a list in the same order.
+        layer: a bound layer.
+        latents: [N, ...] on any device; batches of them are moved to the generator's.
+        batch_size: images at a time.
         checkpoint: a file to save the state in every few seconds; if it exists, the collection resumes there and
             ends with the same bits as an uninterrupted one on as many threads. It holds the finished moment at the
-            end. For a list of layers, a list of files, one each.
+            end. For `layers`, a list of files, one each.
+        progress: show a bar with the rate, the time left and the error so far, where stderr is a terminal.
         latent_seed: recorded in the moment's metadata.
         skip_nonfinite: leave out images whose keys hold NaN or infinity, and count them in ``moment.skipped``.
         until: stop when the relative standard error of C, and of C^-1 k for each of `keys`, is this or less (0.01:
             one percent); after 8 batches at the earliest, and 16 with `keys`. The latents must be in random order.
             ``moment.standard_error`` and ``moment.key_errors`` say what was reached, and ``moment.latents["used"]``
             how many latents went in where not all did. A checkpoint that stopped before what `until` asks for goes on.
-        keys: rows [n, C] (or one key [C]) to give the error of C^-1 k for; for a list of layers, a list, one each.
+        keys: rows [n, C] (or one key [C]) to give the error of C^-1 k for; for `layers`, a list, one each.
+        layers: in place of `layer`, a list of layers of one generator: the pass stops at the last of them that the
+            generator reaches, and the result is a list in the same order.
 
     Raises:
         NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
         MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents or set of `keys`.
     """
+    single = isinstance(layer, BoundLayer) and layers is None
+    several = layer is None and isinstance(layers, list | tuple) and all(isinstance(one, BoundLayer) for one in layers)
+    if not single and not several:
+        raise RewriteCoreError(
+            "Give one bound layer, collect_second_moment(layer, latents), or a list of them by name, "
+            "collect_second_moment(layers=[a, b], latents=latents)."
+        )
     check_latents(latents)
-    if len(latents) == 0 or batch_size < 1:
+    if len(latents) == 0 or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         raise RewriteCoreError("Collecting a second moment needs at least one latent and a batch size of at least 1.")
     if until is not None and not until > 0:
         raise RewriteCoreError(f"`until` is the relative error to stop at, such as 0.01, and not {until}.")
-    single = isinstance(layer, BoundLayer)
-    layers = [layer] if single else layer
+    layers, paths, targets = [layer] if single else layers, [checkpoint], [keys]
     check_together(layers)
-    paths, targets = [checkpoint], [keys]
-    if not single:
+    if several:
         paths, targets = _one_each("checkpoint", checkpoint, layers), _one_each("keys", keys, layers)
-    parts = [_Collection(one, latents, batch_size, latent_seed, path, few) for one, path, few in zip(layers, paths, targets)]
+    parts = [
+        _Collection(one, latents, batch_size, latent_seed, path, few)
+        for one, path, few in zip(layers, paths, targets, strict=True)
+    ]
     saved_at = time.monotonic()
     start = min(part.done for part in parts)
     label = f"second moment of {', '.join(one.name for one in layers)}"
@@ -542,9 +586,16 @@ def collect_second_moment(
                 with _batch_named(behind[number].layer, first, len(batch), batch_size):
                     behind[number].update(capture.key, len(batch), skip_nonfinite)
 
-            run_to([part.layer for part in behind], batch, consume)
-            if progress:
-                bar.set_postfix_str(f"error {max(part.error for part in parts):.2%}", refresh=False)
+            reached = [part.layer for part in behind]
+            if all(part.moment.fingerprint is not None for part in behind):
+                run_to(reached, batch, consume)
+            else:
+                with Trace(reached, batch) as trace:
+                    run_to(reached, batch, consume, trace)
+                for number, part in enumerate(behind):
+                    part.moment.fingerprint = trace.fingerprint(number)
+            if progress and not math.isnan(error := max(part.error for part in parts)):
+                bar.set_postfix_str(f"error {error:.2%}", refresh=False)
             bar.update(len(batch))
             if first + len(batch) < len(latents) and time.monotonic() - saved_at > 5:
                 for part in behind:

@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from .binding import BoundLayer, bind, tensor_fingerprint
+from .binding import BoundLayer, bind
 from .directions import (
     UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, latent_of, rank_units,
 )  # fmt: skip
@@ -22,6 +22,7 @@ from .errors import (
 )  # fmt: skip
 from .families import Box, Capture
 from .files import load_record, save_record
+from .fingerprints import tensor_fingerprint
 from .moments import SecondMoment
 from .solvers import (
     LOSSES, SOLVERS, Problem, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,

@@ -17,7 +17,9 @@ from rewrite_core.benchmarks import harness, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "spd-solve": "spd_solve", "fit-low-rank": "fit_low_rank", "collect": "collect"}
-TIMES = {"p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float}
+TIMES = {
+    "p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float, "paired": float,
+}  # fmt: skip
 SCHEMA = {
     **TIMES,
     "schema": int, "timestamp": str, "machine": str, "cpu": str, "cores": int, "isa": (str, type(None)),

@@ -1,9 +1,12 @@
 import functools
+import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
-from rewrite_core.binding import tensor_fingerprint
+from rewrite_core.fingerprints import tensor_fingerprint
 from rewrite_core.files import save_record
 
 
@@ -73,12 +76,12 @@ def test_several_layers_in_one_pass(generator, latents, names):
         if name.endswith("conv"):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     layers = [rc.bind(generator, name) for name in names]
-    together = rc.collect_second_moment(layers, latents[:20], batch_size=8, progress=False)
+    together = rc.collect_second_moment(layers=layers, latents=latents[:20], batch_size=8, progress=False)
     ran.clear()
-    again = rc.collect_second_moment(layers, latents[:20], batch_size=20, progress=False)
+    again = rc.collect_second_moment(layers=layers, latents=latents[:20], batch_size=20, progress=False)
     last = max(int(name[5]) for name in names)
-    # one pass for the batch and one for each fingerprint; none beyond the deepest layer
-    assert ran.count("layer1.conv") == 1 + len(names) and f"layer{last}.conv" not in ran
+    # one pass for the batch, none for the fingerprints, and none beyond the deepest layer
+    assert ran.count("layer1.conv") == 1 and f"layer{last}.conv" not in ran
     for layer, moment, other in zip(layers, together, again, strict=True):
         alone = rc.collect_second_moment(layer, latents[:20], batch_size=8, progress=False)
         assert moment.layer == layer.name and torch.equal(moment.matrix(), alone.matrix())
@@ -104,7 +107,7 @@ def test_keys_are_taken_before_the_generator_overwrites_them():
     torch.manual_seed(0)
     generator, z = Overwriting(), torch.randn(10, 4)
     layers = [rc.bind(generator, name) for name in ("first", "second")]
-    first, second = rc.collect_second_moment(layers, z, progress=False)
+    first, second = rc.collect_second_moment(layers=layers, latents=z, progress=False)
     assert relative(first.matrix(), z.double().T @ z.double() / 10) < 1e-6
     assert torch.equal(second.matrix(), rc.collect_second_moment(layers[1], z, progress=False).matrix())
 
@@ -119,9 +122,30 @@ def test_layers_that_cannot_go_together(generator, latents):
         ([], "no layer"),
     ):
         with pytest.raises(rc.RewriteCoreError, match=words):
-            rc.collect_second_moment(layers, latents[:4], progress=False)
+            rc.collect_second_moment(layers=layers, latents=latents[:4], progress=False)
     with pytest.raises(rc.RewriteCoreError, match="`checkpoint` is a list of as many"):
-        rc.collect_second_moment([layer, rc.bind(generator, "layer4.conv")], latents[:4], checkpoint="one.safetensors")
+        rc.collect_second_moment(
+            layers=[layer, rc.bind(generator, "layer4.conv")], latents=latents[:4], checkpoint="one.safetensors"
+        )
+
+
+def test_one_layer_or_several_by_name(layer, latents):
+    for args, kwargs in (
+        ((layer, latents), {"layers": [layer]}), (([layer], latents), {}), ((None, latents), {}),
+        (("layer5.conv", latents), {}),
+        ((), {"layers": layer, "latents": latents}), ((), {"layers": ["layer5.conv"], "latents": latents}),
+    ):  # fmt: skip
+        with pytest.raises(rc.RewriteCoreError, match=r"Give one bound layer, .* or a list of them by name, .*layers="):
+            rc.collect_second_moment(*args, **kwargs)
+    with pytest.raises(TypeError, match="latents must be a torch tensor"):
+        rc.collect_second_moment(layers=[layer])
+    (one,) = rc.collect_second_moment(layers=(layer,), latents=latents[:4], progress=False)
+    assert torch.equal(one.matrix(), rc.collect_second_moment(layer, latents[:4], progress=False).matrix())
+    for size in (0, -1, 2.5, "16", None):
+        with pytest.raises(rc.RewriteCoreError, match="batch size of at least 1"):
+            rc.collect_second_moment(layer, latents, size)
+    with pytest.raises(rc.RewriteCoreError, match="at least one latent"):
+        rc.collect_second_moment(layer, latents[:0])
 
 
 def test_a_layer_that_is_never_reached(latents):
@@ -129,7 +153,7 @@ def test_a_layer_that_is_never_reached(latents):
     generator.forward = lambda z: generator.first(z[:, :, None, None])
     layers = [rc.bind(generator, name) for name in ("first", "second")]
     with pytest.raises(rc.UnknownLayerError, match="never reached 'second'"):
-        rc.collect_second_moment(layers, torch.randn(3, 4), progress=False)
+        rc.collect_second_moment(layers=layers, latents=torch.randn(3, 4), progress=False)
 
 
 def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
@@ -137,7 +161,7 @@ def test_several_layers_name_the_one_that_is_not_finite(generator, latents):
     bad[13] = torch.nan
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer4.conv")]
     with pytest.raises(rc.NonFiniteError, match="'layer4.conv', batch 3 .*12 to 15"):
-        rc.collect_second_moment(layers, bad, batch_size=4, progress=False)
+        rc.collect_second_moment(layers=layers, latents=bad, batch_size=4, progress=False)
 
 
 def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, generator, latents, monkeypatch):
@@ -150,7 +174,7 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
     for stop, path in ((12, paths[0]), (24, paths[2])):
         bad[stop:] = torch.nan
         with pytest.raises(rc.NonFiniteError):
-            rc.collect_second_moment(layers, bad, batch_size=4, checkpoint=paths, progress=False)
+            rc.collect_second_moment(layers=layers, latents=bad, batch_size=4, checkpoint=paths, progress=False)
         # a run of other latents: what counts is the state, which is given the name of the right ones
         saved, progress, _ = rc.SecondMoment._load(path)
         assert progress == {"done": stop, "batch_size": 4}
@@ -161,7 +185,9 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
         bad = latents[:40].clone()
     (tmp_path / "kept12").rename(paths[0])
     (tmp_path / "kept24").rename(paths[2])
-    resumed = rc.collect_second_moment(layers, latents[:40], batch_size=4, checkpoint=paths, progress=False)
+    resumed = rc.collect_second_moment(
+        layers=layers, latents=latents[:40], batch_size=4, checkpoint=paths, progress=False
+    )
     for layer, moment, path in zip(layers, resumed, paths, strict=True):
         whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
         assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
@@ -196,6 +222,13 @@ def test_edits_at_or_after_the_layer_leave_the_moment_valid(generator, moment, l
         generator.layer5.conv.weight.mul_(2)
         generator.layer7.conv.weight.zero_()
     moment.check(rc.bind(generator, "layer5.conv"), latents)
+
+
+def test_a_moment_of_an_earlier_version_says_so(layer, latents):
+    moment = rc.collect_second_moment(layer, latents[:2], progress=False)
+    moment.fingerprint = 32 * "0"
+    with pytest.raises(rc.MismatchError, match="earlier version of rewrite_core"):
+        moment.check(layer, latents)
 
 
 def test_merge_refuses_other_layers(generator, moment, latents):
@@ -326,6 +359,45 @@ def test_wrong_shapes(shape):
         rc.SecondMoment(3).update(torch.ones(shape))
 
 
+@pytest.mark.parametrize("features, words", [
+    ([[1.0, 2.0, 3.0]], "torch tensor, not list"), (np.ones((2, 3)), "torch tensor, not ndarray"),
+    (torch.ones(2, 3, dtype=torch.int64), "int64, and must be float32"), (torch.ones(2, 3).bool(), "bool, and must be"),
+    (torch.ones(2, 3).to_sparse(), "must be dense"),
+])  # fmt: skip
+def test_features_of_wrong_types(features, words):
+    moment = rc.SecondMoment(3)
+    with pytest.raises(TypeError, match=words):
+        moment.update(features)
+    assert moment.count == 0 and not moment._sum.any()
+
+
+def test_nothing_but_zeros_and_nothing_at_all(layer, latents):
+    moment = rc.SecondMoment(3)
+    moment.update(torch.empty(0, 3))
+    moment.update(torch.empty(2, 3, 0, 4))
+    with pytest.raises(rc.RewriteCoreError, match="no keys yet"):
+        moment.solve(torch.ones(3))
+    moment.update(torch.zeros(5, 3))
+    assert moment.count == 5 and not moment.matrix().any() and moment.standard_error != moment.standard_error
+    with pytest.raises(rc.RewriteCoreError, match="not all zero"):
+        moment.solve(torch.ones(3))
+    moment = rc.collect_second_moment(layer, latents[:4] * torch.nan, progress=False, skip_nonfinite=True)
+    assert (moment.count, moment.skipped) == (0, 4) and moment.fingerprint is not None
+    with pytest.raises(rc.RewriteCoreError, match="all 4 images were left out"):
+        moment.matrix()
+
+
+def test_the_bar_shows_rate_and_time_left(capsys, monkeypatch, layer, latents):
+    tqdm = rc.moments.tqdm  # shows no bar without a terminal, unless told
+    monkeypatch.setattr(
+        rc.moments, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"disable": False, "mininterval": 0})
+    )
+    rc.collect_second_moment(layer, latents[:20], batch_size=2)
+    shown = capsys.readouterr().err
+    assert re.search(r"moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
+    assert "nan" not in shown
+
+
 def test_an_empty_moment_says_so():
     with pytest.raises(rc.RewriteCoreError, match="no keys yet"):
         rc.SecondMoment(3).matrix()
@@ -381,6 +453,65 @@ def test_files_are_told_apart_by_content(tmp_path, layer, moment, latents):
     whole = rc.collect_second_moment(layer, latents[:8], checkpoint=tmp_path / "checkpoint.npz", progress=False)
     again = rc.collect_second_moment(layer, latents[:8], checkpoint=tmp_path / "checkpoint.npz", progress=False)
     assert torch.equal(again.matrix(), whole.matrix())
+
+
+KINDS = {
+    "centred": lambda normals: normals,
+    "mean": lambda normals: normals.add_(1000),
+    "scales": lambda normals: normals.mul_(torch.tensor([1e-6, 1.0, 1e6, 1e-2])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_million_keys_in_one_batch_and_in_ten_thousand(kind):
+    rows = torch.randn(10_000_000, 4, generator=torch.Generator().manual_seed(6))
+    rows[:, 3] += 0.5 * rows[:, 0]
+    rows = KINDS[kind](rows)
+    exact = sum(part.T @ part for part in (piece.double() for piece in rows.split(1_000_000))) / len(rows)
+    scale = exact.diagonal().sqrt()
+    once, often = rc.SecondMoment(4), rc.SecondMoment(4)
+    once.update(rows.view(100, 250, 400, 4).permute(0, 3, 1, 2))
+    for piece in rows.split(1000):
+        often.update(piece)
+    for moment in (once, often):
+        assert moment.count == 10_000_000 and relative(moment.matrix(), exact) <= 1e-6
+        assert ((moment.matrix() - exact).abs() / torch.outer(scale, scale)).max() <= 1e-6
+
+
+def peak_memory(run):
+    """The most resident memory, in bytes, that `run` adds to what there is, and what it returns."""
+
+    def resident(name):
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError as error:
+        pytest.skip(f"the peak of the resident memory cannot be reset here ({error})")
+    before = resident("VmRSS")
+    result = run()
+    return resident("VmHWM") - before, result
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_memory_of_a_collection(tmp_path, monkeypatch, with_keys):
+    """Under 3 C^2 doubles, files included; the activations are small here."""
+    channels = 2048  # a matrix is larger than any block that malloc keeps for itself
+    layer = rc.bind(torch.nn.Sequential(torch.nn.Conv2d(channels, 1, 1)), "0")
+    latents = torch.randn(4096, channels, 1, 1, generator=torch.Generator().manual_seed(0))
+    collect = functools.partial(
+        rc.collect_second_moment, layer, latents, 256, progress=False, keys=latents[:2, :, 0, 0] if with_keys else None
+    )
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # a checkpoint after every batch
+    rc.collect_second_moment(layer, latents[:2], checkpoint=tmp_path / "warm", progress=False)
+    peak, moment = peak_memory(lambda: collect(checkpoint=tmp_path / "moment"))
+    assert channels**2 * 8 <= peak < 3 * channels**2 * 8
+    assert (moment.key_errors is not None) == with_keys
+    del moment
+    peak, _ = peak_memory(lambda: collect(checkpoint=tmp_path / "moment"))
+    assert channels**2 * 8 <= peak < 3 * channels**2 * 8
 
 
 def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):
@@ -441,8 +572,9 @@ def killed_collection(checkpoint):
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
     keys = [None, torch.eye(64)[:2]]
     return rc.collect_second_moment(
-        layers, rc.sample_latents(64, 200), 4, checkpoint, progress=False, until=0.22, keys=keys
-    )
+        layers=layers, latents=rc.sample_latents(64, 200), batch_size=4, checkpoint=checkpoint, progress=False,
+        until=0.22, keys=keys,
+    )  # fmt: skip
 
 
 def test_killed_collection_resumes_to_the_same_bits(tmp_path):
@@ -488,6 +620,14 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
             collect(bad, **({"keys": keys} | changed))
     with pytest.raises(rc.MismatchError, match="another layer, model or set"):
         rc.collect_second_moment(rc.bind(generator, "layer4.conv"), bad, 4, path, progress=False)
+    with pytest.raises(rc.MismatchError, match="another layer, model or set"):
+        collect(rc.sample_latents(64, 40, seed=2), keys=keys)
+    with torch.no_grad():
+        generator.layer1.conv.weight.mul_(1.01)
+    with pytest.raises(rc.MismatchError, match="another layer, model or set"):
+        collect(bad, keys=keys)
+    with torch.no_grad():
+        generator.layer1.conv.weight.copy_(rc.load_proggan(DATA / "proggan_state.npz").layer1.conv.weight)
     saved, _, state = rc.SecondMoment._load(path)
     for progress, state in (({"done": 41, "batch_size": 4}, state), ({"done": 20, "batch_size": 4}, {"keys": keys.double()})):
         saved._save(path, progress, state)

@@ -1,0 +1,204 @@
+"""Fingerprints: how files and checks know tensors, and the weights that a layer's keys come from."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import types
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from .binding import BoundLayer
+
+# Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
+# version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.
+KIND = "xxh3:"
+
+
+def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
+    data = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """A 32-digit fingerprint of a tensor's dtype, shape and bits."""
+    digest = hashlib.blake2b(digest_size=16)  # small tensors; files that people share hold it
+    _hash_tensor(digest, "", tensor)
+    return digest.hexdigest()
+
+
+class _Opaque(Exception):
+    """A value that only its own methods could compare."""
+
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, range, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+class _Surroundings:
+    """Everything in a generator that its forward pass can branch on, but for its weights' content: modules, their
+    attributes, which tensors they hold. Equal ones take the same way to a layer, unless that depends on what no
+    module holds (a global variable). Raises _Opaque where an attribute is of a kind that cannot be compared."""
+
+    def __init__(self, layer: BoundLayer, latents: Tensor):
+        self._objects: list[weakref.ref] = []  # an id says nothing of an object that is gone
+        self._facts = [self._of(layer._forward), tuple(latents.shape[1:]), latents.dtype, latents.device]
+        for name, module in layer.generator.named_modules():
+            self._facts += [name, type(module), self._identity(module)]
+            for key, value in vars(module).items():
+                if key == "training" or (not value and isinstance(value, dict | set)):  # passes run in eval mode
+                    continue
+                registered = key in ("_parameters", "_buffers", "_modules")
+                self._facts.append((key, [*map(self._registered, value.items())] if registered else self._of(value)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Surroundings):
+            return NotImplemented
+        alive = all(reference() is not None for each in (self, other) for reference in each._objects)
+        return alive and self._facts == other._facts
+
+    __hash__ = None
+
+    def _identity(self, value: object) -> int:
+        self._objects.append(weakref.ref(value))
+        return id(value)
+
+    def _registered(self, item: tuple[str, Tensor | nn.Module | None]) -> tuple[str, int | None]:
+        return item[0], None if item[1] is None else self._identity(item[1])
+
+    def _of(self, value: object, depth: int = 0) -> object:
+        if value is None or isinstance(value, _PLAIN):
+            return type(value), value
+        if depth > 8:
+            raise _Opaque
+        if isinstance(value, Tensor):
+            return self._identity(value), None if value.is_inference() else value._version
+        if isinstance(value, nn.Module | type | types.BuiltinFunctionType):
+            return self._identity(value)
+        if isinstance(value, dict):
+            return type(value), [(self._of(key, depth + 1), self._of(item, depth + 1)) for key, item in value.items()]
+        if isinstance(value, list | tuple):
+            return type(value), [self._of(item, depth + 1) for item in value]
+        if isinstance(value, set | frozenset) and all(isinstance(item, _PLAIN) for item in value):
+            return type(value), frozenset(value)
+        if isinstance(value, types.MethodType):
+            return self._of(value.__self__, depth + 1), self._of(value.__func__, depth + 1)
+        if isinstance(value, types.FunctionType):
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+            return self._identity(value), self._of([held, value.__defaults__, value.__kwdefaults__], depth + 1)
+        raise _Opaque
+
+
+def _surroundings(layer: BoundLayer, latents: Tensor) -> _Surroundings | None:
+    try:
+        return _Surroundings(layer, latents)
+    except (_Opaque, TypeError, ValueError):  # also what has no weak references, and empty closure cells
+        return None
+
+
+class Trace(TorchDispatchMode):
+    """Notes, in one forward pass of a generator, what each of a few layers' keys depends on.
+
+    A context around the pass; ``reached(number)`` is to be called when the key of ``layers[number]`` is at hand. Custom
+    kernels take tensors unseen, and modules lend theirs to others: so it notes both the modules that start and the
+    tensors that operations take.
+    """
+
+    def __init__(self, layers: Sequence[BoundLayer], latents: Tensor):
+        super().__init__()
+        self._layers = layers
+        self._latents = latents[:1]
+        self._generator = layers[0].generator
+        self._started: set[nn.Module] = set()
+        self._read: set[int] = set()
+        self._parts: dict[int, _Part] = {}
+
+    def __enter__(self):
+        self._handles = [
+            module.register_forward_pre_hook(lambda module, args: self._started.add(module))
+            for module in self._generator.modules()
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, Tensor):
+                self._read.add(id(value))
+            elif isinstance(value, list | tuple | dict):
+                self._read.update(id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        return operation(*args, **(kwargs or {}))
+
+    def reached(self, number: int) -> None:
+        started = self._started - {self._layers[number]._layer.site}  # whose call the key is read from
+        self._parts[number] = _Part(self._generator, started, self._read)
+
+    def fingerprint(self, number: int) -> str:
+        """That of ``layers[number]``, after the pass; the layer remembers what it found."""
+        layer, part = self._layers[number], self._parts[number]
+        text = part.fingerprint(self._generator)
+        layer._traced = Traced(_surroundings(layer, self._latents), part, text)
+        return text
+
+
+class _Part:
+    """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
+
+    def __init__(self, generator: nn.Module, started: set[nn.Module], read: set[int]):
+        self._started: set[str] = set()
+        self._tensors: dict[str, list[str]] = {}
+        for name, module in sorted(generator.named_modules()):
+            if module in started:
+                self._started.add(name)
+            keys = [key for key, tensor in _own(module) if module in started or id(tensor) in read]
+            if keys or module in started:
+                self._tensors[name] = keys
+
+    def fingerprint(self, generator: nn.Module) -> str:
+        modules = dict(generator.named_modules())
+        digest = xxhash.xxh3_128()
+        for name, keys in self._tensors.items():
+            tensors = dict(_own(modules[name]))
+            for key in keys:
+                _hash_tensor(digest, f"{name}.{key}", tensors[key])
+            if name in self._started:
+                attributes = vars(modules[name]).items()
+                settings = [(key, float(value)) for key, value in attributes if isinstance(value, float)]
+                digest.update(f"{name}|{sorted(settings)}|".encode())
+        return KIND + digest.hexdigest()
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The module's own parameters and buffers, sorted by name."""
+    tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    return sorted(tensors.items())
+
+
+class Traced:
+    """What a layer remembers of its last trace, to be spared the next."""
+
+    def __init__(self, surroundings: _Surroundings | None, part: _Part, fingerprint: str):
+        self._surroundings = surroundings
+        self._part = part
+        self._fingerprint = fingerprint
+
+    def still(self, layer: BoundLayer, latents: Tensor) -> str | None:
+        """The fingerprint, where nothing has changed: neither what a forward pass can branch on, nor a bit of the
+        weights that it was made of (which it can branch on, too). Otherwise None: trace again."""
+        if self._surroundings is None or self._surroundings != _surroundings(layer, latents[:1]):
+            return None
+        return self._fingerprint if self._part.fingerprint(layer.generator) == self._fingerprint else None

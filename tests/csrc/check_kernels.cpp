@@ -1,0 +1,456 @@
+// Calls every kernel of csrc/ without torch or Python, on odd, empty, strided and threaded cases, and compares with
+// plain loops. tests/test_sanitizers.py builds and runs it under sanitizers and valgrind; so every array is a heap
+// block of exactly the size that the headers promise to stay within, and gaps between strided elements hold NaN.
+//
+//   check_kernels [smallest] [ISA ...]     default: all cases, every instruction set that this CPU has
+//   check_kernels overrun|race|unwritten   makes a mistake, to see that it is caught
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "fit_low_rank.h"
+#include "second_moment.h"
+#include "spd_solve.h"
+
+using namespace rewrite_core;
+
+namespace {
+
+std::mt19937 generator(1);
+std::string what;  // the case that runs
+int failures = 0, checks = 0;
+
+void check(bool good, const char* message) {
+  ++checks;
+  if (good) return;
+  ++failures;
+  std::printf("wrong: %s: %s\n", what.c_str(), message);
+}
+
+double normal() { return std::normal_distribution<double>()(generator); }
+
+std::vector<double> normals(int64_t count, double scale = 1) {
+  std::vector<double> values(count);
+  for (double& value : values) value = scale * normal();
+  return values;
+}
+
+bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
+// --- second moment ---------------------------------------------------------------------------------------------------
+
+int width_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Writes a random value, exactly representable in dtype, and returns it.
+double put(char* target, DType dtype) {
+  if (dtype == DType::float64) {
+    const double value = normal();
+    std::memcpy(target, &value, 8);
+    return value;
+  }
+  if (dtype == DType::float32) {
+    const float value = static_cast<float>(normal());
+    std::memcpy(target, &value, 4);
+    return value;
+  }
+  const bool brain = dtype == DType::bfloat16;  // both: random bits with an exponent near that of 1
+  const int mantissa = brain ? 7 : 10, bias = brain ? 127 : 15;
+  const uint32_t random = generator();
+  const int exponent = static_cast<int>(random % 7) - 5;
+  const uint32_t fraction = (random >> 8) % (1u << mantissa), negative = random >> 31;
+  const uint16_t bits =
+      static_cast<uint16_t>(negative << 15 | static_cast<uint32_t>(exponent + bias) << mantissa | fraction);
+  std::memcpy(target, &bits, 2);
+  return std::ldexp((negative ? -1.0 : 1.0) * (1 + static_cast<double>(fraction) / (1 << mantissa)), exponent);
+}
+
+struct Layout {
+  const char* name;
+  int64_t sizes[4];    // n, c, h, w
+  int64_t strides[4];  // in elements
+};
+
+// The layout in memory of exactly its reach, NaN where no element lies; `values` [n, c, h, w] are what is stored.
+std::vector<char> store(const Layout& layout, DType dtype, std::vector<double>& values) {
+  const auto& size = layout.sizes;
+  const auto& stride = layout.strides;
+  int64_t reach = 1, count = 1;
+  for (int i = 0; i < 4; ++i) {
+    reach += (size[i] - 1) * stride[i];
+    count *= size[i];
+  }
+  values.assign(count, 0);
+  std::vector<char> memory(count ? reach * width_of(dtype) : 0, static_cast<char>(0xff));  // all ones: NaN
+  std::vector<bool> written(memory.size());
+  std::vector<double> at(count ? reach : 0);
+  int64_t place = 0;
+  for (int64_t n = 0; n < size[0]; ++n)
+    for (int64_t c = 0; c < size[1]; ++c)
+      for (int64_t h = 0; h < size[2]; ++h)
+        for (int64_t w = 0; w < size[3]; ++w) {
+          const int64_t offset = n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3];
+          if (!written[offset]) at[offset] = put(memory.data() + offset * width_of(dtype), dtype);
+          written[offset] = true;  // expanded tensors come here again
+          values[place++] = at[offset];
+        }
+  return memory;
+}
+
+void check_second_moment(const Layout& layout, DType dtype, Isa isa) {
+  what = std::string("second_moment, ") + layout.name + ", dtype " + std::to_string(static_cast<int>(dtype)) + ", " +
+         isa_name(isa);
+  std::vector<double> values;
+  const std::vector<char> memory = store(layout, dtype, values);
+  const int64_t channels = layout.sizes[1], map = layout.sizes[2] * layout.sizes[3];
+  const int64_t positions = layout.sizes[0] * map;
+  std::vector<double> before(channels * channels), want, out, again;
+  for (int64_t i = 0; i < channels; ++i)
+    for (int64_t j = 0; j <= i; ++j) before[i * channels + j] = before[j * channels + i] = normal();
+  want = out = again = before;
+  for (int64_t p = 0; p < positions; ++p) {
+    const double* key = values.data() + p / map * channels * map + p % map;
+    for (int64_t i = 0; i < channels; ++i)
+      for (int64_t j = 0; j < channels; ++j) want[i * channels + j] += key[i * map] * key[j * map];
+  }
+  const auto run = [&](std::vector<double>& sum, int threads) {
+    return second_moment(memory.data(), dtype, layout.sizes, layout.strides, sum.data(), threads, isa);
+  };
+  check(run(out, 1) == Status::ok && run(again, 5) == Status::ok, "its status");
+  check(same_bits(out, again), "the number of threads changes its bits");
+  bool right = true, symmetric = true;
+  for (int64_t i = 0; i < channels; ++i)
+    for (int64_t j = 0; j < channels; ++j) {
+      const double scale = std::sqrt(want[i * channels + i] - before[i * channels + i]) *
+                           std::sqrt(want[j * channels + j] - before[j * channels + j]);
+      right &= std::abs(out[i * channels + j] - want[i * channels + j]) <= 1e-6 * scale + 1e-12;
+      symmetric &= out[i * channels + j] == out[j * channels + i];
+    }
+  check(right, "its sum");
+  check(symmetric, "its two triangles");
+}
+
+void check_second_moments(bool smallest, Isa isa) {
+  const std::vector<Layout> layouts = {
+      {"one number", {1, 1, 1, 1}, {1, 1, 1, 1}},
+      {"rows", {9, 5, 1, 1}, {5, 1, 0, 0}},
+      {"maps", {2, 3, 4, 5}, {60, 20, 5, 1}},
+      {"no images", {0, 5, 3, 3}, {45, 9, 3, 1}},
+      {"no width", {2, 5, 3, 0}, {15, 3, 1, 1}},
+      {"channels last", {2, 7, 3, 5}, {105, 1, 35, 7}},
+      {"gaps", {2, 3, 3, 4}, {300, 90, 20, 3}},
+      {"expanded", {4, 6, 3, 3}, {0, 9, 0, 1}},
+      {"more than a run", {3, 70, 17, 11}, {13090, 187, 11, 1}},
+      {"transposed maps", {2, 33, 9, 31}, {9207, 279, 1, 9}},
+      {"columns", {700, 65, 1, 1}, {1, 700, 0, 0}},
+      {"wide rows", {37, 300, 1, 1}, {301, 1, 0, 0}},
+  };
+  for (const Layout& layout : layouts) {
+    if (smallest && layout.sizes[0] * layout.sizes[1] * layout.sizes[2] * layout.sizes[3] > 300) continue;
+    for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+      check_second_moment(layout, dtype, isa);
+    }
+  }
+  what = std::string("second_moment, bad arguments, ") + isa_name(isa);
+  const int64_t one[4] = {1, 1, 1, 1}, negative[4] = {1, 1, 1, -1}, none[4] = {1, 0, 1, 1};
+  float feature = 1;
+  double sum = 0;
+  const auto refused = [&](const float* features, const int64_t sizes[4], const int64_t strides[4], double* out) {
+    return second_moment(features, DType::float32, sizes, strides, out, 1, isa) == Status::bad_argument;
+  };
+  check(refused(&feature, one, negative, &sum), "a negative stride");
+  check(refused(&feature, none, one, &sum), "no channels");
+  check(refused(nullptr, one, one, &sum), "no features");
+  check(refused(&feature, one, one, nullptr), "no output");
+  check(sum == 0, "a refused call writes");
+}
+
+// --- Cholesky ----------------------------------------------------------------------------------------------------
+
+// A well-conditioned one: B B^T / n + 1.
+std::vector<double> positive_definite(int64_t batch, int64_t n) {
+  std::vector<double> matrices(batch * n * n);
+  for (int64_t b = 0; b < batch; ++b) {
+    const std::vector<double> root = normals(n * n);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = i == j;
+        for (int64_t k = 0; k < n; ++k) sum += root[i * n + k] * root[j * n + k] / static_cast<double>(n);
+        matrices[(b * n + i) * n + j] = sum;
+      }
+  }
+  return matrices;
+}
+
+void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
+  what = "cholesky, " + std::to_string(batch) + " of " + std::to_string(n) + ", " + std::to_string(sides) +
+         " right-hand sides, " + isa_name(isa);
+  const std::vector<double> matrices = positive_definite(batch, n);
+  std::vector<double> lower = matrices, again = matrices;
+  std::vector<int64_t> info(batch, -1);
+  check(cholesky(lower.data(), batch, n, info.data(), 1, isa) == Status::ok, "its status");
+  check(std::all_of(info.begin(), info.end(), [](int64_t i) { return i == 0; }), "its info");
+  check(cholesky(again.data(), batch, n, info.data(), 5, isa) == Status::ok, "its status with threads");
+  check(same_bits(lower, again), "the number of threads changes its bits");
+  double worst = 0, above = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const double* l = lower.data() + b * n * n;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j <= i; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k <= j; ++k) sum += l[i * n + k] * l[j * n + k];
+        worst = std::max(worst, std::abs(sum - matrices[(b * n + i) * n + j]));
+        if (j < i) above = std::max(above, std::abs(l[j * n + i]));
+      }
+  }
+  check(worst < 1e-12 * static_cast<double>(n + 10), "L L^T");
+  check(above == 0, "its upper triangle");
+
+  const std::vector<double> right = normals(batch * sides * n);
+  std::vector<double> x = right, threaded = right;
+  check(cholesky_solve(lower.data(), batch, n, x.data(), sides, 1, isa) == Status::ok, "the solve's status");
+  check(cholesky_solve(lower.data(), batch, n, threaded.data(), sides, 5, isa) == Status::ok, "the solve's status");
+  check(same_bits(x, threaded), "the number of threads changes the solve's bits");
+  worst = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t m = 0; m < sides; ++m)
+      for (int64_t i = 0; i < n; ++i) {
+        double sum = -right[(b * sides + m) * n + i];
+        for (int64_t j = 0; j < n; ++j) sum += matrices[(b * n + i) * n + j] * x[(b * sides + m) * n + j];
+        worst = std::max(worst, std::abs(sum));
+      }
+  check(worst < 1e-12 * static_cast<double>(n + 10), "the solve's residual");
+}
+
+void check_choleskys(bool smallest, Isa isa) {
+  for (int64_t n : smallest ? std::vector<int64_t>{1, 3, 9} : std::vector<int64_t>{1, 2, 7, 31, 63, 64, 65, 130, 201}) {
+    check_cholesky(1, n, 1, isa);
+    check_cholesky(n < 100 ? 5 : 2, n, 7, isa);
+  }
+  check_cholesky(0, 4, 2, isa);
+  check_cholesky(2, 4, 0, isa);
+  const int64_t n = smallest ? 9 : 150;
+  what = std::string("cholesky, not positive definite, ") + isa_name(isa);
+  for (int threads : {1, 5}) {
+    std::vector<double> matrices = positive_definite(3, n);
+    matrices[n * n + (n - 3) * n + n - 3] = -1e3;  // in the last block of the second one
+    std::vector<int64_t> info(3, -1);
+    check(cholesky(matrices.data(), 3, n, info.data(), threads, isa) == Status::ok, "its status");
+    check(info[0] == 0 && info[1] == n - 2 && info[2] == 0, "its info");
+  }
+}
+
+// --- fits ----------------------------------------------------------------------------------------------------------
+
+struct FitCase {
+  const char* name;
+  int64_t edits, channels, unknowns, pixels;
+  double slope;
+  bool absolute, demodulated, penalised, weighted, broadcast_shift;
+};
+
+template <class Real>
+void check_fit(const FitCase& given, Isa isa) {
+  constexpr bool wide = std::is_same_v<Real, double>;
+  what = std::string("fit_low_rank, ") + given.name + (wide ? ", double, " : ", float, ") + isa_name(isa);
+  const int64_t edits = given.edits, channels = given.channels, unknowns = given.unknowns, pixels = given.pixels;
+  const auto random = [](int64_t count) {
+    std::vector<Real> values(count);
+    for (Real& value : values) value = static_cast<Real>(normal());
+    return values;
+  };
+  const std::vector<Real> basis = random(edits * unknowns * pixels), base = random(edits * channels * pixels);
+  const std::vector<Real> target = random(edits * channels * pixels);
+  const std::vector<Real> shift = random(given.broadcast_shift ? channels : edits * channels * pixels);
+  std::vector<double> constant(edits * channels), linear = normals(edits * channels * unknowns, 0.01);
+  for (double& value : constant) value = 1 + std::abs(normal());
+  const std::vector<double> quadratic = positive_definite(edits, unknowns);
+  const std::vector<double> penalty = positive_definite(edits, unknowns);
+  std::vector<double> scale(edits * channels, 0.1), weights(edits * pixels, 1);
+  for (int64_t i = 0; given.weighted && i < edits * pixels; ++i) {
+    weights[i] = i % 3 ? 0.5 + static_cast<double>(i % 5) : 0;
+  }
+
+  FitProblem problem{};
+  problem.basis = basis.data();
+  problem.base = base.data();
+  problem.target = target.data();
+  problem.shift = shift.data();
+  const int64_t dense[3] = {channels * pixels, pixels, 1}, broadcast[3] = {0, 1, 0};
+  std::copy_n(given.broadcast_shift ? broadcast : dense, 3, problem.shift_strides);
+  problem.is_double = wide;
+  if (given.demodulated) {
+    problem.constant = constant.data();
+    problem.linear = linear.data();
+    problem.quadratic = quadratic.data();
+  }
+  if (given.penalised) {
+    problem.penalty = penalty.data();
+    problem.penalty_scale = scale.data();
+  }
+  if (given.weighted) problem.pixel_weights = weights.data();
+  problem.edits = edits;
+  problem.channels = channels;
+  problem.unknowns = unknowns;
+  problem.pixels = pixels;
+  problem.slope = given.slope;
+  problem.gain = 1.5;
+  problem.absolute = given.absolute;
+  problem.max_iterations = 25;
+  problem.tolerance = 1e-5;
+
+  struct Outputs {
+    std::vector<Real> coefficients;
+    std::vector<double> loss, initial;
+    std::vector<int32_t> iterations, status;
+  };
+  const auto run = [&](int threads) {
+    Outputs outputs{std::vector<Real>(edits * channels * unknowns, std::numeric_limits<Real>::quiet_NaN()),
+                    std::vector<double>(edits * channels, NAN), std::vector<double>(edits * channels, NAN),
+                    std::vector<int32_t>(edits * channels, -1), std::vector<int32_t>(edits * channels, -1)};
+    FitProblem filled = problem;
+    filled.coefficients = outputs.coefficients.data();
+    filled.loss = outputs.loss.data();
+    filled.initial_loss = outputs.initial.data();
+    filled.iterations = outputs.iterations.data();
+    filled.status = outputs.status.data();
+    check(fit_low_rank(filled, threads, isa) == Status::ok, "its status");
+    return outputs;
+  };
+  const Outputs found = run(1), threaded = run(5);
+  check(found.coefficients == threaded.coefficients && same_bits(found.loss, threaded.loss) &&
+            found.iterations == threaded.iterations && found.status == threaded.status,
+        "the number of threads changes its results");
+
+  // What rewrite_core/ops/fit_low_rank.py documents, read back as plain loops.
+  const auto objective = [&](int64_t b, int64_t o, const std::vector<double>& x) {
+    double norm = 1;
+    if (given.demodulated) {
+      norm = constant[b * channels + o];
+      for (int64_t i = 0; i < unknowns; ++i) {
+        norm += 2 * linear[(b * channels + o) * unknowns + i] * x[i];
+        for (int64_t j = 0; j < unknowns; ++j) norm += x[i] * quadratic[(b * unknowns + i) * unknowns + j] * x[j];
+      }
+    }
+    double sum = 0, total = 0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      double value = base[(b * channels + o) * pixels + p];
+      for (int64_t i = 0; i < unknowns; ++i) value += x[i] * basis[(b * unknowns + i) * pixels + p];
+      const int64_t* const strides = problem.shift_strides;
+      value = value / std::sqrt(norm) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
+      value = 1.5 * (value > 0 ? value : given.slope * value) - target[(b * channels + o) * pixels + p];
+      sum += weights[b * pixels + p] * (given.absolute ? std::abs(value) : value * value);
+      total += weights[b * pixels + p];
+    }
+    double fine = 0;
+    for (int64_t i = 0; given.penalised && i < unknowns; ++i)
+      for (int64_t j = 0; j < unknowns; ++j)
+        fine += scale[b * channels + o] * x[i] * penalty[(b * unknowns + i) * unknowns + j] * x[j];
+    return std::pair<double, double>(sum / total, sum / total + fine);
+  };
+  const double tolerance = wide ? 1e-9 : 1e-4;
+  bool right = true, starts = true, lower = true, best = true;
+  for (int64_t b = 0; b < edits; ++b)
+    for (int64_t o = 0; o < channels; ++o) {
+      const int64_t at = b * channels + o;
+      const Real* const coefficients = found.coefficients.data() + at * unknowns;
+      const std::vector<double> x(coefficients, coefficients + unknowns);
+      const auto [loss, all] = objective(b, o, x);
+      const double initial = objective(b, o, std::vector<double>(unknowns, 0.0)).second;
+      right &= std::abs(loss - found.loss[at]) <= tolerance * (1 + loss);
+      starts &= std::abs(initial - found.initial[at]) <= tolerance * (1 + initial);
+      lower &= all <= initial * (1 + tolerance);
+      for (int64_t i = 0; i < unknowns; ++i)  // no neighbour is clearly better
+        for (double step : {-1e-2, 1e-2}) {
+          std::vector<double> near = x;
+          near[i] += step;
+          best &= objective(b, o, near).second >= all - (given.absolute ? 3e-3 : 1e-3) * (1 + all);
+        }
+    }
+  check(right, "its loss");
+  check(starts, "its initial loss");
+  check(lower, "it is no better than no change");
+  check(best, "it is no minimum");
+}
+
+void check_fits(bool smallest, Isa isa) {
+  const std::vector<FitCase> cases = {
+      {"one number", 1, 1, 1, 1, 1.0, true, false, false, false, false},
+      {"least squares", 2, 3, 4, 15, 1.0, false, false, false, true, true},
+      {"leaky", 1, 3, 5, 21, 0.2, true, false, false, true, false},
+      {"demodulated", 2, 2, 3, 17, 0.2, true, true, false, false, true},
+      {"few pixels", 1, 3, 9, 4, 0.2, true, false, false, false, false},
+      {"no edits", 0, 3, 4, 5, 0.2, true, false, false, false, true},
+      {"no channels", 2, 0, 4, 5, 0.2, true, false, false, false, true},
+      {"least squares, penalised", 3, 17, 13, 101, 1.0, false, false, true, false, false},
+      {"rank 2, all at once", 5, 40, 18, 100, 0.2, true, true, true, true, false},
+      {"squares, leaky, few pixels", 3, 9, 27, 11, 0.2, false, true, false, true, true},
+  };
+  for (const FitCase& one : cases) {
+    if (smallest && one.edits * one.channels * one.unknowns * one.pixels > 500) continue;
+    check_fit<float>(one, isa);
+    check_fit<double>(one, isa);
+  }
+}
+
+// --- mistakes ------------------------------------------------------------------------------------------------------
+
+int make(const std::string& mistake) {
+  const int64_t sizes[4] = {100, 3, 1, 1}, strides[4] = {3, 1, 0, 0};
+  std::vector<float> features(mistake == "overrun" ? 299 : 300, 1.0f);
+  std::vector<double> out(9);
+  const auto run = [&] {
+    second_moment(features.data(), DType::float32, sizes, strides, out.data(), 1, Isa::portable);
+  };
+  if (mistake == "race") {
+    std::thread other(run);
+    run();
+    other.join();
+  } else if (mistake == "overrun") {
+    run();
+  } else {
+    double* const matrix = static_cast<double*>(std::malloc(4 * sizeof(double)));
+    int64_t info = 0;
+    cholesky(matrix, 1, 2, &info, 1, Isa::portable);
+    std::printf("%d\n", info != 0);
+    std::free(matrix);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool smallest = false;
+  std::vector<std::string> named;
+  for (int i = 1; i < count; ++i) {
+    const std::string word = arguments[i];
+    if (word == "overrun" || word == "race" || word == "unwritten") return make(word);
+    if (word == "smallest") {
+      smallest = true;
+    } else {
+      named.push_back(word);
+    }
+  }
+  std::string ran;
+  for (int number = 0; number <= static_cast<int>(detect_isa()); ++number) {
+    const Isa isa = static_cast<Isa>(number);
+    if (!named.empty() && std::find(named.begin(), named.end(), isa_name(isa)) == named.end()) continue;
+    check_second_moments(smallest, isa);
+    check_choleskys(smallest, isa);
+    check_fits(smallest, isa);
+    ran += std::string(" ") + isa_name(isa);
+  }
+  std::printf("%d checks, %d wrong, on%s\n", checks, failures, ran.empty() ? " nothing" : ran.c_str());
+  return failures || ran.empty();
+}

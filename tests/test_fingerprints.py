@@ -1,0 +1,135 @@
+"""What a layer remembers of its fingerprint; tests/test_binding.py tests what a fingerprint is of."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rewrite_core as rc
+from rewrite_core.binding import run_to
+from rewrite_core.families import ProgGAN, StyleGAN2
+from rewrite_core.fingerprints import Trace
+
+
+def maps():
+    return torch.randn(4, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Branching(nn.Module):
+    """What it runs before `conv` depends on attributes of several kinds. Counts its passes."""
+
+    runs = 0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)
+        self.conv, self.last = nn.Conv2d(5, 6, 3), nn.Conv2d(6, 3, 1)
+        self.which, self.options, self.activation, self.unknown = "a", {"order": ["a"]}, F.relu, None
+
+    def forward(self, x):
+        Branching.runs += 1
+        for name in [self.which, *self.options["order"]]:
+            x = self.activation(getattr(self, name)(x))
+        return self.last(self.conv(x))
+
+
+def unversioned(tensor):
+    """Memory to write to that tells nobody."""
+    return tensor.detach().numpy().reshape(-1)
+
+
+CHANGES = {
+    "in place": lambda g: g.a.weight.detach().mul_(1.5),
+    "data, in place": lambda g: g.a.weight.data.mul_(1.5),
+    "data, assigned": lambda g: setattr(g.a.weight, "data", g.a.weight.data * 1.5),
+    "numpy, one bit": lambda g: unversioned(g.a.weight)[7:8].view("uint32").__ixor__(1),
+    "numpy, two swapped": lambda g: unversioned(g.a.weight).__setitem__([0, 1], unversioned(g.a.weight)[[1, 0]]),
+    "numpy, negated": lambda g: unversioned(g.a.weight).__imul__(-1),
+    "load_state_dict": lambda g: g.load_state_dict({k: v + 1 for k, v in g.state_dict().items()}),
+    "optimizer": lambda g: (
+        g(maps()).sum().backward(),
+        torch.optim.SGD([p for p in g.parameters() if p.grad is not None], 0.1).step(),
+    ),
+    "parameter, replaced": lambda g: setattr(g.a, "bias", nn.Parameter(g.a.bias.detach() + 1)),
+    "module, replaced": lambda g: setattr(g, "a", nn.Conv2d(5, 5, 1)),
+    "string": lambda g: setattr(g, "which", "b"),
+    "nested": lambda g: g.options["order"].append("b"),
+    "hook": lambda g: g.a.register_forward_hook(lambda module, args, output: g.b(output)),
+    "class": lambda g: setattr(g.a, "__class__", type("Twice", (nn.Conv2d,), {"forward": lambda m, x: g.b(g.b(x))})),
+}
+
+
+def passes(layer):
+    """How many forward passes a fingerprint takes, and the fingerprint."""
+    before = Branching.runs
+    fingerprint = layer.fingerprint(maps())
+    return Branching.runs - before, fingerprint
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_remembered_fingerprint_sees_every_change(change):
+    torch.manual_seed(0)
+    generator = Branching().eval()
+    layer = rc.bind(generator, "conv")
+    keys, (first, before) = layer.keys(maps()), passes(layer)
+    assert (first, passes(layer)) == (1, (0, before))
+    CHANGES[change](generator)
+    assert not torch.equal(layer.keys(maps()), keys), "the test itself"
+    runs, after = passes(layer)
+    assert runs == 1 and after != before
+    assert after == rc.bind(generator, "conv").fingerprint(maps()), "as one who remembers nothing"
+    assert passes(layer) == (0, after)
+
+
+def test_a_remembered_fingerprint_leaves_out_what_follows_the_layer():
+    generator = Branching().eval()
+    layer = rc.bind(generator, "conv")
+    before = layer.fingerprint(maps())
+    generator.conv.weight.data.mul_(2)
+    generator.last.weight.data.mul_(2)
+    generator.train()
+    generator(maps()).sum().backward()
+    assert passes(layer) == (0, before)
+    copied, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    assert copied.fingerprint(maps()) == pickled.fingerprint(maps()) == before
+    generator.unknown = object()  # whatever that may mean to the generator
+    assert [passes(layer), passes(layer)] == [(1, before), (1, before)]
+
+
+def test_a_collection_leaves_the_fingerprint_behind():
+    layer = rc.bind(Branching().eval(), "conv")
+    before = Branching.runs
+    moment = rc.collect_second_moment(layer, maps(), batch_size=2, progress=False)
+    assert Branching.runs - before == len(maps()) // 2
+    assert passes(layer) == (0, moment.fingerprint)
+    assert rc.bind(layer.generator, "conv").fingerprint(maps()) == moment.fingerprint
+
+
+def test_nothing_is_kept_alive():
+    generator = Branching().eval()
+    layer = rc.bind(generator, "conv")
+    layer.fingerprint(maps())
+    old = [weakref.ref(generator.a), weakref.ref(generator.a.weight)]
+    generator.a = nn.Conv2d(5, 5, 1)
+    gc.collect()
+    assert [reference() for reference in old] == [None, None]
+
+
+@pytest.mark.parametrize("family", [ProgGAN, StyleGAN2])
+def test_tracing_leaves_the_bits_of_the_keys(family):
+    torch.manual_seed(0)
+    sizes = {ProgGAN: ([12, 16, 16],), StyleGAN2: (8, 12, 2, {4: 16, 8: 12})}
+    generator = family(*sizes[family])
+    latents = rc.sample_latents(12, 6)
+    layers = [rc.bind(generator, info.name) for info in rc.list_layers(generator, latents)]
+    caught = {}
+    with Trace(layers, latents) as trace:
+        run_to(layers, latents, lambda number, capture: caught.__setitem__(number, capture.key), trace)
+    for number, layer in enumerate(layers):
+        assert torch.equal(caught[number], layer.keys(latents))
+        assert trace.fingerprint(number) == rc.bind(generator, layer.name).fingerprint(latents)
