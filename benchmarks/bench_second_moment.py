@@ -4,69 +4,117 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewrite_core.ops import second_moment
 
-from .harness import Case, Contender, Problem
+from .harness import Case, Contender, Problem, Yardstick
 
 OP = "second_moment"
 GRID = ((64, 128), (128, 64), (256, 64), (512, 32), (512, 16), (1024, 8))  # channels @ map; DESIGN 5's
+CHANNELS = ((1, 64), (4, 64), (16, 64), (32, 64), (48, 32), (96, 32), (200, 32), (2048, 8), (2048, 4))
+HALF = ((64, 128), (256, 64), (512, 16))
 QUICK = ((64, 16), (96, 8))
 BATCH = 8
+RANK_ONE_KEYS = 64  # that the reference's way is timed on: with all of them a round would take minutes
 
 
 def cases(quick: bool) -> list[Case]:
+    groups = {"grid": QUICK} if quick else {"grid": GRID, "other channels": CHANNELS, "bfloat16": HALF}
     return [
-        Case(f"{channels}@{side}x{side} batch {BATCH}", functools.partial(make, channels, side))
-        for channels, side in (QUICK if quick else GRID)
+        Case(
+            f"{channels}@{side}x{side} batch {BATCH}{' bfloat16' * (group == 'bfloat16')}",
+            functools.partial(make, channels, side, torch.bfloat16 if group == "bfloat16" else torch.float32),
+            group,
+        )
+        for group, shapes in groups.items()
+        for channels, side in shapes
     ]
 
 
-def make(channels: int, side: int, backend: str) -> Problem:
-    """float32 keys as a leaky ReLU leaves them (mean not zero). Stock adds to a float32 total, as its users
-    do; ours to a float64 one, which its interface fixes."""
+@functools.cache
+def yardstick() -> Yardstick:
+    """sgemm at a size that suits it."""
+    size = 1024
+    left, right = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).unbind()
+    return Yardstick("sgemm", lambda: torch.mm(left, right), 2.0 * size**3)
+
+
+def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
+    """Keys as a leaky ReLU leaves them (mean not zero). Stock adds to a float32 total, as its users do; ours to a
+    float64 one, which its interface fixes. bfloat16 keys are widened by stock first: its own product would round."""
     generator = torch.Generator().manual_seed(channels + side)
-    features = torch.randn(BATCH, channels, side, side, generator=generator)
-    features = torch.nn.functional.leaky_relu(features, 0.2)
-    flat = features.flatten(2)
-    rows = flat.mT.reshape(-1, channels)  # used for the oracle only: stock pays for its own permuted copy
-    exact = rows.double().T @ rows.double()
+    wide = torch.randn(BATCH, channels, side, side, generator=generator)
+    features = torch.nn.functional.leaky_relu(wide, 0.2).to(dtype)
+    rows = features.flatten(2).mT.reshape(-1, channels).double()  # for the oracle: stock pays for its own copies
+    exact = rows.T @ rows
     count = len(rows)
-    del rows
+    del rows, wide
+    step = max(64, channels // 4)  # of the block-triangular loop: the best of 64, 128 and a quarter at most shapes
+
+    def permuted(keys: Tensor) -> Tensor:
+        return keys.float().permute(0, 2, 3, 1).reshape(-1, channels)
 
     def addmm(total: Tensor) -> Tensor:
-        permuted = features.permute(0, 2, 3, 1).reshape(-1, channels)
-        return total.addmm_(permuted.T, permuted)
+        keys = permuted(features)
+        return total.addmm_(keys.T, keys)
 
     def bmm(total: Tensor) -> Tensor:
+        flat = features.float().flatten(2)
         return total.add_(torch.bmm(flat, flat.mT).sum(0))
 
     def einsum(total: Tensor) -> Tensor:
-        return total.add_(torch.einsum("nchw,ndhw->cd", features, features))
+        keys = features.float()
+        return total.add_(torch.einsum("nchw,ndhw->cd", keys, keys))
 
-    def contender(name: str, run: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Contender:
-        total = torch.zeros(channels, channels, dtype=dtype)
-        return Contender(name, lambda: run(total), prepare=total.zero_)
+    def triangular(total: Tensor) -> Tensor:
+        keys = features.float().transpose(0, 1).reshape(channels, -1)
+        for start in range(0, channels, step):
+            block = keys[start : start + step]
+            total[start : start + step, : start + step].add_(torch.mm(block, keys[: start + step].T))
+        lower = total.tril()
+        return total.copy_(lower + lower.tril(-1).T)
 
+    def rank_one(total: Tensor) -> Tensor:
+        for key in permuted(features[:1])[:RANK_ONE_KEYS]:
+            total.addr_(key, key)
+        return total
+
+    def contender(name: str, run: Callable[[Tensor], Tensor], kind: torch.dtype, **how: Any) -> Contender:
+        total = torch.zeros(channels, channels, dtype=kind)
+        return Contender(name, lambda: run(total), prepare=total.zero_, **how)
+
+    def ours(total: Tensor) -> Tensor:
+        return second_moment(features, out=total, backend=backend)
+
+    stock = [
+        contender("addmm, permuted copy", addmm, torch.float32),
+        contender("bmm on NCHW", bmm, torch.float32),
+        contender("einsum", einsum, torch.float32),
+        contender("triangle of blocks, mm", triangular, torch.float32, aside=True),
+        contender("rank-1 updates", rank_one, torch.float32, part=min(RANK_ONE_KEYS, side**2) / count, aside=True),
+    ]
+    if dtype != torch.float32:
+        floats = features.float()
+
+        def widened(total: Tensor) -> Tensor:
+            return second_moment(floats, out=total, backend=backend)
+
+        stock.append(contender("rewrite_core, float32 keys", widened, torch.float64, aside=True))
     return Problem(
-        ours=contender(
-            "rewrite_core", lambda total: second_moment(features, out=total, backend=backend), torch.float64
-        ),
-        stock=[
-            contender("addmm, permuted copy", addmm, torch.float32),
-            contender("bmm on NCHW", bmm, torch.float32),
-            contender("einsum", einsum, torch.float32),
-        ],
+        ours=contender("rewrite_core", ours, torch.float64),
+        stock=stock,
         shapes={"features": list(features.shape)},
-        dtype="float32",
+        dtype=str(dtype).removeprefix("torch."),
         operations=count * channels * (channels + 1),  # one triangle, multiply and add
-        traffic=features.numel() * 4 + channels * (channels + 1) * 8,  # keys once; a triangle in and out
+        traffic=features.nbytes + channels * (channels + 1) * 8,  # keys once; a triangle in and out
         error=lambda total: ((total.double() - exact).norm() / exact.norm()).item(),
         error_kind="relative Frobenius error",
         tolerance=1e-6,
+        yardstick=yardstick(),
     )
 
 

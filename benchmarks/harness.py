@@ -34,12 +34,26 @@ class Contender:
     run      does it once, and is timed
     prepare  runs before each call, not timed (zeroes an accumulator)
     rounds   run it so many times at most (for contenders of many seconds), or None
+    part     the share of the case's job that it does, for contenders that would take minutes: 0.001 of the keys, say.
+             Its times are recorded as measured; its rate and its ratios are of the part
+    aside    timed for comparison, and no candidate for the best of stock
     """
 
     name: str
     run: Callable[[], Any]
     prepare: Callable[[], object] = _nothing
     rounds: int | None = None
+    part: float = 1.0
+    aside: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """Something whose rate is the measure of others', timed in every round too: ``operations`` done by ``run``."""
+
+    name: str
+    run: Callable[[], Any]
+    operations: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Problem:
     error                of a contender's result against float64: ours must be <= tolerance to be timed, stock
                          to count as the best
     details              more numbers for the record
+    yardstick            for the shares of its rate
     """
 
     ours: Contender
@@ -63,6 +78,7 @@ class Problem:
     error_kind: str
     tolerance: float
     details: dict[str, float] = dataclasses.field(default_factory=dict)
+    yardstick: Yardstick | None = None
 
     @property
     def contenders(self) -> list[Contender]:
@@ -71,10 +87,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A named case; ``make(backend)`` makes its data, with ours bound to that backend by name."""
+    """A named case; ``make(backend)`` makes its data, with ours bound to that backend by name. Mean ratios are of the
+    cases of one group."""
 
     name: str
     make: Callable[[str], Problem]
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +148,7 @@ class Race:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.times: dict[str, list[float]] = {contender.name: [] for contender in problem.contenders}
+        self.yardstick_times: list[float] = []
         self._round = 0
 
     def plan(self, quick: bool) -> int:
@@ -144,6 +163,11 @@ class Race:
         return min(max(math.ceil(budget / seconds), least), most)
 
     def others(self) -> None:
+        # first, as it leaves the cache to the one that follows, and ours always comes last
+        if self.problem.yardstick is not None:
+            start = time.perf_counter()
+            self.problem.yardstick.run()
+            self.yardstick_times.append(time.perf_counter() - start)
         stock = list(self.problem.stock)
         turn = self._round % max(len(stock), 1)  # nobody always follows the same one
         for contender in stock[turn:] + stock[:turn]:
@@ -171,24 +195,30 @@ class Race:
 def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str, Any]:
     """The record of one case, without what is the same for the whole run."""
     problem = checked.problem
+    yardstick = None
+    if problem.yardstick is not None:
+        rate = problem.yardstick.operations / float(np.median(race.yardstick_times)) / 1e9
+        yardstick = {"name": problem.yardstick.name, "gflops": rate}
     contenders = {}
-    for name, times in race.times.items():
+    for contender in problem.contenders:
+        times, part = race.times[contender.name], contender.part
         p20, p50, p80 = (float(value) for value in np.percentile(times, QUANTILES))
-        contenders[name] = {
-            "p20": p20, "p50": p50, "p80": p80, "rounds": len(times),
-            "gflops": problem.operations / p50 / 1e9, "error": checked.errors[name],
-            "paired": float(np.median([time / own for time, own in zip(times, race.times[problem.ours.name])])),
+        own = race.times[problem.ours.name]
+        contenders[contender.name] = {
+            "p20": p20, "p50": p50, "p80": p80, "rounds": len(times), "part": part, "aside": contender.aside,
+            "gflops": part * problem.operations / p50 / 1e9, "error": checked.errors[contender.name],
+            "paired": float(np.median([time / part / ours for time, ours in zip(times, own)])),
         }  # fmt: skip
     ours = contenders[problem.ours.name]
-    stock = [contender.name for contender in problem.stock]
-    able = [name for name in stock if checked.errors[name] <= problem.tolerance]  # others do not do the job
-    best = min(able or stock, key=lambda name: contenders[name]["p50"])
+    rivals = [contender.name for contender in problem.stock if not contender.aside]
+    able = [name for name in rivals if checked.errors[name] <= problem.tolerance]  # others do not do the job
+    best = min(able or rivals, key=lambda name: contenders[name]["p50"])
     return {
-        "op": op, "case": checked.case.name, "quick": quick, "backend": checked.backend,
+        "op": op, "case": checked.case.name, "group": checked.case.group, "quick": quick, "backend": checked.backend,
         "shapes": problem.shapes, "dtype": problem.dtype, "details": problem.details,
         **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
         "operations": problem.operations, "bytes": problem.traffic,
         "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,
-        "best_stock": best, "ratio": contenders[best]["p50"] / ours["p50"],
+        "best_stock": best, "ratio": contenders[best]["p50"] / ours["p50"], "yardstick": yardstick,
         "contenders": contenders,
     }  # fmt: skip

@@ -23,7 +23,7 @@ from rewrite_core.backends import extension, extension_reason
 from rewrite_core.files import atomic_write
 from rewrite_core.version import __version__, cpu_name, source_digest
 
-SCHEMA = 1
+SCHEMA = 2
 QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
 Record = dict[str, Any]
 
@@ -116,6 +116,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
+def part_of(times: Record) -> str:
+    """What to say of times that are of a part of the job."""
+    return "" if times["part"] == 1.0 else f" (times: {times['part']:.1g} of the job)"
+
+
 class Report:
     """Collects the measurements of one run. Raises OSError where `out` cannot be written."""
 
@@ -148,27 +153,35 @@ class Report:
         record = {"timestamp": now, **self.environment, **measured}
         append(self.path, record)
         self.records.append(record)
-        self._write(f"{record['op']}: {record['case']} ({record['backend']})")
+        share = ""
+        if record["yardstick"] is not None:
+            rate = record["yardstick"]["gflops"]
+            share = f", {record['gflops'] / rate:.2f} of the rate of {record['yardstick']['name']} ({rate:.3g} GFLOP/s)"
+        self._write(f"{record['op']}: {record['case']} ({record['backend']}){share}")
         for name, times in record["contenders"].items():
             best = "*" if name == record["best_stock"] else " "
             self._write(
                 f"  {best} {name:30}{duration(times['p50']):>9}{duration(times['p20']):>9}"
                 f"{duration(times['p80']):>9}{times['gflops']:9.3g}{times['error']:10.1e}"
-                f"{times['p50'] / record['p50']:11.2f}x"
+                f"{times['p50'] / times['part'] / record['p50']:11.2f}x{part_of(times)}"
             )
 
     def finish(self) -> None:
         """Prints the geometric mean of the ratios of every op, and draws the pictures."""
         for op in dict.fromkeys(record["op"] for record in self.records):
-            ratios = [record["ratio"] for record in self.records if record["op"] == op]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             picture = self.out / f"{self.stem}.{op}.png"
-            latest = {record["case"]: record for record in read(self.path) if record["op"] == op}
+            lines = [record for record in read(self.path) if record["op"] == op and record["schema"] == SCHEMA]
+            latest = {record["case"]: record for record in lines}
             draw(op, list(latest.values()), picture)
-            self._write(
-                f"{op}: the best stock expression (*) takes {mean:.2f}x our time, geometric mean over "
-                f"{len(ratios)} cases (worst {min(ratios):.2f}x) -> {picture}"
-            )
+            ours = [record for record in self.records if record["op"] == op]
+            for group in dict.fromkeys(record["group"] for record in ours):
+                ratios = [record["ratio"] for record in ours if record["group"] == group]
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                self._write(
+                    f"{op}{', ' * bool(group)}{group}: the best stock expression (*) takes {mean:.2f}x our time, "
+                    f"geometric mean over {len(ratios)} cases (worst {min(ratios):.2f}x)"
+                )
+            self._write(f"-> {picture}")
         if self.records:
             self._write(f"{len(self.records)} lines appended to {self.path}")
             if self.environment["load"] > QUIET:
@@ -195,7 +208,8 @@ def draw(op: str, records: list[Record], path: Path) -> None:
                 row, p50, height=0.85, color=f"C{names.index(name) % 10}", label=name,
                 xerr=[[p50 - p20], [p80 - p50]], error_kw={"elinewidth": 1, "capsize": 2},
             )  # fmt: skip
-            mark = "" if name == next(iter(record["contenders"])) else f" {p50 / record['p50']:.2f}x"
+            ratio = f" {p50 / times['part'] / record['p50']:.2f}x{part_of(times)}"
+            mark = "" if name == next(iter(record["contenders"])) else ratio
             axes.text(p80, row, f" {duration(p50)}{mark}", va="center", fontsize=7)
             row += 1
         labels.append(((first + row - 1) / 2, f"{record['case']}\n({record['backend']})"))

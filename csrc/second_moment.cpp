@@ -394,12 +394,11 @@ Status run(const Problem& p, double* out, int threads) {
     Solo solo;
     if (sharing == Sharing::groups) {
       bool ready = false;
-      for (int64_t group = team.next(), then; group < groups; group = then) {
-        then = team.next();
+      for (int64_t group = self; group < groups; group += team.size()) {
         double* mine = sums.data() + group * n * n;
         std::fill(mine, mine + n * n, 0.0);
         add_runs(solo, 0, p, shares[0], group * group_runs, std::min(p.runs, (group + 1) * group_runs),
-                 std::min(p.runs, then * group_runs), ready, false, now, spare, mine);
+                 std::min(p.runs, (group + team.size()) * group_runs), ready, false, now, spare, mine);
         ready = true;
       }
     } else {
