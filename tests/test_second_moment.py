@@ -212,7 +212,8 @@ def test_every_half_precision_value_is_read_exactly(dtype, accumulate):
         assert abs(out[1, 1] - (want**2).sum()) <= 1e-6 * (want**2).sum()
 
 
-@pytest.mark.parametrize("shape", [(3, 150, 40, 41), (3000, 1000)], ids=str)
+# in groups of runs with many threads and few, and in blocks of channels
+@pytest.mark.parametrize("shape", [(2, 24, 96, 96), (3, 150, 40, 41), (5, 300, 16, 16), (3000, 1000)], ids=str)
 @pytest.mark.parametrize("isa", ["portable", ""])
 def test_same_bits_for_any_number_of_threads(shape, isa):
     features = normal(*shape)

@@ -154,6 +154,8 @@ void check_second_moments(bool smallest, Isa isa) {
       {"transposed maps", {2, 33, 9, 31}, {9207, 279, 1, 9}},
       {"columns", {700, 65, 1, 1}, {1, 700, 0, 0}},
       {"wide rows", {37, 300, 1, 1}, {301, 1, 0, 0}},
+      {"groups of runs", {2, 24, 96, 96}, {221184, 9216, 96, 1}},
+      {"blocks of channels", {4, 250, 16, 16}, {64000, 256, 16, 1}},
   };
   for (const Layout& layout : layouts) {
     if (smallest && layout.sizes[0] * layout.sizes[1] * layout.sizes[2] * layout.sizes[3] > 300) continue;
