@@ -257,7 +257,8 @@ class Rewrite:
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
             of its map around it instead of zeros: the loss measured then differs by that.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
-        status: for "lm", how many output channels ended in each status.
+        status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many ran
+            as what: "fused" in one kernel call, or step by step through "autograd".
         seconds: wall time of each stage.
         layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map.
     """
@@ -580,11 +581,11 @@ def _solve_goals(
                 solutions = [solve_adam(problem, steps, lr, progress) for problem in problems]
             elif solver == "projected":
                 solutions = [
-                    solve_projected(problem, steps, lr, project_every, project_gradient, progress)
+                    solve_projected(problem, steps, lr, project_every, project_gradient, progress, backend)
                     for problem in problems
                 ]
             else:
-                solutions = [solve_unconstrained(problem, steps, lr, progress) for problem in problems]
+                solutions = [solve_unconstrained(problem, steps, lr, progress, backend) for problem in problems]
         return [
             _change(
                 layer, edit, problem.directions, solution.coefficients, solver=solution.solver, losses=solution.losses,
