@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common.h"
 #include "fit_low_rank.h"
@@ -68,6 +69,22 @@ PYBIND11_MODULE(_C, m) {
       "3 float16.");
 
   m.def(
+      "examine",
+      [](std::uintptr_t matrices, int64_t batch, int64_t n, int threads) {
+        std::vector<std::array<double, 3>> found(batch);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = examine(pointer<const double>(matrices), batch, n, found.data()->data(), threads);
+        }
+        check(status, "examine");
+        return found;
+      },
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("threads"),
+      "Of each of [batch, n, n] doubles: the mean diagonal, the largest |diagonal|, and the largest |a_ij - a_ji|, NaN "
+      "where anything is not finite.");
+
+  m.def(
       "cholesky",
       [](std::uintptr_t matrices, int64_t batch, int64_t n, std::uintptr_t info, int threads,
          const std::string& isa) {
@@ -81,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"),
       py::arg("isa") = "",
-      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first bad pivot.");
+      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot that may be rounding.");
 
   m.def(
       "cholesky_solve",
