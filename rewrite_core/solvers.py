@@ -67,6 +67,7 @@ class Solution:
     solver: str
     final_loss: float
     status: dict[str, int] = dataclasses.field(default_factory=dict)
+    iterations: int = 0  # "lm": tried by all channels together; else the number of steps
 
 
 def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
@@ -212,6 +213,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
                 solver=fit.solver,
                 final_loss=final,
                 status={STATUS[code]: count for code, count in zip(codes.tolist(), counts.tolist())},
+                iterations=int(fit.iterations[i].sum()),
             )
         )
     return solutions
@@ -264,7 +266,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
     final = coefficients.detach()
     with torch.no_grad():
         final_loss = problem.distance(problem.value(weight + combine(final, directions))).item()
-    return Solution(final, losses, "adam", final_loss)
+    return Solution(final, losses, "adam", final_loss, iterations=steps)
 
 
 def _project(weight: Tensor, directions: Tensor) -> Tensor:
@@ -308,7 +310,7 @@ def solve_projected(
         (lambda gradient: _project(gradient, directions)) if project_gradient else None,
     )  # fmt: skip
     coefficients = torch.einsum("oiyx,ri->oryx", (weight - original).double(), directions.double())
-    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)})
+    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)}, steps)
 
 
 def solve_unconstrained(
@@ -320,7 +322,7 @@ def solve_unconstrained(
     if _fuses(problem, backend):
         return _fused(problem, "unconstrained", steps, lr, progress)
     weight, losses, final_loss = _descend(problem, steps, lr, progress, "unconstrained", None, None)
-    return Solution(weight - problem.weight, losses, "unconstrained", final_loss, {"autograd": len(weight)})
+    return Solution(weight - problem.weight, losses, "unconstrained", final_loss, {"autograd": len(weight)}, steps)
 
 
 def _fuses(problem: Problem, backend: str) -> bool:
@@ -360,7 +362,7 @@ def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool,
         directions = options.get("directions")
         change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
         final_loss = problem.distance(problem.value(weight + change)).item()
-    return Solution(fit.coefficients, losses, solver, final_loss, {"fused": len(weight)})
+    return Solution(fit.coefficients, losses, solver, final_loss, {"fused": len(weight)}, steps)
 
 
 def _refuse_preserve(problem: Problem, solver: str) -> None:
