@@ -21,8 +21,8 @@ from .harness import Checked, Race, Refused, check, measurement
 
 SUITES = {
     "second-moment": "bench_second_moment",
-    "spd-solve": "bench_spd_solve",
-    "fit-low-rank": "bench_fit_low_rank",
+    "solve": "bench_solve",
+    "edit": "bench_edit",
     "collect": "bench_collect",
 }
 

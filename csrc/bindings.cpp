@@ -8,9 +8,11 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common.h"
 #include "fit_low_rank.h"
+#include "fit_projected.h"
 #include "second_moment.h"
 #include "spd_solve.h"
 
@@ -67,6 +69,22 @@ PYBIND11_MODULE(_C, m) {
       "3 float16.");
 
   m.def(
+      "examine",
+      [](std::uintptr_t matrices, int64_t batch, int64_t n, int threads) {
+        std::vector<std::array<double, 3>> found(batch);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = examine(pointer<const double>(matrices), batch, n, found.data()->data(), threads);
+        }
+        check(status, "examine");
+        return found;
+      },
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("threads"),
+      "Of each of [batch, n, n] doubles: the mean diagonal, the largest |diagonal|, and the largest |a_ij - a_ji|, NaN "
+      "where anything is not finite.");
+
+  m.def(
       "cholesky",
       [](std::uintptr_t matrices, int64_t batch, int64_t n, std::uintptr_t info, int threads,
          const std::string& isa) {
@@ -80,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"),
       py::arg("isa") = "",
-      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first bad pivot.");
+      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot that may be rounding.");
 
   m.def(
       "cholesky_solve",
@@ -144,4 +162,60 @@ PYBIND11_MODULE(_C, m) {
       "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, "
       "penalty, penalty_scale (double), 0 where absent; sizes: edits, channels, unknowns, pixels; outputs: "
       "coefficients, loss, initial_loss, iterations (int32), status (int32).");
+
+  m.def("projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",
+        "Channels in one block of fit_projected.");
+
+  m.def(
+      "fit_projected",
+      [](std::array<std::uintptr_t, 9> inputs, std::array<int64_t, 2> shift_strides, std::array<int64_t, 9> sizes,
+         std::array<float, 3> numbers, bool absolute, int64_t steps, int64_t project_every, bool project_gradient,
+         std::uintptr_t rates, std::array<std::uintptr_t, 2> outputs, int64_t first, int64_t count, int threads,
+         const std::string& isa) {
+        const Isa use = isa_of(isa);
+        ProjectedProblem problem{};
+        problem.maps = pointer<const float>(inputs[0]);
+        problem.base = pointer<const float>(inputs[1]);
+        problem.target = pointer<const float>(inputs[2]);
+        problem.value = pointer<const float>(inputs[3]);
+        problem.shift = pointer<const float>(inputs[4]);
+        problem.weight = pointer<const float>(inputs[5]);
+        problem.square = pointer<const float>(inputs[6]);
+        problem.directions = pointer<const float>(inputs[7]);
+        problem.basis = pointer<const float>(inputs[8]);
+        problem.shift_strides[0] = shift_strides[0];
+        problem.shift_strides[1] = shift_strides[1];
+        problem.tile = static_cast<int>(sizes[0]);
+        problem.inputs = sizes[1];
+        problem.taps = sizes[2];
+        problem.height = sizes[3];
+        problem.width = sizes[4];
+        problem.pixels = sizes[3] * sizes[4];
+        problem.channels = sizes[5];
+        problem.rank = sizes[6];
+        problem.products = sizes[7];
+        problem.slots = sizes[8];
+        problem.eps = numbers[0];
+        problem.slope = numbers[1];
+        problem.gain = numbers[2];
+        problem.absolute = absolute;
+        problem.steps = steps;
+        problem.project_every = project_every;
+        problem.project_gradient = project_gradient;
+        problem.rates = pointer<const float>(rates);
+        problem.losses = pointer<double>(outputs[0]);
+        problem.coefficients = pointer<float>(outputs[1]);
+        Status status;
+        {
+          py::gil_scoped_release release;
+          status = fit_projected(problem, first, count, threads, use);
+        }
+        check(status, "fit_projected");
+      },
+      py::arg("inputs"), py::arg("shift_strides"), py::arg("sizes"), py::arg("numbers"), py::arg("absolute"),
+      py::arg("steps"), py::arg("project_every"), py::arg("project_gradient"), py::arg("rates"), py::arg("outputs"),
+      py::arg("first"), py::arg("count"), py::arg("threads"), py::arg("isa") = "",
+      "inputs: maps, base, target, value, shift, weight, square, directions, basis (float), 0 where absent; sizes: "
+      "tile, inputs, taps, height, width, channels, rank, products, slots; numbers: eps, slope, gain; outputs: losses "
+      "[blocks, steps] (double), coefficients.");
 }

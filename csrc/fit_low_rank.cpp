@@ -34,6 +34,7 @@ FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
   edit.exact = !problem.absolute && problem.slope == 1.0 && !problem.constant;
   edit.dual_form = !edit.exact && !problem.penalty && kept < problem.unknowns;
   edit.stride = round_up(kept + (edit.dual_form || kept == 0), fit_padding);
+  edit.single_stride = round_up(edit.stride, 2 * fit_padding);
   edit.order = edit.dual_form ? kept : problem.unknowns;
   edit.order_leading = edit.dual_form ? edit.stride : edit.leading;
   return edit;
@@ -43,6 +44,10 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
   const int64_t square = problem.unknowns * edit.leading;
   edit.kept = reinterpret_cast<int64_t*>(arena.take(edit.pixels));
   edit.basis = arena.take(edit.rows * edit.stride);
+  // Float input determines no more of the matrix than float products keep, and an error in the matrix bends the path
+  // and not the goal, which the gradient sets, in double.
+  const bool single = !problem.is_double && !edit.exact && !edit.dual_form;
+  edit.single = single ? reinterpret_cast<float*>(arena.take(edit.rows * edit.single_stride / 2)) : nullptr;
   edit.weights = arena.take(edit.stride);
   edit.size = arena.take(edit.leading);
   edit.quadratic = problem.quadratic ? arena.take(square) : nullptr;
@@ -94,7 +99,7 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   FitEdit counted = largest;
   take_edit(edit_count, problem, counted);
   // an edit in dual form has fewer pixels than unknowns, so its Gram matrix is no larger than this
-  const int64_t edit_doubles = edit_count.used() + largest.rows * largest.leading;
+  const int64_t edit_doubles = edit_count.used() + largest.rows * (largest.leading + largest.single_stride);
   take_scratch(scratch_count, largest);
   const int64_t scratch_doubles = scratch_count.used();
   const int64_t group =

@@ -59,6 +59,12 @@ inline double dot(const double* a, const double* b, int64_t n) {  // n a whole n
   return total(sum);
 }
 
+inline Vec places(int64_t first) {  // first, first + 1, ...
+  Vec v;
+  for (int i = 0; i < lanes; ++i) v[i] = static_cast<double>(first + i);
+  return v;
+}
+
 inline void copy(const double* from, double* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
@@ -78,33 +84,116 @@ void multiply(const double* matrix, int64_t leading, int64_t n, const double* x,
   for (int64_t i = 0; i < n; ++i) out[i] = dot(matrix + i * leading, x, leading);
 }
 
-// One register block of the weighted Gram matrix: out[i, j] += sum_p weighted[i, p] plain[j, p].
-template <int block>
-inline void gram_block(const double* weighted, int64_t weighted_stride, const double* plain,
-                       int64_t plain_stride, int64_t count, double* out, int64_t leading) {
-  Vec sum[block][block] = {};
-  for (int64_t p = 0; p < count; p += lanes) {
-    Vec column[block];
+// A vector of floats, of a numbers type chosen for the normal equations.
+typedef float FloatVec __attribute__((vector_size(sizeof(Vec))));
+typedef float HalfVec __attribute__((vector_size(sizeof(Vec) / 2)));
+template <class Real> struct VecOf;
+template <> struct VecOf<double> { typedef Vec type; };
+template <> struct VecOf<float> { typedef FloatVec type; };
+
+inline void store_as(double* a, Vec v) { store(a, v); }
+inline void store_as(float* a, Vec v) {
+  *reinterpret_cast<HalfVec*>(a) = __builtin_convertvector(v, HalfVec);
+}
+
+inline double total(FloatVec v) {
+  const HalfVec* halves = reinterpret_cast<const HalfVec*>(&v);
+  return total(__builtin_convertvector(halves[0] + halves[1], Vec));
+}
+
+// out[i * leading + j] += total(sum[i][j]) for rows i and columns j; where there are instructions for it, by adding
+// pairs of vectors crosswise instead of each one's lanes.
+#if defined(REWRITE_CORE_ISA_avx512)
+inline FloatVec add_quarters(FloatVec a, FloatVec b, FloatVec c, FloatVec d) {  // each one's, four lanes apiece
+  const FloatVec x = _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0x44) + _mm512_maskz_shuffle_f32x4(0xffff, a, b, 0xee);
+  const FloatVec y = _mm512_maskz_shuffle_f32x4(0xffff, c, d, 0x44) + _mm512_maskz_shuffle_f32x4(0xffff, c, d, 0xee);
+  return _mm512_maskz_shuffle_f32x4(0xffff, x, y, 0x88) + _mm512_maskz_shuffle_f32x4(0xffff, x, y, 0xdd);
+}
+
+template <int rows, int columns>
+inline void add_totals(const FloatVec sum[rows][columns], double* out, int64_t leading) {
+  FloatVec part[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < block; ++j) column[j] = load(plain + j * plain_stride + p);
+  for (int j = 0; j < 4; ++j) {
+    if (j < columns) {
+      part[j] = add_quarters(sum[0][j], sum[1][j], sum[2][j], rows > 3 ? sum[rows - 1][j] : FloatVec{});
+    } else {
+      part[j] = FloatVec{};
+    }
+  }
+  const FloatVec x = _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0x44) +
+                     _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0xee);
+  const FloatVec y = _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0x44) +
+                     _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0xee);
+  const FloatVec all =
+      _mm512_maskz_shuffle_ps(0xffff, x, y, 0x88) + _mm512_maskz_shuffle_ps(0xffff, x, y, 0xdd);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < columns; ++j) out[i * leading + j] += static_cast<double>(all[4 * i + j]);
+  }
+}
+
+template <int rows, int columns>
+inline void add_totals(const Vec sum[rows][columns], double* out, int64_t leading) {
+  static_assert(rows <= 4);
+  constexpr int last = rows - 1;
+  for (int j = 0; j < columns; j += 2) {
+    Vec part[2] = {};
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      if (j + k >= columns) continue;
+      const Vec a = sum[0][j + k], b = sum[1][j + k], c = sum[2][j + k], d = rows > 3 ? sum[last][j + k] : Vec{};
+      const Vec x = _mm512_maskz_shuffle_f64x2(0xff, a, b, 0x44) + _mm512_maskz_shuffle_f64x2(0xff, a, b, 0xee);
+      const Vec y = _mm512_maskz_shuffle_f64x2(0xff, c, d, 0x44) + _mm512_maskz_shuffle_f64x2(0xff, c, d, 0xee);
+      part[k] = _mm512_maskz_shuffle_f64x2(0xff, x, y, 0x88) + _mm512_maskz_shuffle_f64x2(0xff, x, y, 0xdd);
+    }
+    const Vec all = _mm512_maskz_unpacklo_pd(0xff, part[0], part[1]) + _mm512_maskz_unpackhi_pd(0xff, part[0], part[1]);
+    for (int i = 0; i < rows; ++i) {
+      for (int k = 0; k < 2 && j + k < columns; ++k) out[i * leading + j + k] += all[2 * i + k];
+    }
+  }
+}
+#else
+template <int rows, int columns, class Wide>
+inline void add_totals(const Wide sum[rows][columns], double* out, int64_t leading) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < columns; ++j) out[i * leading + j] += total(sum[i][j]);
+  }
+}
+#endif
+
+// One register block of the weighted Gram matrix: out[i, j] += sum_p weighted[i, p] plain[j, p].
+template <int block, class Real>
+inline void gram_block(const Real* weighted, int64_t weighted_stride, const Real* plain,
+                       int64_t plain_stride, int64_t count, double* out, int64_t leading) {
+  typedef typename VecOf<Real>::type Wide;
+  constexpr int width = sizeof(Wide) / sizeof(Real);
+  Wide sum[block][block] = {};
+  for (int64_t p = 0; p < count; p += width) {
+    Wide column[block];
+#pragma GCC unroll 4
+    for (int j = 0; j < block; ++j) column[j] = *reinterpret_cast<const Wide*>(plain + j * plain_stride + p);
 #pragma GCC unroll 4
     for (int i = 0; i < block; ++i) {
-      const Vec row = load(weighted + i * weighted_stride + p);
+      const Wide row = *reinterpret_cast<const Wide*>(weighted + i * weighted_stride + p);
 #pragma GCC unroll 4
       for (int j = 0; j < block; ++j) sum[i][j] += row * column[j];
     }
   }
-  for (int i = 0; i < block; ++i) {
-    for (int j = 0; j < block; ++j) out[i * leading + j] += total(sum[i][j]);
-  }
+  add_totals<block, block>(sum, out, leading);
 }
 
-// Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T. Where they
-// are given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
-template <int block>
+inline const double* basis_as(const FitEdit& edit, const double*) { return edit.basis; }
+inline const float* basis_as(const FitEdit& edit, const float*) { return edit.single; }
+
+// Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T, its products in
+// Real. Where they are given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
+template <int block, class Real>
 void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
-             const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
+             const double* slopes, double* matrix, double* leaning, double* gradient, Real* weighted) {
+  constexpr int64_t width = sizeof(Vec) / sizeof(Real);
   const int64_t rows = (unknowns + block - 1) / block * block;
+  const Real* const plains = basis_as(edit, static_cast<const Real*>(nullptr));
+  const int64_t plain_stride = sizeof(Real) == sizeof(double) ? edit.stride : edit.single_stride;
   clear(matrix, rows * edit.leading);
   if (gradient) {
     clear(leaning, rows);
@@ -112,9 +201,10 @@ void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, con
   }
   for (int64_t start = 0; start < edit.stride; start += fit_panel) {
     const int64_t count = edit.stride - start < fit_panel ? edit.stride - start : fit_panel;
+    const int64_t whole = (count + width - 1) / width * width;
     const double* basis = edit.basis + start;
     for (int64_t j = 0; j < rows; j += block) {
-      Vec leans[block] = {}, turns[block] = {};
+      Vec leans[block][1] = {}, turns[block][1] = {};
       for (int64_t p = 0; p < count; p += lanes) {
         const Vec scale = load(curvature + start + p);
         const Vec along = gradient ? load(lin + start + p) : Vec{};
@@ -122,94 +212,115 @@ void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, con
 #pragma GCC unroll 4
         for (int i = 0; i < block; ++i) {
           const Vec plain = load(basis + (j + i) * edit.stride + p), row = plain * scale;
-          store(weighted + (j + i) * fit_panel + p, row);
-          leans[i] += row * along;
-          turns[i] += plain * slope;
+          store_as(weighted + (j + i) * fit_panel + p, row);
+          leans[i][0] += row * along;
+          turns[i][0] += plain * slope;
         }
       }
-      if (!gradient) continue;
-      for (int i = 0; i < block; ++i) {
-        leaning[j + i] += total(leans[i]);
-        gradient[j + i] += total(turns[i]);
+      if (whole > count) {
+        for (int i = 0; i < block; ++i) store_as(weighted + (j + i) * fit_panel + count, Vec{});
       }
+      if (!gradient) continue;
+      add_totals<block, 1>(leans, leaning + j, 1);
+      add_totals<block, 1>(turns, gradient + j, 1);
     }
     for (int64_t i = 0; i < rows; i += block) {
       for (int64_t j = i; j < rows; j += block) {
-        gram_block<block>(weighted + i * fit_panel, fit_panel, basis + j * edit.stride, edit.stride, count,
+        gram_block<block>(weighted + i * fit_panel, fit_panel, plains + start + j * plain_stride, plain_stride, whole,
                           matrix + i * edit.leading + j, edit.leading);
       }
     }
   }
 }
 
+template <class Real>
 void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
           const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
+  Real* const panel = reinterpret_cast<Real*>(weighted);
 #if defined(REWRITE_CORE_ISA_avx512)
   if (unknowns > 12) {
-    return gram_of<4>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
+    return gram_of<4>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, panel);
   }
 #endif
-  gram_of<3>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, weighted);
+  gram_of<3>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, panel);
+}
+
+// out[i] -= sum_k scales[k][i] others[k] for up to four rows i, `width` vectors of each.
+template <int width>
+inline void take_rows(const double* others, const double* scales, int64_t count, int64_t rows, int64_t leading,
+                      double* out) {
+  Vec rest[4][width];
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < width; ++j) rest[i][j] = i < rows ? load(out + i * leading + j * lanes) : Vec{};
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Vec row[width];
+#pragma GCC unroll 2
+    for (int j = 0; j < width; ++j) row[j] = load(others + k * leading + j * lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < width; ++j) rest[i][j] -= scales[k * 4 + i] * row[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < width; ++j) store(out + i * leading + j * lanes, rest[i][j]);
+  }
 }
 
 // factor = U, upper, with U^T D^-1 U = matrix + shift I and D the diagonal of U, which is stored inverted.
 // Where `right` is given, its forward substitution rides along in column n. False where a pivot is not above
-// `least`.
+// `least`. Four rows at a time: what the rows above take from them stays in registers, and every load of those
+// serves all four.
 bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least,
                const double* right, double* factor) {
-  constexpr int64_t tile = 32;  // rows eliminated at a time: the rest of the matrix is read n / 32 times
-  for (int64_t i = 0; i < n; ++i) {
-    double* row = factor + i * leading;
-    const double* from = matrix + i * leading;
-    for (int64_t j = i & ~int64_t{lanes - 1}; j < leading; j += lanes) store(row + j, load(from + j));
-    row[i] += shift;
-    if (right) row[n] = right[i];
-  }
-  for (int64_t start = 0; start < n; start += tile) {
-    const int64_t end = start + tile < n ? start + tile : n;
-    for (int64_t k = start; k < end; ++k) {
-      double* pivot_row = factor + k * leading;
-      const double pivot = pivot_row[k];
-      if (!(pivot > least) || !finite(pivot)) return false;
-      const double inverse = 1.0 / pivot;
-      // these are left over from the other triangle
-      for (int64_t j = k & ~int64_t{lanes - 1}; j < k; ++j) pivot_row[j] = 0.0;
-      pivot_row[k] = inverse;
-      for (int64_t i = k + 1; i < end; ++i) {
-        const double scale = pivot_row[i] * inverse;
-        double* row = factor + i * leading;
-        for (int64_t j = i & ~int64_t{lanes - 1}; j < leading; j += lanes) {
-          store(row + j, load(row + j) - scale * load(pivot_row + j));
-        }
+  typedef double Four __attribute__((vector_size(32), aligned(8)));
+  constexpr int64_t block = 4, chunk = 64;
+  double scales[chunk * block];
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t rows = n - start < block ? n - start : block, first = start & ~int64_t{lanes - 1};
+    // in whole vectors: a number stored by itself would hold up the loads of its vector
+    for (int64_t i = start; i < start + rows; ++i) {
+      double* row = factor + i * leading;
+      const double* from = matrix + i * leading;
+      Vec column = places(first);
+      const double here = static_cast<double>(i), last = static_cast<double>(n);
+      for (int64_t j = first; j < leading; j += lanes, column += static_cast<double>(lanes)) {
+        Vec v = load(from + j);
+        v = column == here ? v + shift : v;
+        if (right) v = column == last ? fill(right[i]) : v;
+        store(row + j, v);
       }
     }
-    for (int64_t i = end; i < n; ++i) {
-      double* row = factor + i * leading;
-      double scales[tile];
-      for (int64_t k = start; k < end; ++k) {
-        scales[k - start] = factor[k * leading + i] * factor[k * leading + k];
+    double* const mine = factor + start * leading;
+    for (int64_t above = 0; above < start; above += chunk) {
+      const int64_t count = start - above < chunk ? start - above : chunk;
+      for (int64_t k = 0; k < count; ++k) {
+        const double* row = factor + (above + k) * leading;
+        *reinterpret_cast<Four*>(scales + k * block) = *reinterpret_cast<const Four*>(row + start) * row[above + k];
       }
-      int64_t j = i & ~int64_t{lanes - 1};
-      for (; j + 4 * lanes <= leading; j += 4 * lanes) {
-        Vec a = load(row + j), b = load(row + j + lanes);
-        Vec c = load(row + j + 2 * lanes), d = load(row + j + 3 * lanes);
-        for (int64_t k = start; k < end; ++k) {
-          const double scale = scales[k - start];
-          const double* pivot_row = factor + k * leading + j;
-          a -= scale * load(pivot_row);
-          b -= scale * load(pivot_row + lanes);
-          c -= scale * load(pivot_row + 2 * lanes);
-          d -= scale * load(pivot_row + 3 * lanes);
-        }
-        store(row + j, a);
-        store(row + j + lanes, b);
-        store(row + j + 2 * lanes, c);
-        store(row + j + 3 * lanes, d);
+      const double* const others = factor + above * leading;
+      int64_t j = first;
+      for (; j + lanes < leading; j += 2 * lanes) take_rows<2>(others + j, scales, count, rows, leading, mine + j);
+      if (j < leading) take_rows<1>(others + j, scales, count, rows, leading, mine + j);
+    }
+    for (int64_t k = 0; k < rows; ++k) {
+      double* const row = mine + k * leading;
+      const double pivot = row[start + k];
+      if (!(pivot > least) || !finite(pivot)) return false;
+      const double inverse = 1.0 / pivot;
+      for (int64_t i = k + 1; i < rows; ++i) {
+        const double scale = row[start + i] * inverse;
+        double* const other = mine + i * leading;
+        for (int64_t j = first; j < leading; j += lanes) store(other + j, load(other + j) - scale * load(row + j));
       }
-      for (; j < leading; j += lanes) {
-        Vec a = load(row + j);
-        for (int64_t k = start; k < end; ++k) a -= scales[k - start] * load(factor + k * leading + j);
-        store(row + j, a);
+    }
+    for (int64_t k = start; k < start + rows; ++k) {
+      double* const row = factor + k * leading;
+      const double inverse = 1.0 / row[k], here = static_cast<double>(k);
+      for (int64_t j = first; j <= k; j += lanes) {  // leftovers of the other triangle go
+        const Vec column = places(j);
+        store(row + j, column < here ? Vec{} : column == here ? fill(inverse) : load(row + j));
       }
     }
   }
@@ -229,14 +340,22 @@ void substitute(const double* factor, int64_t n, int64_t leading, double* x) {
 }
 
 // x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step`
-// apart.
+// apart. A vector's worth of unknowns at a time: their sums over the unknowns after them do not wait for each other.
 void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step,
                     double* x) {
   clear(x, leading);
-  for (int64_t k = n - 1; k >= 0; --k) {
-    const double* row = factor + k * leading;
-    const int64_t first = k & ~int64_t{lanes - 1};
-    x[k] = -(right[k * step] + dot(row + first, x + first, leading - first)) * row[k];
+  for (int64_t first = (n - 1) & ~int64_t{lanes - 1}; first >= 0; first -= lanes) {
+    const int64_t count = n - first < lanes ? n - first : lanes, after = first + lanes;
+    double part[lanes];
+    for (int64_t k = 0; k < count; ++k) {
+      part[k] = right[(first + k) * step] + dot(factor + (first + k) * leading + after, x + after, leading - after);
+    }
+    for (int64_t k = count - 1; k >= 0; --k) {
+      const double value = -part[k] * factor[(first + k) * leading + first + k];
+      part[k] = value;
+      for (int64_t i = 0; i < k; ++i) part[i] += factor[(first + i) * leading + first + k] * value;
+    }
+    for (int64_t k = 0; k < count; ++k) x[first + k] = part[k];
   }
 }
 
@@ -442,8 +561,8 @@ double assemble(const Model& model, const double* lin, double m, const double* x
       trace += row[i];
     }
   } else {
-    gram(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix, scratch.half, gradient,
-         scratch.weighted);
+    (edit.single ? gram<float> : gram<double>)(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix,
+                                               scratch.half, gradient, scratch.weighted);
     const double* const leaning = scratch.half;
     double bent = 0.0;
     if (demodulated) {
@@ -730,6 +849,14 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
     edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
     for (int64_t p = 0; p < stride; ++p) row[p] /= edit.size[j];
   }
+  if (edit.single) {
+    for (int64_t j = 0; j < edit.rows; ++j) {
+      float* row = edit.single + j * edit.single_stride;
+      for (int64_t p = 0; p < edit.single_stride; ++p) {
+        row[p] = p < stride ? static_cast<float>(edit.basis[j * stride + p]) : 0.0f;
+      }
+    }
+  }
   const auto scaled = [&](const double* matrices, double* out) {
     const double* matrix = matrices + edit.number * unknowns * unknowns;
     clear(out, unknowns * leading);
@@ -753,7 +880,7 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
   }
   if (edit.exact) {
     for (int64_t p = 0; p < stride; ++p) scratch.curvature[p] = problem.gain * problem.gain * edit.weights[p];
-    gram(edit, unknowns, scratch.curvature, nullptr, nullptr, edit.gram, nullptr, nullptr, scratch.weighted);
+    gram<double>(edit, unknowns, scratch.curvature, nullptr, nullptr, edit.gram, nullptr, nullptr, scratch.weighted);
     for (int64_t i = 0; i < unknowns; ++i) {
       for (int64_t j = 0; j < i; ++j) edit.gram[i * leading + j] = edit.gram[j * leading + i];
     }

@@ -47,6 +47,8 @@ struct FitEdit {
   int dual_form;       // solve over pixels: there are fewer of them
   int64_t* kept;       // [pixels] their places in the input
   double* basis;       // [rows, stride]
+  float* single;       // [rows, single_stride] the same, or null: the normal equations' matrix in float products
+  int64_t single_stride;
   double* weights;     // [stride], sum 1
   double* size;        // [unknowns] root mean square of the basis rows
   double* quadratic;   // [unknowns, leading] or null

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 
 #include "spd_solve_isa.h"
 
@@ -82,6 +84,65 @@ void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n,
 
 }  // namespace
 
+Status examine(const double* matrices, int64_t batch, int64_t n, double* found, int threads) {
+  if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !found))) return Status::bad_argument;
+  const int64_t blocks = (n + block_size - 1) / block_size;
+  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 16)));
+  Aligned<double> memory(threads);
+  if (!memory.data()) return Status::out_of_memory;
+  double* const worst = memory.data();
+  Team::run(threads, [&](Team& team) {
+    const int64_t me = team.join();
+    for (int64_t b = 0; b < batch; ++b) {
+      const double* a = matrices + b * n * n;
+      double largest = 0, poison = 0;  // poison: 0, or NaN once anything was not finite
+      for (int64_t block = team.next(); block < blocks; block = team.next()) {
+        const int64_t first = block * block_size, last = std::min(first + block_size, n);
+        for (int64_t other = 0; other <= first; other += block_size) {
+          for (int64_t i = first; i < last; ++i) {
+            for (int64_t j = other; j < std::min(other + block_size, i + 1); ++j) {
+              const double difference = std::abs(a[i * n + j] - a[j * n + i]);
+              largest = difference > largest ? difference : largest;
+              poison += difference - difference;
+            }
+          }
+        }
+      }
+      worst[me] = largest + poison;
+      team.meet();
+      if (me == 0) {
+        double sum = 0, top = 0, difference = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const double entry = a[i * n + i];
+          sum += entry;
+          top = std::max(top, std::abs(entry));
+        }
+        for (int t = 0; t < threads; ++t) difference = difference >= worst[t] ? difference : worst[t];
+        double* const out = found + 3 * b;
+        out[0] = sum / static_cast<double>(n);
+        out[1] = top;
+        out[2] = difference + (sum - sum);
+      }
+      team.meet();
+    }
+  });
+  return Status::ok;
+}
+
+namespace {
+
+// `info`, from the factor's diagonal and the matrix's.
+int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n) {
+  const double least = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+  for (int64_t i = 0; i < n; ++i) {
+    const double root = lower[i * n + i];
+    if (!(root * root > least * diagonal[i])) return i + 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
 Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa) {
   if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
     return Status::bad_argument;
@@ -90,6 +151,11 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
   const bool share = n >= 256 && batch < 2 * threads;  // one matrix by all threads, else one thread each
   if (n < 128 && batch == 1) threads = 1;              // done before a second thread has started
   std::atomic<bool> out_of_memory{false};
+  Aligned<double> diagonals(batch * n);
+  if (!diagonals.data()) return Status::out_of_memory;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < n; ++i) diagonals.data()[b * n + i] = matrices[b * n * n + i * (n + 1)];
+  }
 
   if (share) {
     const Space space(n, kernels.width);
@@ -101,7 +167,7 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
         factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels),
                failed);
       });
-      info[b] = failed;
+      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n);
     }
     return Status::ok;
   }
@@ -116,7 +182,7 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
       std::atomic<int64_t> failed{0};
       Solo solo;
       factor(solo, kernels, matrices + b * n * n, n, space, sums.data(), failed);
-      info[b] = failed;
+      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n);
     }
   });
   return out_of_memory ? Status::out_of_memory : Status::ok;

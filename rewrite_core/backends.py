@@ -25,7 +25,7 @@ import torch
 
 from .errors import RewriteCoreError
 
-OPS = ("second_moment", "spd_solve", "fit_low_rank")
+OPS = ("second_moment", "spd_solve", "fit_low_rank", "fit_projected")
 ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
 ENVIRONMENT_VARIABLE = "REWRITE_CORE_BACKEND"
 

@@ -571,7 +571,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=_file(".png"), metavar="FILE.png", help="picture to write")
 
     sub = command("bench", _bench, "time the kernels against stock PyTorch")
-    sub.add_argument("names", nargs="*", metavar="SUITE", help="second-moment, spd-solve, fit-low-rank, collect or all (default all)")
+    sub.add_argument("names", nargs="*", metavar="SUITE", help="second-moment, solve, edit, collect or all (default all)")
     sub.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
     sub.add_argument("--out", default="bench_out", metavar="DIR", help="for the numbers and pictures (default bench_out)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import time
@@ -258,8 +259,11 @@ class Rewrite:
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
             of its map around it instead of zeros: the loss measured then differs by that.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
-        status: for "lm", how many output channels ended in each status.
-        seconds: wall time of each stage.
+        status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many ran
+            as what: "fused" in one kernel call, or step by step through "autograd".
+        seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
+            (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
+            "fit".
         layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map.
     """
 
@@ -479,14 +483,32 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
 
 
 class _Clock:
+    """Wall time by stage; a stage within a stage counts for itself alone."""
+
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0  # what the open stage spent in others
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        start, outer, self._inner = time.perf_counter(), self._inner, 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner
+            self._inner = outer + took
+
+    def watch(self, layer: BoundLayer) -> BoundLayer:
+        """The same layer, whose forward passes of the generator are a stage of their own."""
+        watched = copy.copy(layer)
+
+        def capture(latents: Tensor) -> Capture:
+            with self.stage("generator"):
+                return layer.capture(latents)
+
+        watched.capture = capture
+        return watched
 
 
 @contextlib.contextmanager
@@ -523,8 +545,10 @@ def _quantiles(layer, latents, method, progress) -> UnitQuantiles | None:
     return collect_unit_quantiles(layer, latents, progress=progress) if method == "units" else None
 
 
-def _change(layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Tensor, **details) -> Rewrite:
-    """The change of `layer` as it is now, in float32 at least."""
+def _change(
+    layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Tensor, fitted_to: str, **details
+) -> Rewrite:
+    """A change of `layer`, in float32 at least."""
     if not torch.isfinite(coefficients).all():
         raise NonFiniteError(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
@@ -534,7 +558,7 @@ def _change(layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Ten
         layer=layer.name,
         directions=directions.to(dtype),
         coefficients=coefficients.to(dtype),
-        fitted_to=tensor_fingerprint(layer.weight),
+        fitted_to=fitted_to,
         edit=edit,
         bound=layer,
         **details,
@@ -554,8 +578,10 @@ def _solve_goals(
     edits = _checked(edits)
     clock = _Clock()
     problems, boxes = [], []
+    bound, layer = layer, clock.watch(layer)
     with _plain_arithmetic(layer):
-        moment.check(layer, latents)
+        with clock.stage("check"):
+            moment.check(bound, latents)
         if solver == "unconstrained":  # no directions: all input channels, whatever the rank and the context
             rows = torch.eye(layer.in_channels, device=layer.parameter.device)
         else:
@@ -563,7 +589,7 @@ def _solve_goals(
                 quantiles = _quantiles(layer, latents, method, progress)
         for edit in edits:
             with clock.stage("goal"):
-                goal = make_goal(edit)
+                goal = make_goal(layer, edit)
             if solver != "unconstrained":
                 with clock.stage("directions"):
                     rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
@@ -581,18 +607,21 @@ def _solve_goals(
                 solutions = [solve_adam(problem, steps, lr, progress) for problem in problems]
             elif solver == "projected":
                 solutions = [
-                    solve_projected(problem, steps, lr, project_every, project_gradient, progress)
+                    solve_projected(problem, steps, lr, project_every, project_gradient, progress, backend)
                     for problem in problems
                 ]
             else:
-                solutions = [solve_unconstrained(problem, steps, lr, progress) for problem in problems]
+                solutions = [solve_unconstrained(problem, steps, lr, progress, backend) for problem in problems]
+        with clock.stage("check"):
+            fitted_to = tensor_fingerprint(bound.weight)
         return [
             _change(
-                layer, edit, problem.directions, solution.coefficients, solver=solution.solver, losses=solution.losses,
-                final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds), box=box,
-            )  # fmt: skip
+                bound, edit, problem.directions, solution.coefficients, fitted_to, solver=solution.solver,
+                losses=solution.losses, final_loss=solution.final_loss, status=solution.status,
+                seconds=dict(clock.seconds), box=box,
+            )
             for edit, box, problem, solution in zip(edits, boxes, problems, solutions, strict=True)
-        ]
+        ]  # fmt: skip
 
 
 def rewrite_many(
@@ -620,7 +649,7 @@ def rewrite_many(
     Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
     """
     return _solve_goals(
-        layer, moment, edits, latents, lambda edit: paste_goal(layer, edit, latents, tight, alpha),
+        layer, moment, edits, latents, lambda layer, edit: paste_goal(layer, edit, latents, tight, alpha),
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )  # fmt: skip
@@ -702,7 +731,7 @@ def erase(
     context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `tight`: the reference
     fits an erasure on the whole map, so that is the default."""
     return _solve_goals(
-        layer, moment, [edit], latents, lambda edit: erase_goal(layer, moment, edit, latents, units, tight),
+        layer, moment, [edit], latents, lambda layer, edit: erase_goal(layer, moment, edit, latents, units, tight),
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )[0]  # fmt: skip
@@ -725,11 +754,14 @@ def zero(
     _checked([edit])
     clock = _Clock()
     with _plain_arithmetic(layer):
-        moment.check(layer, latents)
+        with clock.stage("check"):
+            moment.check(layer, latents)
+            fitted_to = tensor_fingerprint(layer.weight)
         with clock.stage("directions"):
-            quantiles = _quantiles(layer, latents, method, progress=False)
-            rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
+            watched = clock.watch(layer)
+            quantiles = _quantiles(watched, latents, method, progress=False)
+            rows = _directions(watched, moment, edit, latents, rank, method, quantiles)
         weight = layer.weight.double()
         rows = rows.to(weight.device)
         coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
-        return _change(layer, edit, rows, coefficients, solver="zero", seconds=clock.seconds)
+        return _change(layer, edit, rows, coefficients, fitted_to, solver="zero", seconds=clock.seconds)

@@ -2,7 +2,7 @@
 
 ``lm``             per-channel Levenberg-Marquardt on Lambda; exact closed form where the problem is linear (L2)
 ``adam``           Adam on Lambda through autograd; works for any layer
-``projected``      the reference implementation: Adam on all of W, projected back to D every few steps
+``projected``      the reference implementation's: Adam on all of W, projected back to D every few steps
 ``unconstrained``  Adam on all of W, no directions: the baseline
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ops
+from .backends import select
 from .binding import BoundLayer
 from .errors import NonFiniteError, RewriteCoreError, SolverError, UnderdeterminedWarning
 from .families import Capture
@@ -58,13 +59,15 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """coefficients [O, R, kh, kw]; losses: before the first step, then one per step; solver: what ran."""
+    """coefficients [O, R, kh, kw]; losses: before the first step, then one per step; solver: what ran; status: how many
+    output channels ended how ("lm"), or ran as what ("projected", "unconstrained": "fused" or "autograd")."""
 
     coefficients: Tensor
     losses: list[float]
     solver: str
     final_loss: float
     status: dict[str, int] = dataclasses.field(default_factory=dict)
+    iterations: int = 0  # "lm": tried by all channels together; else the number of steps
 
 
 def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
@@ -210,14 +213,19 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
                 solver=fit.solver,
                 final_loss=final,
                 status={STATUS[code]: count for code, count in zip(codes.tolist(), counts.tolist())},
+                iterations=int(fit.iterations[i].sum()),
             )
         )
     return solutions
 
 
-def _steps(steps: int, progress: bool, label: str):
+def _check_steps(steps: int) -> None:
     if steps < 1:
         raise RewriteCoreError(f"A stepwise solver needs at least one step, not {steps}.")
+
+
+def _steps(steps: int, progress: bool, label: str):
+    _check_steps(steps)
     return tqdm(range(steps), desc=label, unit="step", disable=None if progress else True)
 
 
@@ -258,7 +266,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
     final = coefficients.detach()
     with torch.no_grad():
         final_loss = problem.distance(problem.value(weight + combine(final, directions))).item()
-    return Solution(final, losses, "adam", final_loss)
+    return Solution(final, losses, "adam", final_loss, iterations=steps)
 
 
 def _project(weight: Tensor, directions: Tensor) -> Tensor:
@@ -272,14 +280,25 @@ def solve_projected(
     project_every: int = 10,
     project_gradient: bool = False,
     progress: bool = False,
+    backend: str = "auto",
 ) -> Solution:
     """The reference implementation's algorithm: Adam on W, and after steps 0, 10, 20, ... and the last one W is
-    replaced by its original part orthogonal to D plus its own projection on D."""
+    replaced by its original part orthogonal to D plus its own projection on D.
+
+    Fused (ops.fit_projected) where a kernel can take the problem and what follows the layer is known per channel; else
+    through autograd, which makes the same steps but for rounding. The status says which. `backend`: "cpp" insists on
+    the one, "reference" on the other.
+    """
     _refuse_preserve(problem, "projected")
     if project_every < 1:
         raise RewriteCoreError(f"project_every must be at least 1, not {project_every}.")
     original = problem.weight
     directions = problem.directions.to(original.dtype)
+    if _fuses(problem, backend):
+        return _fused(
+            problem, "projected", steps, lr, progress,
+            directions=directions, project_every=project_every, project_gradient=project_gradient,
+        )  # fmt: skip
     orthogonal = original - _project(original, directions)
 
     def project(step: int, weight: Tensor) -> None:
@@ -291,14 +310,59 @@ def solve_projected(
         (lambda gradient: _project(gradient, directions)) if project_gradient else None,
     )  # fmt: skip
     coefficients = torch.einsum("oiyx,ri->oryx", (weight - original).double(), directions.double())
-    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss)
+    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)}, steps)
 
 
-def solve_unconstrained(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: bool = False) -> Solution:
-    """Adam on all of W: the baseline. Its directions are the identity, its coefficients the whole change."""
+def solve_unconstrained(
+    problem: Problem, steps: int = 2001, lr: float = 0.05, progress: bool = False, backend: str = "auto"
+) -> Solution:
+    """Adam on all of W: the baseline. Its directions are the identity, its coefficients the whole change. Fused or not
+    as :func:`solve_projected`."""
     _refuse_preserve(problem, "unconstrained")
+    if _fuses(problem, backend):
+        return _fused(problem, "unconstrained", steps, lr, progress)
     weight, losses, final_loss = _descend(problem, steps, lr, progress, "unconstrained", None, None)
-    return Solution(weight - problem.weight, losses, "unconstrained", final_loss)
+    return Solution(weight - problem.weight, losses, "unconstrained", final_loss, {"autograd": len(weight)}, steps)
+
+
+def _fuses(problem: Problem, backend: str) -> bool:
+    """Whether ops.fit_projected has a kernel for this problem, by `backend`."""
+    shape = problem.layer.in_channels, *problem.layer.kernel_size, *problem.target.shape[2:]
+    chosen = select("fit_projected", backend, problem.target.new_empty(()).expand(shape)).name
+    known = problem.layer.post_operation(problem.capture) is not None
+    if chosen != "reference" and backend != "auto" and not known:
+        raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use backend='auto'.")
+    return chosen != "reference" and known
+
+
+def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool, **options) -> Solution:
+    _check_steps(steps)
+    after = problem.layer.post_operation(problem.capture)
+    key, weight, kernel = problem.capture.key, problem.weight, problem.layer.kernel_size
+    with torch.no_grad():
+        taps = kernel[0] * kernel[1]
+        kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *kernel)
+        operator = problem.layer.linear(key.transpose(0, 1), kernels)  # of each input map by itself
+        fit = ops.fit_projected(
+            operator.reshape(len(operator), *kernel, *operator.shape[2:]),
+            problem.layer.linear(key, weight)[0],
+            problem.target[0],
+            value=problem.value(weight)[0],
+            shift=None if after.shift is None else after.shift.to(weight).expand(problem.target.shape)[0],
+            demodulation=None if after.style is None else (weight, after.style[0].to(weight), after.eps),
+            slope=after.slope,
+            gain=after.gain,
+            loss=problem.loss,
+            steps=steps,
+            lr=lr,
+            progress=(lambda ranges, count: tqdm(ranges, total=count, desc=solver, unit="part", disable=None)) if progress else None,
+            **options,
+        )
+        losses = [_check_loss(loss) for loss in fit.losses]
+        directions = options.get("directions")
+        change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
+        final_loss = problem.distance(problem.value(weight + change)).item()
+    return Solution(fit.coefficients, losses, solver, final_loss, {"fused": len(weight)}, steps)
 
 
 def _refuse_preserve(problem: Problem, solver: str) -> None:

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import time
 import weakref
 
 import pytest
@@ -818,3 +819,21 @@ def test_nan_activations(moment, layer, edit, latents):
     bad[edit.paste.index] = torch.nan
     with pytest.raises(rc.NonFiniteError, match="latent 11"):
         rc.rewrite(layer, moment, edit, bad)
+
+
+def test_seconds_add_up_and_name_the_generators_own(moment, layer, edit, latents, monkeypatch):
+    capture = rc.BoundLayer.capture
+
+    def slow(self, latents):
+        time.sleep(0.05)
+        return capture(self, latents)
+
+    monkeypatch.setattr(rc.BoundLayer, "capture", slow)
+    start = time.perf_counter()
+    change = rc.rewrite(layer, moment, edit, latents)
+    total = time.perf_counter() - start
+    assert set(change.seconds) == {"check", "generator", "directions", "goal", "fit"}
+    assert 0.9 * total < sum(change.seconds.values()) <= total
+    passes = len(edit.keys) + 2
+    assert change.seconds["generator"] >= 0.05 * passes and change.seconds["check"] >= 0.05
+    assert max(change.seconds[stage] for stage in ("directions", "goal", "fit")) < 0.05 * passes

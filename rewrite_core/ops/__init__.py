@@ -1,7 +1,8 @@
 """Low-level operations, one file each: a public function, its plain-PyTorch reference, its backends."""
 
 from .fit_low_rank import fit_low_rank
+from .fit_projected import fit_projected
 from .second_moment import second_moment
 from .spd_solve import spd_solve
 
-__all__ = ["fit_low_rank", "second_moment", "spd_solve"]
+__all__ = ["fit_low_rank", "fit_projected", "second_moment", "spd_solve"]

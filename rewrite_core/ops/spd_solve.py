@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class SPDFactor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
         [B, n] or [B, n, m]), with one step of iterative refinement."""
         _check_rhs(self.matrix, rhs)
-        _check_finite("right-hand side", rhs)
+        if not torch.isfinite(rhs).all():
+            raise NonFiniteError("The right-hand side holds NaN or infinity: look for overflow in the layer's activations.")
         vectors = rhs.ndim == self.matrix.ndim - 1
         b = rhs.detach().double()
         b = b.unsqueeze(-1) if vectors else b
@@ -97,63 +99,67 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
     matrix = matrix.detach().double()
     full = matrix if matrix.ndim == 3 else matrix[None]
-    factor = select("spd_solve", backend, matrix).load().factor
-    _check_symmetric(full, eps)
-    if eps > torch.finfo(torch.float64).eps:
+    kernels = select("spd_solve", backend, matrix).load()
+    means = []
+    for b, (mean, largest, difference) in enumerate(kernels.examine(full)):
+        which = f" {b} of the batch" if matrix.ndim == 3 else ""
+        if not math.isfinite(difference):
+            raise NonFiniteError(
+                f"The matrix{which} holds NaN or infinity: look for overflow in the layer's activations."
+            )
+        if difference > max(1e-6, full.shape[-1] * eps) * largest:
+            raise RewriteCoreError(
+                f"The matrix{which} is not symmetric: pass the whole of C, or (A + A.mT) / 2 if that is what you mean."
+            )
+        if mean <= 0:
+            raise RewriteCoreError(
+                f"The mean diagonal of the matrix{which} is {mean:.3g}, and a second moment's is positive: collect keys "
+                "that are not all zero first."
+            )
+        means.append(mean)
+    if eps > EPSILON:
         full = (full + full.mT) / 2
-    diagonal = full.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    if not (mean > 0).all():
-        raise RewriteCoreError(
-            f"The mean diagonal of the matrix{_which(mean <= 0, matrix)} is {mean.min():.3g}, and a second "
-            "moment's is positive: collect keys that are not all zero first."
-        )
-    lower, good = _try(factor, full, diagonal)
-    shift = torch.zeros_like(mean)
-    if not good.all():
-        full, lower, shift = _shifted(factor, full, lower, good, mean, matrix)
+    lower, info = kernels.factor(full)
+    shift = full.new_zeros(len(full))
+    if info.any():
+        full = full.clone()
+        _shift(kernels, full, lower, info.tolist(), means, shift, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
         return SPDFactor(full, lower, shift, backend)
     return SPDFactor(full[0], lower[0], shift[0], backend)
 
 
-def _try(factor: Callable, full: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors, and which of them are fit to solve with."""
-    lower, info = factor(full)
-    fit = lower.diagonal(dim1=-2, dim2=-1).square() > full.shape[-1] * EPSILON * diagonal
-    return lower, fit.all(-1) & (info == 0)
-
-
-def _shifted(
-    factor: Callable, full: Tensor, lower: Tensor, good: Tensor, mean: Tensor, matrix: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of those that were not good again with ever larger diagonal shifts; warns or raises."""
-    full, shift = full.clone(), torch.zeros_like(mean)
-    for b in (~good).nonzero().flatten().tolist():
+def _shift(
+    kernels: Cholesky, full: Tensor, lower: Tensor, info: list[int], means: list[float], shift: Tensor, batched: bool
+) -> None:
+    """Factors those matrices whose info is not 0 again, in place, with ever larger shifts; warns or raises."""
+    for b, mean in enumerate(means):
+        if not info[b]:
+            continue
         diagonal = full[b].diagonal()
         plain = diagonal.clone()
-        step = EPSILON * mean[b]
-        while not good[b]:
-            if step > LARGEST_SHIFT * mean[b]:
+        step, bad = EPSILON * mean, True
+        while bad:
+            if step > LARGEST_SHIFT * mean:
+                which = f" {b} of the batch" if batched else ""
                 raise RewriteCoreError(
-                    f"The matrix{_which(~good, matrix)} is not positive semidefinite, even with "
-                    f"{LARGEST_SHIFT:.0e} of its mean diagonal added: a second moment has no negative "
-                    "eigenvalues, so pass sums of k k^T."
+                    f"The matrix{which} is not positive semidefinite, even with {LARGEST_SHIFT:.0e} of its mean diagonal "
+                    "added: a second moment has no negative eigenvalues, so pass sums of k k^T."
                 )
             shift[b] = step
             diagonal.copy_(plain + step)
-            part, fit = _try(factor, full[b : b + 1], diagonal)
-            lower[b], good[b] = part[0], fit[0]
+            part, again = kernels.factor(full[b : b + 1])
+            lower[b], bad = part[0], bool(again[0])
             step = 10 * step
-    worst = (shift / mean).argmax()
-    where = f" {int(worst)} of the batch" if matrix.ndim == 3 else ""
+    relative = [size / mean for size, mean in zip(shift.tolist(), means)]
+    worst = max(range(len(means)), key=relative.__getitem__)
+    where = f" {worst} of the batch" if batched else ""
     warnings.warn(
         f"The matrix{where} is rank-deficient: solved with {shift[worst]:.3e} added to its diagonal "
-        f"({shift[worst] / mean[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
+        f"({relative[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
         DiagonalShiftWarning,
         stacklevel=3,
     )
-    return full, lower, shift
 
 
 def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
@@ -170,12 +176,10 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     """
     _check_matrix(matrix)
     _check_rhs(matrix, rhs)
+    if type(matrix) is Tensor and type(rhs) is Tensor and not torch.compiler.is_compiling():
+        # as the op does: the dispatcher takes longer than a small matrix
+        return _solve(matrix.detach(), rhs.detach(), backend)
     return torch.ops.rewrite_core.spd_solve(matrix.detach(), rhs.detach(), backend)
-
-
-def _which(bad: Tensor, matrix: Tensor) -> str:
-    """ " 3" where it was number 3 of a batch that is meant, "" for a single matrix."""
-    return f" {int(bad.nonzero()[0])} of the batch" if matrix.ndim == 3 else ""
 
 
 def _check_matrix(matrix: Tensor) -> None:
@@ -184,28 +188,6 @@ def _check_matrix(matrix: Tensor) -> None:
         raise TypeError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
     if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
         raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise NonFiniteError(
-            f"The {name} holds NaN or infinity: look for overflow in the layer's activations."
-        )
-
-
-def _check_symmetric(matrix: Tensor, eps: float) -> None:
-    # Products with one positive vector from both sides: NaN and infinity cannot cancel in them, an asymmetric
-    # part shows as a difference, and they cost a tenth of looking at every entry. No pattern in the vector, so
-    # that none in the matrix can hide behind it.
-    n = matrix.shape[-1]
-    probe = 1 + torch.arange(n, dtype=matrix.dtype, device=matrix.device).mul(0.6180339887498949).frac()
-    left = matrix.mT @ probe
-    _check_finite("matrix", left)
-    difference = (matrix @ probe - left).abs().amax(-1)
-    if (difference > max(1e-6, n * eps) * matrix.diagonal(dim1=-2, dim2=-1).abs().amax(-1)).any():
-        raise RewriteCoreError(
-            "The matrix is not symmetric: pass the whole of C, or (A + A.mT) / 2 if that is what you mean."
-        )
 
 
 def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
@@ -226,13 +208,34 @@ def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
 
 
 class Cholesky(NamedTuple):
-    """One backend: what differs between them; shifts and refinement are shared."""
+    """One backend: what differs between them; checks, shifts and refinement are shared."""
 
-    factor: Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, n, n] -> lower [B, n, n], info [B] (0: fine)
+    # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
+    examine: Callable[[Tensor], list[list[float]]]
+    # [B, n, n] -> lower [B, n, n], info [B]: 0, or which pivot is not above n eps times its diagonal entry
+    factor: Callable[[Tensor], tuple[Tensor, Tensor]]
     solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
 
 
-_reference = Cholesky(torch.linalg.cholesky_ex, lambda lower, rhs: torch.cholesky_solve(rhs, lower))
+def _reference_examine(matrix: Tensor) -> list[list[float]]:
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    difference = (matrix - matrix.mT).abs().amax((-2, -1))  # of infinity with itself: NaN, which amax keeps
+    return torch.stack([diagonal.mean(-1), diagonal.abs().amax(-1), difference], -1).tolist()
+
+
+def _reference_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    pivots, diagonal = (part.diagonal(dim1=-2, dim2=-1) for part in (lower, matrix))
+    bad = pivots.square() <= matrix.shape[-1] * EPSILON * diagonal
+    return lower, torch.where(info == 0, (bad.any(-1) * (bad.int().argmax(-1) + 1)).to(info), info)
+
+
+_reference = Cholesky(_reference_examine, _reference_factor, lambda lower, rhs: torch.cholesky_solve(rhs, lower))
+
+
+def _cpp_examine(matrix: Tensor) -> list[list[float]]:
+    matrix = matrix.contiguous()
+    return extension().examine(matrix.data_ptr(), len(matrix), matrix.shape[-1], torch.get_num_threads())
 
 
 def _cpp_factor(matrix: Tensor, isa: str = "") -> tuple[Tensor, Tensor]:
@@ -254,7 +257,7 @@ def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
     return x.mT
 
 
-_cpp = Cholesky(_cpp_factor, _cpp_solve)
+_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve)
 
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
@@ -283,9 +286,11 @@ torch.library.define(
 )
 
 
-@torch.library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd")
-def _op(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return spd_factor(matrix, backend).solve(rhs).contiguous()
+
+
+torch.library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
 
 
 @torch.library.register_fake("rewrite_core::spd_solve")

@@ -8,22 +8,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rewrite_core import SecondMoment, context_directions
 from rewrite_core.ops import spd_solve
 from rewrite_core.ops.spd_solve import spd_factor
 
 from .harness import Case, Contender, Problem
 
-OP = "spd_solve"
+OP = "solve"
+KERNEL = TESTS = "spd_solve"
 # batch, n, right-hand sides
-COLD = ((1, 64, 1), (1, 256, 16), (1, 512, 1), (1, 512, 16), (1, 1024, 1), (8, 256, 1))
-WARM = ((1, 64, 1), (1, 512, 1), (1, 512, 16), (1, 1024, 1))
+COLD = (
+    (1, 64, 1), (1, 64, 64), (1, 128, 1), (1, 256, 16), (1, 512, 1), (1, 512, 64), (1, 1024, 1), (1, 2048, 1), (1, 4096, 16),
+    (8, 256, 1),
+)  # fmt: skip
+WARM = ((1, 64, 1), (1, 128, 4), (1, 512, 1), (1, 512, 16), (1, 512, 64), (1, 1024, 1), (1, 2048, 16), (1, 4096, 1))
+DIRECTIONS = ((512, 1), (512, 4), (2048, 1))  # n, rank
 
 
 def cases(quick: bool) -> list[Case]:
-    cold, warm = (((1, 48, 2),),) * 2 if quick else (COLD, WARM)
+    cold, warm, directions = (((1, 48, 2),), ((1, 48, 2),), ()) if quick else (COLD, WARM, DIRECTIONS)
     return [
         *(Case(f"solve {_name(*sizes)}", functools.partial(make_cold, *sizes)) for sizes in cold),
         *(Case(f"factored {_name(*sizes)}", functools.partial(make_warm, *sizes)) for sizes in warm),
+        *(
+            Case(f"directions n {n}, rank {rank}{', factor at hand' * warm}", functools.partial(make_directions, n, rank, warm))
+            for n, rank in directions
+            for warm in (False, True)
+        ),
     ]
 
 
@@ -88,5 +99,56 @@ def make_warm(batch: int, n: int, sides: int, backend: str) -> Problem:
     return _problem(Contender("rewrite_core", lambda: factor.solve(rhs)), stock, matrix, rhs, factoring=False)
 
 
-def bench_spd_solve(measure: Callable[[], None]) -> None:
+def make_directions(n: int, rank: int, factored: bool, backend: str) -> Problem:
+    """The directions of 40 context keys, against whitening by the symmetric root C^(-1/2), as the reference does it;
+    `factored`: everybody has a factor, or the root, at hand."""
+    matrix, keys = _data(1, n, 40)
+    keys = keys.T.contiguous()
+    moment = SecondMoment(n)
+    moment._sum, moment.count = matrix.clone(), 1
+    moment.factor  # noqa: B018
+
+    def root(dtype: torch.dtype) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        return vectors * values.rsqrt() @ vectors.mT
+
+    def whiten(white: Tensor) -> Tensor:
+        top = torch.linalg.svd(keys.to(white.dtype) @ white, full_matrices=False)[2][:rank]
+        return torch.linalg.qr((top @ white).T).Q.T
+
+    def ours() -> Tensor:
+        if not factored:
+            moment._factor = None
+        return context_directions(moment, keys, rank=rank)
+
+    roots = {dtype: root(dtype) for dtype in (torch.float64, torch.float32)}
+    exact = torch.linalg.qr(whiten(roots[torch.float64]).T).Q
+
+    def error(rows: Tensor) -> float:
+        """The sine of the largest angle between the spans."""
+        rows = rows.double().T
+        return (rows - exact @ (exact.T @ rows)).norm(2).item()
+
+    stock = [
+        Contender(
+            f"eigh whitening in {name}",
+            (lambda dtype=dtype: whiten(roots[dtype])) if factored else (lambda dtype=dtype: whiten(root(dtype))),
+            rounds=None if n <= 512 else 3,
+        )
+        for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
+    ]
+    return Problem(
+        ours=Contender("rewrite_core", ours),
+        stock=stock,
+        shapes={"matrix": [n, n], "keys": list(keys.shape)},
+        dtype="float64",
+        operations=(0 if factored else n**3 / 3) + 2 * n * n * (len(keys) + rank),
+        traffic=8 * (n * (n + 1) // 2 + n * (len(keys) + rank)),
+        error=error,
+        error_kind="sine of the angle to the exact directions",
+        tolerance=1e-8,
+    )
+
+
+def bench_solve(measure: Callable[[], None]) -> None:
     measure()

@@ -1,0 +1,296 @@
+"""An edit's solvers against the reference implementation's loop: the fit alone, many edits at once, and the whole click.
+
+The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"), which
+tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a contender takes
+minutes it runs a few of its 2001 steps, and its name says how many.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewrite_core import Edit, Selection, bind, collect_second_moment, rewrite, sample_latents
+from rewrite_core.binding import BoundLayer
+from rewrite_core.families import Capture, StyleGAN2
+from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
+from rewrite_core.ops import fit_low_rank
+from rewrite_core.ops.fit_low_rank import FitResult
+from rewrite_core.solvers import (
+    Problem as EditProblem, Solution, combine, solve_adam, solve_lm, solve_projected,
+)  # fmt: skip
+
+from .harness import Case, Contender, Problem
+
+OP = "edit"
+KERNEL = "fit_low_rank"  # the op whose backend it uses
+TESTS = "fit_low_rank"
+STEPS = 2001  # the reference's
+KINDS = ("linear", "stylegan2")
+
+
+def cases(quick: bool) -> list[Case]:
+    def fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: int) -> Case:
+        name = f"fit {kind}, {channels} channels, {side}x{side}, rank {rank}"
+        return Case(name, functools.partial(make_fit, kind, channels, side, rank, steps, adam))
+
+    def l2(channels: int, side: int, rank: int) -> Case:
+        name = f"closed form, {channels} channels, {side}x{side}, rank {rank}"
+        return Case(name, functools.partial(make_l2, channels, side, rank))
+
+    def many(count: int, channels: int, side: int) -> Case:
+        name = f"{count} edits at once, {channels} channels, {side}x{side}, rank 1"
+        return Case(name, functools.partial(make_many, count, channels, side))
+
+    def click(size: int, layer: str) -> Case:
+        return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer))
+
+    if quick:
+        return [fit("stylegan2", 16, 6, 1, 40, 40), l2(16, 6, 1), many(2, 16, 6), click(8, "convs.1.conv")]
+    sizes = [
+        (64, 10, 1), (256, 10, 1), (1024, 10, 1), (512, 4, 1), (512, 32, 1), (512, 64, 1), (512, 10, 4), (512, 10, 16),
+        (512, 10, 64),
+    ]  # fmt: skip
+    return [
+        *(fit(kind, 512, 10, 1, STEPS, STEPS) for kind in KINDS),
+        *(fit(kind, *size, 21 if size[1] <= 10 else 2, 101 if size[1] <= 10 else 11) for size in sizes for kind in KINDS),
+        l2(512, 10, 1), l2(512, 10, 4), many(1, 512, 10), many(8, 512, 10), many(64, 512, 10),
+        click(256, "convs.5.conv"), click(256, "convs.6.conv"),
+    ]  # fmt: skip
+
+
+# --- problems --------------------------------------------------------------------------------------------
+
+
+def _key(channels: int, side: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A key map [1, I, side, side] as generators make them, and directions [R, I]."""
+    generator = torch.Generator().manual_seed(channels + side + rank)
+    rows = torch.linalg.qr(torch.randn(channels, rank, generator=generator)).Q.T
+    key = torch.randn(1, channels, side, side, generator=generator)
+    key = F.avg_pool2d(key, 3, 1, 1) * 3  # neighbouring pixels agree
+    return key + (rows.sum(0) * math.sqrt(channels) / 4)[:, None, None], rows  # and share the context
+
+
+def _problem(kind: str, channels: int, side: int, rank: int, loss: str = "l1", number: int = 0) -> EditProblem:
+    """A 3x3 layer, and a goal that a rank-R change explains for the most part. `number` varies the goal."""
+    key, rows = _key(channels, side, rank)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "linear":
+            convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            nn.init.normal_(convolution.weight)
+            layer = bind(nn.Sequential(convolution), "0")
+            capture = Capture(key / math.sqrt(9 * channels))
+        else:
+            styled = StyledConv(channels, channels, 8)
+            layer = BoundLayer(nn.Sequential(styled), StyleGAN2Layer("0.conv", styled.conv, styled))
+            style = 1 + 0.3 * torch.randn(1, channels)
+            capture = Capture(style[:, :, None, None] * key, {"style": style, "noise": torch.randn(1, 1, side, side)})
+        torch.manual_seed(number + 1)
+        hidden = combine(torch.randn(channels, rank, 3, 3), rows)
+        with torch.no_grad():
+            own = layer.linear(capture.key, layer.weight).std()
+            hidden *= own / layer.linear(capture.key, hidden).std()
+            target = layer.value(capture, layer.weight + hidden)
+            target += 0.3 * target.std() * torch.randn_like(target)
+    return EditProblem(layer, capture, target, rows, loss)
+
+
+def _losses(problem: EditProblem, coefficients: Tensor) -> tuple[float, float]:
+    """What the change really leaves, in float64: mean absolute and mean squared error."""
+    with torch.no_grad():
+        weight = problem.layer.weight.double() + combine(coefficients.double(), problem.directions.double())
+        residual = problem.layer.value(problem.capture.to_dtype(torch.float64), weight) - problem.target
+    return residual.abs().mean().item(), residual.square().mean().item()
+
+
+def _name(solution: Solution) -> str:
+    return " ".join([solution.solver, *(word for word in ("fused", "autograd") if word in solution.status)])
+
+
+def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: int, backend: str) -> Problem:
+    """lm from keys and goal to coefficients, against the reference's loop, the same loop fused, and Adam on Lambda."""
+    problem = _problem(kind, channels, side, rank)
+    best = _losses(problem, solve_lm([problem], "reference")[0].coefficients)[0]
+    details: dict[str, float] = {}
+
+    def error(solution: Solution) -> float:
+        l1, l2 = _losses(problem, solution.coefficients)
+        details.update({f"{_name(solution)}: l1": l1, f"{_name(solution)}: l2": l2})
+        honest = abs(solution.final_loss / l1 - 1) <= 1e-3
+        return l1 / best - 1 if honest else math.inf
+
+    lm = solve_lm([problem], backend)[0]
+    details["lm: steps of all channels"] = lm.iterations
+    unknowns, pixels = 9 * rank, side * side
+    system = min(unknowns, pixels)  # the normal equations are over the fewer of the two
+
+    def share(count: int) -> str:
+        return f"{count} steps" if count == STEPS else f"{count} of {STEPS} steps"
+
+    rounds = 1 if steps == STEPS else 3  # a minute each
+    return Problem(
+        ours=Contender("rewrite_core", lambda: solve_lm([problem], backend)[0]),
+        stock=[
+            Contender(
+                f"reference's loop, {share(steps)}", lambda: solve_projected(problem, steps, backend="reference"),
+                rounds=rounds,
+            ),
+            Contender(f"projected, fused, {share(steps)}", lambda: solve_projected(problem, steps), rounds=rounds),
+            Contender(f"Adam on Lambda, {share(adam)}", lambda: solve_adam(problem, adam), rounds=rounds),
+        ],
+        shapes={"weight": [channels, channels, 3, 3], "key": [channels, side, side], "directions": [rank, channels]},
+        dtype="float32",
+        operations=lm.iterations * (pixels * unknowns * (system + 5) + system**3 / 3 + 2 * system**2),
+        traffic=4 * (2 * problem.target.numel() + lm.coefficients.numel() + problem.capture.key.numel()),
+        error=error,
+        error_kind="l1 above the float64 reference fit's, relative",
+        tolerance=1e-2,
+        details=details,
+    )  # fmt: skip
+
+
+def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
+    """Basis maps in, coefficients out, where least squares has its exact solution."""
+    problem = _problem("linear", channels, side, rank, "l2")
+    maps = torch.einsum("ri,nihw->rnhw", problem.directions, problem.capture.key)
+    basis = F.unfold(maps, 3, padding=1).flatten(0, 1)
+    with torch.no_grad():
+        base = problem.layer.linear(problem.capture.key, problem.weight)[0].flatten(1)
+    target = problem.target[0].flatten(1)
+    exact = torch.linalg.lstsq(basis.double().T, (target.double() - base.double()).T).solution.T
+
+    def fit(name: str) -> FitResult:
+        return fit_low_rank(basis, base, target, loss="l2", backend=name)
+
+    def least_squares(dtype: torch.dtype) -> Tensor:
+        return torch.linalg.lstsq(basis.T.to(dtype), (target - base).T.to(dtype)).solution.T
+
+    def normal_equations(dtype: torch.dtype) -> Tensor:
+        rows, change = basis.to(dtype), (target - base).to(dtype)
+        return torch.cholesky_solve(rows @ change.T, torch.linalg.cholesky(rows @ rows.T)).T
+
+    def error(result: FitResult | Tensor) -> float:
+        x = result if isinstance(result, Tensor) else result.coefficients
+        return ((x.double() - exact).norm() / exact.norm()).item()
+
+    unknowns, pixels = basis.shape
+    return Problem(
+        ours=Contender("rewrite_core", lambda: fit(backend)),
+        stock=[
+            Contender("linalg.lstsq", lambda: least_squares(torch.float32)),
+            Contender("linalg.lstsq in float64", lambda: least_squares(torch.float64)),
+            Contender("normal equations", lambda: normal_equations(torch.float32)),
+            Contender("normal equations in float64", lambda: normal_equations(torch.float64)),
+            Contender("reference backend", lambda: fit("reference")),
+        ],
+        shapes={"basis": list(basis.shape), "base": list(base.shape)},
+        dtype="float32",
+        operations=pixels * unknowns * (unknowns + 1)
+        + unknowns**3 / 3
+        + 2 * channels * unknowns * (pixels + unknowns),
+        traffic=4 * (basis.numel() + 2 * base.numel() + exact.numel()),
+        error=error,
+        error_kind="relative error of the coefficients",
+        tolerance=1e-6,
+    )
+
+
+def make_many(count: int, channels: int, side: int, backend: str) -> Problem:
+    """Several edits of one layer in one call, against one call each and the reference backend."""
+    problems = [_problem("stylegan2", channels, side, 1, number=number) for number in range(count)]
+    best = [_losses(problem, solution.coefficients)[0] for problem, solution in
+            zip(problems, solve_lm(problems, "reference"))]  # fmt: skip
+    steps = sum(solution.iterations for solution in solve_lm(problems, backend))
+
+    def error(solutions: list[Solution]) -> float:
+        return max(
+            _losses(problem, solution.coefficients)[0] / goal - 1
+            for problem, solution, goal in zip(problems, solutions, best, strict=True)
+        )
+
+    pixels = side * side
+    return Problem(
+        ours=Contender("rewrite_core", lambda: solve_lm(problems, backend)),
+        stock=[
+            Contender("one by one", lambda: [solve_lm([problem], backend)[0] for problem in problems]),
+            Contender("reference backend", lambda: solve_lm(problems, "reference"), rounds=1),
+        ],
+        shapes={"weight": [channels, channels, 3, 3], "key": [count, channels, side, side]},
+        dtype="float32",
+        operations=steps * (pixels * 9 * 14 + 9**3 / 3 + 2 * 9**2),
+        traffic=4 * count * (2 * channels * pixels + channels * 9 + channels * pixels),
+        error=error,
+        error_kind="l1 above the float64 reference fit's, relative, at worst",
+        tolerance=1e-2,
+        details={"lm: steps of all channels": steps},
+    )
+
+
+def make_click(size: int, name: str, backend: str) -> Problem:
+    """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand. The bare forward
+    passes that it needs are a contender (and do not do the job: error 1); the details are each stage's seconds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        width = {} if size > 8 else {"style_dim": 32, "n_mlp": 2, "channels": {4: 32, 8: 32}}
+        generator = StyleGAN2(size, **width).eval().requires_grad_(False)
+    layer = bind(generator, name)
+    latents = sample_latents(generator.style_dim, 8, seed=1)
+    moment = collect_second_moment(layer, latents, 4, progress=False)
+    assert moment.factor is not None  # made here, and kept
+    side = layer.values(latents[:1]).shape[2]
+    mask = torch.zeros(side, side)
+    box = slice(side // 3, side // 3 + min(10, side // 2))
+    mask[box, box] = 1
+    edit = Edit(
+        copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(number, mask) for number in (2, 3, 4)]
+    )
+    original = layer.weight.clone()
+    stages: dict[str, list[float]] = {}
+    details: dict[str, float] = {}
+
+    def click() -> Tensor:
+        change = rewrite(layer, moment, edit, latents, backend=backend)
+        start = time.perf_counter()
+        change.apply()
+        seconds = change.seconds | {"apply": time.perf_counter() - start}
+        seconds["all but generator and check"] = sum(
+            took for stage, took in seconds.items() if stage not in ("generator", "check")
+        )
+        for stage, took in seconds.items():
+            stages.setdefault(stage, []).append(took)
+            details[stage] = statistics.median(stages[stage])
+        wanted = original.double() + change.weight_delta()
+        outcome = (layer.weight - wanted).abs().max() / wanted.abs().max()
+        change.revert()
+        return outcome
+
+    def passes() -> Tensor:
+        for selection in (edit.copy, edit.paste, *edit.keys):
+            layer.capture(latents[selection.index][None])
+        return torch.ones(())  # nothing is applied
+
+    keys = len(edit.keys)
+    return Problem(
+        ours=Contender("rewrite_core", click),
+        stock=[Contender("the generator's passes alone", passes)],
+        shapes={"weight": list(original.shape), "context": [keys, side, side]},
+        dtype="float32",
+        operations=2.0 * original.numel(),
+        traffic=4.0 * original.numel(),
+        error=lambda difference: difference.item(),
+        error_kind="largest error of the applied weight, relative",
+        tolerance=1e-6,
+        details=details,
+    )
+
+
+def bench_edit(measure: Callable[[], None]) -> None:
+    measure()

@@ -1,0 +1,59 @@
+// The part of fit_projected that is compiled once per instruction set. No standard headers but the integer types: an
+// inline function of theirs compiled here for AVX-512 might be the copy the linker keeps for all.
+#pragma once
+
+#include <stdint.h>
+
+namespace rewrite_core {
+
+// The whole call, as Python made it: contiguous row-major arrays, null where an optional one is absent.
+struct ProjectedProblem {
+  const float* maps;  // [inputs / projected_group, products, slots, projected_group]: the operator, transformed
+  int tile;           // output tiles of tile x tile by Winograd's algorithm (2, 4 or 5), or 0: no transform
+  int64_t inputs;     // padded to whole groups
+  int64_t taps, pixels, height, width, channels, rank;
+  int64_t products, slots;  // (tile + 2)^2 and tiles; or taps and pixels
+  const float* base;        // [channels, pixels], as are the next two
+  const float* target;
+  const float* value;  // what the layer itself gives for the unchanged weight
+  const float* shift;  // [channels, pixels] with strides
+  int64_t shift_strides[2];
+  const float* weight;      // demodulation: [channels, inputs, taps]; square comes with it
+  const float* square;      // [inputs], the squared style
+  const float* directions;  // [rank, inputs]
+  const float* basis;       // [rank, taps, pixels]
+  float eps, slope, gain;
+  int absolute;  // loss: 1 |r|, 0 r^2
+  int64_t steps, project_every;
+  int project_gradient;
+  const float* rates;  // [steps, 2]: the step size, and one over the root of the second bias correction
+
+  double* losses;       // [blocks, steps]: sums over a block's channels and pixels
+  float* coefficients;  // [channels, rank, taps]; rank 0: the change itself, [channels, inputs, taps]
+};
+
+// One thread's buffers, in vectors (one lane a channel).
+struct ProjectedScratch {
+  float *base, *target, *shift, *lin, *slopes;  // [pixels]
+  float *change, *mean, *power, *weight;        // [inputs, taps]; weight only for demodulation
+  float *sums, *turned;                         // [products, slots] or [slots]
+  float* group;                                 // [projected_group, products]
+  float *coefficients, *leaning, *gradient;     // [rank, taps]
+};
+
+constexpr int64_t projected_group = 8;  // inputs that are handled together
+constexpr int64_t projected_taps = 64;  // kh kw at most
+// torch.optim.Adam's; one minus a rounded beta would be off by 5e-5.
+constexpr float projected_rest1 = 0.1f, projected_beta2 = 0.999f, projected_rest2 = 0.001f, projected_eps = 1e-8f;
+
+struct ProjectedKernel {
+  int64_t lanes;
+  // All steps of channels lanes * block, lanes * block + 1, ...
+  void (*descend)(const ProjectedProblem& problem, int64_t block, const ProjectedScratch& scratch);
+};
+
+namespace portable { extern const ProjectedKernel projected_kernel; }
+namespace avx2 { extern const ProjectedKernel projected_kernel; }
+namespace avx512 { extern const ProjectedKernel projected_kernel; }
+
+}  // namespace rewrite_core
