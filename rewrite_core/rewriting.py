@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from .editing import Edit
 from .errors import (
     FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
 )  # fmt: skip
-from .families import Box, Capture
+from .families import Box, Capture, window
 from .files import load_record, save_record
 from .moments import SecondMoment
 from .solvers import (
@@ -40,50 +41,47 @@ class Goal:
     """The keys of the pasted region and the value they should have (paper, figure 3)."""
 
     capture: Capture  # cropped to the region where tight
-    target: Tensor  # [1, O, H, W]
-    value: Tensor  # [1, O, H, W] of the whole map, to preview with BoundLayer.render
+    target: Tensor  # [1, O, *map]
+    value: Tensor  # [1, O, *map] of the whole map, to preview with BoundLayer.render
     box: Box | None  # of the value map; None for the whole map
 
 
 def bounding_box(area: Tensor) -> Box:
-    """The smallest box around the positive entries of area [H, W]."""
-    rows, columns = (area > 0).any(1).nonzero()[:, 0], (area > 0).any(0).nonzero()[:, 0]
-    return rows[0].item(), columns[0].item(), rows[-1].item() + 1, columns[-1].item() + 1
+    """The smallest box around the positive entries of area [*map]."""
+    places = (area > 0).nonzero()
+    return *places.amin(0).tolist(), *(places.amax(0) + 1).tolist()
 
 
-def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int]) -> tuple[Box, Box] | None:
+def _fit_boxes(box: Box, key_size: tuple[int, ...], value_size: tuple[int, ...]) -> tuple[Box, Box] | None:
     """The smallest box of the key map that covers `box` of the value map, and the value box it makes; None where
     one map's size is no multiple of the other's, so that no box of pixels matches a box of pixels."""
-    key_box, value_box = [0] * 4, [0] * 4
-    for axis in (0, 1):
+    axes = len(key_size)
+    key_box, value_box = [0] * 2 * axes, [0] * 2 * axes
+    for axis in range(axes):
         k, v = key_size[axis], value_size[axis]
         if v % k and k % v:
             return None
+        start, stop = box[axis], box[axis + axes]
         if v >= k:  # same size or upsampling, v / k value pixels to a key pixel
             ratio = v // k
-            key_box[axis], key_box[axis + 2] = box[axis] // ratio, min(k, -(-box[axis + 2] // ratio))
-            value_box[axis] = key_box[axis] * ratio
-            value_box[axis + 2] = min(v, key_box[axis + 2] * ratio)
+            key_box[axis], key_box[axis + axes] = start // ratio, min(k, -(-stop // ratio))
+            value_box[axis], value_box[axis + axes] = key_box[axis] * ratio, min(v, key_box[axis + axes] * ratio)
         else:
             ratio = k // v
-            value_box[axis], value_box[axis + 2] = box[axis], box[axis + 2]
-            key_box[axis], key_box[axis + 2] = box[axis] * ratio, min(k, box[axis + 2] * ratio)
+            value_box[axis], value_box[axis + axes] = start, stop
+            key_box[axis], key_box[axis + axes] = start * ratio, min(k, stop * ratio)
     return tuple(key_box), tuple(value_box)
 
 
 def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
     """Whether the layer's linear operator on a crop of its key is what it would be on the whole key with zeros
     outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
-    top, left, bottom, right = key_box
-    height, width = bottom - top, right - left
     options = {"dtype": torch.float64, "device": key.device}  # exact enough for any order of additions
-    part = torch.arange(1, height * width + 1, **options).reshape(1, 1, height, width)
     whole = torch.zeros(1, 1, *key.shape[2:], **options)
-    whole[:, :, top:bottom, left:right] = part
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    kernel = torch.arange(1, taps + 1, **options).reshape(1, 1, *layer.kernel_size)
-    top, left, bottom, right = value_box
-    wanted = layer.linear(whole, kernel)[:, :, top:bottom, left:right]
+    part = whole[window(key_box)]
+    part.copy_(torch.arange(1, part.numel() + 1, **options).reshape(part.shape))
+    kernel = torch.arange(1, math.prod(layer.kernel_size) + 1, **options).reshape(1, 1, *layer.kernel_size)
+    wanted = layer.linear(whole, kernel)[window(value_box)]
     try:
         found = layer.linear(part, kernel)
     except RuntimeError:  # torch: the crop is smaller than the kernel or than the padding
@@ -102,12 +100,11 @@ def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tupl
         )
     cropped = layer.crop(capture, *boxes)
     extra = {name: part.clone() for name, part in cropped.extra.items()}
-    top, left, bottom, right = boxes[1]
-    return Capture(cropped.key.clone(), extra), target[:, :, top:bottom, left:right].clone(), boxes[1]
+    return Capture(cropped.key.clone(), extra), target[window(boxes[1])].clone(), boxes[1]
 
 
 def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture, Tensor]:
-    capture = layer.capture(latent_of(selection, latents))
+    capture = layer.capture_each(latent_of(selection, latents))
     if not torch.isfinite(capture.key).all():
         raise NonFiniteError(
             f"The keys of {layer.name!r} hold NaN or infinity for latent {selection.index}; choose another picture."
@@ -134,17 +131,16 @@ def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tru
     size = tuple(value.shape[2:])
     _, copied = _capture_one(layer, edit.copy, latents)
     area = edit.copy.area(size).to(value)
-    top, left, bottom, right = bounding_box(area)
-    patch, area = copied[:, :, top:bottom, left:right], area[top:bottom, left:right]
-    paste_box = bounding_box(edit.paste.area(size))
+    axes, copy_box, paste_box = len(size), bounding_box(area), bounding_box(edit.paste.area(size))
+    patch, area = copied[window(copy_box)], area[window(copy_box)[2:]]
     place = []
     for axis, extent in enumerate(patch.shape[2:]):
-        centre = (paste_box[axis] + paste_box[axis + 2]) // 2
+        centre = (paste_box[axis] + paste_box[axis + axes]) // 2
         place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
-    box = (place[0], place[1], place[0] + patch.shape[2], place[1] + patch.shape[3])
+    box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
     target = value.clone()
-    window = target[:, :, box[0] : box[2], box[1] : box[3]]
-    window.copy_((1 - area) * window + area * patch if alpha else patch)
+    pasted = target[window(box)]
+    pasted.copy_((1 - area) * pasted + area * patch if alpha else patch)
     if not tight:
         return Goal(capture, target, target, None)
     cropped, part, box = _crop(layer, capture, target, box)
@@ -251,7 +247,7 @@ class Rewrite:
 
     Attributes:
         directions: D, [R, I], orthonormal rows.
-        coefficients: Lambda, [O, R, kh, kw].
+        coefficients: Lambda, [O, R, *kernel].
         losses: the loss before the first step, then one entry per step ("lm": before and after).
         final_loss: the loss of the finished change over the region it was fitted to, in float32 at least; None where
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
@@ -305,7 +301,7 @@ class Rewrite:
         return f"Rewrite({self.layer!r}, rank {self.rank}, {self.solver}{loss})"
 
     def weight_delta(self) -> Tensor:
-        """Lambda D, [O, I, kh, kw], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
+        """Lambda D, [O, I, *kernel], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
         return _delta(self.directions, self.coefficients)
 
     @property
@@ -367,6 +363,7 @@ class Rewrite:
                 f"With this rewrite the weight of {self.layer!r} would hold NaN or infinity in "
                 f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
             )
+        bound.fold()
         _write(bound, weight)
         rewrites = stack["rewrites"] | {self._id: record}
         setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rewrites))
@@ -404,6 +401,7 @@ class Rewrite:
             setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rest))
         else:
             delattr(bound.module, _STACK)
+            bound.unfold()
         return self
 
     @property
@@ -461,7 +459,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         or not isinstance(edit, str | None)
     ):
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-    if directions.ndim != 2 or coefficients.ndim != 4 or coefficients.shape[1] != len(directions):
+    if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
         raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
     if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
         raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
@@ -515,6 +513,7 @@ def _checked(edits: Iterable[Edit]) -> list[Edit]:
 def _directions(layer, moment, edit, latents, rank, method, quantiles: UnitQuantiles | None) -> Tensor:
     # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
     keys, weights = context_keys(layer, edit.keys, latents, inside_only=method != "units")
+    moment = moment.within_groups(layer.groups)
     return context_directions(moment, keys, weights, rank=rank, method=method, quantiles=quantiles)
 
 
@@ -729,6 +728,11 @@ def zero(
             quantiles = _quantiles(layer, latents, method, progress=False)
             rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
         weight = layer.weight.double()
+        change = amount * torch.ones_like(weight) - weight
         rows = rows.to(weight.device)
-        coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
+        parts = zip(change.chunk(layer.groups), rows.chunk(layer.groups, 1))
+        coefficients = torch.cat([  # a group has its own part of the directions, orthonormal where it is all of them
+            torch.einsum("oi...,ir->or...", part.unflatten(1, (layer.groups, -1))[:, j], torch.linalg.pinv(own))
+            for j, (part, own) in enumerate(parts)
+        ])  # fmt: skip
         return _change(layer, edit, rows, coefficients, solver="zero", seconds=clock.seconds)
