@@ -294,7 +294,9 @@ def _unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
 
 def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
     found: dict[str, LayerFamily] = {}
-    for path, _ in generator.named_modules():
+    for path, module in generator.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         for family in FAMILIES:
             layer = family.recognise(generator, path)
             if layer is not None:
@@ -331,7 +333,9 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     except AttributeError:
         problem = f"The generator has no layer {name!r}"
     else:
-        layers = [layer for kind in FAMILIES if (layer := kind.recognise(generator, name)) is not None]
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        families = () if scripted else FAMILIES
+        layers = [layer for kind in families if (layer := kind.recognise(generator, name)) is not None]
         for layer in layers:
             if family is None or layer.name == family:
                 reason = layer.refusal()
@@ -341,7 +345,7 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
         if layers:
             found = " or ".join(dict.fromkeys(repr(layer.name) for layer in layers))
             raise UnknownLayerError(f"Layer {name!r} is of family {found}, not {family!r}; leave the family out.")
-        if isinstance(module, torch.jit.ScriptModule):
+        if scripted:
             problem = f"Layer {name!r} is scripted, and can only be bound as the Python module it was made from"
         else:
             problem = f"Layer {name!r} is a {type(module).__name__}, not a layer this library can bind"

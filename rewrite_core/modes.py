@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -41,5 +42,7 @@ def seeded(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def repeatable(module: nn.Module) -> Iterator[None]:
     """:func:`evaluating`, :func:`seeded` and, whatever was compiled, eagerly: a compiled call has no hooks to stop at."""
-    with evaluating(module), seeded(module), torch.compiler.set_stance("force_eager"):
+    with evaluating(module), seeded(module), contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
@@ -19,11 +20,12 @@ from .directions import (
 )  # fmt: skip
 from .editing import Edit
 from .errors import (
-    FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
+    FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning,
 )  # fmt: skip
 from .families import Box, Capture, window
 from .files import load_record, save_record
 from .moments import SecondMoment
+from .parametrization import LowRankChange, attach
 from .solvers import (
     LOSSES, SOLVERS, Problem, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,
     solve_unconstrained,
@@ -423,6 +425,71 @@ class Rewrite:
         if not inner and self._is_on(bound):
             self.revert(bound)
 
+    # --- in the forms that other tools take
+
+    def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Tensor]:
+        """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator is
+        left as it is.
+
+        A weight that was computed (spectral norm, parametrizations) is in it under its plain name, as it is used: load
+        it into the generator with that norm left out. Otherwise it loads where the original did.
+
+        Arguments and errors are those of :meth:`apply`.
+        """
+        if generator is None and not self._layers:
+            raise MismatchError("This rewrite was loaded or copied; name the generator: state_dict(G).")
+        bound = self._bind(self._layers[-1] if generator is None else generator)
+        on, places = self._is_on(bound), list(self._layers)
+        if not on:
+            self.apply(bound, force)
+        try:
+            state = {key: value.detach().clone() for key, value in bound.generator.state_dict().items()}
+            name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
+        finally:
+            if not on:
+                self.revert(bound)
+                self._layers = places
+        prefix = f"{bound.name}." if bound.name else ""
+        state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}
+        return state | {f"{prefix}{name}": weight}
+
+    def lora(self) -> tuple[Tensor, Tensor]:
+        """The change as a LoRA-style pair (A, B), with B A = Lambda D and no further scale.
+
+        Of a linear layer A is D, [R, I], and B is Lambda, [O, R]. Of a convolution with t taps A is [R t, I, *kernel], as
+        the weight of a convolution like the layer's, and B [O, R t, 1, ...], of one by one after it: rank R for 1x1 layers.
+
+        Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
+        """
+        if any(bound.groups > 1 for bound in self._layers):
+            raise SolverError(f"{self.layer!r} is a grouped convolution, which one pair of factors does not describe.")
+        kernel = self.coefficients.shape[2:]
+        taps = math.prod(kernel)
+        one_hot = torch.eye(taps, dtype=self.directions.dtype, device=self.directions.device)
+        a = torch.einsum("ri,st->rsit", self.directions, one_hot).reshape(self.rank * taps, -1, *kernel)
+        return a, self.coefficients.reshape(len(self.coefficients), -1, *[1] * len(kernel)).clone()
+
+    def parametrize(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> LowRankChange:
+        """Register the change as a ``torch.nn.utils.parametrize`` parametrization instead of applying it.
+
+        ``.enabled = False`` on what is returned switches it off, ``.remove()`` takes it off again;
+        ``torch.nn.utils.parametrize.remove_parametrizations`` leaves it in the weight for good.
+
+        Raises:
+            MismatchError: as :meth:`apply`; and for a weight that is computed by a hook or a method.
+        """
+        if generator is None and not self._layers:
+            raise MismatchError("This rewrite was loaded or copied; name the generator to change: parametrize(G).")
+        bound = self._bind(self._layers[-1] if generator is None else generator)
+        if self._is_on(bound):
+            raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
+        if not force and tensor_fingerprint(bound.weight) != self.fitted_to:
+            raise MismatchError(
+                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
+                "edits below it); apply those first, or pass force=True."
+            )
+        return attach(bound, self.directions, self.coefficients)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write directions and coefficients as safetensors, with the layer, the fingerprint of the weight they
         were fitted to, the solver and the edit; all or nothing."""
@@ -521,7 +588,7 @@ def _quantiles(layer, latents, method, progress) -> UnitQuantiles | None:
     return collect_unit_quantiles(layer, latents, progress=progress) if method == "units" else None
 
 
-def _change(layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Tensor, **details) -> Rewrite:
+def _change(layer: BoundLayer, edit: Edit | None, directions: Tensor, coefficients: Tensor, **details) -> Rewrite:
     """The change of `layer` as it is now, in float32 at least."""
     if not torch.isfinite(coefficients).all():
         raise NonFiniteError(
@@ -704,6 +771,77 @@ def erase(
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )[0]  # fmt: skip
+
+
+def insert(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    context: Tensor | None = None,
+    weights: Tensor | None = None,
+    rank: int = 1,
+    solver: str = "lm",
+    loss: str = "l2",
+    method: str = "whitened",
+    preserve: float = 0.0,
+    steps: int = 2001,
+    lr: float = 0.05,
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Insert key -> value pairs directly (paper, eq. 6 to 9), without pictures: the rank-R change of a linear or 1x1 layer
+    that makes its output at `keys` come out as `values`. The language-model case: keys and values are vectors at tokens.
+
+    Args:
+        keys: rows [n, I], such as ``layer.keys(z)[0].T[positions]``.
+        values: rows [n, O], what the layer should put out there, bias included.
+        context: rows [m, I] that say where the rule applies, reduced to `rank` directions; by default `keys`.
+        weights: of the rows that directions are made of, [m]; default 1.
+        rank: R. With rank n, or with n = 1, and independent keys the values are met exactly.
+        solver: "lm" (exact for "l2") or "adam". The others are those of :func:`rewrite`; preserve needs a linear or 1x1
+            layer's second moment and nothing else.
+
+    Raises:
+        SolverError: the layer's output at a position depends on more than the key there.
+        RewriteCoreError: shapes that do not fit. MismatchError, RankError, NonFiniteError: as their names say.
+    """
+    if solver not in ("lm", "adam"):
+        raise SolverError(f"insert has the solvers 'lm' and 'adam', not {solver!r}.")
+    if loss not in LOSSES:
+        raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
+    if not layer._layer.pointwise:
+        raise SolverError(
+            f"{layer.name!r} does not compute its value from one key vector (it has a kernel, a stride, padding or a "
+            "style); use rc.rewrite with selections there, or insert at a linear or 1x1 layer."
+        )
+    clock = _Clock()
+    with _plain_arithmetic(layer):
+        moment.check(layer)
+        for name, rows, channels in (("keys", keys, layer.in_channels), ("values", values, layer.out_channels)):
+            if rows.ndim != 2 or rows.shape[1] != channels or len(rows) != len(keys) or len(rows) == 0:
+                raise RewriteCoreError(f"{name} must be rows [{len(keys)}, {channels}], not {list(rows.shape)}.")
+            if not torch.isfinite(rows).all():
+                raise NonFiniteError(f"The {name} hold NaN or infinity.")
+        with clock.stage("directions"):
+            own = moment.within_groups(layer.groups)
+            rows = context_directions(own, keys if context is None else context, weights, rank=rank, method=method)
+        dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+        place = {"device": layer.parameter.device, "dtype": dtype}
+        axes = [1] * (len(layer.kernel_size) - 1)
+        maps = [part.detach().to(**place).T.reshape(1, part.shape[1], -1, *axes) for part in (keys, values)]
+        directions, generic = rows.to(**place), None
+        if preserve:
+            generic = generic_second_moment(layer, directions, keys[:0], moment.matrix())
+        problem = Problem(layer, Capture(maps[0]), maps[1], directions, loss, float(preserve), generic)
+        with clock.stage("fit"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnderdeterminedWarning)  # to meet the values is the point here
+            solution = solve_lm([problem], backend)[0] if solver == "lm" else solve_adam(problem, steps, lr, progress)
+        return _change(
+            layer, None, directions, solution.coefficients, solver=solution.solver, losses=solution.losses,
+            final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds),
+        )  # fmt: skip
 
 
 def zero(

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -56,7 +57,7 @@ def per_channel(vector: Tensor, axes: int) -> Tensor:
 def has(module: nn.Module | None, *names: str) -> bool:
     """Whether a module has all these attributes, without reading any: a parametrized one computes, and in train mode
     spectral norm then iterates."""
-    if module is None:
+    if module is None or isinstance(module, torch.jit.ScriptModule):
         return False
     present = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
     return all(name in present or hasattr(type(module), name) for name in names)
@@ -71,6 +72,7 @@ class LayerFamily(abc.ABC):
 
     name: ClassVar[str]
     weight_name: ClassVar[str] = "weight"  # of the module's tensor that is edited
+    pointwise: bool = False  # whether the value at a position follows from the key there alone, and nothing else
     groups: int = 1  # input and output channels fall into as many, each with its own keys and weights
 
     def __init__(self, path: str, module: nn.Module):
@@ -103,7 +105,7 @@ class LayerFamily(abc.ABC):
     @property
     def computed(self) -> ComputedWeight | None:
         """How the module computes its weight, where it does not use a stored one (spectral norm, parametrizations)."""
-        return computed_weight(self.module) if self.weight_name == "weight" else None
+        return computed_weight(self.module, self.weight_name)
 
     @property
     def weight(self) -> Tensor:

@@ -85,6 +85,12 @@ class ConvLayer(PlainLayer):
         blocks = weight.unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))
         return blocks.diagonal(dim1=0, dim2=2)
 
+    @property
+    def pointwise(self) -> bool:
+        module = self.module
+        unpadded = isinstance(module.padding, str) or not any(module.padding)
+        return set(module.kernel_size) == set(module.stride) == {1} and unpadded
+
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         key = args[0] if args else kwargs["input"]
         return Capture(key[None] if key.ndim == 1 + len(self.module.kernel_size) else key)  # one map, no batch
@@ -137,6 +143,7 @@ class LinearLayer(PlainLayer):
     between N and I (the tokens of a language model), and of input [N, I] one position."""
 
     name = "linear"
+    pointwise = True
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:

@@ -23,10 +23,12 @@ METHODS = ("W_", "sn_weights")  # of the spectrally normalised layers in two Big
 _RECORD = "_rewrite_core_folded"
 
 
-def computed_weight(module: nn.Module) -> ComputedWeight | None:
+def computed_weight(module: nn.Module, name: str = NAME) -> ComputedWeight | None:
     """How `module` computes its weight; None where it stores the weight, or computes it in a way not known."""
-    if parametrize.is_parametrized(module, NAME):
-        return Parametrized(module)
+    if parametrize.is_parametrized(module, name):
+        return Parametrized(module, name)
+    if name != NAME:
+        return None
     record = getattr(module, _RECORD, None)
     if record is not None:
         return Hooked(module) if "_forward_pre_hooks" in record else Normalised(module)
@@ -50,10 +52,11 @@ def _hook(module: nn.Module) -> int | None:
 
 
 class ComputedWeight(abc.ABC):
-    """One way to compute a weight. `module.weight` is a parameter while it is folded."""
+    """One way to compute a weight. ``module.weight`` is a parameter while it is folded."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, name: str = NAME):
         self.module = module
+        self.name = name
 
     @property
     def folded(self) -> bool:
@@ -108,22 +111,27 @@ class Parametrized(ComputedWeight):
     """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay."""
 
     @property
+    def _stages(self) -> parametrize.ParametrizationList:
+        return self.module.parametrizations[self.name]
+
+    @property
     def folded(self) -> bool:
-        return isinstance(self.module.parametrizations[NAME][-1], Folded)
+        return any(isinstance(stage, Folded) for stage in self._stages)
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.parametrizations[NAME][-1].value
+        return next(stage.value for stage in self._stages if isinstance(stage, Folded))
 
     def compute(self) -> Tensor:
-        return self.module.weight
+        return getattr(self.module, self.name)
 
     def _fold(self, value: nn.Parameter) -> None:
         with evaluating(self.module):  # registering computes once, and spectral norm iterates in train mode
-            parametrize.register_parametrization(self.module, NAME, Folded(value))
+            parametrize.register_parametrization(self.module, self.name, Folded(value))
 
     def _unfold(self) -> None:
-        del self.module.parametrizations[NAME][-1]
+        place = next(i for i, stage in enumerate(self._stages) if isinstance(stage, Folded))
+        del self._stages[place]
 
 
 class _Detached(ComputedWeight):
