@@ -306,11 +306,20 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
     return found
 
 
+def _shared_with(generator: nn.Module, layer: LayerFamily) -> str | None:
+    """Another module that owns the layer's weight too."""
+    for name, module in generator.named_modules():
+        if module is not layer.module and any(tensor is layer.weight for tensor in module._parameters.values()):
+            return name
+    return None
+
+
 def bind(generator: nn.Module, name: str, forward: Forward | None = None, family: str | None = None) -> BoundLayer:
     """Bind one layer of `generator` for rewriting. Nothing in the generator is changed.
 
     Keys and values are those of the layer's first run in a forward pass; an edit of a layer that runs more than
-    once changes the other runs as well, which is why :func:`list_layers` leaves such layers out.
+    once changes the other runs as well, and one of a weight that another module shares changes that module, which is
+    why :func:`list_layers` leaves such layers out.
 
     Args:
         generator: any torch module that makes images from latents. Of one in torch.compile, DataParallel or
@@ -379,7 +388,7 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
 
     `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
     L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown, and "lm" is refused. A layer that
-    runs more than once in a forward pass is left out, with a warning.
+    runs more than once in a forward pass, or shares its weight with another module, is left out, with a warning.
     """
     generator, _ = _unwrapped(generator)
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
@@ -407,6 +416,13 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
             warnings.warn(
                 f"Layer {path!r} is left out: it runs {runs[path]} times in a forward pass, and an edit of its weight "
                 "changes them all.",
+                stacklevel=2,
+            )
+            continue
+        other = _shared_with(generator, layer._layer)
+        if other is not None:
+            warnings.warn(
+                f"Layer {path!r} is left out: it shares its weight with {other!r}, which an edit would change as well.",
                 stacklevel=2,
             )
             continue

@@ -184,7 +184,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
     Raises SolverError where what follows the layer is unknown.
     """
     first = problems[0]
-    if first.layer.post_operation(first.capture) is None:
+    if any(problem.layer.post_operation(problem.capture) is None for problem in problems):
         raise SolverError(
             f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
         )

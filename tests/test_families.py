@@ -13,6 +13,7 @@ import test_families_stylegan1 as stylegan1
 import test_families_stylegan2 as stylegan2
 import test_families_stylegan2_nvidia as nvidia
 import test_families_stylegan3 as stylegan3
+import test_families_transformers as transformers
 import torch
 from test_binding import make as make_own
 from torch import nn
@@ -59,6 +60,7 @@ KINDS = {
     "tiny_autoencoder": (lambda: diffusers.make("tiny"), diffusers.decode),
     **{kind: (lambda kind=kind: conv.make(kind), None) for kind in ("sequence", "volume", "grouped", "grid")},
     "language": (lambda: conv.make("language"), lambda model, z: model((z[:, :7].abs() * 9).long().clamp(max=19))),
+    "gpt2": (lambda: transformers.make(tied=False), lambda model, z: model((z[:, :7].abs() * 9).long().clamp(max=19))),
     "weight_norm": (lambda: normed(parametrizations.weight_norm), None),
     "old_weight_norm": (lambda: normed(nn.utils.weight_norm), None),
     "orthogonal": (lambda: normed(parametrizations.orthogonal), None),
@@ -66,7 +68,7 @@ KINDS = {
     "pruned": (lambda: normed(lambda module: prune.random_unstructured(module, "weight", 0.3)), None),
 }
 
-# the layers of each kind that are worked on: all of the first that have not been seen with this family and solver
+# every layer that list_layers names
 CASES = []
 for _kind, (_make, _forward) in KINDS.items():
     for _info in rc.list_layers(_make(), torch.randn(1, 12), _forward):

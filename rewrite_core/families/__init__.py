@@ -11,10 +11,11 @@ from .stylegan1 import EqualisedConvLayer, FusedUpsampleLayer
 from .stylegan2 import StyleGAN2, StyleGAN2Layer, load_stylegan2
 from .stylegan2_nvidia import NvidiaStyleGAN2Layer
 from .stylegan3 import StyleGAN3Layer
+from .transformers import Conv1DLayer
 
 FAMILIES: tuple[type[LayerFamily], ...] = (
     StyleGAN2Layer, NvidiaStyleGAN2Layer, StyleGAN3Layer, EqualisedConvLayer, FusedUpsampleLayer, BigGANLayer, ProgGANLayer,
-    DiffusersLayer, ConvLayer,
+    DiffusersLayer, Conv1DLayer, ConvLayer,
 )  # fmt: skip
 
 
