@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .errors import FileFormatError, RewriteCoreError
 from .files import read_state_dict
 
 _NETWORKS = ("G_ema", "g_ema", "generator", "G", "netG", "model")  # what pickled dicts call theirs
+_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what torch.save's older files start with
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 
 
@@ -65,14 +67,15 @@ def _unpickle(path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file at {path}.")
     try:
-        try:
-            content: Any = torch.load(path, map_location="cpu", weights_only=False)
-        except (pickle.UnpicklingError, RuntimeError):  # a plain pickle, not torch.save's
-            with open(path, "rb") as file:
-                content = pickle.load(file)
+        with open(path, "rb") as file:  # opened once: what is in it runs once
+            start = file.read(len(_TORCH))
+            file.seek(0)
+            saved_by_torch = zipfile.is_zipfile(path) or start == _TORCH
+            content: Any = torch.load(file, map_location="cpu", weights_only=False) if saved_by_torch else pickle.load(file)
     except ImportError as error:
         raise RewriteCoreError(
-            f"{path} needs {error.name or error} to be opened; run where the code it was trained with can be imported."
+            f"{path} needs {error.name or error} to be opened; install it, or run where the code that the network was "
+            "trained with can be imported."
         ) from error
     except Exception as error:  # unpickling runs anything
         raise FileFormatError(f"{path} cannot be unpickled ({type(error).__name__}: {error}).") from error
