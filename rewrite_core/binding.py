@@ -1,8 +1,8 @@
 """Binding: reach one layer of a generator without touching the generator.
 
 A bound layer gives the *key* (the feature vector that the layer's weight really multiplies), the *value*
-(the layer's output) and the editable weight as [O, I, *kernel]. The forward pass stops at the layer. A *map* has the axes
-that the layer's data has: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume.
+(the layer's output) and the editable weight as [O, I, *kernel]. The forward pass stops at the layer. A *map* has the
+axes that the layer's data has: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume.
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ def _unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
         generator, name = getattr(generator, wrapped), name.removeprefix(f"{wrapped}.")
     if isinstance(generator, torch.jit.ScriptModule):
         raise RewriteCoreError(
-            "A scripted or traced generator runs without Python and cannot be stopped at a layer; bind the module that it "
-            "was made from, and load its state dict into that."
+            "A scripted or traced generator runs without Python and cannot be stopped at a layer; bind the module that "
+            "it was made from, and load its state dict into that."
         )
     return generator, name
 
@@ -360,9 +360,9 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
             problem = f"Layer {name!r} is a {type(module).__name__}, not a layer this library can bind"
     bindable = list(_bindable(generator))
     if not bindable:
-        advice = "bind the module that this graph was exported from" if isinstance(generator, torch.fx.GraphModule) else (
-            "only convolutions, linear layers and the families in the README can be bound"
-        )
+        advice = "only convolutions, linear layers and the families in the README can be bound"
+        if isinstance(generator, torch.fx.GraphModule):
+            advice = "bind the module that this graph was exported from"
         raise UnknownLayerError(f"{problem}; it has no bindable layer at all, so {advice}.")
     near = difflib.get_close_matches(name, bindable, n=3, cutoff=0.3) or bindable[:3]
     raise UnknownLayerError(f"{problem}; did you mean {' or '.join(map(repr, near))}?")

@@ -26,12 +26,12 @@ def load_generator(
     """A generator on the CPU, in eval mode, with the weights of a checkpoint.
 
     Args:
-        checkpoint: a state dict (.safetensors, .npz, or any file that ``torch.load`` reads with ``weights_only=True``), which
-            runs no code as it is read; keys may carry DataParallel's or torch.compile's prefix.
+        checkpoint: a state dict (.safetensors, .npz, or any file that ``torch.load`` reads with ``weights_only=True``),
+            which runs no code as it is read; keys may carry DataParallel's or torch.compile's prefix.
         make: returns the module that the state dict is loaded into. Without it the file must hold a whole network.
-        allow_pickle: read a pickled network: an ``nn.Module``, or a dict with one under "G_ema", "generator" and the like.
-            **A pickle runs whatever code its author put into it, with your rights, as it is opened**: only for files whose
-            source you trust. The code that the network was trained with must be importable.
+        allow_pickle: read a pickled network: an ``nn.Module``, or a dict with one under "G_ema", "generator" and the
+            like. **A pickle runs whatever code its author put into it, with your rights, as it is opened**: only for
+            files whose source you trust. The code that the network was trained with must be importable.
 
     Raises:
         FileNotFoundError: no such file.
@@ -44,8 +44,9 @@ def load_generator(
         return generator.eval()
     if not allow_pickle:
         raise RewriteCoreError(
-            f"{os.fspath(checkpoint)}: a network without the code that makes it is a pickle, and opening a pickle runs whatever "
-            "code is in it; give make= and a state dict, or allow_pickle=True if you trust where the file comes from."
+            f"{os.fspath(checkpoint)}: a network without the code that makes it is a pickle, and opening a pickle runs "
+            "whatever code is in it; give make= and a state dict, or allow_pickle=True if you trust where the file comes "
+            "from."
         )
     return _unpickle(Path(checkpoint)).eval()
 
@@ -53,8 +54,9 @@ def load_generator(
 def load_into(generator: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Load a state dict into `generator`, all of it; raises FileFormatError where it does not fit."""
     state = read_state_dict(checkpoint)
+    wanted = generator.state_dict()
     for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in generator.state_dict()):
+        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in wanted):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
         generator.load_state_dict(state)
@@ -70,8 +72,11 @@ def _unpickle(path: Path) -> nn.Module:
         with open(path, "rb") as file:  # opened once: what is in it runs once
             start = file.read(len(_TORCH))
             file.seek(0)
-            saved_by_torch = zipfile.is_zipfile(path) or start == _TORCH
-            content: Any = torch.load(file, map_location="cpu", weights_only=False) if saved_by_torch else pickle.load(file)
+            content: Any
+            if zipfile.is_zipfile(path) or start == _TORCH:
+                content = torch.load(file, map_location="cpu", weights_only=False)
+            else:
+                content = pickle.load(file)
     except ImportError as error:
         raise RewriteCoreError(
             f"{path} needs {error.name or error} to be opened; install it, or run where the code that the network was "

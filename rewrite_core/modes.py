@@ -41,7 +41,7 @@ def seeded(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeatable(module: nn.Module) -> Iterator[None]:
-    """:func:`evaluating`, :func:`seeded` and, whatever was compiled, eagerly: a compiled call has no hooks to stop at."""
+    """:func:`evaluating`, :func:`seeded` and eagerly, whatever was compiled: a compiled call has no hooks to stop at."""
     with evaluating(module), seeded(module), contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))

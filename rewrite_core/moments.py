@@ -120,7 +120,8 @@ class SecondMoment:
         if groups == 1:
             return self
         moment = SecondMoment(self.channels, self.layer, self.fingerprint)
-        moment._sum.copy_(torch.block_diag(*(rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))))
+        blocks = (rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))
+        moment._sum.copy_(torch.block_diag(*blocks))
         moment.count = self.count
         return moment
 

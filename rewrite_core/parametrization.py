@@ -59,7 +59,8 @@ def attach(bound: BoundLayer, directions: Tensor, coefficients: Tensor) -> LowRa
     computed = bound._layer.computed
     if computed is not None and not isinstance(computed, Parametrized):
         raise MismatchError(
-            f"The weight of {bound.name!r} is computed by a hook or a method, which torch cannot parametrize; use apply()."
+            f"The weight of {bound.name!r} is computed by a hook or a method, which torch cannot parametrize; use "
+            "apply()."
         )
     change = LowRankChange(bound, directions, coefficients)
     with evaluating(bound.module):  # registering computes once, and spectral norm iterates in train mode

@@ -20,7 +20,8 @@ from .directions import (
 )  # fmt: skip
 from .editing import Edit
 from .errors import (
-    FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning,
+    FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
+    UnderdeterminedWarning,
 )  # fmt: skip
 from .families import Box, Capture, window
 from .files import load_record, save_record
@@ -428,8 +429,8 @@ class Rewrite:
     # --- in the forms that other tools take
 
     def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Tensor]:
-        """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator is
-        left as it is.
+        """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator
+        is left as it is.
 
         A weight that was computed (spectral norm, parametrizations) is in it under its plain name, as it is used: load
         it into the generator with that norm left out. Otherwise it loads where the original did.
@@ -456,8 +457,9 @@ class Rewrite:
     def lora(self) -> tuple[Tensor, Tensor]:
         """The change as a LoRA-style pair (A, B), with B A = Lambda D and no further scale.
 
-        Of a linear layer A is D, [R, I], and B is Lambda, [O, R]. Of a convolution with t taps A is [R t, I, *kernel], as
-        the weight of a convolution like the layer's, and B [O, R t, 1, ...], of one by one after it: rank R for 1x1 layers.
+        Of a linear layer A is D, [R, I], and B is Lambda, [O, R]. Of a convolution with t taps A is [R t, I, *kernel],
+        the weight of a convolution like the layer's, and B [O, R t, 1, ...], of a 1x1 one after it: rank R for 1x1
+        layers.
 
         Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
         """
@@ -791,8 +793,9 @@ def insert(
     progress: bool = False,
     backend: str = "auto",
 ) -> Rewrite:
-    """Insert key -> value pairs directly (paper, eq. 6 to 9), without pictures: the rank-R change of a linear or 1x1 layer
-    that makes its output at `keys` come out as `values`. The language-model case: keys and values are vectors at tokens.
+    """Insert key -> value pairs directly (paper, eq. 6 to 9), without pictures: the rank-R change of a linear or 1x1
+    layer that makes its output at `keys` come out as `values`. The language-model case: keys and values are vectors at
+    tokens.
 
     Args:
         keys: rows [n, I], such as ``layer.keys(z)[0].T[positions]``.

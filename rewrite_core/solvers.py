@@ -98,7 +98,8 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
     if math.prod(layer.kernel_size) == 1:
         axes = max(1, len(layer.kernel_size))
         with torch.no_grad():
-            scales = layer.linear(weight.new_ones(1, 1, *[2] * axes), weight.new_ones(1, 1, *layer.kernel_size)).double()
+            ones = weight.new_ones(1, 1, *[2] * axes), weight.new_ones(1, 1, *layer.kernel_size)
+            scales = layer.linear(*ones).double()
         scale = scales.flatten()[0]
         if scales.shape[2:] == (2,) * axes and (scales == scale).all():
             rows, moment = directions.double(), moment.to(weight.device)
@@ -132,15 +133,14 @@ def _fit_inputs(problem: Problem, group: int = 0) -> dict:
     The penalty holds demodulation at its value without the change, as a preserve term quadratic in Lambda must.
     """
     after = problem.layer.post_operation(problem.capture)
-    key, weight, rows = problem.capture.key, problem.weight, problem.directions
-    own = slice(None)
+    key, weight, rows, own = problem.capture.key, problem.weight, problem.directions, slice(None)
     if problem.layer.groups > 1:  # a group sees its own input channels alone
         inputs, outputs = (count // problem.layer.groups for count in (rows.shape[1], len(weight)))
-        own = slice(group * outputs, (group + 1) * outputs)
-        rows = F.pad(rows[:, group * inputs : (group + 1) * inputs], (group * inputs, rows.shape[1] - (group + 1) * inputs))
+        own, seen = slice(group * outputs, (group + 1) * outputs), slice(group * inputs, (group + 1) * inputs)
+        key, weight, rows = key[:, seen], weight[own, seen], rows[:, seen]
     with torch.no_grad():
         basis = basis_maps(problem.layer, key, rows)[0].flatten(1)
-        base = problem.layer.linear(key, weight)[0].flatten(1)[own]
+        base = problem.layer.linear(key, weight)[0].flatten(1)
     shape = problem.target.shape
     shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
     arguments = {
@@ -208,7 +208,8 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
         **arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend
     )
     solutions = []
-    for problem, i in zip(problems, torch.arange(len(inputs)).split(groups)):
+    for number, problem in enumerate(problems):
+        i = slice(number * groups, (number + 1) * groups)
         coefficients = fit.coefficients[i].reshape(problem.coefficient_shape)
         if not torch.isfinite(coefficients).all():
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")

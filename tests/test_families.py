@@ -210,3 +210,28 @@ def test_nothing_keeps_the_generator_alive(kind):
     del generator, layer, change
     gc.collect()
     assert alive() is None and owner() is None and math.isfinite(loose.final_loss)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
+    ("old_weight_norm", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan3", "L1"),
+])  # fmt: skip
+def test_what_was_compiled_follows_a_change(kind, name):
+    """Folding takes hooks off and puts methods in, which code compiled before must notice."""
+    torch._dynamo.reset()
+    make, forward = KINDS[kind]
+    generator, z = make().eval(), latents()
+    compiled = torch.compile(generator, backend="eager")
+
+    def run(module):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return (forward or (lambda g, z: g(z)))(module, z)
+
+    before = run(compiled)
+    assert torch.equal(before, run(generator))
+    layer = rc.bind(compiled, name, forward)
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    with rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", tight=False):
+        assert relative(run(compiled), run(generator)) < 1e-6 and relative(run(compiled), before) > 1e-3
+    assert torch.equal(run(compiled), before)

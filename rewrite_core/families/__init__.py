@@ -14,8 +14,8 @@ from .stylegan3 import StyleGAN3Layer
 from .transformers import Conv1DLayer
 
 FAMILIES: tuple[type[LayerFamily], ...] = (
-    StyleGAN2Layer, NvidiaStyleGAN2Layer, StyleGAN3Layer, EqualisedConvLayer, FusedUpsampleLayer, BigGANLayer, ProgGANLayer,
-    DiffusersLayer, Conv1DLayer, ConvLayer,
+    StyleGAN2Layer, NvidiaStyleGAN2Layer, StyleGAN3Layer, EqualisedConvLayer, FusedUpsampleLayer, BigGANLayer,
+    ProgGANLayer, DiffusersLayer, Conv1DLayer, ConvLayer,
 )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """BigGAN generators (Brock, Donahue, Simonyan, ICLR 2019, arXiv 1809.11096): spectrally normalised convolutions, and
 conditional batch normalisation between them.
 
-Where torch's own spectral norm does it, by hook or parametrization, the layers are plain convolutions and ``weights.py``
-folds their weight. Here are those whose forward calls a method for its normalised weight: SNConv2d and SNLinear. The value
-is the convolution's output; the class-conditional normalisation that follows belongs to the next layer's key. Class labels
-go in through ``forward``.
+Where torch's own spectral norm does it, by hook or parametrization, the layers are plain convolutions and
+``weights.py`` folds their weight. Here are those whose forward calls a method for its normalised weight: SNConv2d and
+SNLinear. The value is the convolution's output; the class-conditional normalisation that follows belongs to the next
+layer's key. Class labels go in through ``forward``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Diffusion UNets and VAE decoders of the ``diffusers`` package: the convolutions of its resnet, up- and downsampling blocks.
+"""Diffusion UNets and VAE decoders of the ``diffusers`` package: convolutions in its resnet, up- and downsampling blocks.
 
-They are plain convolutions, and bind as such; the family says which are which. What differs is the call. A decoder is bound
-by itself, or with ``forward=lambda vae, z: vae.decode(z).sample``. A UNet is run at many timesteps: its keys are pooled over
-them by giving each row of latents a timestep of its own, for instance in one more channel,
+They are plain convolutions, and bind as such; the family says which are which. What differs is the call. A decoder is
+bound by itself, or with ``forward=lambda vae, z: vae.decode(z).sample``. A UNet is run at many timesteps: its keys are
+pooled over them by giving each row of latents a timestep of its own, for instance in one more channel,
 
     forward=lambda unet, z: unet(z[:, :-1], z[:, -1].mean((1, 2))).sample
 

@@ -71,8 +71,8 @@ def as_drawn_next(device: torch.device) -> Iterator[None]:
 def resample(
     x: Tensor, taps: Tensor | None, up: int = 1, down: int = 1, pad: tuple[int, ...] = (0, 0, 0, 0), gain: float = 1.0
 ) -> Tensor:
-    """Inserts zeros between pixels, pads (left, right, top, bottom; negative crops), filters every channel by itself and
-    keeps each `down`-th pixel: x [N, C, H, W], taps [t] (separable), [t, t] or None, times `gain`."""
+    """Inserts zeros between pixels, pads (left, right, top, bottom; negative crops), filters every channel by itself
+    and keeps each `down`-th pixel: x [N, C, H, W], taps [t] (separable), [t, t] or None, times `gain`."""
     if up > 1:
         wide = x.new_zeros(*x.shape[:2], x.shape[2] * up, x.shape[3] * up)
         wide[:, :, ::up, ::up] = x

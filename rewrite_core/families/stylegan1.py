@@ -1,8 +1,9 @@
-"""StyleGAN generators (Karras, Laine, Aila, *A Style-Based Generator Architecture for GANs*, CVPR 2019, arXiv 1812.04948).
+"""StyleGAN generators: Karras, Laine, Aila, *A Style-Based Generator Architecture for Generative Adversarial Networks*,
+CVPR 2019 (arXiv 1812.04948).
 
 Their weights are equalised: stored at unit variance, and multiplied with a constant as they are used. What is edited is
-the stored weight, so that an edited state dict loads where the original did; the constant is part of the linear operator.
-Noise, leaky ReLU and AdaIN follow. AdaIN normalises over the map, so the value is the convolution's own output.
+the stored weight, so that an edited state dict loads where the original did; the constant is part of the linear
+operator. Noise, leaky ReLU and AdaIN follow. AdaIN normalises over the map, so the value is the convolution's output.
 """
 
 from __future__ import annotations

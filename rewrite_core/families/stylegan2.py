@@ -398,8 +398,8 @@ class StyleGAN2Layer(ModulatedLayer):
             return "it is a modulated convolution that downsamples, which no StyleGAN2 generator has"
         if self._styled is not None and not (hasattr(self._styled.activate, "bias") and hasattr(self._styled, "noise")):
             return f"{type(self._styled).__name__} is not StyleGAN2's noise, bias and leaky ReLU"
-        reason = super().refusal()
-        return reason or (None if self.weight.ndim == 5 else f"its weight has shape {list(self.weight.shape)}, not [1, O, I, k, k]")
+        reason, shape = super().refusal(), list(self.weight.shape)
+        return reason or (None if len(shape) == 5 else f"its weight has shape {shape}, not [1, O, I, k, k]")
 
     @property
     def site(self) -> nn.Module:

@@ -1,8 +1,8 @@
 """StyleGAN2 generators whose layers call a functional ``modulated_conv2d``, fused or not, with float16 layers.
 
-A SynthesisLayer or ToRGBLayer holds weight [O, I, k, k], ``affine`` (latent -> style) and a bias. It adds noise, and ends
-with bias, leaky ReLU, gain and a clamp. A float16 layer normalises weight and style first, which the demodulation undoes:
-its key carries the normalised style, in float32.
+A SynthesisLayer or ToRGBLayer holds weight [O, I, k, k], ``affine`` (latent -> style) and a bias. It adds noise, and
+ends with bias, leaky ReLU, gain and a clamp. A float16 layer normalises weight and style first, which the demodulation
+undoes: its key carries the normalised style, in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SLOPES = {"linear": 1.0, "lrelu": 0.2, "relu": 0.0}
 
 
 class NvidiaStyleGAN2Layer(ModulatedLayer):
-    """A SynthesisLayer (its value: after noise, bias, leaky ReLU, gain and clamp) or a ToRGBLayer (after bias and clamp)."""
+    """A SynthesisLayer (its value: after noise, bias, leaky ReLU, gain, clamp) or a ToRGBLayer (after bias, clamp)."""
 
     name = "stylegan2_nvidia"
 

@@ -1,9 +1,9 @@
-"""StyleGAN3 generators: Karras, Aittala, Laine, Härkönen, Hellsten, Lehtinen, Aila, *Alias-Free Generative Adversarial
-Networks*, NeurIPS 2021 (arXiv 2106.12423).
+"""StyleGAN3 generators: Karras, Aittala, Laine, Härkönen, Hellsten, Lehtinen, Aila, *Alias-Free Generative
+Adversarial Networks*, NeurIPS 2021 (arXiv 2106.12423).
 
-A SynthesisLayer normalises weight and style (which its demodulation undoes), scales the input by a constant gain, and ends
-with a leaky ReLU at a higher resolution between two filters, which couples pixels. So the value is taken before that, at
-the demodulated convolution, where everything is per channel and "lm" applies.
+A SynthesisLayer normalises weight and style (which its demodulation undoes), scales the input by a constant gain, and
+ends with a leaky ReLU at a higher resolution between two filters, which couples pixels. So the value is taken before
+that, at the demodulated convolution, where everything is per channel and "lm" applies.
 """
 
 from __future__ import annotations
