@@ -19,8 +19,10 @@ from .errors import (
 )
 from .families import load_proggan, load_stylegan2
 from .latents import sample_latents
+from .loading import load_generator
 from .moments import SecondMoment, collect_second_moment
-from .rewriting import Rewrite, erase, load_rewrite, rewrite, rewrite_many, zero
+from .parametrization import LowRankChange
+from .rewriting import Rewrite, erase, insert, load_rewrite, rewrite, rewrite_many, zero
 from .search import SearchResult, search
 from .version import __version__
 
@@ -30,6 +32,7 @@ __all__ = [
     "Edit",
     "FileFormatError",
     "LayerInfo",
+    "LowRankChange",
     "MaskError",
     "MismatchError",
     "NonFiniteError",
@@ -52,7 +55,9 @@ __all__ = [
     "context_keys",
     "erase",
     "explain",
+    "insert",
     "list_layers",
+    "load_generator",
     "load_proggan",
     "load_rewrite",
     "load_stylegan2",

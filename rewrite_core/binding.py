@@ -1,42 +1,31 @@
 """Binding: reach one layer of a generator without touching the generator.
 
-A bound layer gives the *key* (the feature vector that the convolution really multiplies), the *value*
-(the layer's output) and the editable weight as [O, I, kh, kw]. The forward pass stops at the layer.
+A bound layer gives the *key* (the feature vector that the layer's weight really multiplies), the *value*
+(the layer's output) and the editable weight as [O, I, *kernel]. The forward pass stops at the layer. A *map* has the
+axes that the layer's data has: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .errors import RewriteCoreError, UnknownLayerError
-from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation
+from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation, family_names
 from .fingerprints import Trace, Traced
 from .latents import for_generator
+from .modes import repeatable
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 class _Stop(BaseException):
     """Ends a forward pass at the bound layer. Not an Exception, so that no generator swallows it."""
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the duration; every submodule's own flag is restored afterwards."""
-    flags = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
 
 
 def _call(generator: nn.Module, latents: Tensor) -> Tensor:
@@ -47,7 +36,8 @@ class BoundLayer:
     """One editable layer of a generator; make it with :func:`bind`.
 
     Attributes: ``generator``, ``name`` (path of the module that owns the weight), ``family``,
-    ``in_channels``, ``out_channels``, ``kernel_size``.
+    ``in_channels``, ``out_channels``, ``kernel_size``, ``groups`` (of a grouped convolution; its weight is given as the
+    dense one, [O, I, *kernel], with zeros between groups, and what a change has there is not used).
     """
 
     def __init__(self, generator: nn.Module, layer: LayerFamily, forward: Forward | None = None):
@@ -57,6 +47,7 @@ class BoundLayer:
         self._traced: Traced | None = None
         self.name = layer.path
         self.family = layer.name
+        self.groups = layer.groups
         self.out_channels, self.in_channels, *self.kernel_size = layer.canonical(layer.weight).shape
 
     def __repr__(self) -> str:
@@ -69,43 +60,68 @@ class BoundLayer:
         return self._layer.module
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the generator stores it, in its own layout."""
+    def parameter(self) -> Tensor:
+        """The weight that the generator uses, in its own layout: a parameter, but for one that is computed (spectral
+        norm, parametrizations) and not folded by a rewrite, which is a tensor."""
         return self._layer.weight
 
     @property
     def weight(self) -> Tensor:
-        """The weight as [O, I, kh, kw] (detached view)."""
+        """The weight as [O, I, *kernel] (detached; a view, but for grouped convolutions and computed weights)."""
         return self._layer.canonical(self._layer.weight.detach())
 
     def to_native(self, weight: Tensor) -> Tensor:
-        """A weight [O, I, kh, kw] in the layout the generator stores."""
+        """A weight [O, I, *kernel] in the layout the generator stores."""
         return self._layer.native(weight)
+
+    def fold(self) -> None:
+        """Where the weight is computed (spectral norm, parametrizations), make it a parameter with what is computed."""
+        if self._layer.computed is not None:
+            self._layer.computed.fold()
+
+    def unfold(self) -> None:
+        """Undo :meth:`fold`, bit for bit; what has become of the parameter is lost."""
+        if self._layer.computed is not None:
+            self._layer.computed.unfold()
 
     def capture(self, latents: Tensor) -> Capture:
         """Run the generator up to the layer: the key map and what else the value depends on.
 
         Of a layer that runs more than once in a forward pass this is the first run, as nothing after it is reached.
+        Noise that the generator draws is the same in every call on as many latents.
         """
         caught: list[Capture] = []
         run_to([self], latents, lambda number, capture: caught.append(capture))
         return caught[0]
 
+    def capture_each(self, latents: Tensor) -> Capture:
+        """:meth:`capture` with one map per latent.
+
+        Raises RewriteCoreError where the layer sees more or fewer of them, so that none can be told apart.
+        """
+        capture = self.capture(latents)
+        if len(capture.key) != len(latents):
+            raise RewriteCoreError(
+                f"{self.name!r} sees {len(capture.key)} maps for {len(latents)} latents, so it is not known whose is "
+                "whose; give a `forward` that runs it once per latent (such as one without guidance), or another layer."
+            )
+        return capture
+
     def keys(self, latents: Tensor) -> Tensor:
-        """Key maps [N, I, h, w] of latents [N, ...]."""
-        return self.capture(latents).key
+        """Key maps [N, I, *map] of latents [N, ...]."""
+        return self.capture_each(latents).key
 
     def values(self, latents: Tensor) -> Tensor:
-        """Value maps [N, O, H, W] of latents [N, ...]."""
+        """Value maps [N, O, *map] of latents [N, ...]."""
         with torch.no_grad():
-            return self.value(self.capture(latents))
+            return self.value(self.capture_each(latents))
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        """The layer's linear operator on key [N, I', h, w] with weight [O', I', kh, kw]."""
+        """The layer's linear operator on key [N, I', *map] with weight [O', I', *kernel]."""
         return self._layer.linear(key, weight)
 
     def value(self, capture: Capture, weight: Tensor | None = None) -> Tensor:
-        """The value of a capture under `weight` [O, I, kh, kw] (default: the current one), differentiable."""
+        """The value of a capture under `weight` [O, I, *kernel] (default: the current one), differentiable."""
         weight = self.weight if weight is None else weight
         return self._layer.value(capture, weight.to(capture.key.dtype))  # under autocast, not the weight's own
 
@@ -135,7 +151,7 @@ class BoundLayer:
 
             handle = self._layer.site.register_forward_hook(swap)
         try:
-            with torch.no_grad(), _evaluating(self.generator):
+            with torch.no_grad(), repeatable(self.generator):
                 return self._forward(self.generator, for_generator(latents, self.generator))
         finally:
             if handle is not None:
@@ -195,7 +211,7 @@ def run_to(
         handles.append(layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True))
     first = layers[0]
     try:
-        with torch.no_grad(), _evaluating(first.generator):
+        with torch.no_grad(), repeatable(first.generator):
             first._forward(first.generator, for_generator(latents, first.generator))
     except _Stop:
         pass
@@ -226,9 +242,30 @@ def check_together(layers: Sequence[BoundLayer]) -> None:
         raise RewriteCoreError(f"A layer is given twice in {names}; give each one once.")
 
 
+def _unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
+    """What is inside torch.compile, DataParallel and the like, which share its weights, and a layer's name in there."""
+    if not isinstance(generator, nn.Module):
+        raise RewriteCoreError(f"bind needs a torch.nn.Module, not {type(generator).__name__}.")
+    while True:
+        wrapped = {
+            "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
+        }.get(type(generator).__name__)  # fmt: skip
+        if not isinstance(getattr(generator, wrapped or "", None), nn.Module):
+            break
+        generator, name = getattr(generator, wrapped), name.removeprefix(f"{wrapped}.")
+    if isinstance(generator, torch.jit.ScriptModule):
+        raise RewriteCoreError(
+            "A scripted or traced generator runs without Python and cannot be stopped at a layer; bind the module that "
+            "it was made from, and load its state dict into that."
+        )
+    return generator, name
+
+
 def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
     found: dict[str, LayerFamily] = {}
-    for path, _ in generator.named_modules():
+    for path, module in generator.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         for family in FAMILIES:
             layer = family.recognise(generator, path)
             if layer is not None:
@@ -238,25 +275,35 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
     return found
 
 
+def _shared_with(generator: nn.Module, layer: LayerFamily) -> str | None:
+    """Another module that owns the layer's weight too."""
+    for name, module in generator.named_modules():
+        if module is not layer.module and any(tensor is layer.weight for tensor in module._parameters.values()):
+            return name
+    return None
+
+
 def bind(generator: nn.Module, name: str, forward: Forward | None = None, family: str | None = None) -> BoundLayer:
     """Bind one layer of `generator` for rewriting. Nothing in the generator is changed.
 
     Keys and values are those of the layer's first run in a forward pass; an edit of a layer that runs more than
-    once changes the other runs as well, which is why :func:`list_layers` leaves such layers out.
+    once changes the other runs as well, and one of a weight that another module shares changes that module, which is
+    why :func:`list_layers` leaves such layers out.
 
     Args:
-        generator: any torch module that makes images from latents.
+        generator: any torch module that makes images from latents. Of one in torch.compile, DataParallel or
+            DistributedDataParallel the module inside is bound, whose weights it shares.
         name: dotted path of the layer, as in ``generator.named_modules()``.
-        forward: ``forward(generator, latents) -> images`` where ``generator(latents)`` is not the right call.
-            Latents arrive on the device and in the precision of the generator's first weight.
+        forward: ``forward(generator, latents) -> images`` where ``generator(latents)`` is not the right call (labels,
+            truncation, timesteps). Latents arrive on the device and in the precision of the generator's first weight.
         family: insist on one family by name instead of recognising it.
 
     Raises:
         UnknownLayerError: no such layer, or not one that can be bound; suggests the nearest names.
+        RewriteCoreError: the generator is no module, or scripted.
     """
-    if not isinstance(generator, nn.Module):
-        raise RewriteCoreError(f"bind needs a torch.nn.Module, not {type(generator).__name__}.")
-    known = sorted({member.name for kind in FAMILIES for member in (kind, *kind.__subclasses__())})
+    generator, name = _unwrapped(generator, name)
+    known = sorted(family_names())
     if family is not None and family not in known:
         raise RewriteCoreError(f"There is no family {family!r}; choose from {known}, or leave it out.")
     try:
@@ -264,7 +311,9 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     except AttributeError:
         problem = f"The generator has no layer {name!r}"
     else:
-        layers = [layer for kind in FAMILIES if (layer := kind.recognise(generator, name)) is not None]
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        families = () if scripted else FAMILIES
+        layers = [layer for kind in families if (layer := kind.recognise(generator, name)) is not None]
         for layer in layers:
             if family is None or layer.name == family:
                 reason = layer.refusal()
@@ -274,25 +323,32 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
         if layers:
             found = " or ".join(dict.fromkeys(repr(layer.name) for layer in layers))
             raise UnknownLayerError(f"Layer {name!r} is of family {found}, not {family!r}; leave the family out.")
-        problem = f"Layer {name!r} is a {type(module).__name__}, not a convolution this library can bind"
+        if scripted:
+            problem = f"Layer {name!r} is scripted, and can only be bound as the Python module it was made from"
+        else:
+            problem = f"Layer {name!r} is a {type(module).__name__}, not a layer this library can bind"
     bindable = list(_bindable(generator))
     if not bindable:
-        raise UnknownLayerError(f"{problem}; it has no bindable convolution at all.")
+        advice = "only convolutions, linear layers and the families in the README can be bound"
+        if isinstance(generator, torch.fx.GraphModule):
+            advice = "bind the module that this graph was exported from"
+        raise UnknownLayerError(f"{problem}; it has no bindable layer at all, so {advice}.")
     near = difflib.get_close_matches(name, bindable, n=3, cutoff=0.3) or bindable[:3]
     raise UnknownLayerError(f"{problem}; did you mean {' or '.join(map(repr, near))}?")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """One bindable layer as :func:`list_layers` reports it. Map sizes are (height, width)."""
+    """One bindable layer as :func:`list_layers` reports it. Map sizes are (height, width), of a sequence (length,), of
+    a volume (depth, height, width)."""
 
     name: str
     family: str
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
-    key_size: tuple[int, int]
-    value_size: tuple[int, int]
+    key_size: tuple[int, ...]
+    value_size: tuple[int, ...]
     solver: str
 
 
@@ -301,8 +357,9 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
 
     `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
     L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown, and "lm" is refused. A layer that
-    runs more than once in a forward pass is left out, with a warning.
+    runs more than once in a forward pass, or shares its weight with another module, is left out, with a warning.
     """
+    generator, _ = _unwrapped(generator)
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
     captures: dict[str, Capture] = {}
     runs = dict.fromkeys(layers, 0)
@@ -316,7 +373,7 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
 
         handles.append(layer._layer.site.register_forward_pre_hook(catch, with_kwargs=True))
     try:
-        with torch.no_grad(), _evaluating(generator):
+        with torch.no_grad(), repeatable(generator):
             (forward or _call)(generator, for_generator(latents, generator)[:1])
     finally:
         for handle in handles:
@@ -328,6 +385,13 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
             warnings.warn(
                 f"Layer {path!r} is left out: it runs {runs[path]} times in a forward pass, and an edit of its weight "
                 "changes them all.",
+                stacklevel=2,
+            )
+            continue
+        other = _shared_with(generator, layer._layer)
+        if other is not None:
+            warnings.warn(
+                f"Layer {path!r} is left out: it shares its weight with {other!r}, which an edit would change as well.",
                 stacklevel=2,
             )
             continue

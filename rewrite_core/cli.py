@@ -30,23 +30,25 @@ from .demo.run import EDIT_SEED, run_demo, table
 from .directions import METHODS
 from .editing import Edit, Selection
 from .errors import RewriteCoreError
-from .files import atomic_write, read_state_dict, writable_path
+from .files import atomic_write, writable_path
 from .fingerprints import tensor_fingerprint
 from .latents import sample_latents
+from .loading import load_generator, load_into
 from .moments import SecondMoment, collect_second_moment
 from .rewriting import erase, load_rewrite, rewrite, zero
 from .search import search
 from .solvers import LOSSES, SOLVERS
 from .version import __version__
 
-CHAPELS = "chapels"
+CHAPELS, PICKLED = "chapels", "the pickled network"
 _GENERATOR_HELP = """
 generators:
   By default a command works on the embedded generator, "chapels". For your own, name a function that returns it:
     rewrite layers --generator my_module:make_generator --checkpoint weights.safetensors --latent-size 100
   `make_generator()` returns the torch module, and the checkpoint (a state dict: .pt, .pth, .safetensors or .npz, never
   unpickled beyond tensors) is loaded into it; or `make_generator(checkpoint)` takes the path itself, as
-  rewrite_core:load_proggan and rewrite_core:load_stylegan2 do. The generator is called with latents [N, SIZE], or
+  rewrite_core:load_proggan and rewrite_core:load_stylegan2 do. A pickled network is opened with --allow-pickle only, since
+  that runs whatever code is in it. The generator is called with latents [N, SIZE], or
   [N, 100, 1, 1] for --latent-size 100x1x1, and returns images in -1..1, or in what --range says.
 """
 
@@ -121,15 +123,16 @@ def _make_generator(spec: str, checkpoint: str | None) -> nn.Module:
     if next(generator.parameters(), None) is None:
         raise UsageError(f"{spec} returned a module without parameters, which has nothing to rewrite.")
     if checkpoint and not required:
-        try:
-            generator.load_state_dict(read_state_dict(checkpoint))
-        except RuntimeError as error:
-            raise UsageError(f"{checkpoint} does not fit {spec}: {' '.join(str(error).split())[:300]}") from error
+        load_into(generator, checkpoint)
     return generator
 
 
 def _load_generator(options: argparse.Namespace) -> nn.Module:
     device = _device(options.device)
+    if options.generator == PICKLED:
+        if not options.checkpoint:
+            raise UsageError("--allow-pickle needs the pickled network, --checkpoint FILE.")
+        return load_generator(options.checkpoint, allow_pickle=True).to(device)
     if options.generator != CHAPELS:
         return _make_generator(options.generator, options.checkpoint).to(device).eval()
     if options.checkpoint:
@@ -266,7 +269,7 @@ def _layers(options: argparse.Namespace) -> None:
     rows = [head]
     for info in infos:
         key, value = ("x".join(map(str, size)) for size in (info.key_size, info.value_size))
-        kernel = "x".join(map(str, info.kernel_size))
+        kernel = "x".join(map(str, info.kernel_size)) or "1"
         channels = f"{info.in_channels} -> {info.out_channels}"
         rows.append((info.name, info.family, channels, kernel, key, value, info.solver))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -351,10 +354,9 @@ def _edit(options: argparse.Namespace) -> None:
     if options.state_dict:
         from safetensors.torch import save_file
 
-        with change:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.generator.state_dict().items()}
-            with atomic_write(options.state_dict) as partial:
-                save_file(state, partial)
+        state = {name: tensor.cpu().contiguous() for name, tensor in change.state_dict().items()}
+        with atomic_write(options.state_dict) as partial:
+            save_file(state, partial)
         print(f"edited state dict -> {options.state_dict}")
 
 
@@ -459,6 +461,10 @@ def _add_generator(parser: argparse.ArgumentParser, count: int | None) -> None:
     group = parser.add_argument_group("generator")
     group.add_argument("--generator", default=CHAPELS, metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
     group.add_argument("--checkpoint", metavar="FILE", help="state dict to load into it")
+    group.add_argument(
+        "--allow-pickle", dest="generator", action="store_const", const=PICKLED,
+        help="instead of --generator: the checkpoint is a pickled network, which runs any code in it as it is opened",
+    )  # fmt: skip
     group.add_argument("--latent-size", type=_size, metavar="SIZE", help="of one latent: 512, or 100x1x1 for [N, 100, 1, 1]")
     group.add_argument("--latents", choices=("normal", "uniform"), default="normal", help="uniform means -1..1")
     group.add_argument(

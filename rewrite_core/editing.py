@@ -28,9 +28,10 @@ def _mask_bytes(mask) -> np.ndarray:
     try:
         mask = np.asarray(mask)
     except ValueError as error:
-        raise MaskError(f"A mask is a two-dimensional [H, W] array, with rows of one length ({error}).") from error
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise MaskError(f"A mask is a two-dimensional [H, W] array, not one of shape {list(mask.shape)}.")
+        raise MaskError(f"A mask is an array with rows of one length ({error}).") from error
+    if not 1 <= mask.ndim <= 3 or 0 in mask.shape:
+        raise MaskError(f"A mask is an array [H, W], [L] or [D, H, W], not one of shape {list(mask.shape)}.")
+    mask = np.atleast_2d(mask)
     if mask.dtype == bool:
         return mask.astype(np.uint8) * 255
     if not (np.issubdtype(mask.dtype, np.floating) or np.issubdtype(mask.dtype, np.integer)):
@@ -40,12 +41,17 @@ def _mask_bytes(mask) -> np.ndarray:
     return np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
 
 
+def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+
+
 class Selection:
     """An area of one generated image.
 
     Args:
         index: row of the latents `z` that the edit is used with.
-        mask: [H, W], bool or numbers in 0..1, at any resolution. Stored in 8 bits, as the JSON does.
+        mask: [H, W], bool or numbers in 0..1, at any resolution. Stored in 8 bits, as the JSON does. Of a sequence (the
+            tokens at a linear layer) [L], which becomes [1, L]; of a volume [D, H, W], or [H, W] for all its slices.
 
     Raises:
         MaskError: wrong shape or type, values outside 0..1, or an empty mask.
@@ -62,20 +68,28 @@ class Selection:
 
     @property
     def mask(self) -> np.ndarray:
-        """The mask as drawn: float32 [H, W] in 0..1."""
+        """The mask as drawn: float32 [H, W] (or [D, H, W]) in 0..1."""
         return self._bytes.astype(np.float32) / 255
 
-    def area(self, size: tuple[int, int]) -> Tensor:
-        """The mask at a map's resolution: float32 [h, w], Pillow's BILINEAR filter as the reference uses.
+    def area(self, size: tuple[int, ...]) -> Tensor:
+        """The mask at a map's resolution: float32 [*size], Pillow's BILINEAR filter as the reference uses.
 
-        Raises MaskError where nothing of the mask is left at that size.
+        Raises MaskError where nothing of the mask is left at that size, or where it has other axes than the map.
         """
-        height, width = size
-        image = Image.fromarray(self._bytes).resize((width, height), Image.Resampling.BILINEAR)
-        area = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+        rows, *slices = self._bytes.shape[-2], *self._bytes.shape[:-2]
+        if (len(size) == 1 and (rows > 1 or slices)) or (len(size) == 2 and slices) or len(size) > 3:
+            raise MaskError(
+                f"The mask of selection {self.index} has shape {list(self._bytes.shape)} and the layer's map is "
+                f"{list(size)}; give a mask with the axes of that map."
+            )
+        height, width = (1, *size)[-2:]
+        planes = [_resized(plane, height, width) for plane in self._bytes.reshape(-1, *self._bytes.shape[-2:])]
+        if len(size) == 3:
+            planes = _resized(np.stack(planes).reshape(len(planes), -1), size[0], height * width)
+        area = torch.from_numpy(np.asarray(planes, dtype=np.float32) / 255).reshape(size)
         if not area.any():
             raise MaskError(
-                f"The mask of selection {self.index} vanishes on a {height}x{width} map; "
+                f"The mask of selection {self.index} vanishes on a {'x'.join(map(str, size))} map; "
                 "mark a larger area or choose a layer with a larger map."
             )
         return area
@@ -87,19 +101,21 @@ class Selection:
         return hash((self.index, self._bytes.tobytes()))
 
     def __repr__(self) -> str:
-        height, width = self._bytes.shape
-        return f"Selection({self.index}, {height}x{width} mask, {self.mask.mean():.1%} marked)"
+        size = "x".join(map(str, self._bytes.shape))
+        return f"Selection({self.index}, {size} mask, {self.mask.mean():.1%} marked)"
 
     def _to_json(self) -> list:
         buffer = io.BytesIO()
-        Image.fromarray(self._bytes).convert("RGB").save(buffer, format="png")
-        return [self.index, _URL_PREFIX + base64.b64encode(buffer.getvalue()).decode("ascii")]
+        planes = self._bytes.reshape(-1, self._bytes.shape[-1])
+        Image.fromarray(planes).convert("RGB").save(buffer, format="png")
+        record = [self.index, _URL_PREFIX + base64.b64encode(buffer.getvalue()).decode("ascii")]
+        return record if self._bytes.ndim == 2 else [*record, len(self._bytes)]  # slices one above the other
 
     @classmethod
     def _from_json(cls, record, field: str) -> Selection:
-        if not (isinstance(record, list) and len(record) == 2 and isinstance(record[1], str)):
+        if not (isinstance(record, list) and len(record) in (2, 3) and isinstance(record[1], str)):
             raise FileFormatError(f"{field!r} should hold [index, PNG data URL].")
-        index, url = record
+        index, url, *slices = record
         head, comma, data = url.partition(",")
         if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
             raise FileFormatError(f"The mask of {field!r} is not a base64 image data URL.")
@@ -110,6 +126,10 @@ class Selection:
             binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError,
         ) as error:  # fmt: skip
             raise FileFormatError(f"The mask of {field!r} cannot be decoded ({error}).") from error
+        if slices:
+            if type(slices[0]) is not int or slices[0] < 1 or len(pixels) % slices[0]:
+                raise FileFormatError(f"{field!r} says that its mask has {slices[0]!r} slices, which do not divide it.")
+            pixels = pixels.reshape(slices[0], -1, pixels.shape[-1])
         return cls(index, pixels.astype(np.float64) / 255)
 
 

@@ -67,7 +67,7 @@ class SecondMoment:
         return f"SecondMoment({self.channels} channels, {self.count} keys, layer={self.layer!r})"
 
     def update(self, features: Tensor, skip_nonfinite: bool = False) -> None:
-        """Add keys: [N, C, H, W] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
+        """Add keys: [N, C, *map] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
         With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
         Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
@@ -79,12 +79,14 @@ class SecondMoment:
         """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
         if not isinstance(features, Tensor):
             raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
-        if features.ndim not in (2, 4) or features.shape[1] != self.channels:
+        if features.ndim < 2 or features.shape[1] != self.channels:
             raise RewriteCoreError(
-                f"This second moment takes features [N, {self.channels}, H, W] or [N, {self.channels}], "
+                f"This second moment takes features [N, {self.channels}, *map] or [N, {self.channels}], "
                 f"not {list(features.shape)}."
             )
         features, skipped = features.detach(), 0
+        if features.ndim == 3 or features.ndim > 4:  # the operation reads images
+            features = features.flatten(2)[..., None]
         part = ops.second_moment(features)
         # the diagonal holds every channel's sum of squares: finite exactly when they are
         if skip_nonfinite and not torch.isfinite(part.diagonal()).all():
@@ -119,6 +121,17 @@ class SecondMoment:
                 )
             raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
         return self._sum / self.count
+
+    def within_groups(self, groups: int) -> SecondMoment:
+        """This moment with zeros between groups of channels: what bears on a grouped convolution, each of whose groups
+        has keys of its own. Itself for one group."""
+        if groups == 1:
+            return self
+        moment = SecondMoment(self.channels, self.layer, self.fingerprint)
+        blocks = (rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))
+        moment._sum.copy_(torch.block_diag(*blocks))
+        moment.count = self.count
+        return moment
 
     @property
     def standard_error(self) -> float:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .editing import Selection
 from .files import atomic_write
 from .latents import for_generator
+from .modes import seeded
 
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -32,14 +33,16 @@ def paint(
     span: tuple[float, float] = (-1.0, 1.0),
     progress: bool = False,
 ) -> Tensor:
-    """Pictures [N, C, H, W] in 0..1 of latents [N, ...], on whatever device and in whatever precision it works."""
+    """Pictures [N, C, H, W] in 0..1 of latents [N, ...], on whatever device and in whatever precision it works. Noise
+    that the generator draws is the same in every call."""
     pictures = []
     with (
         torch.inference_mode(),
         tqdm(total=len(latents), desc="paint", unit="img", disable=None if progress else True) as bar,
     ):
         for batch in latents.split(batch_size):
-            images = generator(for_generator(batch, generator))
+            with seeded(generator):
+                images = generator(for_generator(batch, generator))
             if not isinstance(images, Tensor):
                 raise TypeError(f"The generator returns a {type(images).__name__} and not images alone; wrap it.")
             pictures.append(to_unit(images, span))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
@@ -20,11 +22,13 @@ from .directions import (
 from .editing import Edit
 from .errors import (
     FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
+    UnderdeterminedWarning,
 )  # fmt: skip
-from .families import Box, Capture
+from .families import Box, Capture, window
 from .files import load_record, save_record
 from .fingerprints import tensor_fingerprint
 from .moments import SecondMoment
+from .parametrization import LowRankChange, attach
 from .solvers import (
     LOSSES, SOLVERS, Problem, combine, generic_second_moment, solve_adam, solve_lm, solve_projected,
     solve_unconstrained,
@@ -42,50 +46,47 @@ class Goal:
     """The keys of the pasted region and the value they should have (paper, figure 3)."""
 
     capture: Capture  # cropped to the region where tight
-    target: Tensor  # [1, O, H, W]
-    value: Tensor  # [1, O, H, W] of the whole map, to preview with BoundLayer.render
+    target: Tensor  # [1, O, *map]
+    value: Tensor  # [1, O, *map] of the whole map, to preview with BoundLayer.render
     box: Box | None  # of the value map; None for the whole map
 
 
 def bounding_box(area: Tensor) -> Box:
-    """The smallest box around the positive entries of area [H, W]."""
-    rows, columns = (area > 0).any(1).nonzero()[:, 0], (area > 0).any(0).nonzero()[:, 0]
-    return rows[0].item(), columns[0].item(), rows[-1].item() + 1, columns[-1].item() + 1
+    """The smallest box around the positive entries of area [*map]."""
+    places = (area > 0).nonzero()
+    return *places.amin(0).tolist(), *(places.amax(0) + 1).tolist()
 
 
-def _fit_boxes(box: Box, key_size: tuple[int, int], value_size: tuple[int, int]) -> tuple[Box, Box] | None:
+def _fit_boxes(box: Box, key_size: tuple[int, ...], value_size: tuple[int, ...]) -> tuple[Box, Box] | None:
     """The smallest box of the key map that covers `box` of the value map, and the value box it makes; None where
     one map's size is no multiple of the other's, so that no box of pixels matches a box of pixels."""
-    key_box, value_box = [0] * 4, [0] * 4
-    for axis in (0, 1):
+    axes = len(key_size)
+    key_box, value_box = [0] * 2 * axes, [0] * 2 * axes
+    for axis in range(axes):
         k, v = key_size[axis], value_size[axis]
         if v % k and k % v:
             return None
+        start, stop = box[axis], box[axis + axes]
         if v >= k:  # same size or upsampling, v / k value pixels to a key pixel
             ratio = v // k
-            key_box[axis], key_box[axis + 2] = box[axis] // ratio, min(k, -(-box[axis + 2] // ratio))
-            value_box[axis] = key_box[axis] * ratio
-            value_box[axis + 2] = min(v, key_box[axis + 2] * ratio)
+            key_box[axis], key_box[axis + axes] = start // ratio, min(k, -(-stop // ratio))
+            value_box[axis], value_box[axis + axes] = key_box[axis] * ratio, min(v, key_box[axis + axes] * ratio)
         else:
             ratio = k // v
-            value_box[axis], value_box[axis + 2] = box[axis], box[axis + 2]
-            key_box[axis], key_box[axis + 2] = box[axis] * ratio, min(k, box[axis + 2] * ratio)
+            value_box[axis], value_box[axis + axes] = start, stop
+            key_box[axis], key_box[axis + axes] = start * ratio, min(k, stop * ratio)
     return tuple(key_box), tuple(value_box)
 
 
 def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
     """Whether the layer's linear operator on a crop of its key is what it would be on the whole key with zeros
     outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
-    top, left, bottom, right = key_box
-    height, width = bottom - top, right - left
     options = {"dtype": torch.float64, "device": key.device}  # exact enough for any order of additions
-    part = torch.arange(1, height * width + 1, **options).reshape(1, 1, height, width)
     whole = torch.zeros(1, 1, *key.shape[2:], **options)
-    whole[:, :, top:bottom, left:right] = part
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
-    kernel = torch.arange(1, taps + 1, **options).reshape(1, 1, *layer.kernel_size)
-    top, left, bottom, right = value_box
-    wanted = layer.linear(whole, kernel)[:, :, top:bottom, left:right]
+    part = whole[window(key_box)]
+    part.copy_(torch.arange(1, part.numel() + 1, **options).reshape(part.shape))
+    kernel = torch.arange(1, math.prod(layer.kernel_size) + 1, **options).reshape(1, 1, *layer.kernel_size)
+    wanted = layer.linear(whole, kernel)[window(value_box)]
     try:
         found = layer.linear(part, kernel)
     except RuntimeError:  # torch: the crop is smaller than the kernel or than the padding
@@ -104,12 +105,11 @@ def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tupl
         )
     cropped = layer.crop(capture, *boxes)
     extra = {name: part.clone() for name, part in cropped.extra.items()}
-    top, left, bottom, right = boxes[1]
-    return Capture(cropped.key.clone(), extra), target[:, :, top:bottom, left:right].clone(), boxes[1]
+    return Capture(cropped.key.clone(), extra), target[window(boxes[1])].clone(), boxes[1]
 
 
 def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture, Tensor]:
-    capture = layer.capture(latent_of(selection, latents))
+    capture = layer.capture_each(latent_of(selection, latents))
     if not torch.isfinite(capture.key).all():
         raise NonFiniteError(
             f"The keys of {layer.name!r} hold NaN or infinity for latent {selection.index}; choose another picture."
@@ -136,17 +136,16 @@ def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tru
     size = tuple(value.shape[2:])
     _, copied = _capture_one(layer, edit.copy, latents)
     area = edit.copy.area(size).to(value)
-    top, left, bottom, right = bounding_box(area)
-    patch, area = copied[:, :, top:bottom, left:right], area[top:bottom, left:right]
-    paste_box = bounding_box(edit.paste.area(size))
+    axes, copy_box, paste_box = len(size), bounding_box(area), bounding_box(edit.paste.area(size))
+    patch, area = copied[window(copy_box)], area[window(copy_box)[2:]]
     place = []
     for axis, extent in enumerate(patch.shape[2:]):
-        centre = (paste_box[axis] + paste_box[axis + 2]) // 2
+        centre = (paste_box[axis] + paste_box[axis + axes]) // 2
         place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
-    box = (place[0], place[1], place[0] + patch.shape[2], place[1] + patch.shape[3])
+    box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
     target = value.clone()
-    window = target[:, :, box[0] : box[2], box[1] : box[3]]
-    window.copy_((1 - area) * window + area * patch if alpha else patch)
+    pasted = target[window(box)]
+    pasted.copy_((1 - area) * pasted + area * patch if alpha else patch)
     if not tight:
         return Goal(capture, target, target, None)
     cropped, part, box = _crop(layer, capture, target, box)
@@ -253,7 +252,7 @@ class Rewrite:
 
     Attributes:
         directions: D, [R, I], orthonormal rows.
-        coefficients: Lambda, [O, R, kh, kw].
+        coefficients: Lambda, [O, R, *kernel].
         losses: the loss before the first step, then one entry per step ("lm": before and after).
         final_loss: the loss of the finished change over the region it was fitted to, in float32 at least; None where
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
@@ -310,7 +309,7 @@ class Rewrite:
         return f"Rewrite({self.layer!r}, rank {self.rank}, {self.solver}{loss})"
 
     def weight_delta(self) -> Tensor:
-        """Lambda D, [O, I, kh, kw], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
+        """Lambda D, [O, I, *kernel], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
         return _delta(self.directions, self.coefficients)
 
     @property
@@ -372,6 +371,7 @@ class Rewrite:
                 f"With this rewrite the weight of {self.layer!r} would hold NaN or infinity in "
                 f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
             )
+        bound.fold()
         _write(bound, weight)
         rewrites = stack["rewrites"] | {self._id: record}
         setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rewrites))
@@ -409,6 +409,7 @@ class Rewrite:
             setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rest))
         else:
             delattr(bound.module, _STACK)
+            bound.unfold()
         return self
 
     @property
@@ -429,6 +430,72 @@ class Rewrite:
         inner = any(outer.module is bound.module for outer in self._entered)
         if not inner and self._is_on(bound):
             self.revert(bound)
+
+    # --- in the forms that other tools take
+
+    def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Tensor]:
+        """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator
+        is left as it is.
+
+        A weight that was computed (spectral norm, parametrizations) is in it under its plain name, as it is used: load
+        it into the generator with that norm left out. Otherwise it loads where the original did.
+
+        Arguments and errors are those of :meth:`apply`.
+        """
+        if generator is None and not self._layers:
+            raise MismatchError("This rewrite was loaded or copied; name the generator: state_dict(G).")
+        bound = self._bind(self._layers[-1] if generator is None else generator)
+        on, places = self._is_on(bound), list(self._layers)
+        if not on:
+            self.apply(bound, force)
+        try:
+            state = {key: value.detach().clone() for key, value in bound.generator.state_dict().items()}
+            name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
+        finally:
+            if not on:
+                self.revert(bound)
+                self._layers = places
+        prefix = f"{bound.name}." if bound.name else ""
+        state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}
+        return state | {f"{prefix}{name}": weight}
+
+    def lora(self) -> tuple[Tensor, Tensor]:
+        """The change as a LoRA-style pair (A, B), with B A = Lambda D and no further scale.
+
+        Of a linear layer A is D, [R, I], and B is Lambda, [O, R]. Of a convolution with t taps A is [R t, I, *kernel],
+        the weight of a convolution like the layer's, and B [O, R t, 1, ...], of a 1x1 one after it: rank R for 1x1
+        layers.
+
+        Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
+        """
+        if any(bound.groups > 1 for bound in self._layers):
+            raise SolverError(f"{self.layer!r} is a grouped convolution, which one pair of factors does not describe.")
+        kernel = self.coefficients.shape[2:]
+        taps = math.prod(kernel)
+        one_hot = torch.eye(taps, dtype=self.directions.dtype, device=self.directions.device)
+        a = torch.einsum("ri,st->rsit", self.directions, one_hot).reshape(self.rank * taps, -1, *kernel)
+        return a, self.coefficients.reshape(len(self.coefficients), -1, *[1] * len(kernel)).clone()
+
+    def parametrize(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> LowRankChange:
+        """Register the change as a ``torch.nn.utils.parametrize`` parametrization instead of applying it.
+
+        ``.enabled = False`` on what is returned switches it off, ``.remove()`` takes it off again;
+        ``torch.nn.utils.parametrize.remove_parametrizations`` leaves it in the weight for good.
+
+        Raises:
+            MismatchError: as :meth:`apply`; and for a weight that is computed by a hook or a method.
+        """
+        if generator is None and not self._layers:
+            raise MismatchError("This rewrite was loaded or copied; name the generator to change: parametrize(G).")
+        bound = self._bind(self._layers[-1] if generator is None else generator)
+        if self._is_on(bound):
+            raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
+        if not force and tensor_fingerprint(bound.weight) != self.fitted_to:
+            raise MismatchError(
+                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
+                "edits below it); apply those first, or pass force=True."
+            )
+        return attach(bound, self.directions, self.coefficients)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write directions and coefficients as safetensors, with the layer, the fingerprint of the weight they
@@ -466,7 +533,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         or not isinstance(edit, str | None)
     ):
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-    if directions.ndim != 2 or coefficients.ndim != 4 or coefficients.shape[1] != len(directions):
+    if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
         raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
     if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
         raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
@@ -538,6 +605,7 @@ def _checked(edits: Iterable[Edit]) -> list[Edit]:
 def _directions(layer, moment, edit, latents, rank, method, quantiles: UnitQuantiles | None) -> Tensor:
     # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
     keys, weights = context_keys(layer, edit.keys, latents, inside_only=method != "units")
+    moment = moment.within_groups(layer.groups)
     return context_directions(moment, keys, weights, rank=rank, method=method, quantiles=quantiles)
 
 
@@ -546,9 +614,9 @@ def _quantiles(layer, latents, method, progress) -> UnitQuantiles | None:
 
 
 def _change(
-    layer: BoundLayer, edit: Edit, directions: Tensor, coefficients: Tensor, fitted_to: str, **details
+    layer: BoundLayer, edit: Edit | None, directions: Tensor, coefficients: Tensor, fitted_to: str, **details
 ) -> Rewrite:
-    """A change of `layer`, in float32 at least."""
+    """The change of `layer`, in float32 at least."""
     if not torch.isfinite(coefficients).all():
         raise NonFiniteError(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
@@ -737,6 +805,80 @@ def erase(
     )[0]  # fmt: skip
 
 
+def insert(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    context: Tensor | None = None,
+    weights: Tensor | None = None,
+    rank: int = 1,
+    solver: str = "lm",
+    loss: str = "l2",
+    method: str = "whitened",
+    preserve: float = 0.0,
+    steps: int = 2001,
+    lr: float = 0.05,
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Insert key -> value pairs directly (paper, eq. 6 to 9), without pictures: the rank-R change of a linear or 1x1
+    layer that makes its output at `keys` come out as `values`. The language-model case: keys and values are vectors at
+    tokens.
+
+    Args:
+        keys: rows [n, I], such as ``layer.keys(z)[0].T[positions]``.
+        values: rows [n, O], what the layer should put out there, bias included.
+        context: rows [m, I] that say where the rule applies, reduced to `rank` directions; by default `keys`.
+        weights: of the rows that directions are made of, [m]; default 1.
+        rank: R. With rank n, or with n = 1, and independent keys the values are met exactly.
+        solver: "lm" (exact for "l2") or "adam". The others are those of :func:`rewrite`; preserve needs a linear or 1x1
+            layer's second moment and nothing else.
+
+    Raises:
+        SolverError: the layer's output at a position depends on more than the key there.
+        RewriteCoreError: shapes that do not fit. MismatchError, RankError, NonFiniteError: as their names say.
+    """
+    if solver not in ("lm", "adam"):
+        raise SolverError(f"insert has the solvers 'lm' and 'adam', not {solver!r}.")
+    if loss not in LOSSES:
+        raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
+    if not layer._layer.pointwise:
+        raise SolverError(
+            f"{layer.name!r} does not compute its value from one key vector (it has a kernel, a stride, padding or a "
+            "style); use rc.rewrite with selections there, or insert at a linear or 1x1 layer."
+        )
+    clock = _Clock()
+    with _plain_arithmetic(layer):
+        moment.check(layer)
+        for name, rows, channels in (("keys", keys, layer.in_channels), ("values", values, layer.out_channels)):
+            if rows.ndim != 2 or rows.shape[1] != channels or len(rows) != len(keys) or len(rows) == 0:
+                raise RewriteCoreError(f"{name} must be rows [{len(keys)}, {channels}], not {list(rows.shape)}.")
+            if not torch.isfinite(rows).all():
+                raise NonFiniteError(f"The {name} hold NaN or infinity.")
+        with clock.stage("directions"):
+            own = moment.within_groups(layer.groups)
+            rows = context_directions(own, keys if context is None else context, weights, rank=rank, method=method)
+        dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+        place = {"device": layer.parameter.device, "dtype": dtype}
+        axes = [1] * (len(layer.kernel_size) - 1)
+        maps = [part.detach().to(**place).T.reshape(1, part.shape[1], -1, *axes) for part in (keys, values)]
+        directions, generic = rows.to(**place), None
+        if preserve:
+            generic = generic_second_moment(layer, directions, keys[:0], moment.matrix())
+        problem = Problem(layer, Capture(maps[0]), maps[1], directions, loss, float(preserve), generic)
+        with clock.stage("fit"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnderdeterminedWarning)  # to meet the values is the point here
+            solution = solve_lm([problem], backend)[0] if solver == "lm" else solve_adam(problem, steps, lr, progress)
+        with clock.stage("check"):
+            fitted_to = tensor_fingerprint(layer.weight)
+        return _change(
+            layer, None, directions, solution.coefficients, fitted_to, solver=solution.solver, losses=solution.losses,
+            final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds),
+        )  # fmt: skip
+
+
 def zero(
     layer: BoundLayer,
     moment: SecondMoment,
@@ -762,6 +904,11 @@ def zero(
             quantiles = _quantiles(watched, latents, method, progress=False)
             rows = _directions(watched, moment, edit, latents, rank, method, quantiles)
         weight = layer.weight.double()
+        change = amount * torch.ones_like(weight) - weight
         rows = rows.to(weight.device)
-        coefficients = torch.einsum("oiyx,ri->oryx", amount * torch.ones_like(weight) - weight, rows)
+        parts = zip(change.chunk(layer.groups), rows.chunk(layer.groups, 1))
+        coefficients = torch.cat([  # a group has its own part of the directions, orthonormal where it is all of them
+            torch.einsum("oi...,ir->or...", part.unflatten(1, (layer.groups, -1))[:, j], torch.linalg.pinv(own))
+            for j, (part, own) in enumerate(parts)
+        ])  # fmt: skip
         return _change(layer, edit, rows, coefficients, fitted_to, solver="zero", seconds=clock.seconds)

@@ -23,7 +23,7 @@ class SearchResult:
     """The best matches, best first.
 
     indices: int64 [k], rows of the latents. scores: float [k], the highest match in each image.
-    heatmaps: float [k, h, w], the match C^-1 k* . k at every position of the key map.
+    heatmaps: float [k, *map], the match C^-1 k* . k at every position of the key map.
     level: the 99.9 % quantile of the match over all images, or over a random sample of 4 million positions where
         there are more: where the reference's interface draws its outline.
     """
@@ -71,7 +71,7 @@ def search(
 
     def consume(keys: Tensor, done: int) -> None:
         nonlocal scores, indices, heatmaps
-        heat = torch.einsum("nihw,i->nhw", keys.float(), key.to(keys.device).float()).cpu()
+        heat = torch.einsum("ni...,i->n...", keys.float(), key.to(keys.device).float()).cpu()
         if not torch.isfinite(heat).all():
             raise NonFiniteError("The match is NaN or infinite; leave those images out.")
         values, share = heat.flatten(), len(heat) * _LEVEL_POSITIONS // len(latents)
@@ -80,7 +80,7 @@ def search(
         sample.append(values)
         rows = torch.arange(done - len(heat), done, device="cpu")
         heatmaps = heat if heatmaps is None else torch.cat([heatmaps, heat])
-        scores, indices = torch.cat([scores, heat.amax((1, 2))]), torch.cat([indices, rows])
+        scores, indices = torch.cat([scores, heat.flatten(1).amax(1)]), torch.cat([indices, rows])
         keep = scores.argsort(descending=True, stable=True)[:top]
         scores, indices, heatmaps = scores[keep], indices[keep], heatmaps[keep]
 

@@ -59,7 +59,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """coefficients [O, R, kh, kw]; losses: before the first step, then one per step; solver: what ran; status: how many
+    """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; status: how many
     output channels ended how ("lm"), or ran as what ("projected", "unconstrained": "fused" or "autograd")."""
 
     coefficients: Tensor
@@ -71,19 +71,19 @@ class Solution:
 
 
 def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
-    """Lambda D: [O, R, kh, kw] and [R, I] -> [O, I, kh, kw]."""
-    return torch.einsum("oryx,ri->oiyx", coefficients, directions)
+    """Lambda D: [O, R, *kernel] and [R, I] -> [O, I, *kernel]."""
+    return torch.einsum("or...,ri->oi...", coefficients, directions)
 
 
 def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
-    """The maps u that a rank-R change enters through: [N, R kh kw, H, W] for keys [N, I, h, w].
+    """The maps u that a rank-R change enters through: [N, R kh kw, *map'] for keys [N, I, *map].
 
     u[(r, y, x)] is the layer's linear operator on the single map D[r] . k with the kernel that is one at
     (y, x), so that linear output = base + Lambda u for strided, transposed and blurred layers alike.
     """
-    maps = torch.einsum("ri,nihw->nrhw", directions.to(key.dtype), key)
+    maps = torch.einsum("ri,ni...->nr...", directions.to(key.dtype), key)
     n, rank = maps.shape[:2]
-    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    taps = math.prod(layer.kernel_size)
     kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *layer.kernel_size)
     out = layer.linear(maps.reshape(n * rank, 1, *maps.shape[2:]), kernels)
     return out.reshape(n, rank * taps, *out.shape[2:])
@@ -93,20 +93,26 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
     """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises.
 
     A 1x1 layer (stride 1, no padding) has it exactly, D C D^T; others estimate it from the images of `latents`.
+    Raises SolverError for a grouped layer, which has as many of these as groups.
     """
+    if layer.groups > 1:
+        raise SolverError(f"{layer.name!r} is a grouped convolution, which has no preserve term; use preserve=0.")
     weight = layer.weight
-    if layer.kernel_size == [1, 1]:
+    if math.prod(layer.kernel_size) == 1:
+        axes = max(1, len(layer.kernel_size))
         with torch.no_grad():
-            scales = layer.linear(weight.new_ones(1, 1, 2, 2), weight.new_ones(1, 1, 1, 1)).double()
-        if scales.shape[2:] == (2, 2) and (scales == scales[0, 0, 0, 0]).all():
+            ones = weight.new_ones(1, 1, *[2] * axes), weight.new_ones(1, 1, *layer.kernel_size)
+            scales = layer.linear(*ones).double()
+        scale = scales.flatten()[0]
+        if scales.shape[2:] == (2,) * axes and (scales == scale).all():
             rows, moment = directions.double(), moment.to(weight.device)
-            return scales[0, 0, 0, 0].square() * rows @ moment @ rows.T
+            return scale.square() * rows @ moment @ rows.T
     total, count = None, 0
     with torch.no_grad():
         for batch in latents.split(8):
             basis = basis_maps(layer, layer.keys(batch), directions)
-            total = ops.second_moment(basis, out=total)
-            count += basis.shape[0] * basis.shape[2] * basis.shape[3]
+            total = ops.second_moment(basis.flatten(2)[..., None], out=total)
+            count += basis.numel() // basis.shape[1]
     return total / count
 
 
@@ -124,23 +130,27 @@ def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, 
     return constant, linear, quadratic
 
 
-def _fit_inputs(problem: Problem) -> dict:
-    """One edit's arguments of ops.fit_low_rank, unbatched, pixels flattened.
+def _fit_inputs(problem: Problem, group: int = 0) -> dict:
+    """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, pixels flattened.
 
     The penalty holds demodulation at its value without the change, as a preserve term quadratic in Lambda must.
     """
     after = problem.layer.post_operation(problem.capture)
-    key, weight = problem.capture.key, problem.weight
+    key, weight, rows, own = problem.capture.key, problem.weight, problem.directions, slice(None)
+    if problem.layer.groups > 1:  # a group sees its own input channels alone
+        inputs, outputs = (count // problem.layer.groups for count in (rows.shape[1], len(weight)))
+        own, seen = slice(group * outputs, (group + 1) * outputs), slice(group * inputs, (group + 1) * inputs)
+        key, weight, rows = key[:, seen], weight[own, seen], rows[:, seen]
     with torch.no_grad():
-        basis = basis_maps(problem.layer, key, problem.directions)[0].flatten(1)
+        basis = basis_maps(problem.layer, key, rows)[0].flatten(1)
         base = problem.layer.linear(key, weight)[0].flatten(1)
     shape = problem.target.shape
     shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
     arguments = {
         "basis": basis,
         "base": base,
-        "target": problem.target[0].flatten(1),
-        "shift": shift.to(base.dtype).expand(shape)[0].flatten(1),
+        "target": problem.target[0].flatten(1)[own],
+        "shift": shift.to(base.dtype).expand(shape)[0].flatten(1)[own],
         "slope": after.slope,
         "gain": after.gain,
         "demodulation": None,
@@ -160,8 +170,8 @@ def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
 
 
 def _warn_underdetermined(problem: Problem) -> None:
-    rank, taps = len(problem.directions), problem.coefficient_shape[2] * problem.coefficient_shape[3]
-    pixels = problem.target.shape[2] * problem.target.shape[3]
+    rank, taps = len(problem.directions), math.prod(problem.coefficient_shape[2:])
+    pixels = math.prod(problem.target.shape[2:])
     if rank * taps >= pixels and not problem.preserve:
         warnings.warn(
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
@@ -177,13 +187,14 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
     Raises SolverError where what follows the layer is unknown.
     """
     first = problems[0]
-    if first.layer.post_operation(first.capture) is None:
+    if any(problem.layer.post_operation(problem.capture) is None for problem in problems):
         raise SolverError(
             f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
         )
     for problem in problems:
         _warn_underdetermined(problem)
-    inputs = [_fit_inputs(problem) for problem in problems]
+    groups = first.layer.groups
+    inputs = [_fit_inputs(problem, group) for problem in problems for group in range(groups)]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
     arguments = {
@@ -200,7 +211,8 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
         **arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend
     )
     solutions = []
-    for i, problem in enumerate(problems):
+    for number, problem in enumerate(problems):
+        i = slice(number * groups, (number + 1) * groups)
         coefficients = fit.coefficients[i].reshape(problem.coefficient_shape)
         if not torch.isfinite(coefficients).all():
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
@@ -270,7 +282,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
 
 
 def _project(weight: Tensor, directions: Tensor) -> Tensor:
-    return combine(torch.einsum("oiyx,ri->oryx", weight, directions), directions)
+    return combine(torch.einsum("oi...,ri->or...", weight, directions), directions)
 
 
 def solve_projected(
@@ -309,7 +321,7 @@ def solve_projected(
         problem, steps, lr, progress, "projected", project,
         (lambda gradient: _project(gradient, directions)) if project_gradient else None,
     )  # fmt: skip
-    coefficients = torch.einsum("oiyx,ri->oryx", (weight - original).double(), directions.double())
+    coefficients = torch.einsum("oi...,ri->or...", (weight - original).double(), directions.double())
     return Solution(coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)}, steps)
 
 
@@ -327,6 +339,10 @@ def solve_unconstrained(
 
 def _fuses(problem: Problem, backend: str) -> bool:
     """Whether ops.fit_projected has a kernel for this problem, by `backend`."""
+    if problem.target.ndim != 4 or problem.layer.groups != 1:  # the kernel is for images and dense weights
+        if backend not in ("auto", "reference"):
+            raise SolverError(f"{problem.layer.name!r} is no dense 2-D convolution: use backend='auto'.")
+        return False
     shape = problem.layer.in_channels, *problem.layer.kernel_size, *problem.target.shape[2:]
     chosen = select("fit_projected", backend, problem.target.new_empty(()).expand(shape)).name
     known = problem.layer.post_operation(problem.capture) is not None

@@ -212,19 +212,20 @@ def test_unknown_layers_suggest_names(name, words):
 
 
 def test_what_cannot_be_edited_says_why():
-    with pytest.raises(rc.UnknownLayerError, match="grouped"):
-        rc.bind(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), "0")
-    with pytest.raises(rc.UnknownLayerError, match="parametrization"):
-        rc.bind(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))), "0")
-    with pytest.raises(rc.UnknownLayerError, match="no bindable"):
-        rc.bind(nn.Sequential(nn.Linear(4, 4)), "0")
+    made = nn.Conv2d(4, 4, 1)  # by a hypernetwork, say
+    del made.weight
+    made.weight = torch.randn(4, 4, 1, 1)
+    with pytest.raises(rc.UnknownLayerError, match="computed by something unknown"):
+        rc.bind(nn.Sequential(made), "0")
+    with pytest.raises(rc.UnknownLayerError, match="no bindable layer at all, so only convolutions, linear layers and"):
+        rc.bind(nn.Sequential(nn.ReLU()), "0")
     with pytest.raises(rc.RewriteCoreError, match="torch.nn.Module"):
         rc.bind("generator", "0")
     with pytest.raises(rc.UnknownLayerError, match="is of family 'conv_transpose', not 'stylegan2'; leave the family out"):
         rc.bind(make("dcgan"), "1", family="stylegan2")
     with pytest.raises(rc.UnknownLayerError, match="is of family 'proggan' or 'conv', not 'stylegan2'"):
         rc.bind(make("proggan"), "layer3.conv", family="stylegan2")
-    with pytest.raises(rc.RewriteCoreError, match=r"no family 'foo'; choose from \['conv', 'conv_transpose', 'proggan', 's"):
+    with pytest.raises(rc.RewriteCoreError, match=r"no family 'foo'; choose from \['biggan', 'conv', 'conv_transpose', 'd"):
         rc.bind(make("dcgan"), "1", family="foo")
     with pytest.raises(rc.UnknownLayerError, match="run it once"):
         rc.bind(nn.Sequential(nn.LazyConv2d(4, 1)), "0")
@@ -264,14 +265,21 @@ def test_latents_are_the_reference_rows():
 
 @pytest.mark.parametrize("kind, name", [("stylegan2", "convs.1"), ("proggan", "layer5"), ("dcgan", "4")])
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.spectral_norm])
-def test_a_computed_weight_is_refused(kind, name, wrap):
-    generator = make(kind)
+def test_a_computed_weight_is_what_the_generator_uses(kind, name, wrap):
+    generator = make(kind).eval()
     module = rc.bind(generator, name).module
-    count = len(rc.list_layers(generator, latents()))
     wrap(module)
-    with pytest.raises(rc.UnknownLayerError, match="parametrization"):
-        rc.bind(generator, name)
-    assert len(rc.list_layers(generator, latents())) == count - 1
+    with torch.no_grad():
+        images = generator(latents(3))
+        layer = rc.bind(generator, name)
+        assert torch.equal(layer.parameter, module.weight) and not isinstance(layer.parameter, nn.Parameter)
+        assert torch.allclose(layer.render(latents(3), layer.values(latents(3))), images, atol=1e-5)
+        layer.fold()
+        assert torch.equal(generator(latents(3)), images) and isinstance(layer.parameter, nn.Parameter)
+        layer.parameter.add_(torch.randn_like(layer.parameter))
+        assert not torch.allclose(generator(latents(3)), images, atol=1e-3)
+        layer.unfold()
+        assert torch.equal(generator(latents(3)), images)
 
 
 class Conv2d(nn.Module):  # as ADM and EDM name theirs
@@ -507,3 +515,181 @@ def test_the_fingerprint_with_a_tied_weight():
         generator.a.weight.mul_(3)
     assert first.fingerprint(maps()) == before[0], "its key is the input"
     assert second.fingerprint(maps()) != before[1]
+
+
+# --- generators in wrappers, compiled, half, scripted ---------------------------------------------------------
+
+
+def edited(generator, name, z, forward=None):
+    layer = rc.bind(generator, name, forward)
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    mask = torch.ones(8, 8)
+    edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
+    return layer, rc.rewrite(layer, moment, edit, z, loss="l2", tight=False)
+
+
+@pytest.mark.parametrize("wrap, prefix", [(nn.DataParallel, "module."), (lambda g: torch.compile(g, backend="eager"), "_orig_mod.")])
+@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv")])
+def test_wrapped_generators(kind, name, wrap, prefix):
+    inside, z = make(kind).eval(), latents()
+    generator = wrap(inside)
+    with torch.no_grad():
+        before = generator(z)
+    layer, change = edited(generator, name, z)
+    assert layer.generator is inside and layer.name == name == rc.bind(generator, prefix + name).name
+    assert [info.name for info in rc.list_layers(generator, z)] == [info.name for info in rc.list_layers(inside, z)]
+    same = edited(make(kind).eval(), name, z)[1]
+    assert torch.equal(change.weight_delta(), same.weight_delta())
+    with change, torch.no_grad():
+        assert torch.allclose(generator(z), inside(z), atol=1e-5) and not torch.allclose(generator(z), before, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(generator(z), before)
+    with same.apply(generator), torch.no_grad():
+        assert not torch.allclose(generator(z), before, atol=1e-3)
+
+
+def test_a_generator_that_was_compiled_in_place():
+    generator, z = make("proggan").eval(), latents()
+    generator.compile(backend="eager")
+    generator.layer5.compile(backend="eager")
+    with torch.no_grad():
+        before = generator(z)
+    layer, change = edited(generator, "layer5.conv", z)
+    with change, torch.no_grad():
+        assert not torch.allclose(generator(z), before, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(generator(z), before)
+
+
+@pytest.mark.parametrize("name, prefix", [("layer5.conv", "")])
+def test_a_compiled_part(name, prefix):
+    generator, z = make("proggan").eval(), latents()
+    generator.layer5 = torch.compile(generator.layer5, backend="eager")
+    with torch.no_grad():
+        before = generator(z)
+    layer, change = edited(generator, "layer5._orig_mod.conv", z)
+    with change, torch.no_grad():
+        assert not torch.allclose(generator(z), before, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(generator(z), before)
+
+
+def test_float16_generators():
+    for kind, name in (("proggan", "layer5.conv"), ("dcgan", "4"), ("stylegan2", "convs.1.conv")):
+        generator, z = make(kind).half().eval(), latents()
+        with torch.no_grad():
+            before = generator(z.half())
+        layer, change = edited(generator, name, z)
+        assert layer.parameter.dtype == torch.float16 and change.coefficients.dtype == torch.float32
+        with change, torch.no_grad():
+            assert not torch.equal(generator(z.half()), before)
+        with torch.no_grad():
+            assert torch.equal(generator(z.half()), before)
+
+
+def test_channels_last_generators_are_edited_in_their_format():
+    for kind, name in (("proggan", "layer5.conv"), ("dcgan", "4"), ("dcgan", "10")):
+        generator, z = make(kind).eval().to(memory_format=torch.channels_last), latents()
+        strides = generator.get_submodule(name).weight.stride()
+        with torch.no_grad():
+            before = generator(z)
+        layer, change = edited(generator, name, z)
+        plain = edited(make(kind).eval(), name, z)[1]
+        assert relative(change.weight_delta(), plain.weight_delta()) < 1e-2
+        with change, torch.no_grad():
+            assert layer.parameter.stride() == strides and not torch.equal(generator(z), before)
+        assert layer.parameter.stride() == strides
+        with torch.no_grad():
+            assert torch.equal(generator(z), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_opaque_generators_are_refused_with_advice():
+    generator = make("dcgan").eval()
+    for opaque in (torch.jit.trace(generator, latents(2)), torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1)))):
+        for call in (lambda: rc.bind(opaque, "1"), lambda: rc.list_layers(opaque, latents(2))):
+            with pytest.raises(rc.RewriteCoreError, match="bind the module that it was made from"):
+                call()
+    partly = nn.Sequential(nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 3, 1))))
+    with pytest.raises(rc.UnknownLayerError, match="Layer '1.0' is scripted.*did you mean '0'"):
+        rc.bind(partly, "1.0")
+    assert [info.name for info in rc.list_layers(partly, maps())] == ["0"]
+
+
+def test_noise_is_repeated_and_the_random_state_left_alone():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(5, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x + torch.randn_like(x))
+
+    generator = Noisy()
+    layer = rc.bind(generator, "conv")
+    state = torch.get_rng_state()
+    keys = layer.keys(maps())
+    assert torch.equal(keys, layer.keys(maps())) and torch.equal(layer.render(maps()), layer.render(maps()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(generator(maps()), generator(maps()))
+
+
+# --- one edit through several bindings --------------------------------------------------------------------------
+
+
+def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_family():
+    """The embedded generator's own edit: through the ProgGAN family and as a plain convolution, with the same keys, the
+    weights are the same to the bit."""
+    from rewrite_core.demo import chapels, load_edit
+
+    z = rc.sample_latents(16, 400, seed=1)
+    weights = []
+    for family in ("proggan", "conv"):
+        generator = chapels()
+        layer = rc.bind(generator, "synthesis.layer4.conv", family=family)
+        assert layer.family == family
+        moment = rc.collect_second_moment(layer, z, progress=False)
+        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", tight=False)
+        with change:
+            weights.append(layer.parameter.detach().clone())
+    assert torch.equal(*weights) and change.solver == "closed_form"
+
+
+class Split(nn.Module):
+    """A StyledConv taken apart, its convolution a modulated one or, with the same weight, a plain one."""
+
+    def __init__(self, styled, plain):
+        super().__init__()
+        self.modulated, self.noise, self.activate = styled.conv, styled.noise, styled.activate
+        self.plain = None
+        if plain:
+            weight = styled.conv.weight.detach()[0] * styled.conv.scale
+            self.plain = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, bias=False)
+            self.plain.weight = nn.Parameter(weight)
+
+    def forward(self, x, latent, noise=None):
+        out = self.modulated(x, latent) if self.plain is None else self.plain(self.modulated.key(x, latent)[0])
+        return self.activate(self.noise(out, noise))
+
+
+def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_stylegan2_family():
+    """The embedded edit at a StyleGAN2 of its size, where both bindings mean the same value: the convolution's output,
+    not demodulated. The weights are the same, but for the rounding of the constant scale."""
+    from rewrite_core.demo import load_edit
+
+    z, changes = rc.sample_latents(16, 400, seed=1), []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        generator = StyleGAN2(32, style_dim=16, n_mlp=2, channels={4: 16, 8: 16, 16: 12, 32: 8}).eval()
+        generator.convs[1].conv.demodulate = False
+        images = generator(z[:3])
+        generator.convs[1] = Split(generator.convs[1], plain)
+        assert torch.allclose(generator(z[:3]), images, atol=1e-5)
+        layer = rc.bind(generator, "convs.1.plain" if plain else "convs.1.modulated")
+        assert layer.family == ("conv" if plain else "stylegan2")
+        moment = rc.collect_second_moment(layer, z, progress=False)
+        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", tight=False)
+        assert change.solver == "closed_form" and change.coefficients.any()
+        with change:
+            changes.append(layer.weight * (1 if plain else layer.module.scale))
+    assert relative(*changes) < 1e-5

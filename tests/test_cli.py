@@ -436,3 +436,35 @@ def test_an_interrupt_while_torch_is_imported(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "rewrite: interrupted.\n"
+
+
+def test_a_pickled_network_is_opened_only_where_asked_to(capsys, user_generator, tmp_path):
+    torch.save({"G_ema": user_generator}, tmp_path / "network.pkl")
+    code, _, err = run(capsys, "layers", "--checkpoint", "network.pkl", "--latent-size", "6")
+    assert code == 2 and "name yours with --generator" in err
+    code, _, err = run(capsys, "layers", "--generator", "mine:make", "--checkpoint", "network.pkl", "--latent-size", "6")
+    assert code == 2 and "holds more than tensors" in err
+    code, out, _ = run(capsys, "layers", "--allow-pickle", "--checkpoint", "network.pkl", "--latent-size", "6")
+    assert code == 0 and out == run(capsys, "layers", *MINE)[1]
+    code, _, err = run(capsys, "layers", "--allow-pickle", "--latent-size", "6")
+    assert code == 2 and "--allow-pickle needs the pickled network, --checkpoint FILE" in err
+
+
+def test_layers_of_other_dimensions_are_listed(capsys, user_generator, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            def make():
+                return torch.nn.Sequential(
+                    torch.nn.Linear(6, 8 * 5), torch.nn.Unflatten(1, (8, 5)), torch.nn.Conv1d(8, 12, 3, padding=1),
+                    torch.nn.Unflatten(1, (3, 4)),
+                )
+            """
+        )
+    )
+    sys.modules.pop("mine", None)
+    code, out, _ = run(capsys, "layers", "--generator", "mine:make", "--latent-size", "6")
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0 and rows[1] == ["0", "linear", "6", "->", "40", "1", "1", "1", "closed_form"]
+    assert rows[2] == ["2", "conv", "8", "->", "12", "3", "5", "5", "closed_form"]

@@ -80,15 +80,14 @@ def test_masks_survive_the_json_to_the_bit():
     [
         (np.zeros((8, 8)), "empty"),
         (np.full((8, 8), 1e-4), "empty"),
-        (np.ones((8, 8, 3)), "two-dimensional"),
-        (np.ones(8), "two-dimensional"),
-        (np.ones((0, 8)), "two-dimensional"),
+        (np.ones((2, 8, 8, 3)), "not one of shape"),
+        (np.ones((0, 8)), "not one of shape"),
         (np.full((8, 8), 255), "0..1"),
         (np.full((8, 8), -0.5), "0..1"),
         (np.full((8, 8), np.nan), "0..1"),
         (np.full((8, 8), "a"), "numbers"),
         (np.full((8, 8), 1j), "numbers"),
-        ("mask.png", "two-dimensional"),
+        ("mask.png", "not one of shape"),
         ([[1, 0], [1]], "rows of one length"),
     ],
 )

@@ -353,7 +353,7 @@ def test_features_too_large_to_square_say_so(features):
     assert "NaN" not in str(caught.value) and moment.count == 0
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (5,), (2, 3, 4), (3, 4)])
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (5,), (2, 4, 3), (3, 4)])
 def test_wrong_shapes(shape):
     with pytest.raises(rc.RewriteCoreError, match="takes features"):
         rc.SecondMoment(3).update(torch.ones(shape))
@@ -396,6 +396,14 @@ def test_the_bar_shows_rate_and_time_left(capsys, monkeypatch, layer, latents):
     shown = capsys.readouterr().err
     assert re.search(r"moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
     assert "nan" not in shown
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 4, 5, 6), (4, 3, 0)])
+def test_maps_of_any_number_of_axes(shape):
+    features = torch.randn(shape)
+    moment = rc.SecondMoment(3)
+    moment.update(features.transpose(0, 1).contiguous().transpose(0, 1))
+    rows = features.movedim(1, -1).reshape(-1, 3).double()
+    assert moment.count == len(rows)
+    assert torch.allclose(moment._sum, rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_moment_says_so():

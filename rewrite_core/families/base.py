@@ -6,15 +6,18 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from .weights import ComputedWeight, computed_weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
     """One call of a layer on N latents: the key map and whatever else the value depends on."""
 
-    key: Tensor  # [N, I, h, w], what the convolution really multiplies
+    key: Tensor  # [N, I, *map], what the layer's weight really multiplies
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # e.g. "style" [N, I], "noise"
 
     def to_dtype(self, dtype) -> Capture:
@@ -29,21 +32,48 @@ class PostOperation:
     StyleGAN2's demodulation ``m_o = (sum_{i,y,x} (style_i W_oiyx)^2 + eps)^(-1/2)``.
     """
 
-    shift: Tensor | None = None  # broadcasts to the value [N, O, H, W]
+    shift: Tensor | None = None  # broadcasts to the value [N, O, *map]
     slope: float = 1.0
     gain: float = 1.0
     style: Tensor | None = None  # [N, I], the constant weight scale included
     eps: float = 0.0
 
 
-Box = tuple[int, int, int, int]
-"""top, left, bottom, right; the last two exclusive."""
+Box = tuple[int, ...]
+"""Where a box of a map starts on each axis, then where it ends, exclusive: top, left, bottom, right of an image."""
+
+
+def window(box: Box) -> tuple[slice, ...]:
+    """The index of a box in a tensor [N, C, *map]."""
+    axes = len(box) // 2
+    return (slice(None), slice(None), *map(slice, box[:axes], box[axes:]))
+
+
+def per_channel(vector: Tensor, axes: int) -> Tensor:
+    """A vector [O] (or rows [N, O]) as [1, O, 1, ...] (or [N, O, 1, ...]), to broadcast over a map of so many axes."""
+    return vector.reshape(*([1] if vector.ndim == 1 else []), *vector.shape, *[1] * axes)
+
+
+def has(module: nn.Module | None, *names: str) -> bool:
+    """Whether a module has all these attributes, without reading any: a parametrized one computes, and in train mode
+    spectral norm then iterates."""
+    if module is None or isinstance(module, torch.jit.ScriptModule):
+        return False
+    present = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+    return all(name in present or hasattr(type(module), name) for name in names)
 
 
 class LayerFamily(abc.ABC):
-    """One bindable layer of a generator. Subclasses live one per file in ``rewrite_core/families``."""
+    """One bindable layer of a generator. Subclasses live one per file in ``rewrite_core/families``.
+
+    A *map* has any number of axes: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume, and the leading axes
+    of what a linear layer is given. The kernel has as many, or none for a linear layer.
+    """
 
     name: ClassVar[str]
+    weight_name: ClassVar[str] = "weight"  # of the module's tensor that is edited
+    pointwise: bool = False  # whether the value at a position follows from the key there alone, and nothing else
+    groups: int = 1  # input and output channels fall into as many, each with its own keys and weights
 
     def __init__(self, path: str, module: nn.Module):
         self.path = path  # of the module that owns the weight
@@ -57,10 +87,14 @@ class LayerFamily(abc.ABC):
 
     def refusal(self) -> str | None:
         """Why this layer, though of this family, cannot be edited; None where it can."""
-        if not isinstance(self.weight, nn.Parameter):
-            return "its weight is computed by a hook or a parametrization, not used as stored"
-        if is_lazy(self.weight):
-            return "its weight has no shape before the generator's first run; run it once"
+        if self.computed is None:
+            weight = getattr(self.module, self.weight_name, None)
+            if not isinstance(weight, nn.Parameter):
+                return "its weight is computed by something unknown, not used as stored; fold it into a parameter first"
+            if is_lazy(weight):
+                return "its weight has no shape before the generator's first run; run it once"
+            if not weight.is_floating_point():
+                return f"its weight is {weight.dtype}; bind a generator that is not quantised"
         return None
 
     @property
@@ -69,15 +103,22 @@ class LayerFamily(abc.ABC):
         return self.module
 
     @property
-    def weight(self) -> nn.Parameter:
-        return self.module.weight
+    def computed(self) -> ComputedWeight | None:
+        """How the module computes its weight, where it does not use a stored one (spectral norm, parametrizations)."""
+        return computed_weight(self.module, self.weight_name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the forward pass uses: a parameter, unless it is computed and not folded."""
+        computed = self.computed
+        return getattr(self.module, self.weight_name) if computed is None else computed.read()
 
     def canonical(self, weight: Tensor) -> Tensor:
-        """The weight as [O, I, kh, kw]; a view where possible."""
+        """The weight as [O, I, *kernel]; a view where possible. Zero between different groups."""
         return weight
 
     def native(self, weight: Tensor) -> Tensor:
-        """The inverse of :meth:`canonical`."""
+        """The inverse of :meth:`canonical`; differentiable."""
         return weight
 
     @abc.abstractmethod
@@ -86,7 +127,7 @@ class LayerFamily(abc.ABC):
 
     @abc.abstractmethod
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        """The layer's linear operator. key [N, I', h, w], weight [O', I', kh, kw] -> [N, O', H, W] for any
+        """The layer's linear operator. key [N, I', *map], weight [O', I', *kernel] -> [N, O', *map'] for any
         I' and O': the solver also runs it on one-hot kernels over a single map."""
 
     @abc.abstractmethod
@@ -95,12 +136,11 @@ class LayerFamily(abc.ABC):
 
     @abc.abstractmethod
     def value(self, capture: Capture, weight: Tensor) -> Tensor:
-        """The value [N, O, H, W], differentiable in `weight` [O, I, kh, kw]."""
+        """The value [N, O, *map], differentiable in `weight` [O, I, *kernel]."""
 
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
         """The capture restricted to a box of the key map and the matching box of the value."""
-        top, left, bottom, right = key_box
-        return Capture(capture.key[:, :, top:bottom, left:right], dict(capture.extra))
+        return Capture(capture.key[window(key_box)], dict(capture.extra))
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
         """The output of the intercepted call with its value replaced (to render an edited feature map)."""

@@ -1,7 +1,8 @@
-"""Plain convolutions, ``nn.Conv2d`` and ``nn.ConvTranspose2d``, in any generator (DCGAN among them).
+"""Plain convolutions of any dimension, and linear layers, in any generator (DCGAN and autoencoder decoders among them).
 
-The *key* is the module's input, the *value* its output, so the layer is linear in its weight up to a
-bias, and an L2 rewrite has the exact closed form.
+The *key* is the module's input, the *value* its output, so the layer is linear in its weight up to a bias, and an L2
+rewrite has the exact closed form. Batch normalisation that follows it is a scale and a shift per channel in eval mode:
+it changes the goal and the loss of a channel alike and its solution not at all, so the value is taken before it.
 """
 
 from __future__ import annotations
@@ -11,61 +12,153 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Capture, LayerFamily, PostOperation
+from .base import Capture, LayerFamily, PostOperation, per_channel
+
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+TRANSPOSED = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
 
 
-class ConvLayer(LayerFamily):
-    """``nn.Conv2d``: weight [O, I, kh, kw]."""
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The torch layer that a module is, or is made from."""
+    return next((kind for kind in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) if isinstance(module, kind)), None)
+
+
+class PlainLayer(LayerFamily):
+    """What convolutions and linear layers share: a linear operator and a bias."""
+
+    def refusal(self) -> str | None:
+        kind = kind_of(self.module)
+        # a subclass's methods, and a forward that was put on this one module
+        methods = getattr(self.module.forward, "__func__", None), getattr(type(self.module), "_conv_forward", None)
+        if methods != (kind.forward, getattr(kind, "_conv_forward", None)):
+            return f"{type(self.module).__name__} has a forward of its own, and what it computes is not known"
+        return super().refusal()
+
+    def shift(self, capture: Capture) -> Tensor | None:
+        bias = self.module.bias
+        return None if bias is None else per_channel(bias.detach().to(capture.key.dtype), capture.key.ndim - 2)
+
+    def post_operation(self, capture: Capture) -> PostOperation | None:
+        return PostOperation(shift=self.shift(capture))
+
+    def value(self, capture: Capture, weight: Tensor) -> Tensor:
+        linear, shift = self.used(capture.key, weight), self.shift(capture)
+        return linear if shift is None else linear + shift
+
+    def used(self, key: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of a weight [O, I, *kernel]: its linear operator, but for weights between groups."""
+        return self.linear(key, weight)
+
+
+class ConvLayer(PlainLayer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: weight [O, I / groups, *kernel]."""
 
     name = "conv"
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        if isinstance(module, nn.ConvTranspose2d):
-            return TransposedConvLayer(path, module)
-        return ConvLayer(path, module) if isinstance(module, nn.Conv2d) else None
+        kind = kind_of(module)
+        if kind is None:
+            return None
+        family = LinearLayer if kind is nn.Linear else TransposedConvLayer if kind in TRANSPOSED else ConvLayer
+        return family(path, module)
 
-    def refusal(self) -> str | None:
-        kind = nn.ConvTranspose2d if isinstance(self.module, nn.ConvTranspose2d) else nn.Conv2d
-        # a subclass's methods, and a forward that was put on this one module
-        methods = getattr(self.module.forward, "__func__", None), getattr(type(self.module), "_conv_forward", None)
-        if methods != (kind.forward, getattr(kind, "_conv_forward", None)):
-            return f"{type(self.module).__name__} has a forward of its own, and what it computes is not known"
-        if self.module.groups != 1:
-            return f"it is a grouped convolution ({self.module.groups} groups), whose inputs no one direction spans"
-        return super().refusal()
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return weight
+        dense = weight.new_zeros(len(weight), self.groups * weight.shape[1], *weight.shape[2:])
+        self._blocks(dense).copy_(weight.unflatten(0, (self.groups, -1)).movedim(0, -1))
+        return dense
+
+    def native(self, weight: Tensor) -> Tensor:
+        return weight if self.groups == 1 else self._blocks(weight).movedim(-1, 0).flatten(0, 1)
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        """The weights inside groups, [O / groups, I / groups, *kernel, groups] of a weight [O, I, *kernel]; a view."""
+        blocks = weight.unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))
+        return blocks.diagonal(dim1=0, dim2=2)
+
+    @property
+    def pointwise(self) -> bool:
+        module = self.module
+        unpadded = isinstance(module.padding, str) or not any(module.padding)
+        return set(module.kernel_size) == set(module.stride) == {1} and unpadded
 
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
-        return Capture(args[0] if args else kwargs["input"])
+        key = args[0] if args else kwargs["input"]
+        return Capture(key[None] if key.ndim == 1 + len(self.module.kernel_size) else key)  # one map, no batch
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        # the module's own convolution, so that padding modes are honoured
-        return self.module._conv_forward(key, weight, None)
+        return self._convolve(key, weight, groups=1)
 
-    def post_operation(self, capture: Capture) -> PostOperation:
-        bias = self.module.bias
-        return PostOperation(shift=None if bias is None else bias.detach()[None, :, None, None])
+    def used(self, key: Tensor, weight: Tensor) -> Tensor:
+        return self.linear(key, weight) if self.groups == 1 else self._convolve(key, self.native(weight), self.groups)
 
-    def value(self, capture: Capture, weight: Tensor) -> Tensor:
-        linear = self.linear(capture.key, weight)
-        bias = self.module.bias
-        return linear if bias is None else linear + bias.detach().to(linear.dtype)[:, None, None]
+    def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
+        module, padding = self.module, self.module.padding
+        if module.padding_mode != "zeros":
+            key, padding = F.pad(key, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        convolve = CONVOLUTIONS[kind_of(module)]
+        return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
+
+    def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
+        return value.to(output).reshape(output.shape)
 
 
 class TransposedConvLayer(ConvLayer):
-    """``nn.ConvTranspose2d``: weight [I, O, kh, kw]."""
+    """``nn.ConvTranspose1d``, ``2d`` and ``3d``: weight [I, O / groups, *kernel]."""
 
     name = "conv_transpose"
 
     def canonical(self, weight: Tensor) -> Tensor:
-        return weight.transpose(0, 1)
+        if self.groups == 1:
+            return weight.transpose(0, 1)
+        dense = weight.new_zeros(len(weight), self.groups * weight.shape[1], *weight.shape[2:])
+        self._blocks(dense).copy_(weight.unflatten(0, (self.groups, -1)).movedim(0, -1))
+        return dense.transpose(0, 1)
 
     def native(self, weight: Tensor) -> Tensor:
-        return weight.transpose(0, 1)
+        return super().native(weight.transpose(0, 1))
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(key, weight.transpose(0, 1), groups=1)
+
+    def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
         module = self.module
-        return F.conv_transpose2d(
-            key, weight.transpose(0, 1), None, module.stride, module.padding, module.output_padding, 1, module.dilation
+        convolve = TRANSPOSED[kind_of(module)]
+        return convolve(
+            key, weight, None, module.stride, module.padding, module.output_padding, groups, module.dilation
         )
+
+
+class LinearLayer(PlainLayer):
+    """``nn.Linear``: weight [O, I], and a key at each of the leading positions: of input [N, ..., I] the map is what is
+    between N and I (the tokens of a language model), and of input [N, I] one position."""
+
+    name = "linear"
+    pointwise = True
+
+    @classmethod
+    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+        module = generator.get_submodule(path)
+        return cls(path, module) if isinstance(module, nn.Linear) else None
+
+    def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
+        rows = args[0] if args else kwargs["input"]
+        rows = rows.reshape(*[1] * (2 - rows.ndim), *rows.shape)
+        return Capture(rows[:, :, None] if rows.ndim == 2 else rows.movedim(-1, 1))
+
+    def linear(self, key: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(key.movedim(1, -1), weight).movedim(-1, 1)
+
+    def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
+        return value.movedim(1, -1).to(output).reshape(output.shape)

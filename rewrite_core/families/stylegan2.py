@@ -1,10 +1,7 @@
 """StyleGAN2 generators, in the layout of the widely used PyTorch port's checkpoints.
 
-Karras, Laine, Aittala, Hellsten, Lehtinen, Aila, *Analyzing and Improving the Image Quality of StyleGAN*,
-CVPR 2020 (arXiv 1912.04958). Each layer is modulation -> convolution -> demodulation -> noise -> bias ->
-leaky ReLU. The modulation scales the input and the demodulation scales the output, so the convolution
-between them has one weight shared by all images: a linear associative memory. The *key* is the
-modulated input, s * x.
+Each layer is modulation -> convolution -> demodulation -> noise -> bias -> leaky ReLU; see ``modulated.py`` for what
+that is as an associative memory. ``stylegan2_nvidia.py`` binds the other popular form.
 """
 
 from __future__ import annotations
@@ -21,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError
 from ..files import read_state_dict
-from .base import Box, Capture, LayerFamily, PostOperation
+from .base import Capture, LayerFamily, PostOperation, has, per_channel
+from .modulated import ModulatedLayer, as_drawn_next, resample
 from .proggan import PixelNorm, build
 
 BLUR_TAPS = (1.0, 3.0, 3.0, 1.0)
@@ -369,37 +367,51 @@ def _seeded_noises(doublings: int) -> dict[str, Tensor]:
     }
 
 
-class StyleGAN2Layer(LayerFamily):
+class StyleGAN2Layer(ModulatedLayer):
     """``conv1.conv`` and ``convs.N.conv``: a modulated convolution. Also binds as ``conv1`` and ``convs.N``.
 
     The key carries the style (s * x). The value is the layer's output after demodulation, noise, bias and
-    leaky ReLU; of a ``to_rgbs.N.conv``, which has none of these, it is the convolution's own output.
+    leaky ReLU; of a ``to_rgbs.N.conv``, which has none of these, it is the convolution's own output. Both our own
+    modules and those of the port with grouped convolutions, known by their attributes.
     """
 
     name = "stylegan2"
+    _ATTRIBUTES = ("weight", "modulation", "demodulate", "upsample", "scale", "padding")
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        if cls._is_modulated(getattr(module, "conv", None)):
+        if has(getattr(module, "conv", None), *cls._ATTRIBUTES):
             return cls(f"{path}.conv".lstrip("."), module.conv, module if hasattr(module, "activate") else None)
-        if not cls._is_modulated(module):
+        if not has(module, *cls._ATTRIBUTES):
             return None
         parent = generator.get_submodule(path.rpartition(".")[0])
         styled = getattr(parent, "conv", None) is module and hasattr(parent, "activate")
         return cls(path, module, parent if styled else None)
 
-    @staticmethod
-    def _is_modulated(module: nn.Module | None) -> bool:
-        return all(hasattr(module, name) for name in ("weight", "modulation", "key", "linear", "demodulation"))
-
     def __init__(self, path: str, module: nn.Module, styled: nn.Module | None):
         super().__init__(path, module)
         self._styled = styled  # the StyledConv around the convolution; None in ToRGB
 
+    def refusal(self) -> str | None:
+        if getattr(self.module, "downsample", False):
+            return "it is a modulated convolution that downsamples, which no StyleGAN2 generator has"
+        if self._styled is not None and not (hasattr(self._styled.activate, "bias") and hasattr(self._styled, "noise")):
+            return f"{type(self._styled).__name__} is not StyleGAN2's noise, bias and leaky ReLU"
+        reason, shape = super().refusal(), list(self.weight.shape)
+        return reason or (None if len(shape) == 5 else f"its weight has shape {shape}, not [1, O, I, k, k]")
+
     @property
     def site(self) -> nn.Module:
         return self.module if self._styled is None else self._styled
+
+    @property
+    def scale(self) -> float:
+        return float(self.module.scale)
+
+    @property
+    def demodulates(self) -> bool:
+        return self.module.demodulate
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight[0]
@@ -409,44 +421,37 @@ class StyleGAN2Layer(LayerFamily):
 
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         x, latent, noise = self._arguments(*args, **kwargs)
-        key, style = self.module.key(x, latent)
-        extra = {"style": style}
-        if noise is not None and self._styled is not None:
-            extra["noise"] = noise
-        return Capture(key, extra)
+        style = self.module.modulation(latent)
+        capture = Capture(x * style[:, :, None, None], {"style": style})
+        if self._styled is not None:
+            if noise is None and type(self._styled.noise).__name__ == "NoiseInjection":  # draws its own
+                shape = [side * (2 if self.module.upsample else 1) for side in x.shape[2:]]
+                with as_drawn_next(x.device):
+                    noise = x.new_empty(len(x), 1, *shape).normal_()
+            if noise is not None:
+                capture.extra["noise"] = noise
+        return capture
 
     @staticmethod
-    def _arguments(x: Tensor, latent: Tensor, noise: Tensor | None = None) -> tuple:
-        return x, latent, noise
+    def _arguments(input: Tensor, style: Tensor | None = None, noise: Tensor | None = None, **renamed) -> tuple:
+        return input, renamed.get("latent", style), noise
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        return self.module.linear(key, weight)
+        weight = weight * self.scale
+        if self.module.upsample:
+            blur, (before, after) = self.module.blur, self.module.blur.pad
+            out = F.conv_transpose2d(key, weight.transpose(0, 1), stride=2)
+            return resample(out, blur.kernel, pad=(before, after) * 2)
+        return F.conv2d(key, weight, padding=self.module.padding)
 
-    def _shift(self, capture: Capture) -> Tensor:
-        dtype = capture.key.dtype
-        shift = self._styled.activate.bias.detach().to(dtype)[None, :, None, None]
+    def after(self, capture: Capture) -> PostOperation:
+        if self._styled is None:
+            return PostOperation()
+        activate, dtype, shift = self._styled.activate, capture.key.dtype, None
+        if activate.bias is not None:
+            shift = per_channel(activate.bias.detach().flatten().to(dtype), 2)
         if "noise" in capture.extra:
-            shift = shift + self._styled.noise.weight.detach().to(dtype) * capture.extra["noise"]
-        return shift
-
-    def post_operation(self, capture: Capture) -> PostOperation:
-        style = capture.extra["style"] * self.module.scale if self.module.demodulate else None
-        if self._styled is None:
-            return PostOperation(style=style, eps=1e-8)
-        return PostOperation(self._shift(capture), slope=0.2, gain=math.sqrt(2), style=style, eps=1e-8)
-
-    def value(self, capture: Capture, weight: Tensor) -> Tensor:
-        out = self.linear(capture.key, weight)
-        gain = self.module.demodulation(capture.extra["style"], weight)
-        if gain is not None:
-            out = out * gain[:, :, None, None]
-        if self._styled is None:
-            return out
-        return F.leaky_relu(out + self._shift(capture), 0.2) * math.sqrt(2)
-
-    def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
-        cropped = super().crop(capture, key_box, value_box)
-        if "noise" in cropped.extra:
-            top, left, bottom, right = value_box
-            cropped.extra["noise"] = cropped.extra["noise"][:, :, top:bottom, left:right]
-        return cropped
+            noise = self._styled.noise.weight.detach().to(dtype) * capture.extra["noise"]
+            shift = noise if shift is None else shift + noise
+        slope, gain = getattr(activate, "negative_slope", 0.2), getattr(activate, "scale", math.sqrt(2))
+        return PostOperation(shift, slope, gain)

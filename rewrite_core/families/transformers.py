@@ -1,0 +1,31 @@
+"""GPT-2's linear layers in the ``transformers`` package: Conv1D, an ``nn.Linear`` whose weight is stored as [I, O].
+
+The key and the value are those of a linear layer: vectors at token positions, input and output.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import LayerFamily, has
+from .conv import LinearLayer
+
+
+class Conv1DLayer(LinearLayer):
+    """A Conv1D, known by its name, ``weight`` [I, O], ``bias`` and ``nf``."""
+
+    name = "transformers"
+
+    @classmethod
+    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+        module = generator.get_submodule(path)
+        return cls(path, module) if type(module).__name__ == "Conv1D" and has(module, "weight", "bias", "nf") else None
+
+    def refusal(self) -> str | None:
+        return LayerFamily.refusal(self)
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, 1)
+
+    def native(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, 1)

@@ -1,0 +1,218 @@
+"""Weights that a module computes before it uses them: spectral and weight norm, parametrizations, pruning.
+
+An edit must change what the forward pass really uses, and what is computed cannot be written to. So while a rewrite is
+on such a layer its weight is *folded*: what it computes in eval mode becomes a parameter of its own, the change is
+added to that, and the computation rests. With the last rewrite gone the module is put back, to the bit. A folded module
+is the plain one of its kind, so its state dict loads where the norm was left out.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..modes import evaluating
+
+NAME = "weight"
+METHODS = ("W_", "sn_weights")  # of the spectrally normalised layers in two BigGAN and GAN collections
+_RECORD = "_rewrite_core_folded"
+
+
+def computed_weight(module: nn.Module, name: str = NAME) -> ComputedWeight | None:
+    """How `module` computes its weight; None where it stores the weight, or computes it in a way not known."""
+    if parametrize.is_parametrized(module, name):
+        return Parametrized(module, name)
+    if name != NAME:
+        return None
+    record = getattr(module, _RECORD, None)
+    if record is not None:
+        return Hooked(module) if "_forward_pre_hooks" in record else Normalised(module)
+    if _method(module) is not None:
+        return Normalised(module)
+    return Hooked(module) if NAME not in module._parameters and _hook(module) is not None else None
+
+
+def _method(module: nn.Module) -> str | None:
+    """The method that computes the weight of an SNConv2d or SNLinear."""
+    named = type(module).__name__.startswith("SN")
+    return next((name for name in METHODS if named and callable(getattr(type(module), name, None))), None)
+
+
+def _hook(module: nn.Module) -> int | None:
+    """The number of the forward pre-hook that computes the weight, as torch and others write them."""
+    for number, hook in module._forward_pre_hooks.items():
+        if NAME in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            return number
+    return None
+
+
+class ComputedWeight(abc.ABC):
+    """One way to compute a weight. ``module.weight`` is a parameter while it is folded."""
+
+    def __init__(self, module: nn.Module, name: str = NAME):
+        self.module = module
+        self.name = name
+
+    @property
+    def folded(self) -> bool:
+        return hasattr(self.module, _RECORD)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Where the weight is while it is folded."""
+        return self.module._parameters[NAME]
+
+    def read(self) -> Tensor:
+        """The weight that the forward pass uses in eval mode."""
+        if self.folded:
+            return self.parameter
+        with torch.no_grad(), evaluating(self.module):
+            return self.compute().detach()
+
+    def fold(self) -> None:
+        """Make what is computed a parameter."""
+        if not self.folded:
+            value = nn.Parameter(self.read().clone(), requires_grad=True)
+            self._fold(value)
+
+    def unfold(self) -> None:
+        """Put the module back as it was, on the device and in the precision that the weight has now."""
+        if self.folded:
+            self._unfold()
+
+    @abc.abstractmethod
+    def compute(self) -> Tensor:
+        """The weight, of a module in eval mode that is not folded."""
+
+    @abc.abstractmethod
+    def _fold(self, value: nn.Parameter) -> None: ...
+
+    @abc.abstractmethod
+    def _unfold(self) -> None: ...
+
+
+class Folded(nn.Module):
+    """A parametrization that puts a stored value in the place of what was computed before it."""
+
+    def __init__(self, value: nn.Parameter):
+        super().__init__()
+        self.value = value
+
+    def forward(self, computed: Tensor) -> Tensor:
+        return self.value
+
+
+class Parametrized(ComputedWeight):
+    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay."""
+
+    @property
+    def _stages(self) -> parametrize.ParametrizationList:
+        return self.module.parametrizations[self.name]
+
+    @property
+    def folded(self) -> bool:
+        return any(isinstance(stage, Folded) for stage in self._stages)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return next(stage.value for stage in self._stages if isinstance(stage, Folded))
+
+    def compute(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    def _fold(self, value: nn.Parameter) -> None:
+        with evaluating(self.module):  # registering computes once, and spectral norm iterates in train mode
+            parametrize.register_parametrization(self.module, self.name, Folded(value))
+
+    def _unfold(self) -> None:
+        place = next(i for i, stage in enumerate(self._stages) if isinstance(stage, Folded))
+        del self._stages[place]
+
+
+class _Detached(ComputedWeight):
+    """Shared by what takes parts off the module. The record of them is an attribute of the module, made of its own
+    parameters and hooks: it is copied, pickled and dropped with the module."""
+
+    def _take(self, value: nn.Parameter, names: list[str]) -> dict[str, Any]:
+        module = self.module
+        record = {"parameters": dict(module._parameters), "buffers": dict(module._buffers), "dtype": value.dtype}
+        for name in names:
+            module._parameters.pop(name, None)
+            module._buffers.pop(name, None)
+        module.__dict__.pop(NAME, None)
+        module._parameters[NAME] = value
+        setattr(module, _RECORD, record)
+        return record
+
+    def _unfold(self) -> None:
+        module, record = self.module, getattr(self.module, _RECORD)
+        weight = module._parameters.pop(NAME)
+
+        def restore(now: dict, then: dict) -> None:
+            back = {}
+            for name, tensor in then.items():
+                if name in now:  # not taken off, and moved with the module
+                    tensor = now[name]
+                elif tensor is not None:
+                    cast = weight.dtype != record["dtype"] and tensor.is_floating_point()
+                    tensor.data = tensor.data.to(weight.device, weight.dtype if cast else None)
+                back[name] = tensor
+            now.clear()
+            now.update(back)
+
+        restore(module._parameters, record["parameters"])
+        restore(module._buffers, record["buffers"])
+        delattr(module, _RECORD)
+        self._restore(record)
+
+    @abc.abstractmethod
+    def _restore(self, record: dict[str, Any]) -> None: ...
+
+
+class Hooked(_Detached):
+    """A forward pre-hook that sets ``module.weight``: torch's older spectral and weight norm, pruning."""
+
+    _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
+
+    def compute(self) -> Tensor:
+        self.module._forward_pre_hooks[_hook(self.module)](self.module, ())
+        return self.module.weight
+
+    def _fold(self, value: nn.Parameter) -> None:
+        module, number = self.module, _hook(self.module)
+        hook = module._forward_pre_hooks[number]
+        tensors = [*module._parameters, *module._buffers]
+        record = self._take(value, [name for name in tensors if name.startswith(f"{NAME}_")])
+        for kind in self._HOOKS:  # torch's spectral norm also watches the state dict
+            hooks = getattr(module, kind)
+            record[kind] = dict(hooks)
+            for key, other in list(hooks.items()):
+                other = getattr(other, "hook", other)
+                if other is hook or getattr(other, "fn", None) is hook:
+                    del hooks[key]
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        for kind in self._HOOKS:
+            hooks = getattr(self.module, kind)
+            later = {key: hook for key, hook in hooks.items() if key not in record[kind]}
+            hooks.clear()
+            hooks.update(record[kind] | later)
+
+
+class Normalised(_Detached):
+    """A method of the module, such as ``W_()``, that its forward calls for the weight."""
+
+    def compute(self) -> Tensor:
+        return getattr(self.module, _method(self.module))()
+
+    def _fold(self, value: nn.Parameter) -> None:
+        self._take(value, [NAME, *self.module._buffers])  # the singular vectors too: its state dict fits no other norm
+        setattr(self.module, _method(self.module), functools.partial(getattr, self.module, NAME))
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        delattr(self.module, _method(self.module))

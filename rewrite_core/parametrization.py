@@ -1,0 +1,68 @@
+"""A rewrite as a ``torch.nn.utils.parametrize`` parametrization, which can be switched on and off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .binding import BoundLayer
+from .errors import MismatchError
+from .families.weights import Parametrized
+from .modes import evaluating
+
+
+class LowRankChange(nn.Module):
+    """``W -> W + Lambda D`` while `enabled`; made by :meth:`rewrite_core.Rewrite.parametrize`.
+
+    It sits in ``module.parametrizations`` and holds D and Lambda as buffers, so it is saved, moved and cast with the
+    generator, and its factors are in the state dict beside the original weight.
+    """
+
+    def __init__(self, bound: BoundLayer, directions: Tensor, coefficients: Tensor):
+        super().__init__()
+        device = bound.parameter.device
+        self.register_buffer("directions", directions.detach().to(device, copy=True))
+        self.register_buffer("coefficients", coefficients.detach().to(device, copy=True))
+        self.enabled = True
+        self._layer = bound._layer
+        self._order = list(bound.module._parameters)  # torch puts a parameter back as the last
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        delta = torch.einsum("or...,ri->oi...", self.coefficients.double(), self.directions.double())
+        return (weight + self._layer.native(delta.to(self.coefficients.dtype))).to(weight.dtype)
+
+    def remove(self) -> None:
+        """Take it off the module, whose weight is then as it was, bit for bit."""
+        module, name = self._layer.module, self._layer.weight_name
+        stages = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
+        place = next((i for i, stage in enumerate(stages) if stage is self), None)
+        if place is None:
+            raise MismatchError("This parametrization is not on the module any more, so there is nothing to remove.")
+        if len(stages) == 1:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            ordered = {key: module._parameters[key] for key in self._order if key in module._parameters}
+            ordered |= module._parameters
+            module._parameters.clear()
+            module._parameters.update(ordered)
+        else:
+            del stages[place]
+
+
+def attach(bound: BoundLayer, directions: Tensor, coefficients: Tensor) -> LowRankChange:
+    """Register a change on the layer's module.
+
+    Raises MismatchError for a weight that a hook or method computes, as torch parametrizes stored ones only.
+    """
+    computed = bound._layer.computed
+    if computed is not None and not isinstance(computed, Parametrized):
+        raise MismatchError(
+            f"The weight of {bound.name!r} is computed by a hook or a method, which torch cannot parametrize; use "
+            "apply()."
+        )
+    change = LowRankChange(bound, directions, coefficients)
+    with evaluating(bound.module):  # registering computes once, and spectral norm iterates in train mode
+        parametrize.register_parametrization(bound.module, bound._layer.weight_name, change)
+    return change

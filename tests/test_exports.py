@@ -1,0 +1,160 @@
+"""A rewrite in the forms other tools take: state dict, parametrization, LoRA factors, torch.export."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_families import KINDS, bound, latents, output, simple_edit, untouched
+from torch import nn
+from torch.nn.utils import parametrize
+
+import rewrite_core as rc
+
+PLACES = [
+    ("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2_nvidia", "conv2"), ("stylegan3", "L1"),
+    ("dcgan", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan1", "progression.2.conv1"),
+    ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
+    ("weight_norm", "4"), ("pruned", "10"), ("grouped", "conv"), ("volume", "conv"), ("language", "fc2"), ("unet", "mid.conv1"),
+]  # fmt: skip
+
+
+def changed(kind, name, **options):
+    generator, layer = bound(kind, name)
+    z = latents()
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    change = rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", tight=False, **options)
+    assert change.coefficients.any()
+    return generator, layer, change, z
+
+
+@pytest.mark.parametrize("kind, name", PLACES)
+def test_the_state_dict_has_the_change_and_plain_names(kind, name):
+    generator, layer, change, z = changed(kind, name)
+    before = copy.deepcopy(generator.state_dict())
+    state = change.state_dict()
+    untouched(before, generator)
+    assert not change.applied
+    with change:
+        again, weight = change.state_dict(), layer.parameter.detach().clone()
+        after = output(kind, generator, z)
+    assert list(state) == list(again) and all(torch.equal(state[key], again[key]) for key in state)
+    assert torch.equal(state[f"{name}.{layer._layer.weight_name}"], weight)
+    inside = {key.removeprefix(f"{name}.") for key in state if key.startswith(f"{name}.")}
+    if layer._layer.computed is not None:
+        assert inside <= {"weight", "bias"}, "a plain layer's"
+    else:
+        other = KINDS[kind][0]().eval()
+        other.load_state_dict(state)
+        assert torch.equal(output(kind, other, z), after)
+
+
+def test_a_state_dict_of_a_loaded_change_needs_a_generator():
+    generator, layer, change, z = changed("proggan", "layer5.conv")
+    loose = copy.copy(change)
+    with pytest.raises(rc.MismatchError, match="name the generator"):
+        loose.state_dict()
+    assert torch.equal(loose.state_dict(generator)["layer5.conv.weight"], change.state_dict()["layer5.conv.weight"])
+    with pytest.raises(rc.MismatchError, match="name the generator"):
+        copy.copy(change).parametrize()
+
+
+@pytest.mark.parametrize("kind, name", PLACES)
+def test_a_parametrization_is_switched_on_and_off(kind, name):
+    generator, layer, change, z = changed(kind, name)
+    generator.eval()
+    state, before, classes = copy.deepcopy(generator.state_dict()), output(kind, generator, z), type(layer.module)
+    with change:
+        after = output(kind, generator, z)
+    if kind in ("biggan_hook", "biggan_method", "pruned"):
+        with pytest.raises(rc.MismatchError, match="computed by a hook or a method"):
+            change.parametrize()
+        untouched(state, generator)
+        return
+    switch = change.parametrize()
+    assert torch.equal(output(kind, generator, z), after) and not torch.equal(after, before)
+    switch.enabled = False
+    assert torch.equal(output(kind, generator, z), before)
+    switch.enabled = True
+    assert torch.equal(output(kind, copy.deepcopy(generator), z), after)
+    assert any(key.endswith("directions") for key in generator.state_dict())
+    with pytest.raises(rc.MismatchError, match="not the one this rewrite was fitted to"):
+        change.apply()  # twice the change
+    switch.remove()
+    untouched(state, generator)
+    assert torch.equal(output(kind, generator, z), before) and type(layer.module) is classes
+    with pytest.raises(rc.MismatchError, match="nothing to remove"):
+        switch.remove()
+    with change, pytest.raises(rc.MismatchError, match="applied already"):
+        change.parametrize()
+
+
+def test_two_parametrizations_and_torch_s_own_removal():
+    generator, layer, change, z = changed("proggan", "layer5.conv")
+    weight = layer.parameter.detach().clone()
+    first, second = change.parametrize(), change.parametrize(force=True)
+    assert torch.allclose(layer.weight, weight + 2 * change.weight_delta(), atol=1e-6)
+    first.remove()
+    assert torch.equal(layer.weight, weight + change.weight_delta()) and second.enabled
+    parametrize.remove_parametrizations(layer.module, "weight")
+    assert torch.equal(layer.parameter, weight + change.weight_delta()) and isinstance(layer.parameter, nn.Parameter)
+
+
+def test_a_parametrized_layer_is_rewritten_further():
+    """apply() over a parametrization folds what both make of the weight, and reverting leaves the parametrization."""
+    generator, layer, change, z = changed("proggan", "layer5.conv")
+    switch = change.parametrize()
+    weight = layer.weight.clone()
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    more = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd")
+    with more:
+        assert torch.equal(layer.weight, weight + more.weight_delta())
+    assert torch.equal(layer.weight, weight) and switch.enabled
+
+
+@pytest.mark.parametrize("kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")])
+def test_lora_factors(kind, name):
+    """The factors as modules: the layer's own kind of operation to R channels, then one by one, is what the change adds."""
+    generator, layer, change, z = changed(kind, name, rank=2)
+    a, b = change.lora()
+    assert torch.allclose(torch.einsum("or,ri...->oi...", b.flatten(1), a), change.weight_delta(), atol=1e-6)
+    keys = layer.keys(z[:2])
+    delta = layer.linear(keys, layer.weight + change.weight_delta()) - layer.linear(keys, layer.weight)
+    down = layer.linear(keys, a)
+    up = torch.einsum("or,nr...->no...", b.flatten(1), down)
+    assert (up - delta).norm() < 1e-4 * delta.norm()
+    assert len(a) == b.shape[1] == 2 * max(1, change.coefficients[0, 0].numel())
+
+
+def test_lora_of_a_linear_layer_as_its_users_write_it():
+    generator, layer, change, z = changed("language", "fc2", rank=3)
+    a, b = change.lora()
+    assert a.shape == (3, 24) and b.shape == (12, 3)
+    x, linear = torch.randn(5, 24), layer.module
+    with change:
+        edited = linear(x)
+    assert torch.allclose(linear(x) + F.linear(F.linear(x, a), b), edited, atol=1e-5)
+
+
+def test_lora_of_a_grouped_layer_is_refused():
+    with pytest.raises(rc.SolverError, match="grouped"):
+        changed("grouped", "conv")[2].lora()
+
+
+@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("dcgan", "4"), ("weight_norm", "4"),
+                                        ("biggan_method", "block.conv2")])  # fmt: skip
+@pytest.mark.parametrize("how", ["apply", "parametrize"])
+def test_an_edited_generator_goes_through_torch_export(kind, name, how):
+    generator, layer, change, z = changed(kind, name)
+    if (kind, how) == ("biggan_method", "parametrize"):
+        pytest.skip("refused, see above")
+    generator.eval()
+    before = output(kind, generator, z)
+    getattr(change, how)()
+    after = output(kind, generator, z)
+    arguments = (z, torch.full((len(z),), 2)) if kind == "biggan_method" else (z,)
+    program = torch.export.export(generator, arguments)
+    exported = program.module()(*arguments)
+    assert torch.allclose(exported, after, atol=1e-5) and not torch.allclose(exported, before, atol=1e-4)
+    with pytest.raises(rc.UnknownLayerError, match="bind the module that this graph was exported from"):
+        rc.bind(program.module(), name)
