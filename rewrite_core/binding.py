@@ -295,7 +295,8 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
             DistributedDataParallel the module inside is bound, whose weights it shares.
         name: dotted path of the layer, as in ``generator.named_modules()``.
         forward: ``forward(generator, latents) -> images`` where ``generator(latents)`` is not the right call (labels,
-            truncation, timesteps). Latents arrive on the device and in the precision of the generator's first weight.
+            truncation, timesteps). Latents arrive on the device and in the precision of the generator's first weight, one
+            or several rows at a time: what it adds to a row must not depend on the row's place among them.
         family: insist on one family by name instead of recognising it.
 
     Raises:

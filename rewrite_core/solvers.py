@@ -39,7 +39,7 @@ class Problem:
     directions: Tensor  # [R, I], orthonormal rows
     loss: str = "l1"
     preserve: float = 0.0
-    generic: Tensor | None = None  # [R kh kw, R kh kw], second moment of the basis maps over ordinary images
+    generic: Tensor | None = None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
 
     @property
     def weight(self) -> Tensor:
@@ -90,14 +90,12 @@ def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
 
 
 def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
-    """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises.
+    """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises. Of a grouped layer
+    one for each group, [groups, R kh kw, R kh kw].
 
     A 1x1 layer (stride 1, no padding) has it exactly, D C D^T; others estimate it from the images of `latents`.
-    Raises SolverError for a grouped layer, which has as many of these as groups.
     """
-    if layer.groups > 1:
-        raise SolverError(f"{layer.name!r} is a grouped convolution, which has no preserve term; use preserve=0.")
-    weight = layer.weight
+    weight, parts = layer.weight, [_inputs_of(layer, group) for group in range(layer.groups)]
     if math.prod(layer.kernel_size) == 1:
         axes = max(1, len(layer.kernel_size))
         with torch.no_grad():
@@ -106,14 +104,23 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
         scale = scales.flatten()[0]
         if scales.shape[2:] == (2,) * axes and (scales == scale).all():
             rows, moment = directions.double(), moment.to(weight.device)
-            return scale.square() * rows @ moment @ rows.T
-    total, count = None, 0
+            exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
+            return exact[0] if layer.groups == 1 else torch.stack(exact)
+    totals, count = [None] * layer.groups, 0
     with torch.no_grad():
         for batch in latents.split(8):
-            basis = basis_maps(layer, layer.keys(batch), directions)
-            total = ops.second_moment(basis.flatten(2)[..., None], out=total)
+            keys = layer.keys(batch)
+            for group, own in enumerate(parts):
+                basis = basis_maps(layer, keys[:, own], directions[:, own])
+                totals[group] = ops.second_moment(basis.flatten(2)[..., None], out=totals[group])
             count += basis.numel() // basis.shape[1]
-    return total / count
+    return (totals[0] if layer.groups == 1 else torch.stack(totals)) / count
+
+
+def _inputs_of(layer: BoundLayer, group: int) -> slice:
+    """The input channels of a group."""
+    size = layer.in_channels // layer.groups
+    return slice(group * size, (group + 1) * size)
 
 
 def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,8 +145,8 @@ def _fit_inputs(problem: Problem, group: int = 0) -> dict:
     after = problem.layer.post_operation(problem.capture)
     key, weight, rows, own = problem.capture.key, problem.weight, problem.directions, slice(None)
     if problem.layer.groups > 1:  # a group sees its own input channels alone
-        inputs, outputs = (count // problem.layer.groups for count in (rows.shape[1], len(weight)))
-        own, seen = slice(group * outputs, (group + 1) * outputs), slice(group * inputs, (group + 1) * inputs)
+        outputs, seen = len(weight) // problem.layer.groups, _inputs_of(problem.layer, group)
+        own = slice(group * outputs, (group + 1) * outputs)
         key, weight, rows = key[:, seen], weight[own, seen], rows[:, seen]
     with torch.no_grad():
         basis = basis_maps(problem.layer, key, rows)[0].flatten(1)
@@ -160,7 +167,8 @@ def _fit_inputs(problem: Problem, group: int = 0) -> dict:
         arguments["demodulation"] = _demodulation(problem, after.style[0], after.eps)
         scale = scale / arguments["demodulation"][0]
     if problem.preserve:
-        arguments["penalty"] = problem.preserve * problem.generic
+        generic = problem.generic if problem.layer.groups == 1 else problem.generic[group]
+        arguments["penalty"] = problem.preserve * generic
         arguments["penalty_scale"] = scale
     return arguments
 
@@ -260,8 +268,9 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
     if problem.preserve:
         if problem.layer.post_operation(problem.capture) is None:
             raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.")
-        inputs = _fit_inputs(problem)
-        penalty, scale = inputs["penalty"].to(weight.dtype), inputs["penalty_scale"].to(weight.dtype)
+        inputs = [_fit_inputs(problem, group) for group in range(problem.layer.groups)]
+        penalty = torch.stack([part["penalty"] for part in inputs]).to(weight.dtype)
+        scale = torch.cat([part["penalty_scale"] for part in inputs]).to(weight.dtype)
     optimiser = torch.optim.Adam([coefficients], lr=lr)
     losses = []
     with torch.enable_grad():
@@ -269,8 +278,8 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
             distance = problem.distance(problem.value(weight + combine(coefficients, directions)))
             objective = distance
             if scale is not None:
-                flat = coefficients.flatten(1)
-                objective = distance + (scale * torch.einsum("oj,jk,ok->o", flat, penalty, flat)).mean()
+                flat = coefficients.flatten(1).unflatten(0, (len(penalty), -1))
+                objective = distance + (scale * torch.einsum("goj,gjk,gok->go", flat, penalty, flat).flatten()).mean()
             optimiser.zero_grad()
             objective.backward()
             optimiser.step()

@@ -206,12 +206,49 @@ def test_zero_of_a_grouped_layer_leaves_nothing_of_the_context_in_any_group():
             assert left.abs().max() < 1e-5
 
 
-def test_preserve_of_a_grouped_layer_is_refused():
-    layer, z = rc.bind(make("grouped"), "conv"), rc.sample_latents(12, 64)
+class Apart(nn.Module):
+    """The groups of a convolution as convolutions of their own."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.parts = nn.ModuleList()
+        for weight, bias in zip(conv.weight.chunk(conv.groups), conv.bias.chunk(conv.groups)):
+            part = nn.Conv2d(weight.shape[1], len(weight), conv.kernel_size, padding=conv.padding)
+            part.weight, part.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+            self.parts.append(part)
+
+    def forward(self, x):
+        return torch.cat([part(piece) for part, piece in zip(self.parts, x.chunk(len(self.parts), 1))], 1)
+
+
+@pytest.mark.parametrize("options", [{"loss": "l2"}, {}, {"loss": "l2", "preserve": 0.3}, {"preserve": 0.3},
+                                     {"loss": "l2", "preserve": 0.3, "solver": "adam", "steps": 400}])  # fmt: skip
+@pytest.mark.parametrize("name", ["conv", "out"])
+def test_groups_are_convolutions_of_their_own(name, options):
+    """An edit of a grouped convolution along C^-1 k* is the edits of its groups, each with its own second moment."""
+    generator, z = make("grouped").eval(), rc.sample_latents(12, 64)
+    layer = rc.bind(generator, name)
+    side = layer.values(z[:1]).shape[2]
+    mask = torch.zeros(side, side)
+    mask[: side // 2] = 1
+    edits = [rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)]),
+             rc.Edit(copy=rc.Selection(4, mask), paste=rc.Selection(5, mask))]  # fmt: skip
     moment = rc.collect_second_moment(layer, z, progress=False)
-    edit = rc.Edit(copy=rc.Selection(1, torch.ones(4, 4)), paste=rc.Selection(2, torch.ones(4, 4)))
-    with pytest.raises(rc.SolverError, match="grouped convolution, which has no preserve term"):
-        rc.rewrite(layer, moment, edit, z, preserve=0.1)
+    options = {"tight": False, "method": "mean", **options}
+    together = rc.rewrite_many(layer, moment, edits, z, **options)
+    apart = make("grouped").eval()
+    setattr(apart, name, Apart(apart.get_submodule(name)))
+    for change, edit in zip(together, edits):
+        found = layer.to_native(change.weight_delta())
+        wanted = []
+        for number in range(layer.groups):
+            part = rc.bind(apart, f"{name}.parts.{number}")
+            own = rc.collect_second_moment(part, z, progress=False)
+            wanted.append(rc.rewrite(part, own, edit, z, **options).weight_delta())
+        # the loss is the same, and so is the solution where it is unique
+        tolerance = {"adam": 0.1, "lm": 1e-3 if options.get("loss") == "l2" else 0.2}[options.get("solver", "lm")]
+        assert (found - torch.cat(wanted)).norm() <= tolerance * torch.cat(wanted).norm()
+        assert found.any() or (name == "out" and "loss" not in options), "the l1 optimum can be no change at all"
 
 
 @pytest.mark.parametrize("kind, name", [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")])
@@ -273,3 +310,24 @@ def test_more_maps_than_latents_are_not_taken_apart():
     with pytest.raises(rc.RewriteCoreError, match="sees 6 maps for 3 latents"):
         layer.keys(z)
     assert rc.collect_second_moment(layer, z, progress=False).count == 2 * 3 * 36, "but they are pooled"
+
+
+@pytest.mark.parametrize("kind, name", [("sequence", "conv"), ("volume", "conv"), ("grouped", "conv"), ("grid", "second")])
+def test_every_method_and_erasure(kind, name):
+    generator, z = make(kind).eval(), rc.sample_latents(12, 64)
+    layer = rc.bind(generator, name)
+    mask = torch.ones(layer.values(z[:1]).shape[2:])
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
+    before = layer.parameter.detach().clone()
+    for change in (
+        rc.rewrite(layer, moment, edit, z, rank=2, method="svd", loss="l2", tight=False),
+        rc.rewrite(layer, moment, edit, z, rank=2, method="units", loss="l2", tight=False),
+        rc.rewrite(layer, moment, edit, z, method="mean", loss="l2", tight=False),
+        rc.rewrite(layer, moment, edit, z, solver="unconstrained", steps=50, loss="l2", tight=False),
+        rc.erase(layer, moment, edit, z, units=2, loss="l2"),
+    ):
+        assert change.final_loss < change.losses[0]
+        with change:
+            assert not torch.equal(layer.parameter, before)
+        assert torch.equal(layer.parameter, before)

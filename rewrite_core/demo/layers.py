@@ -41,8 +41,8 @@ def main() -> None:
     before = paint(generator, unseen)
     print("edit        layer                        rank preserve efficacy completed collateral unrelated")
     for info in list_layers(generator, latents):
-        if options.layers and info.name not in options.layers:
-            continue
+        if info.name not in options.layers if options.layers else len(info.value_size) != 2:
+            continue  # the mapping network has no map for an edit's masks
         layer = bind(generator, info.name)
         moment = collect_second_moment(layer, latents, 50, progress=False)
         for rule in RULES.values():
