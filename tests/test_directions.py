@@ -147,6 +147,54 @@ def test_dead_channels_stay_finite():
     assert (directions @ directions.T - torch.eye(4)).abs().max() < 1e-9
 
 
+def singular_keys(kind):
+    """Keys [n, 24] whose second moment is singular."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    if kind == "one dead":
+        rows[:, 0] = 0
+    elif kind == "many dead":
+        rows[:, 1::2] = 0
+    elif kind == "last dead":
+        rows[:, -1] = 0
+    elif kind == "one twin":
+        rows[:, 3] = rows[:, 17]
+    elif kind == "many twins":
+        rows[:, :12] = rows[:, 12:]
+    elif kind == "opposite":
+        rows[:, 5] = -rows[:, 6]
+    elif kind == "one below":
+        rows = rows[:23]
+    elif kind == "few keys":
+        rows = rows[:6]
+    elif kind == "sums":
+        rows[:, 2] = rows[:, 7] + rows[:, 8] - rows[:, 9]
+    elif kind == "dead, twins and scales":
+        rows *= torch.logspace(-5, 5, 24, dtype=torch.float64)
+        rows[:, 4], rows[:, 10] = 0, 3 * rows[:, 11]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["one dead", "many dead", "last dead", "one twin", "many twins", "opposite", "one below", "few keys", "sums",
+     "dead, twins and scales"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["whitened", "svd"])
+def test_ten_singular_second_moments(kind, method):
+    rows = singular_keys(kind)
+    moment = rc.SecondMoment(24)
+    moment.update(rows)
+    assert torch.linalg.matrix_rank(moment.matrix(), hermitian=True) < 24
+    with pytest.warns(UserWarning, match="rank-deficient.* added to its diagonal"):
+        shift = moment.factor.shift.item()
+    assert 0 < shift <= 1e-6 * moment.matrix().diagonal().mean()  # known to whoever asks, and small
+    for rank in (1, 3, 5):
+        directions = rc.context_directions(moment, rows[:6], rank=rank, method=method)
+        assert directions.isfinite().all() and directions.shape == (rank, 24)
+        assert (directions @ directions.T - torch.eye(rank)).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize(
     "arguments, error, words",
     [

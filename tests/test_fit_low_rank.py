@@ -688,6 +688,70 @@ def test_scales(fit, dtype, size, what):
     assert result.coefficients.dtype == dtype and result.loss.dtype == torch.float64
 
 
+def single(item):
+    if isinstance(item, tuple):
+        return tuple(map(single, item))
+    return item.float() if isinstance(item, torch.Tensor) else item
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("demodulated", [True, False])
+def test_float32_input_leads_to_the_same_optimum(fit, loss, rank, demodulated):
+    """The normal equations of float32 input may be summed in float32; what they lead to is as good."""
+    problem = random_problem(3, rank, (8, 9), demodulated)
+    wide = fit(**problem, loss=loss)
+    narrow = fit(**{name: single(item) for name, item in problem.items()}, loss=loss)
+    assert_sound(narrow)
+    assert narrow.loss.mean() <= 1.01 * wide.loss.mean()  # not convex: rounding may lead to another minimum
+    convex = random_problem(3, rank, (8, 9), False, slope=1.0)
+    wide, narrow = (fit(**{n: cast(i) for n, i in convex.items()}, loss=loss) for cast in (lambda i: i, single))
+    torch.testing.assert_close(narrow.loss, wide.loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("demodulated", [True, False])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize(
+    "kind", ["zero residual", "constant maps", "one pixel", "dead channel", "twin rows", "one huge row", "one huge pixel"]
+)
+def test_hostile_float32_input(fit, kind, size, demodulated, loss):
+    problem = dict(random_problem(2, 1, (4, 4), demodulated))
+    if kind == "zero residual":
+        problem["target"] = value_of(torch.zeros(32, 9, dtype=torch.float64), **problem)
+    elif kind == "constant maps":
+        maps = ("basis", "base", "target")
+        problem = {name: item[:, :1].expand_as(item) if name in maps else item for name, item in problem.items()}
+    elif kind == "one pixel":
+        maps = ("basis", "base", "target", "shift")
+        problem = {name: item[:, :1] if name in maps else item for name, item in problem.items()}
+    elif kind == "dead channel":  # all its weights are zero
+        problem["base"] = problem["base"].clone()
+        problem["base"][5] = 0
+        if demodulated:
+            constant, linear, quadratic = (part.clone() for part in problem["demodulation"])
+            constant[5], linear[5] = 1e-8, 0
+            problem["demodulation"] = constant, linear, quadratic
+    elif kind == "twin rows":
+        problem["basis"] = problem["basis"][:1].expand(9, -1)
+        if demodulated:
+            constant, linear, quadratic = problem["demodulation"]
+            problem["demodulation"] = constant, linear, quadratic[:1, :1].expand(9, 9)
+    elif kind == "one huge row":
+        problem["basis"] = problem["basis"].clone()
+        problem["basis"][4] *= 1e8
+    elif kind == "one huge pixel":
+        problem["target"] = problem["target"].clone()
+        problem["target"][:, 3] *= 1e8
+    problem["gain"] *= size
+    problem["target"] = problem["target"] * size
+    result = fit(**{name: single(item) for name, item in problem.items()}, loss=loss)
+    assert_sound(result)
+    assert (result.status != ops.NONFINITE).all()
+    if kind == "zero residual":  # but for its rounding to float32
+        assert (result.loss <= 1e-5 * size * (1 if loss == "l1" else size)).all()
+
+
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("slope", [1.0, 0.2])
 def test_numbers_too_large_are_reported(fit, loss, slope):

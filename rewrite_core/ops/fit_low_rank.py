@@ -154,7 +154,10 @@ def fit_low_rank(
         basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
         max_iterations, tolerance,
     )  # fmt: skip
-    outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
+    if torch.compiler.is_compiling() or type(base) is not Tensor:
+        outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
+    else:  # what the op does, without checking a second time
+        outputs = select("fit_low_rank", backend, *problem).load()(problem)
     if basis.ndim == 2:
         outputs = [output[0] for output in outputs]
     return FitResult(*outputs, "closed_form" if problem.exact else "lm")
