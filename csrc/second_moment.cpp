@@ -356,7 +356,8 @@ Status run(const Problem& p, double* out, int threads) {
   const double work = 0.5 * static_cast<double>(p.positions.total) * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   const int64_t packed_size = p.chunk_runs * p.padded * key_stride;
-  const bool room = 2 * packed_size * threads <= std::max(alone_bytes, matrix_bytes);
+  const int64_t buffers = p.runs > p.chunk_runs ? 2 : 1;
+  const bool room = buffers * packed_size * threads <= std::max(alone_bytes, matrix_bytes);
   // each thread has tiles enough to pack all channels meanwhile
   const bool tiles = n >= 2 * p.kernels.rows * p.kernels.columns * threads;
   const Sharing sharing = groups && (groups >= threads || most == most_groups) ? Sharing::groups
@@ -377,17 +378,17 @@ Status run(const Problem& p, double* out, int threads) {
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
-  Aligned<char> packed(2 * packed_size * (sharing == Sharing::none ? 1 : threads));
+  Aligned<char> packed(buffers * packed_size * (sharing == Sharing::none ? 1 : threads));
   Aligned<double> sums(groups * n * n);
   if (!packed.data() || !sums.data()) return Status::out_of_memory;
 
   Team::run(threads, [&](Team& team) {
     const int64_t self = team.join();
     const bool alone = sharing != Sharing::none;
-    char* now = packed.data() + (alone ? 2 * packed_size * self : 0);
-    char* spare = now + packed_size;
+    char* now = packed.data() + (alone ? buffers * packed_size * self : 0);
+    char* spare = now + (buffers - 1) * packed_size;
     if (alone || self == 0) {
-      for (int64_t row = 0; row < 2 * p.chunk_runs * p.padded; ++row) {
+      for (int64_t row = 0; row < buffers * p.chunk_runs * p.padded; ++row) {
         if (row % p.padded >= n) std::memset(now + row * key_stride, 0, run_bytes);
       }
     }

@@ -348,7 +348,7 @@ def solve_unconstrained(
 
 def _fuses(problem: Problem, backend: str) -> bool:
     """Whether ops.fit_projected has a kernel for this problem, by `backend`."""
-    if problem.target.ndim != 4 or problem.layer.groups != 1:  # the kernel is for images and dense weights
+    if len(problem.layer.kernel_size) != 2 or problem.layer.groups != 1:  # the kernel is for dense 2-D convolutions
         if backend not in ("auto", "reference"):
             raise SolverError(f"{problem.layer.name!r} is no dense 2-D convolution: use backend='auto'.")
         return False

@@ -835,5 +835,5 @@ def test_seconds_add_up_and_name_the_generators_own(moment, layer, edit, latents
     assert set(change.seconds) == {"check", "generator", "directions", "goal", "fit"}
     assert 0.9 * total < sum(change.seconds.values()) <= total
     passes = len(edit.keys) + 2
-    assert change.seconds["generator"] >= 0.05 * passes and change.seconds["check"] >= 0.05
+    assert change.seconds["generator"] >= 0.05 * passes and change.seconds["check"] > 0
     assert max(change.seconds[stage] for stage in ("directions", "goal", "fit")) < 0.05 * passes
