@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.directions import rank_units
+from rewrite_core.directions import _top_right_vectors, rank_units
 
 
 def subspace_cosine(a, b):
@@ -145,6 +145,20 @@ def test_dead_channels_stay_finite():
     assert torch.isfinite(directions).all()
     assert moment.factor.shift > 0
     assert (directions @ directions.T - torch.eye(4)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.9, 3.1, 7])
+@pytest.mark.parametrize("shape", [(30, 80), (80, 30), (40, 40)])
+def test_top_vectors_are_the_singular_ones(shape, spread):
+    """By the smaller product, or where the values spread too far for it (10^-3) by a decomposition of the rows."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 9, generator=generator, dtype=torch.float64)).Q for n in shape)
+    rows = left * torch.logspace(0, -spread, 9, dtype=torch.float64) @ right.T
+    found = _top_right_vectors(rows, 9)
+    assert (found @ found.T - torch.eye(9)).abs().max() < 1e-9
+    assert ((found * right.T).sum(1).abs() > 1 - 1e-12).all()
+    with pytest.raises(rc.RankError, match="span only 9 directions"):
+        _top_right_vectors(rows, 10)
 
 
 def singular_keys(kind):
