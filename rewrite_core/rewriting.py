@@ -46,8 +46,7 @@ class Goal:
     """The keys of the pasted region and the value they should have (paper, figure 3)."""
 
     capture: Capture  # cropped to the region where tight
-    target: Tensor  # [1, O, *map]
-    value: Tensor  # [1, O, *map] of the whole map, to preview with BoundLayer.render
+    target: Tensor  # [1, O, *map]; a whole one can be previewed with BoundLayer.render
     box: Box | None  # of the value map; None for the whole map
 
 
@@ -78,37 +77,82 @@ def _fit_boxes(box: Box, key_size: tuple[int, ...], value_size: tuple[int, ...])
     return tuple(key_box), tuple(value_box)
 
 
-def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
-    """Whether the layer's linear operator on a crop of its key is what it would be on the whole key with zeros
-    outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
-    options = {"dtype": torch.float64, "device": key.device}  # exact enough for any order of additions
-    whole = torch.zeros(1, 1, *key.shape[2:], **options)
-    part = whole[window(key_box)]
-    part.copy_(torch.arange(1, part.numel() + 1, **options).reshape(part.shape))
+def _probe(layer: BoundLayer, key: Tensor) -> tuple[Tensor, Tensor]:
+    """One channel of zeros for the key map and a kernel of 1, 2, 3, ...; what the layer's linear operator does with
+    them shows what it does with every channel. float64: exact enough for any order of additions."""
+    options = {"dtype": torch.float64, "device": key.device}
     kernel = torch.arange(1, math.prod(layer.kernel_size) + 1, **options).reshape(1, 1, *layer.kernel_size)
-    wanted = layer.linear(whole, kernel)[window(value_box)]
+    return torch.zeros(1, 1, *key.shape[2:], **options), kernel
+
+
+def _value_size(layer: BoundLayer, key: Tensor) -> tuple[int, ...]:
+    return tuple(layer.linear(*_probe(layer, key)).shape[2:])
+
+
+def _agrees(layer: BoundLayer, whole: Tensor, kernel: Tensor, key_box: Box, wanted: Tensor, inner: Box | None) -> bool:
+    """Whether the linear operator on a crop of `whole` makes `wanted`, or has it in its `inner` box."""
     try:
-        found = layer.linear(part, kernel)
+        found = layer.linear(whole[window(key_box)], kernel)
     except RuntimeError:  # torch: the crop is smaller than the kernel or than the padding
         return False
+    found = found if inner is None else found[window(inner)]
     return found.shape == wanted.shape and torch.allclose(found, wanted)
 
 
-def _crop(layer: BoundLayer, capture: Capture, target: Tensor, box: Box) -> tuple[Capture, Tensor, Box]:
-    """The capture and the target in the smallest region around `box` that the layer can be run on by itself, and
-    that region of the value map. Copies: a view would keep the whole maps alive."""
-    boxes = _fit_boxes(box, tuple(capture.key.shape[2:]), tuple(target.shape[2:]))
+def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
+    """Whether the layer's linear operator on a crop of its key is what it would be on the whole key with zeros
+    outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
+    whole, kernel = _probe(layer, key)
+    part = whole[window(key_box)]
+    part.copy_(torch.arange(1, part.numel() + 1).reshape(part.shape))
+    return _agrees(layer, whole, kernel, key_box, layer.linear(whole, kernel)[window(value_box)], None)
+
+
+def _shifted(box: Box, origin: Box) -> Box:
+    """A box in the coordinates of a crop that begins where `origin` does."""
+    axes = len(box) // 2
+    return tuple(place - origin[i % axes] for i, place in enumerate(box))
+
+
+def _value(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box | None = None) -> Tensor:
+    """The value of a capture, [1, O, *map] of `size`, or a copy of a box of it. A box is computed from the keys around
+    it alone, where the layer's linear operator on one channel shows that to be the same."""
+    weight = layer.weight.to(capture.key.dtype)
+    with torch.no_grad():
+        if box is None:
+            return layer.value(capture, weight)
+        axes = len(size)
+        kernel_size = layer.kernel_size or [1] * axes  # a linear layer has no kernel
+        margins = [k * max(1, v // n) for k, v, n in zip(kernel_size, size, capture.key.shape[2:])]
+        around = (
+            *(max(0, box[i] - margins[i]) for i in range(axes)),
+            *(min(size[i], box[axes + i] + margins[i]) for i in range(axes)),
+        )
+        boxes = _fit_boxes(around, tuple(capture.key.shape[2:]), size)
+        if boxes is not None and layer.post_operation(capture) is not None:
+            whole, kernel = _probe(layer, capture.key)
+            whole.copy_(torch.arange(1, whole.numel() + 1).reshape(whole.shape))
+            inner = _shifted(box, boxes[1])
+            if _agrees(layer, whole, kernel, boxes[0], layer.linear(whole, kernel)[window(box)], inner):
+                return layer.value(layer.crop(capture, *boxes), weight)[window(inner)].clone()
+        return layer.value(capture, weight)[window(box)].clone()
+
+
+def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) -> tuple[Capture, Box]:
+    """The capture in the smallest region around `box` that the layer can be run on by itself, and that region of the
+    value map. Copies: a view would keep the whole map alive."""
+    boxes = _fit_boxes(box, tuple(capture.key.shape[2:]), size)
     if boxes is None or not _crops(layer, capture.key, *boxes):
         raise SolverError(
             f"Layer {layer.name!r} cannot be run on a crop of its map (its maps are {tuple(capture.key.shape[2:])} and "
-            f"{tuple(target.shape[2:])}, and a crop is padded with zeros); use tight=False."
+            f"{size}, and a crop is padded with zeros); use tight=False."
         )
     cropped = layer.crop(capture, *boxes)
     extra = {name: part.clone() for name, part in cropped.extra.items()}
-    return Capture(cropped.key.clone(), extra), target[window(boxes[1])].clone(), boxes[1]
+    return Capture(cropped.key.clone(), extra), boxes[1]
 
 
-def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture, Tensor]:
+def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> Capture:
     capture = layer.capture_each(latent_of(selection, latents))
     if not torch.isfinite(capture.key).all():
         raise NonFiniteError(
@@ -118,8 +162,7 @@ def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> tuple[Capture
     capture = capture.to_dtype(torch.promote_types(capture.key.dtype, torch.float32))
     if capture.key.is_inference():  # a view of latents made in inference mode, which autograd refuses
         capture = dataclasses.replace(capture, key=capture.key.clone())
-    with torch.no_grad():
-        return capture, layer.value(capture, layer.weight.to(capture.key.dtype))
+    return capture
 
 
 def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = True, alpha: bool = True) -> Goal:
@@ -132,24 +175,25 @@ def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tru
     if edit.copy is None or edit.paste is None:
         missing = "copy ('object')" if edit.copy is None else "paste"
         raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
-    capture, value = _capture_one(layer, edit.paste, latents)
-    size = tuple(value.shape[2:])
-    _, copied = _capture_one(layer, edit.copy, latents)
-    area = edit.copy.area(size).to(value)
-    axes, copy_box, paste_box = len(size), bounding_box(area), bounding_box(edit.paste.area(size))
-    patch, area = copied[window(copy_box)], area[window(copy_box)[2:]]
+    capture, source = _capture_one(layer, edit.paste, latents), _capture_one(layer, edit.copy, latents)
+    size = _value_size(layer, capture.key)
+    area, axes = edit.copy.area(size).to(capture.key), len(size)
+    copy_box, paste_box = bounding_box(area), bounding_box(edit.paste.area(size))
+    patch, area = _value(layer, source, size, copy_box), area[window(copy_box)[2:]]
     place = []
     for axis, extent in enumerate(patch.shape[2:]):
         centre = (paste_box[axis] + paste_box[axis + axes]) // 2
         place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
     box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
-    target = value.clone()
-    pasted = target[window(box)]
+    fitted = None
+    if tight:
+        cropped, fitted = _crop(layer, capture, size, box)
+        target = _value(layer, capture, size, fitted)
+    else:
+        cropped, target = capture, _value(layer, capture, size)
+    pasted = target[window(box if fitted is None else _shifted(box, fitted))]
     pasted.copy_((1 - area) * pasted + area * patch if alpha else patch)
-    if not tight:
-        return Goal(capture, target, target, None)
-    cropped, part, box = _crop(layer, capture, target, box)
-    return Goal(cropped, part, target, box)
+    return Goal(cropped, target, fitted)
 
 
 def erase_goal(
@@ -163,16 +207,14 @@ def erase_goal(
         raise RewriteCoreError(f"units must be from 1 to the {layer.in_channels} key channels, not {units}.")
     keys, weights = context_keys(layer, edit.keys, latents)
     gone = rank_units(moment, keys, weights)[:units]
-    capture, value = _capture_one(layer, edit.paste, latents)
+    capture = _capture_one(layer, edit.paste, latents)
+    size = _value_size(layer, capture.key)
     without = capture.key.clone()
     without[:, gone.to(without.device)] = 0
-    with torch.no_grad():
-        target = layer.value(dataclasses.replace(capture, key=without), layer.weight.to(without.dtype))
-    if not tight:
-        return Goal(capture, target, target, None)
-    box = bounding_box(edit.paste.area(tuple(value.shape[2:])))
-    cropped, part, box = _crop(layer, capture, target, box)
-    return Goal(cropped, part, target, box)
+    without, fitted = dataclasses.replace(capture, key=without), None
+    if tight:
+        capture, fitted = _crop(layer, capture, size, bounding_box(edit.paste.area(size)))
+    return Goal(capture, _value(layer, without, size, fitted), fitted)
 
 
 # --- the change ------------------------------------------------------------------------------------------
@@ -258,8 +300,8 @@ class Rewrite:
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
             of its map around it instead of zeros: the loss measured then differs by that.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
-        status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many ran
-            as what: "fused" in one kernel call, or step by step through "autograd".
+        status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many
+            ran as what: "fused" in one kernel call, or step by step through "autograd".
         seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
             (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
             "fit".

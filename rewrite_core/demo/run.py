@@ -61,7 +61,7 @@ def _sheet(
         return paint(layer.generator, latents[index : index + 1])[0]
 
     goal = paste_goal(layer, edit, latents, tight=False)
-    preview = to_unit(layer.render(latents[edit.paste.index][None], goal.value))[0]
+    preview = to_unit(layer.render(latents[edit.paste.index][None], goal.target))[0]
     top = [
         (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),
         (pictures.selected(show(edit.paste.index), edit.paste, wide), f"paste (picture {edit.paste.index})"),
