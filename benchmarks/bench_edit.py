@@ -2,7 +2,7 @@
 
 The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"), which
 tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a contender takes
-minutes it runs a few of its 2001 steps, and its name says how many.
+minutes it runs a few of its 2001 steps, and is set aside with the part of the job that it did.
 """
 
 from __future__ import annotations
@@ -148,19 +148,16 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
     unknowns, pixels = 9 * rank, side * side
     system = min(unknowns, pixels)  # the normal equations are over the fewer of the two
 
-    def share(count: int) -> str:
-        return f"{count} steps" if count == STEPS else f"{count} of {STEPS} steps"
+    def stepwise(name: str, run: Callable[[], Solution], count: int) -> Contender:
+        rounds = 1 if count == STEPS else 3  # all steps take a minute
+        return Contender(name, run, rounds=rounds, part=count / STEPS, aside=count < STEPS)
 
-    rounds = 1 if steps == STEPS else 3  # a minute each
     return Problem(
         ours=Contender("rewrite_core", lambda: solve_lm([problem], backend)[0]),
         stock=[
-            Contender(
-                f"reference's loop, {share(steps)}", lambda: solve_projected(problem, steps, backend="reference"),
-                rounds=rounds,
-            ),
-            Contender(f"projected, fused, {share(steps)}", lambda: solve_projected(problem, steps), rounds=rounds),
-            Contender(f"Adam on Lambda, {share(adam)}", lambda: solve_adam(problem, adam), rounds=rounds),
+            stepwise("reference's loop", lambda: solve_projected(problem, steps, backend="reference"), steps),
+            stepwise("projected, fused", lambda: solve_projected(problem, steps), steps),
+            stepwise("Adam on Lambda", lambda: solve_adam(problem, adam), adam),
         ],
         shapes={"weight": [channels, channels, 3, 3], "key": [channels, side, side], "directions": [rank, channels]},
         dtype="float32",

@@ -36,7 +36,7 @@ class Contender:
     rounds   run it so many times at most (for contenders of many seconds), or None
     part     the share of the case's job that it does, for contenders that would take minutes: 0.001 of the keys, say.
              Its times are recorded as measured; its rate and its ratios are of the part
-    aside    timed for comparison, and no candidate for the best of stock
+    aside    timed for comparison, and no candidate for the best of stock, unless all are
     """
 
     name: str
@@ -211,14 +211,19 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         }  # fmt: skip
     ours = contenders[problem.ours.name]
     rivals = [contender.name for contender in problem.stock if not contender.aside]
+    rivals = rivals or [contender.name for contender in problem.stock]
     able = [name for name in rivals if checked.errors[name] <= problem.tolerance]  # others do not do the job
-    best = min(able or rivals, key=lambda name: contenders[name]["p50"])
+
+    def time_of(name: str) -> float:
+        return contenders[name]["p50"] / contenders[name]["part"]
+
+    best = min(able or rivals, key=time_of)
     return {
         "op": op, "case": checked.case.name, "group": checked.case.group, "quick": quick, "backend": checked.backend,
         "shapes": problem.shapes, "dtype": problem.dtype, "details": problem.details,
         **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
         "operations": problem.operations, "bytes": problem.traffic,
         "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,
-        "best_stock": best, "ratio": contenders[best]["p50"] / ours["p50"], "yardstick": yardstick,
+        "best_stock": best, "ratio": time_of(best) / ours["p50"], "yardstick": yardstick,
         "contenders": contenders,
     }  # fmt: skip
