@@ -56,7 +56,7 @@ class _Surroundings:
         for name, module in layer.generator.named_modules():
             self._facts += [name, type(module), self._identity(module)]
             for key, value in vars(module).items():
-                if key == "training" or (not value and isinstance(value, dict | set)):  # passes run in eval mode
+                if key == "training" or (isinstance(value, dict | set) and not value):  # passes run in eval mode
                     continue
                 registered = key in ("_parameters", "_buffers", "_modules")
                 self._facts.append((key, [*map(self._registered, value.items())] if registered else self._of(value)))
