@@ -24,7 +24,10 @@ KIND = "xxh3:"
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
+    data = tensor.detach().cpu()
+    if data.layout != torch.strided:  # a sparse buffer
+        data = data.to_dense()
+    data = data.resolve_conj().resolve_neg().contiguous()
     digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
     digest.update(data.reshape(-1).view(torch.uint8).numpy())
 

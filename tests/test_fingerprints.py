@@ -144,3 +144,15 @@ def test_tracing_leaves_the_bits_of_the_keys(family):
     for number, layer in enumerate(layers):
         assert torch.equal(caught[number], layer.keys(latents))
         assert trace.fingerprint(number) == rc.bind(generator, layer.name).fingerprint(latents)
+
+
+def test_buffers_of_other_layouts():
+    generator = Branching().eval()
+    layer, prints = rc.bind(generator, "conv"), []
+    for scale in (1, 2, 1):
+        generator.a.register_buffer("sparse", scale * torch.eye(3).to_sparse())
+        generator.a.register_buffer("conjugate", torch.tensor([1j]).conj())
+        prints.append(layer.fingerprint(maps()))
+    assert prints[0] == prints[2] != prints[1]
+    generator.a.register_buffer("conjugate", torch.tensor([1j]))
+    assert layer.fingerprint(maps()) != prints[0]
