@@ -103,7 +103,11 @@ void pack(const Problem& p, int64_t run, int64_t channel, int64_t count, char* t
 
 // Packs one worker's share of a chunk while it computes with the chunk before. Each tile asks the cache for a portion
 // of the features, and copies the portion before it where whole vectors of features can be copied as they are;
-// elsewhere a panel is packed as soon as the cache was asked for all of it.
+// elsewhere a panel is packed as soon as the cache was asked for all of it. What tiles have not got to, finish() packs.
+//
+// A panel is packed for one run at a time; the two make a task, and worker w of n has the tasks w, w + n, ... A portion
+// is what one tile asks for: of maps one channel's run, of other layouts some neighbouring positions. Tiles make fewer
+// steps in the last run of all, and would copy less: but nothing is left to pack by then.
 class Ahead {
  public:
   Ahead(const Problem& p, int64_t channels, int64_t first_run, int64_t runs, int64_t self, int64_t workers,
@@ -128,7 +132,8 @@ class Ahead {
   const Meanwhile* next(const char* urgent) {
     asks_ = !urgent && task_ < tasks_;
     if (!asks_ && !urgent && !copy_to_) return nullptr;
-    also_.ahead = urgent ? urgent : asks_ ? portion() : copy_to_;
+    also_.ahead = reinterpret_cast<uintptr_t>(urgent ? urgent : copy_to_);
+    if (asks_) also_.ahead = address();
     also_.ahead_offsets = urgent || !asks_ ? packed_lines_ : copies_ ? offsets_[table_] : lines_;
     also_.from = copy_from_;
     also_.from_offsets = copy_offsets_;
@@ -140,7 +145,7 @@ class Ahead {
     copy_to_ = nullptr;
     if (!asks_) return;
     if (copies_) {
-      copy_from_ = portion();
+      copy_from_ = p_.features + (channel() + portion_) * p_.channel_stride * p_.element;
       copy_offsets_ = offsets_[table_];
       copy_to_ = target() + portion_ * key_stride;
       if (++portion_ == channels_) next_panel();
@@ -168,9 +173,10 @@ class Ahead {
   int64_t channel() const { return task_ % panels_ * p_.kernels.panel; }
   char* target() const { return packed_ + (task_ / panels_ * p_.padded + channel()) * key_stride; }
 
-  const char* portion() const {
+  // Of the portion to ask for: a number, as at the edges of the features there may be nothing.
+  uintptr_t address() const {
     const int64_t start = channel() * p_.channel_stride + (copies_ ? 0 : p_.positions.offset(run() * p_.run_length));
-    return p_.features + start * p_.element + portion_ * portion_stride_;
+    return reinterpret_cast<uintptr_t>(p_.features) + start * p_.element + portion_ * portion_stride_;
   }
 
   void next_panel() {
@@ -209,18 +215,18 @@ class Ahead {
   int64_t offsets_[2][most_steps], lines_[most_steps], packed_lines_[most_steps];
 };
 
-// Adds the products of one block to sums and to their mirror image, while they are at hand: the rows of a matrix of a
-// power of two of channels share the cache's sets.
-void add_mirrored(const Block& block, double (*part)[block_columns], int64_t n, double* sums) {
+// Adds the products of one block, rows of block_columns in `part`, to sums and to their mirror image, while they are at
+// hand: the rows of a matrix of a power of two of channels share the cache's sets.
+void add_mirrored(const Block& block, double* part, int64_t n, double* sums) {
   for (int64_t i = block.row; i < block.row_end; ++i) {
     const int64_t columns = std::min(block.column_end, i + 1) - block.column;
-    double *row = sums + i * n + block.column, *products = part[i - block.row];
+    double *row = sums + i * n + block.column, *products = part + (i - block.row) * block_columns;
     for (int64_t j = 0; j < columns; ++j) products[j] = row[j] += products[j];
   }
   for (int64_t j = block.column; j < std::min(block.column_end, n); ++j) {
     const int64_t first = std::max(block.row, j + 1), rows = block.row_end - first;
     double turned[block_rows];  // a row of the image at once: it goes to lines that are not in the cache
-    for (int64_t i = 0; i < rows; ++i) turned[i] = part[first + i - block.row][j - block.column];
+    for (int64_t i = 0; i < rows; ++i) turned[i] = part[(first + i - block.row) * block_columns + j - block.column];
     if (rows > 0) std::memcpy(sums + j * n + first, turned, rows * sizeof(double));
   }
 }
@@ -231,7 +237,7 @@ void add_mirrored(const Block& block, double (*part)[block_columns], int64_t n, 
 template <class Workers>
 void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share, int64_t first, int64_t end,
               int64_t then, bool ready, bool mirror, char*& packed, char*& spare, double* sums) {
-  alignas(64) double part[block_rows][block_columns];
+  alignas(64) double part[block_rows * block_columns];
   const int64_t n = p.channels, tile_columns = p.kernels.columns, tile_rows = p.kernels.rows;
   if (!ready) {
     Ahead(p, share.channels, first, std::min(p.chunk_runs, end - first), self, team.size(), packed).finish();
@@ -249,17 +255,18 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
       // the next block's columns, which other threads may have packed
       const Block soon = team.size() > 1 && after < share.size ? share.blocks[after] : Block{};
       int64_t asked = 0;
-      // what row i and column j add up to is at target[i * target_stride + j]
       const int64_t target_stride = to_part ? block_columns : n;
-      double* const target = to_part ? part[0] - block.row * target_stride - block.column : sums;
-      if (to_part) std::fill(part[0], part[block.row_end - block.row], 0.0);
+      const auto target = [&](int64_t row, int64_t column) {  // where a product of these two channels is added up
+        return to_part ? part + (row - block.row) * block_columns + column - block.column : sums + row * n + column;
+      };
+      if (to_part) std::fill(part, part + (block.row_end - block.row) * block_columns, 0.0);
       for (int64_t run = 0; run < count; ++run) {
         const int steps = (p.length(first + run) + p.kernels.vector - 1) / p.kernels.vector;
         for (int64_t column = block.column; column < block.column_end; column += tile_columns) {
           const char* keys = key(run, column);
           if (column >= block.row) {
             const int used = static_cast<int>(std::min<int64_t>(tile_columns, n - column));
-            p.kernels.diagonal(keys, used, steps, target + column * (target_stride + 1), target_stride);
+            p.kernels.diagonal(keys, used, steps, target(column, column), target_stride);
           }
           for (int64_t row = std::max(block.row, column + tile_columns); row < block.row_end; row += tile_rows) {
             const int64_t rows = std::min<int64_t>(tile_rows, block.row_end - row);
@@ -270,8 +277,8 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
             const int64_t width = soon.column_end - soon.column;
             const char* urgent = asked < count * width ? key(asked / width, soon.column + asked % width) : nullptr;
             ++asked;
-            p.kernels.tile(key(run, row), static_cast<int>(rows), keys, steps, target + row * target_stride + column,
-                           target_stride, ahead.next(urgent));
+            p.kernels.tile(key(run, row), static_cast<int>(rows), keys, steps, target(row, column), target_stride,
+                           ahead.next(urgent));
             ahead.advance();
           }
         }
@@ -444,7 +451,8 @@ Status second_moment(const void* features, DType dtype, const int64_t sizes[4], 
   const char* bytes = static_cast<const char*>(features);
   const bool pairs = dtype == DType::bfloat16 && table.bfloat16.element && __builtin_cpu_supports("avx512bf16");
   const SecondMomentKernels& kernels = dtype == DType::float64 ? table.float64 : pairs ? table.bfloat16 : table.float32;
-  return run({kernels, bytes, dtype, sizes[1], strides[1], positions}, out, threads);
+  const int64_t channel_stride = sizes[1] > 1 ? strides[1] : 0;  // of one channel it may be anything
+  return run({kernels, bytes, dtype, sizes[1], channel_stride, positions}, out, threads);
 }
 
 }  // namespace rewrite_core

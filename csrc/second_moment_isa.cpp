@@ -19,6 +19,7 @@ constexpr int panel_channels = 16;
 template <class Element, int bytes>
 struct Vector {
   typedef Element type __attribute__((vector_size(bytes)));
+  typedef Element packed __attribute__((vector_size(bytes), may_alias));  // stored as another type, aligned
   typedef Element unaligned __attribute__((vector_size(bytes), aligned(sizeof(Element)), may_alias));
 };
 template <class Real>
@@ -64,6 +65,20 @@ struct Products<BFloat16> {  // two positions per lane
 };
 #endif
 
+// The lanes of a, then b, that `places` name; constants once loops are unrolled, so one instruction.
+template <class V, class Places>
+inline V shuffle(V a, V b, Places places) {
+#if defined(__clang__)  // has no __builtin_shuffle
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  V result;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < n; ++lane) result[lane] = places[lane] < n ? a[places[lane]] : b[places[lane] - n];
+  return result;
+#else
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
 // Vectors of lanes / group groups each, and the sums of their groups wanted: adds the halves of every group. The
 // result holds a's groups, then b's, of half the size.
 template <class Real, int group>
@@ -75,7 +90,7 @@ inline Vec<Real> add_halves(Vec<Real> a, Vec<Real> b) {
     first[lane] = lane / half * group + lane % half;  // lanes of b count from n on
     second[lane] = first[lane] + half;
   }
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+  return shuffle(a, b, first) + shuffle(a, b, second);
 }
 
 // out[i] += the sum over the lanes of vectors[i], for i < wanted; count and group are how far the sums are.
@@ -113,10 +128,12 @@ inline void add_all(Vec<Real>* total, const Vec<Real>* sum) {
 
 enum class Besides { nothing, ask, ask_and_copy };  // which parts of Meanwhile
 
+// SecondMomentKernels::tile for a known number of rows: all sums stay in registers over a run.
 template <class Element, int row_count, int columns, Besides besides>
 void tile_of(const char* row, const char* column, int steps, double* out, int64_t out_stride,
              const Meanwhile* meanwhile) {
   typedef typename Products<Element>::Real Real;
+  typedef typename Vector<Real, vector_bytes>::packed Packed;
   typedef typename Vector<Real, vector_bytes>::unaligned Unaligned;
   Meanwhile also = {};
   if constexpr (besides != Besides::nothing) also = *meanwhile;
@@ -126,18 +143,20 @@ void tile_of(const char* row, const char* column, int steps, double* out, int64_
     Vec<Real> sum[row_count][columns] = {};
     for (int step = start; step < end; ++step) {
       Vec<Real> left[row_count];
-      if constexpr (besides != Besides::nothing) __builtin_prefetch(also.ahead + also.ahead_offsets[step]);
+      if constexpr (besides != Besides::nothing) {
+        __builtin_prefetch(reinterpret_cast<const void*>(also.ahead + also.ahead_offsets[step]));
+      }
       if constexpr (besides == Besides::ask_and_copy) {
         *reinterpret_cast<Unaligned*>(also.to + step * vector_bytes) =
             *reinterpret_cast<const Unaligned*>(also.from + also.from_offsets[step]);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < row_count; ++i) {
-        left[i] = *reinterpret_cast<const Vec<Real>*>(row + i * key_stride + step * vector_bytes);
+        left[i] = *reinterpret_cast<const Packed*>(row + i * key_stride + step * vector_bytes);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < columns; ++j) {
-        Vec<Real> right = *reinterpret_cast<const Vec<Real>*>(column + j * key_stride + step * vector_bytes);
+        Vec<Real> right = *reinterpret_cast<const Packed*>(column + j * key_stride + step * vector_bytes);
         asm("" : "+v"(right));  // or every product loads it again, and loads become the limit
 #pragma GCC unroll 4
         for (int i = 0; i < row_count; ++i) Products<Element>::add(sum[i][j], left[i], right);
@@ -175,6 +194,7 @@ void tile(const void* rows, int row_count, const void* columns, int steps, doubl
 template <class Element>
 void triangle(const char* block, int steps, double* out, int64_t out_stride) {
   typedef typename Products<Element>::Real Real;
+  typedef typename Vector<Real, vector_bytes>::packed Packed;
   Vec<Real> total[10] = {};
   for (int start = 0, end; start < steps; start = end) {
     end = end_of_terms<Real>(start, steps);
@@ -184,7 +204,7 @@ void triangle(const char* block, int steps, double* out, int64_t out_stride) {
       int place = 0;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        value[i] = *reinterpret_cast<const Vec<Real>*>(block + i * key_stride + step * vector_bytes);
+        value[i] = *reinterpret_cast<const Packed*>(block + i * key_stride + step * vector_bytes);
 #pragma GCC unroll 4
         for (int j = 0; j <= i; ++j) Products<Element>::add(sum[place++], value[i], value[j]);
       }
@@ -200,6 +220,8 @@ void triangle(const char* block, int steps, double* out, int64_t out_stride) {
   }
 }
 
+// SecondMomentKernels::diagonal: triangles of four channels along the diagonal, and for eight columns the square
+// between two of them. Channels beyond `channels` are zeros, whose products are left out.
 template <class Element>
 void diagonal(const void* block, int channels, int steps, double* out, int64_t out_stride) {
   const char* first = static_cast<const char*>(block);
@@ -228,9 +250,10 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-inline void widen(float value, float& to) { to = value; }
-inline void widen(double value, double& to) { to = value; }
-inline void widen(BFloat16 value, BFloat16& to) { to = value; }
+template <class Element>
+inline void widen(Element value, Element& to) {
+  to = value;
+}
 inline void widen(BFloat16 value, float& to) { to = from_bits(static_cast<uint32_t>(value.bits) << 16); }
 inline void widen(Float16 value, float& to) {
   // Exponent and mantissa moved into place and the exponent's bias mended. A subnormal half is the difference of
@@ -261,8 +284,8 @@ inline void transpose_block(const Element* from, int64_t from_stride, Element* t
     typename Part::type mixed[n];
 #pragma GCC unroll 4
     for (int k = 0; k < n / 2; ++k) {
-      mixed[2 * k] = __builtin_shuffle(row[k], row[k + n / 2], low);
-      mixed[2 * k + 1] = __builtin_shuffle(row[k], row[k + n / 2], high);
+      mixed[2 * k] = shuffle(row[k], row[k + n / 2], low);
+      mixed[2 * k + 1] = shuffle(row[k], row[k + n / 2], high);
     }
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k) row[k] = mixed[k];
@@ -271,6 +294,7 @@ inline void transpose_block(const Element* from, int64_t from_stride, Element* t
   for (int c = 0; c < n; ++c) *reinterpret_cast<typename Part::unaligned*>(to + c * to_stride) = row[c];
 }
 
+// to[c][k] = from[k][c] for any numbers of channels and positions: whole blocks, then what is left over.
 template <class Element>
 void transpose(const Element* from, int64_t from_stride, int channels, int count, Element* to, int64_t to_stride) {
   constexpr int n = 16 / sizeof(Element);
@@ -285,6 +309,8 @@ void transpose(const Element* from, int64_t from_stride, int channels, int count
   }
 }
 
+// SecondMomentKernels::pack for one pair of types. Strides say which copy is fast: along positions (NCHW), or, where
+// channels are neighbours (rows, channels_last), a transposition in registers; anything else goes element by element.
 template <class Element, class Packed>
 void pack_of(const Element* from, int64_t channel_stride, int64_t position_stride, int channels, int count,
              char* to) {

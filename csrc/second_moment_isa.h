@@ -15,7 +15,7 @@ constexpr int key_stride = run_bytes + 64;
 // What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
 // `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
 struct Meanwhile {
-  const char* ahead;
+  uintptr_t ahead;
   const int64_t* ahead_offsets;
   const char* from;
   const int64_t* from_offsets;

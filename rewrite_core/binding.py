@@ -334,8 +334,9 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
         if isinstance(generator, torch.fx.GraphModule):
             advice = "bind the module that this graph was exported from"
         raise UnknownLayerError(f"{problem}; it has no bindable layer at all, so {advice}.")
-    near = difflib.get_close_matches(name, bindable, n=3, cutoff=0.3) or bindable[:3]
-    raise UnknownLayerError(f"{problem}; did you mean {' or '.join(map(repr, near))}?")
+    inside = [path for path in bindable if path.startswith(f"{name}.")]
+    near = inside or difflib.get_close_matches(name, bindable, n=3, cutoff=0.3) or bindable
+    raise UnknownLayerError(f"{problem}; did you mean {' or '.join(map(repr, near[:3]))}?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,6 +293,9 @@ def _collect(options: argparse.Namespace) -> None:
 def _load_edit(options: argparse.Namespace) -> Edit:
     """The edit that a command line names: a file, or by its name one of the embedded generator's own."""
     if options.generator != CHAPELS or options.edit not in RULES:
+        if options.generator == CHAPELS and not Path(options.edit).exists():
+            known = ", ".join(RULES)
+            raise UsageError(f"There is no file {options.edit!r}; the embedded generator's own edits are {known}.")
         return Edit.load(options.edit)
     if options.seed != EDIT_SEED:
         raise UsageError(f"The edit {options.edit!r} selects from the pictures of --seed {EDIT_SEED}.")

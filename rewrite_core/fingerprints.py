@@ -24,7 +24,10 @@ KIND = "xxh3:"
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
+    data = tensor.detach().cpu()
+    if data.layout != torch.strided:  # a sparse buffer
+        data = data.to_dense()
+    data = data.resolve_conj().resolve_neg().contiguous()
     digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
     digest.update(data.reshape(-1).view(torch.uint8).numpy())
 
@@ -56,7 +59,7 @@ class _Surroundings:
         for name, module in layer.generator.named_modules():
             self._facts += [name, type(module), self._identity(module)]
             for key, value in vars(module).items():
-                if key == "training" or (not value and isinstance(value, dict | set)):  # passes run in eval mode
+                if key == "training" or (isinstance(value, dict | set) and not value):  # passes run in eval mode
                     continue
                 registered = key in ("_parameters", "_buffers", "_modules")
                 self._facts.append((key, [*map(self._registered, value.items())] if registered else self._of(value)))

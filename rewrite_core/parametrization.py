@@ -42,6 +42,10 @@ class LowRankChange(nn.Module):
         if place is None:
             raise MismatchError("This parametrization is not on the module any more, so there is nothing to remove.")
         if len(stages) == 1:
+            # torch takes the weight's property off the class, which a deep copy shares with the original
+            kind = type(module)
+            own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             ordered = {key: module._parameters[key] for key in self._order if key in module._parameters}
             ordered |= module._parameters

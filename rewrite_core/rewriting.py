@@ -477,7 +477,7 @@ class Rewrite:
 
     def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Tensor]:
         """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator
-        is left as it is.
+        is left as it is. Of a generator in torch.compile or DataParallel it is that of the module inside.
 
         A weight that was computed (spectral norm, parametrizations) is in it under its plain name, as it is used: load
         it into the generator with that norm left out. Otherwise it loads where the original did.

@@ -211,6 +211,12 @@ def test_unknown_layers_suggest_names(name, words):
     assert "did you mean" in str(caught.value)
 
 
+def test_a_module_around_layers_suggests_those_in_it():
+    generator = nn.Sequential(nn.Conv2d(5, 8, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1)))
+    with pytest.raises(rc.UnknownLayerError, match="is a Sequential.*did you mean '1.1' or '1.2'"):
+        rc.bind(generator, "1")
+
+
 def test_what_cannot_be_edited_says_why():
     made = nn.Conv2d(4, 4, 1)  # by a hypernetwork, say
     del made.weight

@@ -247,6 +247,7 @@ BAD = [
     (["edit", "q.json", "--layer", "3", "--out", "r", *MINE], "or use --erase or --zero"),
     (["edit", "spire", "--layer", "3", "--out", "r", "--seed", "2"], "--seed 1"),
     (["edit", "spire", "--layer", "3", "--out", "r", *MINE], "spire: No such file"),
+    (["edit", "spires", "--layer", "3", "--out", "r"], "no file 'spires'; the embedded generator's own edits are spire, "),
     (["eval", "--rewrite", "r", "--rule", "spire", *MINE], "embedded generator only"),
     (["bench", "flying"], "no benchmark 'flying'"),
     (["bench", "--device", "bogus"], "cannot be used"),

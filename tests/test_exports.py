@@ -100,6 +100,24 @@ def test_two_parametrizations_and_torch_s_own_removal():
     assert torch.equal(layer.parameter, weight + change.weight_delta()) and isinstance(layer.parameter, nn.Parameter)
 
 
+@pytest.mark.parametrize("original_first", [False, True])
+def test_a_deep_copy_is_switched_and_removed_by_itself(original_first):
+    generator, layer, change, z = changed("dcgan", "4")
+    plain = layer.weight.clone()
+    part = change.parametrize()
+    copied = copy.deepcopy(generator)
+    of_copy = copied.get_submodule("4").parametrizations.weight[0]
+    of_copy.enabled = False
+    assert torch.equal(rc.bind(copied, "4").weight, plain) and not torch.equal(layer.weight, plain)
+    first, second = (part, of_copy) if original_first else (of_copy, part)
+    edited = output("dcgan", copied if original_first else generator, z)
+    first.remove()
+    assert torch.equal(output("dcgan", copied if original_first else generator, z), edited)
+    second.remove()
+    for module in (generator, copied):
+        assert torch.equal(rc.bind(module, "4").weight, plain) and type(module.get_submodule("4")) is nn.ConvTranspose2d
+
+
 def test_a_parametrized_layer_is_rewritten_further():
     """apply() over a parametrization folds what both make of the weight, and reverting leaves the parametrization."""
     generator, layer, change, z = changed("proggan", "layer5.conv")
