@@ -515,11 +515,11 @@ def test_memory_of_a_collection(tmp_path, monkeypatch, with_keys):
     monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # a checkpoint after every batch
     rc.collect_second_moment(layer, latents[:2], checkpoint=tmp_path / "warm", progress=False)
     peak, moment = peak_memory(lambda: collect(checkpoint=tmp_path / "moment"))
-    assert channels**2 * 8 <= peak < 3 * channels**2 * 8
+    assert channels**2 * 4 <= peak < 3 * channels**2 * 8  # some memory of before is used again
     assert (moment.key_errors is not None) == with_keys
     del moment
     peak, _ = peak_memory(lambda: collect(checkpoint=tmp_path / "moment"))
-    assert channels**2 * 8 <= peak < 3 * channels**2 * 8
+    assert channels**2 * 4 <= peak < 3 * channels**2 * 8  # some memory of before is used again
 
 
 def test_a_failed_save_harms_nothing(tmp_path, moment, monkeypatch):
