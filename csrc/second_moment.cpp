@@ -385,14 +385,16 @@ Status run(const Problem& p, double* out, int threads) {
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
-  Aligned<char> packed(buffers * packed_size * (sharing == Sharing::none ? 1 : threads));
-  Aligned<double> sums(groups * n * n);
-  if (!packed.data() || !sums.data()) return Status::out_of_memory;
+  thread_local Workspace workspace;
+  const int64_t packed_bytes = buffers * packed_size * (sharing == Sharing::none ? 1 : threads);
+  char* const packed = workspace.get(packed_bytes + 64 + groups * matrix_bytes);
+  if (!packed) return Status::out_of_memory;
+  double* const sums = reinterpret_cast<double*>(packed + (packed_bytes + 63) / 64 * 64);
 
   Team::run(threads, [&](Team& team) {
     const int64_t self = team.join();
     const bool alone = sharing != Sharing::none;
-    char* now = packed.data() + (alone ? buffers * packed_size * self : 0);
+    char* now = packed + (alone ? buffers * packed_size * self : 0);
     char* spare = now + (buffers - 1) * packed_size;
     if (alone || self == 0) {
       for (int64_t row = 0; row < buffers * p.chunk_runs * p.padded; ++row) {
@@ -403,7 +405,7 @@ Status run(const Problem& p, double* out, int threads) {
     if (sharing == Sharing::groups) {
       bool ready = false;
       for (int64_t group = self; group < groups; group += team.size()) {
-        double* mine = sums.data() + group * n * n;
+        double* mine = sums + group * n * n;
         std::fill(mine, mine + n * n, 0.0);
         add_runs(solo, 0, p, shares[0], group * group_runs, std::min(p.runs, (group + 1) * group_runs),
                  std::min(p.runs, (group + team.size()) * group_runs), ready, false, now, spare, mine);
@@ -411,12 +413,12 @@ Status run(const Problem& p, double* out, int threads) {
       }
     } else {
       for (int64_t row = team.next(); row < groups * n; row = team.next()) {
-        std::fill(sums.data() + row * n, sums.data() + row * n + n, 0.0);
+        std::fill(sums + row * n, sums + row * n + n, 0.0);
       }
       team.meet();
       for (int64_t group = 0; group < std::max<int64_t>(groups, 1); ++group) {
         const int64_t first = group * group_runs, end = groups ? std::min(p.runs, first + group_runs) : p.runs;
-        double* target = groups ? sums.data() + group * n * n : out;
+        double* target = groups ? sums + group * n * n : out;
         if (alone) {
           for (int64_t part = self; part < threads; part += team.size()) {  // one each, if all threads could be had
             const bool ready = group > 0 && team.size() == threads;
@@ -429,9 +431,10 @@ Status run(const Problem& p, double* out, int threads) {
     }
     if (groups > 0 || p.runs == 0) {
       team.meet();
-      finish(team, n, sums.data(), groups, out);
+      finish(team, n, sums, groups, out);
     }
   });
+  workspace.trim(alone_bytes + group_bytes);
   return Status::ok;
 }
 
