@@ -7,7 +7,7 @@ OUT ?= demo_out
 
 SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
@@ -17,6 +17,11 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all
+
+# Needs an NVIDIA GPU and a torch that sees it (TORCH, PIP_ARGS). csrc/*.cu are compiled where there are any.
+gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
+gpu-check: $(VENV)/.installed
+	$(VENV)/bin/python -m rewrite_core.benchmarks.gpu_check --out benchmarks/results
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rewrite_core needs Python 3.10 or newer")'

@@ -1,11 +1,35 @@
 """C += sum of k k^T on a GPU: features [N, C, H, W] or [N, C], read where they lie; lower triangle only.
 
-A first correct version: one program per tile of the lower triangle and slice of the positions. It adds
-products of 32 positions (float32, or exact half-precision products summed in float32) to a float64 tile.
-Slices are added up in a fixed order, so the same features on the same kind of GPU give the same bits.
+**Work.** The lower triangle of C is cut into square tiles, the positions (batch x pixels) into blocks, and the blocks
+are dealt out to slices in turn. One program per tile and slice: as many slices as fill every multiprocessor, whatever
+the number of channels (512 channels have 10 tiles of 128, a large GPU 132 multiprocessors). A program keeps its tile
+in registers to the end, and the tiles of one slice walk the same blocks at the same time, so that the level-2 cache
+serves all but the first of them. Every program then writes one float32 tile, and a second kernel adds these tiles up
+in float64 in a fixed order, adds them to C and mirrors it: no atomics, the same bits from run to run.
+
+**Precision.** Tensor cores truncate where they add, and a diagonal only adds positive numbers, so their float32 sums
+are short runs (``RUN`` blocks) that go into a compensated (Kahan) float32 sum. That costs the registers of a float64
+sum, four additions at full rate, and no conversions to float64, of which a multiprocessor does 2 to 16 per clock.
+Modes for float32 (16-bit types multiply exactly in all of them):
+
+tf32   operands cut to 11 significant bits by the tensor cores: relative error about 1e-3
+x3     x = h + l, with h the nearest number of 11 bits: h h' + h l' + l h', three products. What is dropped,
+       l l' and the bits of l that are cut, is below 2^-21 |x x'|: float32-level. (bfloat16 in place of TF32 is twice
+       as fast, but would take six products for as many bits.) With a single tile two products do, as
+       H H' + H L' + L H' is the symmetric part of H (H + 2 L)': the second kernel takes it.
+ieee   float32 multiply-adds, without tensor cores
 """
 
 from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -14,29 +38,60 @@ from torch import Tensor
 
 from ..backends import triton_interpreted
 
-BLOCK_POSITIONS = 32  # longer float32 sums drift where a channel is constant; see csrc/second_moment_isa.h
-PROGRAMS = 512  # about as many as fill a large GPU; a constant, so that results do not depend on the device
+MODES = ("tf32", "x3", "ieee")
+REDUCED = 64  # entries of a tile per program of the second kernel
+TOGETHER = 64  # partial sums that it adds in one go
+INTERPRETED_MULTIPROCESSORS = 7  # what the interpreter stands for: slices of different lengths, and few of them
+
+
+@triton.jit
+def _nearest_tf32(x):
+    """The nearest float32 with 11 significant bits. NaN may become anything here, but stays in x minus this."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(a, b, MODE: tl.constexpr, SINGLE: tl.constexpr, total):
+    """total + a @ b, or with SINGLE (b is a transposed) a matrix whose symmetric part that is."""
+    if MODE == "x3":
+        a_high = _nearest_tf32(a)
+        b_high = _nearest_tf32(b)
+        b_low = b - b_high
+        if SINGLE:
+            total = tl.dot(a_high, 2 * b_low, total, input_precision="tf32")
+        else:
+            total = tl.dot(a - a_high, b_high, total, input_precision="tf32")
+            total = tl.dot(a_high, b_low, total, input_precision="tf32")
+        total = tl.dot(a_high, b_high, total, input_precision="tf32")
+    else:
+        total = tl.dot(a, b, total, input_precision=MODE)
+    return total
 
 
 @triton.jit
 def second_moment_kernel(
     features,  # pointer to [N, C, H, W]
-    partials,  # pointer to float64 [slices, C, C]; lower tiles are written
+    partials,  # pointer to float32 [slices, tiles, BLOCK_C, BLOCK_C]
     channels,
     positions,  # N * H * W
-    height,
+    pixels,  # H * W
     width,
     stride_n,
     stride_c,
     stride_h,
     stride_w,
-    steps,  # blocks of positions per slice
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    RUN: tl.constexpr,  # blocks that tensor cores add up before the sum is moved to the wide one
+    MODE: tl.constexpr,
+    SINGLE: tl.constexpr,  # channels <= BLOCK_C
+    FLAT: tl.constexpr,  # a map's pixels are stride_w apart throughout
+    LONG: tl.constexpr,  # pixels need int64
     WIDEN: tl.constexpr,  # only for Triton's interpreter, which multiplies bfloat16 bits as integers
 ):
     tile = tl.program_id(0)
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
+    slices = tl.num_programs(1)
     row = 0  # tile number -> (row, column) of the lower triangle; at most channels / BLOCK_C steps
     before = 0
     while before + row + 1 <= tile:
@@ -44,55 +99,313 @@ def second_moment_kernel(
         row += 1
     column = tile - before
 
-    # int64 throughout: a batch of maps easily has more than 2^31 elements
-    rows = row.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    columns = column.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float64)
-    for step in range(0, steps):
-        p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
-        w = p % width
-        h = (p // width) % height
-        n = p // width // height
-        offset = n * stride_n + h * stride_h + w * stride_w
-        valid = p < positions
+    # int64: a batch of maps easily has more than 2^31 elements
+    rows = row * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_starts = features + rows.to(tl.int64) * stride_c
+    column_starts = features + columns.to(tl.int64) * stride_c
+    run = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    excess = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)  # by which `total` is too large
+
+    blocks = tl.cdiv(positions, BLOCK_P)
+    for step in range(0, tl.cdiv(blocks - part, slices)):
+        start = (part + step * slices).to(tl.int64) * BLOCK_P
+        first = start // pixels  # sample
+        ahead = start - first * pixels
+        if not LONG:
+            ahead = ahead.to(tl.int32)
+        ahead += tl.arange(0, BLOCK_P)
+        sample = ahead // pixels
+        pixel = ahead - sample * pixels
+        if FLAT:
+            offset = pixel.to(tl.int64) * stride_w
+        else:
+            h = pixel // width
+            offset = h.to(tl.int64) * stride_h + (pixel - h * width).to(tl.int64) * stride_w
+        offset += (first + sample) * stride_n
+        valid = tl.arange(0, BLOCK_P) < positions - start
         a = tl.load(
-            features + rows[:, None] * stride_c + offset[None, :],
-            mask=(rows < channels)[:, None] & valid[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            features + columns[None, :] * stride_c + offset[:, None],
-            mask=(columns < channels)[None, :] & valid[:, None],
-            other=0.0,
+            row_starts[:, None] + offset[None, :], mask=(rows < channels)[:, None] & valid[None, :], other=0.0
         )
         if WIDEN:
             a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        # "ieee": Triton's default would round float32 to TF32
-        total += tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32).to(tl.float64)
-    target = partials + (part * channels + rows[:, None]) * channels + columns[None, :]
-    tl.store(target, total, mask=(rows < channels)[:, None] & (columns < channels)[None, :])
+        if SINGLE:
+            b = tl.trans(a)
+        else:
+            b = tl.load(
+                column_starts[None, :] + offset[:, None], mask=(columns < channels)[None, :] & valid[:, None], other=0.0
+            )
+            if WIDEN:
+                b = b.to(tl.float32)
+        run = _product(a, b, MODE, SINGLE, run)
+        if step % RUN == RUN - 1:
+            term = run - excess
+            wide = total + term
+            excess = (wide - total) - term
+            total = wide
+            run = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    number = part.to(tl.int64) * tl.num_programs(0) + tile
+    inside = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(partials + number * (BLOCK_C * BLOCK_C) + inside, total + (run - excess))
 
 
-def second_moment(features: Tensor, out: Tensor) -> None:
-    """Add the second moment of ``features`` to the lower triangle of ``out``, and mirror it."""
-    n, channels, height, width = (*features.shape, 1, 1)[:4]
-    stride_n, stride_c, stride_h, stride_w = (*features.stride(), 0, 0)[:4]
-    positions = n * height * width
-    if positions == 0:
+@triton.jit
+def add_partials_kernel(
+    partials,  # pointer to float32 [slices, tiles, BLOCK_C, BLOCK_C]
+    out,  # pointer to float64 [C, C]
+    channels,
+    slices,
+    BLOCK_C: tl.constexpr,
+    SYMMETRISE: tl.constexpr,  # take the tiles' symmetric part
+    ENTRIES: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = 0
+    before = 0
+    while before + row + 1 <= tile:
+        before += row + 1
+        row += 1
+    column = tile - before
+    i = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) // BLOCK_C
+    j = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) % BLOCK_C
+    total = tl.zeros((ENTRIES,), dtype=tl.float64)
+    for first in range(0, slices, TOGETHER):
+        part = first + tl.arange(0, TOGETHER)
+        start = partials + (part.to(tl.int64) * tl.num_programs(0) + tile) * (BLOCK_C * BLOCK_C)
+        there = (part < slices)[:, None]
+        terms = tl.load(start[:, None] + (i * BLOCK_C + j)[None, :], mask=there, other=0.0).to(tl.float64)
+        if SYMMETRISE:
+            mirrored = tl.load(start[:, None] + (j * BLOCK_C + i)[None, :], mask=there, other=0.0).to(tl.float64)
+            terms = (terms + mirrored) * 0.5
+        total += tl.sum(terms, 0)
+    r = (row * BLOCK_C + i).to(tl.int64)
+    c = (column * BLOCK_C + j).to(tl.int64)
+    mask = (r < channels) & (c <= r)
+    total += tl.load(out + r * channels + c, mask=mask, other=0.0)
+    tl.store(out + r * channels + c, total, mask=mask)
+    tl.store(out + c * channels + r, total, mask=mask)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is compiled and spread.
+
+    block      channels of a tile
+    positions  of one product
+    run        products per run of tensor-core additions; run * positions <= 64 float32 or 256 half-precision keys
+               keep the truncation within 1e-6 (tests/test_second_moment.py has the arithmetic)
+    warps, stages
+    resident   programs of these that a multiprocessor runs at a time
+    """
+
+    block: int
+    positions: int
+    run: int
+    warps: int
+    stages: int
+    resident: int
+
+
+_SMALL, _LARGE = {"warps": 4, "stages": 3, "resident": 2}, {"warps": 8, "stages": 3, "resident": 1}
+_IEEE = (Config(64, 32, 1, **_LARGE),)
+# By compute capability's major number and mode ("half": 16-bit input). For maps as networks
+# make them, NCHW or channels_last, these compile without register spills (cropped ones, whose pixels can only be read
+# one by one, spill some) and fit as often as `resident` says: large tiles, which read least, and small ones, of which two fill the gaps in
+# each other's work. Where nothing was measured the largest tile is used that the channels fill, the first of equals.
+CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
+    8: {
+        "half": (Config(64, 128, 2, **_SMALL),),
+        "tf32": (Config(64, 64, 1, **_SMALL), Config(128, 32, 1, **_LARGE)),
+        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 32, 1, **_SMALL)),
+        "ieee": _IEEE,
+    },
+    9: {
+        "half": (Config(64, 128, 2, **_SMALL), Config(128, 64, 1, **_LARGE)),
+        "tf32": (Config(64, 64, 1, **_SMALL), Config(128, 32, 1, **_LARGE)),
+        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 64, 1, **_SMALL)),
+        "ieee": _IEEE,
+    },
+    10: {
+        "half": (Config(64, 128, 2, **_SMALL), Config(128, 64, 2, **_LARGE)),
+        "tf32": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
+        "x3": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
+        "ieee": _IEEE,
+    },
+}
+
+
+def candidates(major: int, mode: str, channels: int) -> tuple[Config, ...]:
+    """The configurations to choose from, the default first."""
+    table = CANDIDATES.get(major, CANDIDATES[8])[mode]  # others have what 8 has: mma.sync and 99 KiB or more
+    fitting = [config for config in table if config.block <= max(64, triton.next_power_of_2(channels))]
+    return tuple(sorted(fitting, key=lambda config: -config.block))  # stable: of equal tiles the first stays first
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where keys lie, with as few axes as say it: [samples, height, width] of sizes and of strides."""
+
+    samples: int
+    pixels: int
+    width: int
+    strides: tuple[int, int, int]
+    flat: bool  # pixels are strides[2] apart throughout
+
+    @classmethod
+    def of(cls, features: Tensor) -> Layout:
+        n, _, height, width = (*features.shape, 1, 1)[:4]
+        stride_n, _, stride_h, stride_w = (*features.stride(), 0, 0)[:4]
+        if width == 1:
+            width, stride_w, height = height, stride_h, 1
+        flat = height == 1 or stride_h == width * stride_w
+        pixels = height * width
+        if flat and (pixels == 1 or n == 1 or stride_n == pixels * stride_w):
+            stride_w = stride_n if pixels == 1 else stride_w
+            n, pixels, width = 1, n * pixels, n * pixels
+        return cls(n, pixels, width, (stride_n, stride_h, stride_w), flat)
+
+
+@functools.lru_cache(maxsize=1024)
+def slices_of(tiles: int, blocks: int, programs: int) -> int:
+    """How many slices to cut `blocks` into, for a GPU that runs so many programs at a time.
+
+    Full waves of programs, as few as keep the last one from being nearly empty: the time is that of the waves, each
+    as long as a slice and what it takes to fill the pipeline and write the tile (about eight blocks).
+    """
+    choices = {min(max(1, waves * programs // tiles), blocks) for waves in range(1, 17)}
+
+    def time(slices: int) -> int:
+        return triton.cdiv(tiles * slices, programs) * (triton.cdiv(blocks, slices) + 8)
+
+    return min(sorted(choices), key=time)
+
+
+def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -> tuple[Tensor, int, bool]:
+    """The partial sums [slices, tiles, block, block], the tile's size, and whether they are to be symmetrised."""
+    channels = features.shape[1]
+    layout = Layout.of(features)
+    positions = layout.samples * layout.pixels
+    block = min(config.block, max(16, triton.next_power_of_2(channels)))
+    tiles = triton.cdiv(channels, block)
+    tiles = tiles * (tiles + 1) // 2
+    slices = slices_of(tiles, triton.cdiv(positions, config.positions), multiprocessors * config.resident)
+    partials = torch.empty(slices, tiles, block, block, dtype=torch.float32, device=features.device)
+    stride_n, stride_h, stride_w = layout.strides
+    second_moment_kernel[(tiles, slices)](
+        features, partials, channels, positions, layout.pixels, layout.width,
+        stride_n, features.stride(1), stride_h, stride_w,
+        BLOCK_C=block, BLOCK_P=config.positions, RUN=config.run, MODE="ieee" if mode == "half" else mode,
+        SINGLE=tiles == 1, FLAT=layout.flat, LONG=layout.pixels + config.positions >= 2**31, WIDEN=triton_interpreted(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return partials, block, mode == "x3" and tiles == 1
+
+
+def cache_folder(device_name: str) -> Path:
+    """Where measured configurations for GPUs of this name are kept."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return base / "rewrite_core" / "second_moment" / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") or "gpu")
+
+
+def stored(path: Path, choices: tuple[Config, ...]) -> Config | None:
+    """The configuration in a file, if it holds one of `choices`; anything else there counts as nothing."""
+    try:
+        config = Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return config if config in choices else None
+
+
+def measured(path: Path, choices: tuple[Config, ...], time: Callable[[Config], float]) -> Config:
+    """The configuration in a file, or the fastest of `choices`, which is then put there.
+
+    Of processes that measure at the same time the first to write wins, for all of them, and where nothing can be
+    written nothing is measured: results have the same bits from run to run only under the same configuration.
+    """
+    config = stored(path, choices)
+    if config is not None or len(choices) == 1:
+        return config or choices[0]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return choices[0]
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(min(choices, key=time)), file)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            if stored(path, choices) is None:  # what lies there is of no use
+                os.replace(partial, path)
+        except OSError:  # no hard links here
+            os.replace(partial, path)
+    except OSError:
+        return choices[0]
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return stored(path, choices) or choices[0]
+
+
+_chosen: dict[tuple[int | None, str], Config] = {}  # what is on the disk, so that it is read once
+
+
+def configuration(features: Tensor, mode: str) -> Config:
+    """The configuration for such features on their GPU: measured once per kind of GPU and class of shapes."""
+    channels = features.shape[1]
+    if features.device.type != "cuda":
+        return candidates(9, mode, channels)[0]
+    properties = torch.cuda.get_device_properties(features.device)
+    choices = candidates(properties.major, mode, channels)
+    layout = Layout.of(features)
+    kind = "pixels" if layout.strides[2] == 1 else "channels" if features.stride(1) == 1 else "strided"
+    size = min(max((layout.samples * layout.pixels).bit_length(), 10), 20) // 2  # four times as many keys: a new class
+    name = (
+        f"{str(features.dtype).removeprefix('torch.')}-{mode}-{kind}-"
+        f"{min(triton.next_power_of_2(channels), 4096)}x{4**size}.json"
+    )
+    key = (features.device.index, name)
+    if key in _chosen:
+        return _chosen[key]
+    path = cache_folder(properties.name) / name
+    if torch.cuda.is_current_stream_capturing():  # a graph cannot hold measurements
+        return stored(path, choices) or choices[0]
+
+    def time(config: Config) -> float:
+        def run() -> None:
+            _launch(features, mode, config, properties.multi_processor_count)
+
+        try:
+            return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+
+    _chosen[key] = measured(path, choices, time)
+    return _chosen[key]
+
+
+def second_moment(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
+    """Add the second moment of ``features`` to the lower triangle of ``out``, and mirror it.
+
+    config  in place of the one that was found the fastest
+    """
+    if features.numel() == 0:
         out.copy_(out.tril() + out.tril(-1).T)
         return
-    block = 64 if channels > 32 else 32 if channels > 16 else 16
-    blocks = triton.cdiv(channels, block)
-    tiles = blocks * (blocks + 1) // 2
-    steps_in_all = triton.cdiv(positions, BLOCK_POSITIONS)
-    steps = triton.cdiv(steps_in_all, max(1, PROGRAMS // tiles))
-    slices = triton.cdiv(steps_in_all, steps)
-    partials = torch.zeros(slices, channels, channels, dtype=torch.float64, device=features.device)
+    mode = precision if features.dtype == torch.float32 else "half"
+    multiprocessors = INTERPRETED_MULTIPROCESSORS
+    if features.device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(features.device).multi_processor_count
     with torch.cuda.device_of(features):  # Triton launches on the current device
-        second_moment_kernel[(tiles, slices)](
-            features, partials, channels, positions, height, width, stride_n, stride_c, stride_h, stride_w, steps,
-            BLOCK_C=block, BLOCK_P=BLOCK_POSITIONS, WIDEN=triton_interpreted(), num_warps=8,
+        config = config or configuration(features, mode)
+        partials, block, symmetrise = _launch(features, mode, config, multiprocessors)
+        slices, tiles = partials.shape[:2]
+        # a program of the interpreter takes the same time whatever its size
+        entries = block * block // 2 if triton_interpreted() else REDUCED
+        add_partials_kernel[(tiles, block * block // entries)](
+            partials, out, features.shape[1], slices,
+            BLOCK_C=block, SYMMETRISE=symmetrise, ENTRIES=entries, TOGETHER=TOGETHER, num_warps=4,
         )  # fmt: skip
-    lower = (out + partials.sum(0)).tril()
-    out.copy_(lower + lower.tril(-1).T)

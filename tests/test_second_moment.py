@@ -1,13 +1,14 @@
 import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from rewrite_core.backends import extension, triton_reason
+from rewrite_core.backends import BackendUnavailable, extension, triton_reason
 from rewrite_core.errors import RewriteCoreError
 
 # the module; rewrite_core.ops.second_moment is the function of the same name
@@ -321,20 +322,54 @@ INTERPRETED = """
 import importlib, sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_second_moment as t
-for layout, dtype in (
-    ("map", torch.float32), ("one channel", torch.float32), ("column-major rows", torch.float32),
-    ("cropped channels_last", torch.float32), ("expanded positions", torch.float32),
-    ("overlapping windows", torch.float32), ("cropped", torch.bfloat16), ("cropped", torch.float16),
-):
-    features = t.features_of(layout, dtype)
-    t.assert_close(t.second_moment(features, backend="triton"), t.oracle(features), 1e-6)
-out = torch.arange(1369, dtype=torch.float64).view(37, 37)
-want = t.oracle(t.features_of("map")) + out.tril() + out.tril(-1).T
-got = t.second_moment(t.features_of("map"), out=out, backend="triton")
-assert got is out and torch.equal(got, got.T) and (got - want).abs().max() < 1e-3
+from rewrite_core.kernels import second_moment as kernels
+
+def close(features, tolerance=2e-6, run=None, **how):
+    out = torch.full((features.shape[1],) * 2, float("nan"), dtype=torch.float64).tril(-1).T.contiguous()  # NaN above
+    (run or t.second_moment)(features, out=out, **({} if run else {"backend": "triton"}), **how)
+    rows = t.rows_of(features)
+    t.assert_close(out, t.oracle(features) if len(rows) < 5000 else rows.T @ rows, tolerance)
+
+# every layout in the default mode, some in the others; one long one, with whole panels, in all of them
+for layout in t.LAYOUTS:
+    if layout != "several chunks":
+        close(t.features_of(layout))
+for layout in ("map", "one channel", "one position", "column-major rows", "cropped channels_last", "expanded positions"):
+    for precision in ("tf32", "ieee"):
+        close(t.features_of(layout), precision=precision)
+    for dtype in (torch.bfloat16, torch.float16):
+        close(t.features_of(layout, dtype))
+# every configuration of every kind of GPU, with one tile and with several
+configs = {(mode, config) for table in kernels.CANDIDATES.values() for mode in table for config in table[mode]}
+for mode, config in sorted(configs, key=str):
+    dtype = torch.bfloat16 if mode == "half" else torch.float32
+    precision = "x3" if mode == "half" else mode
+    for channels in (config.block - 3, config.block + 1):
+        close(t.normal(3, channels, 13, 11).to(dtype), run=kernels.second_moment, precision=precision, config=config)
+# 1, primes, odd: rows and maps of them
+for channels in (1, 2, 17, 67):
+    for rows in (1, 31, 257):
+        close(t.normal(rows, channels))
+for side in (1, 3, 5):
+    close(t.normal(7, 19, side, side + 2))
+# added to the lower triangle, mirrored; twice the same bits
+base = torch.arange(1369, dtype=torch.float64).view(37, 37)
+want = t.oracle(t.features_of("map")) + base.tril() + base.tril(-1).T
+results = [t.second_moment(t.features_of("map"), out=base.clone(), backend="triton") for _ in range(2)]
+assert torch.equal(*results) and torch.equal(results[0], results[0].T) and (results[0] - want).abs().max() < 1e-3
 values = torch.linspace(1, 2, 16)
-got = t.second_moment(values.expand(512, -1), backend="triton")
-t.assert_close(got, 512 * torch.outer(values.double(), values.double()), 1e-6)
+got = t.second_moment(values.expand(2048, -1), backend="triton")
+t.assert_close(got, 2048 * torch.outer(values.double(), values.double()), 1e-6)
+# the split into two parts keeps channels apart, and scales from 1e-6 to 1e6
+close((t.normal(700, 45) * torch.logspace(-6, 6, 45, dtype=torch.float64)).float())
+for value in (float("nan"), float("inf")):
+    for channels in (37, 70):
+        features = t.normal(3, channels, 7, 11)
+        features[1, 20, 3, 3] = value
+        got = t.second_moment(features, backend="triton")
+        touched = torch.zeros(channels, channels, dtype=torch.bool)
+        touched[20] = touched[:, 20] = True
+        assert not got[touched].isfinite().any() and got[~touched].isfinite().all()
 assert torch.equal(t.second_moment(torch.empty(0, 3), backend="triton"), t.prefilled(3))
 print("all of it ran")
 """
@@ -342,7 +377,11 @@ print("all of it ran")
 
 @needs_triton
 def test_triton_interpreted(tmp_path):
-    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel."""
+    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel.
+
+    The interpreter multiplies in full float32, so it cannot show what tensor cores cut off: see the emulation below.
+    It does split numbers in two for "x3", and drops the product of the low parts.
+    """
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
         cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
@@ -354,28 +393,361 @@ def test_triton_interpreted(tmp_path):
     assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
 
 
-@needs_triton
 @pytest.mark.parametrize(
-    ("capability", "dtype", "block"),
-    [(80, "fp32", 32), (90, "fp32", 64), (90, "bf16", 64), (100, "fp16", 64)],
+    ("features", "words"),
+    [(torch.ones(2, 3), "cpp: .*no precision 'tf32'.*GPUs"), (torch.ones(2, 3).double(), "no precision 'tf32'")],
+    ids=["float32", "float64"],
 )
-def test_triton_compiles_ahead_of_time(capability, dtype, block, tmp_path, monkeypatch):
-    """For GPUs this machine lacks, from source to machine code."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compile now, whatever was compiled before
+def test_precisions_are_for_gpus(features, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert torch.equal(second_moment(features, precision="x3"), second_moment(features))
+    with pytest.raises(BackendUnavailable, match=words):
+        second_moment(features, precision="tf32")
+    with pytest.raises(BackendUnavailable, match="reference.*'ieee'"):
+        second_moment(features, backend="reference", precision="ieee")
+    with pytest.raises(RewriteCoreError, match="precision='half'.*x3, tf32, ieee"):
+        second_moment(features, precision="half")
+
+
+def cut(values, bits):
+    """float64 numbers, cut (not rounded) to so many significant bits."""
+    fraction, exponent = torch.frexp(values)
+    return torch.ldexp(torch.trunc(torch.ldexp(fraction, torch.tensor(bits))), exponent - bits)
+
+
+def on_tensor_cores(products, run, step, compensated=True):
+    """[keys, ...] summed as tensor cores do at their worst: `step` exact products at a time into a float32 sum, cut
+    to 24 bits; after `run` products into a compensated float32 sum, as the kernel does."""
+    total, excess = (torch.zeros(products.shape[1:], dtype=torch.float32) for _ in range(2))
+    for part in products.split(run):
+        short = torch.zeros(products.shape[1:], dtype=torch.float64)
+        for few in part.split(step):
+            short = cut(short + few.sum(0), 24)
+        term = short.float() - excess
+        wide = total + term
+        if compensated:
+            excess = (wide - total) - term
+        total = wide
+    return total.double() - excess.double()
+
+
+def emulated(rows, mode, run, compensated=True):
+    """The kernel's arithmetic for rows [keys, channels] in plain PyTorch, tensor cores' cuts included."""
+    if mode == "half":
+        a = rows.double()
+        return on_tensor_cores(a[:, :, None] * a[:, None, :], run, 16, compensated)
+    if mode == "tf32":
+        a = cut(rows.double(), 11)
+        return on_tensor_cores(a[:, :, None] * a[:, None, :], run, 8, compensated)
+    high = ((rows.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    low = cut((rows - high).double(), 11)
+    high = high.double()
+    parts = [low[:, :, None] * high[:, None, :], high[:, :, None] * low[:, None, :], high[:, :, None] * high[:, None, :]]
+    # in steps of 8 keys: 8 of each product, one after the other
+    keys = len(rows) // 8 * 8
+    mixed = torch.stack([part[:keys].unflatten(0, (-1, 8)) for part in parts], 1).flatten(0, 2)
+    return on_tensor_cores(mixed, 3 * run, 8, compensated)
+
+
+KEYS = {
+    "normal": lambda: normal(4096, 6),
+    "positive": lambda: normal(4096, 6).abs(),
+    "constant": lambda: torch.linspace(1, 2, 6).expand(4096, -1).contiguous(),
+    "worst to split": lambda: (1 + 2.0**-11 - 2.0**-23) * torch.ones(4096, 6),  # low parts of one sign, as long as can be
+    "mixed scales": lambda: normal(4096, 6) * torch.logspace(-6, 6, 6),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("mode", ["x3", "half"])
+def test_precision_of_tensor_cores_emulated(mode, kind):
+    """What cannot be seen without a GPU: operands cut to 11 bits, sums cut to 24, in runs as long as the kernel's."""
+    from rewrite_core.kernels.second_moment import CANDIDATES
+
+    rows = KEYS[kind]()
+    if mode == "half":
+        rows = rows.bfloat16()
+    exact = rows.double().T @ rows.double()
+    for run in {c.positions * c.run for table in CANDIDATES.values() for c in table[mode]}:
+        got = emulated(rows, mode, run)
+        scale = exact.diagonal().sqrt()
+        assert ((got - exact).abs() / (scale[:, None] * scale)).max() <= 2e-6, run
+        assert (got - exact).norm() <= 2e-6 * exact.norm(), run
+
+
+def test_what_the_splitting_and_the_wide_sum_are_for():
+    """The emulation shows the errors they are there to prevent."""
+    rows = KEYS["positive"]()
+    exact = rows.double().T @ rows.double()
+
+    def error(got):
+        return ((got - exact).norm() / exact.norm()).item()
+
+    assert 1e-4 < error(emulated(rows, "tf32", 64)) < 2e-3
+    assert error(emulated(rows, "x3", 64)) < 2e-6 < 1e-5 < error(emulated(rows, "x3", 1 << 20))
+
+
+def resources(compiled, tmp_path):
+    """What cuobjdump, which comes with Triton, says of machine code: registers, stack (spills) and the like."""
+    import triton
+
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    text = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    return tuple(map(int, found.groups()))
+
+
+def compile_for(capability, dtype, mode, config, single, layout):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rewrite_core.kernels.second_moment import BLOCK_POSITIONS, second_moment_kernel
+    from rewrite_core.kernels.second_moment import second_moment_kernel as kernel
 
-    signature = {name: "i64" for name in second_moment_kernel.arg_names}
-    signature |= {"features": f"*{dtype}", "partials": "*fp64"}
-    constants = {"BLOCK_C": block, "BLOCK_P": BLOCK_POSITIONS, "WIDEN": False}
-    signature |= dict.fromkeys(constants, "constexpr")
-    compiled = triton.compile(
-        ASTSource(second_moment_kernel, signature, constants),
+    constants = {
+        "BLOCK_C": config.block, "BLOCK_P": config.positions, "RUN": config.run, "SINGLE": single,
+        "MODE": "ieee" if mode == "half" else mode, "FLAT": layout != "cropped", "LONG": layout == "long", "WIDEN": False,
+    }  # fmt: skip
+    # as a launch would specialise it: arguments that are 1 are constants, multiples of 16 are known to be
+    constants["stride_c" if layout == "channels_last" else "stride_w"] = 1
+    signature = dict.fromkeys(kernel.arg_names, "i64" if layout == "long" else "i32")
+    signature |= {"features": f"*{dtype}", "partials": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    known = {"features", "partials", "channels", "positions", "pixels", "stride_n", "stride_c", "stride_w"}
+    known = known - set(constants) if layout != "cropped" else {"features", "partials"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in known}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 8},
+        options={"num_warps": config.warps, "num_stages": config.stages},
     )
-    assert f"sm_{capability}" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
-    assert "tf32" not in compiled.asm["ptx"], "float32 products are rounded to TF32"
+
+
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB per multiprocessor and, but for 1 KiB each, per program
+TENSOR_CORES = {80: "mma.sync.aligned", 90: "wgmma.mma_async.sync", 100: "tcgen05.mma"}
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ["x3", "tf32", "half", "ieee"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_compiles_ahead_of_time(capability, mode, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code: every configuration that may be chosen there.
+
+    For maps, contiguous or channels_last, nothing may spill, and as many programs as it says fit a multiprocessor."""
+    from rewrite_core.kernels.second_moment import CANDIDATES
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
+    for config in CANDIDATES[capability // 10][mode]:
+        for single, layout in ((True, "map"), *((False, name) for name in ("map", "channels_last", "cropped", "long"))):
+            if layout in ("cropped", "long") and config != CANDIDATES[capability // 10][mode][0]:
+                continue
+            for dtype in ("bf16", "fp16")[: 1 + (layout == "map")] if mode == "half" else ("fp32",):
+                compiled = compile_for(capability, dtype, mode, config, single, layout)
+                case = (config, single, layout, dtype)
+                ptx = compiled.asm["ptx"]
+                assert f"sm_{capability}" in ptx
+                registers, stack, local = resources(compiled, tmp_path)
+                if layout in ("cropped", "long"):  # pixels read one by one, int64 sizes: these only have to compile
+                    continue
+                assert stack == local == 0, f"spills: {case} {stack} {local} {registers}"
+                allocated = -(-registers // 8) * 8 * 32 * config.warps
+                assert allocated * config.resident <= 65536, f"registers: {case} {registers}"
+                shared = compiled.metadata.shared / 1024 + 1
+                assert shared * config.resident <= SHARED_MEMORY[capability] + 1, f"shared memory: {case} {shared}"
+                assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE), "sums in any order"
+                if mode == "ieee":
+                    assert "mma" not in ptx and "tf32" not in ptx, "float32 products are rounded to TF32"
+                    continue
+                kind = {"fp32": "tf32", "bf16": "f16" if capability == 100 else "bf16", "fp16": "f16"}[dtype]
+                multiply = [line for line in ptx.splitlines() if TENSOR_CORES[capability] in line]
+                assert multiply and all(kind in line for line in multiply), case
+                if layout == "map":  # read in place, 16 bytes at a time, while the products before are under way
+                    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), case
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_the_adding_kernel_compiles_ahead_of_time(capability, block, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rewrite_core.kernels.second_moment import REDUCED, TOGETHER, add_partials_kernel
+
+    constants = {"BLOCK_C": block, "SYMMETRISE": True, "ENTRIES": REDUCED, "TOGETHER": TOGETHER}
+    signature = dict.fromkeys(add_partials_kernel.arg_names, "i32") | {"partials": "*fp32", "out": "*fp64"}
+    compiled = triton.compile(
+        ASTSource(add_partials_kernel, signature | dict.fromkeys(constants, "constexpr"), constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 4},
+    )
+    _, stack, local = resources(compiled, tmp_path)
+    assert stack == local == 0 and "add.f64" in compiled.asm["ptx"]
+    assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", compiled.asm["ptx"], re.MULTILINE), "sums in any order"
+
+
+@needs_triton
+def test_measured_configurations_are_kept(tmp_path, monkeypatch):
+    from rewrite_core.kernels import second_moment as kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = kernels.cache_folder("NVIDIA H200 / ../x")
+    assert folder == tmp_path / "rewrite_core" / "second_moment" / "nvidia-h200-x"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+    assert kernels.cache_folder("").is_absolute()
+    choices = kernels.CANDIDATES[9]["half"]
+    path, timed = folder / "a.json", []
+
+    def time(config):
+        timed.append(config)
+        return {choices[0]: 2.0, choices[1]: 1.0}[config]
+
+    assert kernels.measured(path, choices, time) == choices[1] and timed == list(choices)
+    assert kernels.measured(path, choices, time) == choices[1] and len(timed) == 2, "measured again"
+    assert [file.name for file in folder.iterdir()] == ["a.json"], "something was left behind"
+    for text in ("", "[]", '{"block": 64', '{"block": 64}', "null", path.read_text().replace("128", "4096"), "\xff\xfe"):
+        path.write_bytes(text.encode("latin-1"))
+        assert kernels.stored(path, choices) is None
+        assert kernels.measured(path, choices, time) == choices[1]
+        assert kernels.stored(path, choices) == choices[1], "a file that is of no use stays"
+
+    def slower_than_another_process(config):
+        kernels.measured(path, choices, lambda config: float(config == choices[1]))
+        return time(config)
+
+    path.unlink()
+    assert kernels.measured(path, choices, slower_than_another_process) == choices[0], "the first to write wins"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    timed.clear()
+    assert kernels.measured(blocked / "a.json", choices, time) == choices[0] and not timed
+    assert kernels.measured(folder / "b.json", choices[:1], time) == choices[0] and not timed
+
+
+@needs_triton
+def test_slices_fill_the_gpu():
+    from rewrite_core.kernels.second_moment import slices_of
+
+    for programs in (108, 132, 264, 296):
+        for tiles in (1, 3, 10, 36, 136, 528):
+            slices = slices_of(tiles, 1 << 14, programs)
+            used = tiles * slices
+            waves = -(-used // programs)
+            assert used / (waves * programs) > 0.9, (programs, tiles, slices)
+            assert slices_of(tiles, 1, programs) == 1
+            assert 1 <= slices_of(tiles, 5, programs) <= 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_have_as_few_axes_as_say_them(layout):
+    """The kernel's arithmetic of positions, in plain PyTorch."""
+    pytest.importorskip("triton")
+    from rewrite_core.kernels.second_moment import Layout
+
+    features = features_of(layout)
+    found = Layout.of(features)
+    sample = torch.arange(found.samples)[:, None]
+    pixel = torch.arange(found.pixels)
+    along = pixel * found.strides[2]
+    if not found.flat:
+        along = pixel // found.width * found.strides[1] + pixel % found.width * found.strides[2]
+    offsets = (sample * found.strides[0] + along).flatten()
+    start = features[:, :1].movedim(1, -1).reshape(-1) if features.ndim == 4 else features[:, 0]
+    memory = features.as_strided((features.untyped_storage().nbytes() // 4 - features.storage_offset(),), (1,))
+    assert torch.equal(memory[offsets], start)
+    if layout in ("rows", "column-major rows", "channels_last", "one channel", "expanded positions"):
+        assert found.samples == 1 or layout == "expanded positions"
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")(test))
+
+
+def on_gpu(features, tolerance, **how):
+    out = prefilled(features.shape[1], float("nan")).tril(-1).T.contiguous().cuda()
+    second_moment(features, out=out, backend="triton", **how)
+    rows = rows_of(features)
+    assert_close(out.cpu(), (rows.T @ rows).cpu(), tolerance)
+    return out
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [("x3", torch.float32, 2e-6), ("ieee", torch.float32, 2e-6), ("tf32", torch.float32, 3e-3)]
+    + [("x3", torch.bfloat16, 2e-6), ("x3", torch.float16, 2e-6)],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu_layouts(layout, precision, dtype, tolerance):
+    features = LAYOUTS[layout](lambda *shape: normal(*shape).to(dtype).cuda())
+    again = [on_gpu(features, tolerance, precision=precision) for _ in range(3)]
+    assert torch.equal(again[0], again[1]) and torch.equal(again[0], again[2]), "other bits"
+
+
+@needs_gpu
+@pytest.mark.parametrize("channels", [1, 37, 65, 130])
+def test_gpu_small(channels):
+    """For compute-sanitizer too: every configuration, few keys."""
+    from rewrite_core.kernels import second_moment as kernels
+
+    major = torch.cuda.get_device_capability()[0]
+    for mode, configs in kernels.CANDIDATES.get(major, kernels.CANDIDATES[8]).items():
+        for config in configs:
+            features = normal(2, channels, 9, 13).to(torch.bfloat16 if mode == "half" else torch.float32)
+            out = prefilled(channels).cuda()
+            kernels.second_moment(features.cuda(), out, "x3" if mode == "half" else mode, config)
+            assert_close(out.cpu(), oracle(features), 3e-3 if mode == "tf32" else 2e-6)
+
+
+@needs_gpu
+def test_gpu_more_than_2_31_numbers():
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("the GPU has too little memory")
+    features = torch.ones(33, 1, 1, 1 << 26, dtype=torch.bfloat16, device="cuda")
+    features[-1, :, :, -1] = 2
+    features = features.expand(-1, 2, -1, -1)
+    want = torch.full((2, 2), float(33 * (1 << 26) + 3), dtype=torch.float64)
+    assert_close(second_moment(features, backend="triton").cpu(), want, 2e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(1 << 20, 64), (1 << 17, 256)], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "positive", "constant"])
+def test_gpu_many_keys(shape, kind):
+    features = normal(*shape).cuda()
+    if kind != "normal":
+        features = features.abs() if kind == "positive" else torch.linspace(1, 2, shape[1], device="cuda").expand(shape)
+    on_gpu(features, 2e-6)
+    on_gpu(features.bfloat16(), 2e-6)
+
+
+@needs_gpu
+def test_gpu_graph_and_streams():
+    """No wait for the GPU and no measurement while a graph is captured; the current stream is used."""
+    features = normal(8, 96, 16, 16).cuda()
+    out = prefilled(96).cuda()
+    second_moment(features, out=out, backend="triton")  # compiles
+    once = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        second_moment(features, out=out, backend="triton")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, once)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out.zero_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second_moment(features, out=out, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert torch.equal(out, once)

@@ -10,9 +10,12 @@ from ..errors import RewriteCoreError
 
 # as csrc/common.h numbers them
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
 
 
-def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+def second_moment(
+    features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3"
+) -> Tensor:
     """The unnormalised, uncentred second moment of a batch of keys.
 
     features  [N, C, H, W] (each position is one key of C channels) or [N, C] (each row is one key);
@@ -21,6 +24,10 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     out       float64 [C, C], contiguous, symmetric, on the same device: added to and returned. Only its lower
               triangle is read; the upper one is written as its mirror image.
     backend   "auto", "cuda", "triton", "cpp" or "reference" (see ``rc.explain()``)
+    precision of float32 products on a GPU's tensor cores: "x3" (each number split into two, three products: float32
+              level; the default, as a second moment is inverted afterwards), "tf32" (one product, 11 bits: relative
+              error about 1e-3) or "ieee" (no tensor cores: slow). Nothing but "x3" is taken by other backends,
+              all of which are at float32 level or above. 16-bit input has exact products whatever this says.
 
     Returns float64 [C, C], exactly symmetric; NaN or infinity in channel c shows in row and column c only.
     Precision: float64 input is summed in float64. Other input is exact in float32, multiplied and summed
@@ -28,20 +35,23 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     number of keys, constant channels included (2e-6 was reached by keys made to round badly: in each run of 32
     one of 1 and 31 just under 2^-12). Magnitudes must be 0 or within 1e-18..1e18, where squares are
     normal float32 numbers.
-    "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
+    On a GPU ("triton") the error is below 2e-6 but for "tf32", as tensor cores truncate where they add; magnitudes with
+    "x3" must be 0 or within 1e-15..1e18.
+    "cpp" gives the same bits for any number of threads, "triton" from run to run on GPUs of one kind with one cache of
+    measured configurations (``$XDG_CACHE_HOME/rewrite_core``). Not differentiable: gradients stop here.
 
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
-    _check(features, out)
+    _check(features, out, precision)
     features = features.detach()
     if out is None:
-        return torch.ops.rewrite_core.second_moment(features, backend)
-    torch.ops.rewrite_core.second_moment_(out, features, backend)
+        return torch.ops.rewrite_core.second_moment(features, backend, precision)
+    torch.ops.rewrite_core.second_moment_(out, features, backend, precision)
     return out
 
 
-def _check(features: Tensor, out: Tensor | None) -> None:
+def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
     if not isinstance(features, Tensor):
         raise TypeError(
             f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor."
@@ -57,6 +67,8 @@ def _check(features: Tensor, out: Tensor | None) -> None:
         raise RewriteCoreError(
             f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(features.shape)}."
         )
+    if precision not in PRECISIONS:
+        raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
     if out is None:
         return
     if not isinstance(out, Tensor) or out.dtype != torch.float64:
@@ -112,19 +124,34 @@ def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
     )
 
 
-def _triton(features: Tensor, out: Tensor) -> None:
+def _triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) -> None:
     from ..kernels.second_moment import second_moment as run
 
-    run(features, out)
+    run(features, out, precision)
 
 
-def _cpp_supports(features: Tensor, out: Tensor | None = None) -> str | None:
+def _run(features: Tensor, out: Tensor, backend: str, precision: str) -> None:
+    how = {} if precision == PRECISIONS[0] else {"precision": precision}  # only GPU backends know of others
+    select("second_moment", backend, features, out, **how).load()(features, out, **how)
+
+
+def _default_precision(precision: str) -> str | None:
+    if precision != PRECISIONS[0]:
+        return f"it has no precision {precision!r}, which is for float32 products on GPUs"
+    return None
+
+
+def _cpp_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
     if features.device.type != "cpu":
         return f"it reads CPU tensors, and the features are on {features.device}"
-    return extension_reason()
+    return extension_reason() or _default_precision(precision)
 
 
-def _triton_supports(features: Tensor, out: Tensor | None = None) -> str | None:
+def _reference_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
+    return _default_precision(precision)
+
+
+def _triton_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
     reason = triton_reason()
     if reason is None and features.device.type != "cuda" and not triton_interpreted():
         reason = f"it reads CUDA tensors, and the features are on {features.device}"
@@ -133,7 +160,7 @@ def _triton_supports(features: Tensor, out: Tensor | None = None) -> str | None:
     return reason
 
 
-def _triton_declines(features: Tensor, out: Tensor | None = None) -> str | None:
+def _triton_declines(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
     if features.device.type != "cuda":
         return "Triton's interpreter is for finding mistakes, not for speed"
     return None
@@ -142,7 +169,7 @@ def _triton_declines(features: Tensor, out: Tensor | None = None) -> str | None:
 BACKENDS = (
     Backend("second_moment", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
     Backend("second_moment", "cpp", f"{__name__}:_cpp", _cpp_supports),
-    Backend("second_moment", "reference", f"{__name__}:_reference"),
+    Backend("second_moment", "reference", f"{__name__}:_reference", _reference_supports),
 )
 
 
@@ -153,38 +180,38 @@ def example(device: str) -> tuple[Tensor]:
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
 torch.library.define(
     "rewrite_core::second_moment",
-    "(Tensor features, str backend='auto') -> Tensor",
+    "(Tensor features, str backend='auto', str precision='x3') -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "rewrite_core::second_moment_",
-    "(Tensor(a!) out, Tensor features, str backend='auto') -> ()",
+    "(Tensor(a!) out, Tensor features, str backend='auto', str precision='x3') -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd")
-def _op(features: Tensor, backend: str = "auto") -> Tensor:
-    _check(features, None)  # again, for those who call torch.ops: the kernels trust what they are given
+def _op(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
+    _check(features, None, precision)  # again, for those who call torch.ops: the kernels trust what they are given
     out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
-    select("second_moment", backend, features, out).load()(features, out)
+    _run(features, out, backend, precision)
     return out
 
 
 @torch.library.register_fake("rewrite_core::second_moment")
-def _(features: Tensor, backend: str = "auto") -> Tensor:
+def _(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
     return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
 
 
 @torch.library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd")
-def _op_(out: Tensor, features: Tensor, backend: str = "auto") -> None:
-    _check(features, out)
+def _op_(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
+    _check(features, out, precision)
     if _overlap(features, out):
         raise RewriteCoreError("out shares memory with the features, which it would overwrite: pass another one.")
-    select("second_moment", backend, features, out).load()(features, out)
+    _run(features, out, backend, precision)
     torch.autograd.graph.increment_version(out)  # so that autograd notices the write, as custom_op would
 
 
 @torch.library.register_fake("rewrite_core::second_moment_")
-def _(out: Tensor, features: Tensor, backend: str = "auto") -> None:
+def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
     return None
