@@ -76,15 +76,18 @@ struct Problem {
   }
 };
 
-// Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through.
+// Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made of
+// the first `panels` panels of its share.
 struct Block {
-  int64_t row, row_end, column, column_end;
+  int64_t row, row_end, column, column_end, panels;
 };
 
-// Blocks that one worker, or several together, add up, and how many of the channels they are made of.
+// Blocks that one worker, or several together, add up, and the panels of channels they are made of, those that are
+// needed first at the start.
 struct Share {
-  const Block* blocks;
-  int64_t size, channels;
+  Block* blocks;
+  int64_t size;
+  std::vector<int64_t> panels;
 };
 
 // Packs `count` channels of a run, at most a panel.
@@ -103,18 +106,18 @@ void pack(const Problem& p, int64_t run, int64_t channel, int64_t count, char* t
 
 // Packs one worker's share of a chunk while it computes with the chunk before. Each tile asks the cache for a portion
 // of the features, and copies the portion before it where whole vectors of features can be copied as they are;
-// elsewhere a panel is packed as soon as the cache was asked for all of it. What tiles have not got to, finish() packs.
+// elsewhere a panel is packed as soon as the cache was asked for all of it. What tiles have not got to when it is
+// needed, finish() packs.
 //
 // A panel is packed for one run at a time; the two make a task, and worker w of n has the tasks w, w + n, ... A portion
 // is what one tile asks for: of maps one channel's run, of other layouts some neighbouring positions. Tiles make fewer
 // steps in the last run of all, and would copy less: but nothing is left to pack by then.
 class Ahead {
  public:
-  Ahead(const Problem& p, int64_t channels, int64_t first_run, int64_t runs, int64_t self, int64_t workers,
+  Ahead(const Problem& p, const Share& share, int64_t first_run, int64_t runs, int64_t self, int64_t workers,
         char* packed)
-      : p_(p), all_channels_(channels), panels_((channels + p.kernels.panel - 1) / p.kernels.panel),
-        first_run_(first_run), tasks_(std::max<int64_t>(runs, 0) * panels_), task_(self), workers_(workers),
-        packed_(packed) {
+      : p_(p), order_(share.panels.data()), panels_(share.panels.size()), first_run_(first_run),
+        tasks_(std::max<int64_t>(runs, 0) * panels_), task_(self), workers_(workers), packed_(packed) {
     steps_ = p.run_length / p.kernels.vector;
     step_bytes_ = run_bytes / steps_;
     const bool maps = p.positions.stride[2] == 1;
@@ -155,14 +158,19 @@ class Ahead {
     }
   }
 
-  void finish() {
+  bool busy() const { return copy_to_ || task_ < tasks_; }
+
+  void finish() { finish(tasks_); }
+
+  // Only the first `tasks` of them.
+  void finish(int64_t tasks) {
     if (copy_to_) {
       for (int64_t step = 0; step < steps_; ++step) {
         std::memcpy(copy_to_ + step * step_bytes_, copy_from_ + copy_offsets_[step], step_bytes_);
       }
       copy_to_ = nullptr;
     }
-    for (; task_ < tasks_; next_panel()) {
+    for (; task_ < tasks; next_panel()) {
       const int64_t done = copies_ ? portion_ : 0;
       pack(p_, run(), channel() + done, channels_ - done, target() + done * key_stride);
     }
@@ -170,7 +178,7 @@ class Ahead {
 
  private:
   int64_t run() const { return first_run_ + task_ / panels_; }
-  int64_t channel() const { return task_ % panels_ * p_.kernels.panel; }
+  int64_t channel() const { return order_[task_ % panels_] * p_.kernels.panel; }
   char* target() const { return packed_ + (task_ / panels_ * p_.padded + channel()) * key_stride; }
 
   // Of the portion to ask for: a number, as at the edges of the features there may be nothing.
@@ -186,7 +194,7 @@ class Ahead {
   }
 
   void start_panel() {
-    channels_ = std::min<int64_t>(p_.kernels.panel, all_channels_ - channel());
+    channels_ = std::min<int64_t>(p_.kernels.panel, p_.channels - channel());
     if (run() == table_run_) return;
     table_run_ = run();
     table_ = 1 - table_;  // the other one may still be copied by
@@ -202,7 +210,8 @@ class Ahead {
 
   static constexpr int64_t most_steps = 128;  // of a run: vectors have 16 bytes at least
   const Problem& p_;
-  int64_t all_channels_, panels_, first_run_, tasks_, task_, workers_;
+  const int64_t* order_;
+  int64_t panels_, first_run_, tasks_, task_, workers_;
   char* packed_;
   int64_t steps_, step_bytes_, portion_stride_, panel_portions_;
   int64_t portion_ = 0, channels_ = 0, table_run_ = -1;
@@ -239,8 +248,10 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
               int64_t then, bool ready, bool mirror, char*& packed, char*& spare, double* sums) {
   alignas(64) double part[block_rows * block_columns];
   const int64_t n = p.channels, tile_columns = p.kernels.columns, tile_rows = p.kernels.rows;
-  if (!ready) {
-    Ahead(p, share.channels, first, std::min(p.chunk_runs, end - first), self, team.size(), packed).finish();
+  // The first chunk of all has no chunk before it: alone, a worker starts as soon as its first block can be computed.
+  Ahead begin(p, share, first, ready ? 0 : std::min(p.chunk_runs, end - first), self, team.size(), packed);
+  if (!ready && (team.size() > 1 || p.chunk_runs > 1)) {
+    begin.finish();
     team.meet();
   }
   for (; first < end; first += p.chunk_runs) {
@@ -248,10 +259,11 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
     const int64_t count = std::min(p.chunk_runs, end - first);
     const bool last = first + count == end, to_part = mirror && last;
     const int64_t next = last ? then : first + count, next_end = last ? p.runs : end;
-    Ahead ahead(p, share.channels, next, std::min(p.chunk_runs, next_end - next), self, team.size(), spare);
+    Ahead ahead(p, share, next, std::min(p.chunk_runs, next_end - next), self, team.size(), spare);
     for (int64_t task = team.next(), after; task < share.size; task = after) {
       after = team.next();
       const Block& block = share.blocks[task];
+      if (begin.busy()) begin.finish(block.panels);
       // the next block's columns, which other threads may have packed
       const Block soon = team.size() > 1 && after < share.size ? share.blocks[after] : Block{};
       int64_t asked = 0;
@@ -277,9 +289,10 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
             const int64_t width = soon.column_end - soon.column;
             const char* urgent = asked < count * width ? key(asked / width, soon.column + asked % width) : nullptr;
             ++asked;
+            Ahead& packing = begin.busy() ? begin : ahead;
             p.kernels.tile(key(run, row), static_cast<int>(rows), keys, steps, target(row, column), target_stride,
-                           ahead.next(urgent));
-            ahead.advance();
+                           packing.next(urgent));
+            packing.advance();
           }
         }
       }
@@ -317,7 +330,7 @@ void finish(Team& team, int64_t n, const double* sums, int64_t groups, double* o
 }
 
 // The blocks in order of rows, cut into `parts` of the same work.
-std::vector<Share> split(const Problem& p, const std::vector<Block>& blocks, int64_t parts) {
+std::vector<Share> split(const Problem& p, std::vector<Block>& blocks, int64_t parts) {
   const auto work = [](const Block& block) {
     int64_t products = 0;
     for (int64_t row = block.row; row < block.row_end; ++row) {
@@ -325,18 +338,28 @@ std::vector<Share> split(const Problem& p, const std::vector<Block>& blocks, int
     }
     return products;
   };
-  const int64_t total = p.channels * (p.channels + 1) / 2;
+  const int64_t total = p.channels * (p.channels + 1) / 2, panel = p.kernels.panel;
   int64_t done = 0;
   std::vector<Share> shares;
   size_t start = 0;
   for (int64_t part = 1; part <= parts; ++part) {
-    Share share = {blocks.data() + start, 0, 0};
+    Share share = {blocks.data() + start, 0, {}};
+    std::vector<bool> seen((p.padded + panel - 1) / panel);
+    const auto need = [&](int64_t channel, int64_t end) {
+      for (int64_t i = channel / panel; i * panel < end; ++i) {
+        if (!seen[i]) share.panels.push_back(i);
+        seen[i] = true;
+      }
+    };
     for (; start < blocks.size() && done * parts < total * part; ++start) {
-      done += work(blocks[start]);
+      Block& block = blocks[start];
+      done += work(block);
       ++share.size;
-      share.channels = std::max(share.channels, blocks[start].row_end);
+      need(block.row, block.row_end);
+      need(block.column, std::min(block.column_end, block.row_end));
+      block.panels = static_cast<int64_t>(share.panels.size());
     }
-    shares.push_back(share);
+    shares.push_back(std::move(share));
   }
   return shares;
 }
@@ -378,7 +401,7 @@ Status run(const Problem& p, double* out, int threads) {
     for (int64_t row = 0; row < n; row += block_rows) {  // neighbours share rows
       const int64_t row_end = std::min(n, row + block_rows);
       for (int64_t column = 0; column < row_end; column += block_columns) {
-        blocks.push_back({row, row_end, column, std::min(p.padded, column + block_columns)});
+        blocks.push_back({row, row_end, column, std::min(p.padded, column + block_columns), 0});
       }
     }
     shares = split(p, blocks, sharing == Sharing::blocks ? threads : 1);

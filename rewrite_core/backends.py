@@ -67,6 +67,7 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+@functools.cache
 def backends_of(op: str) -> tuple[Backend, ...]:
     """The op's backends in the order "auto" tries them."""
     if op not in OPS:

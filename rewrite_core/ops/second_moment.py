@@ -92,13 +92,11 @@ def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
 def _overlap(features: Tensor, out: Tensor) -> bool:
     if not features.numel():
         return False
-
-    def span(tensor: Tensor) -> tuple[int, int]:
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
-
-    (start, end), (out_start, out_end) = span(features), span(out)
-    return start < out_end and out_start < end
+    reach = features.element_size()
+    for size, stride in zip(features.shape, features.stride()):
+        reach += (size - 1) * stride * features.element_size()
+    start, out_start = features.data_ptr(), out.data_ptr()
+    return start < out_start + out.nbytes and out_start < start + reach
 
 
 def _reference(features: Tensor, out: Tensor) -> None:
