@@ -278,16 +278,21 @@ def _layers(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
+    names = options.layer
+    for option, files in (("--out", options.out), ("--resume", options.resume)):
+        if files is not None and (len(files) != len(names) or len({os.path.realpath(file) for file in files}) < len(names)):
+            raise UsageError(f"Each --layer takes one {option} of its own, in the same order.")
     generator, latents = _setup(options, options.count)
-    layer = bind(generator, options.layer)
-    moment = collect_second_moment(
-        layer, latents, options.batch_size, checkpoint=options.resume, progress=not options.quiet,
-        latent_seed=options.seed, skip_nonfinite=options.skip_nonfinite, until=options.until,
+    layers = [bind(generator, name) for name in names]
+    moments = collect_second_moment(
+        layers=layers, latents=latents, batch_size=options.batch_size, checkpoint=options.resume,
+        progress=not options.quiet, latent_seed=options.seed, skip_nonfinite=options.skip_nonfinite, until=options.until,
     )  # fmt: skip
-    moment.save(options.out)
-    error = "" if math.isnan(moment.standard_error) else f", standard error {moment.standard_error:.2%}"
-    skipped = f", {moment.skipped} pictures left out" if moment.skipped else ""
-    print(f"{moment.count} keys of {moment.channels} channels at {layer.name}{error}{skipped} -> {options.out}")
+    for layer, moment, out in zip(layers, moments, options.out, strict=True):
+        moment.save(out)
+        error = "" if math.isnan(moment.standard_error) else f", standard error {moment.standard_error:.2%}"
+        skipped = f", {moment.skipped} pictures left out" if moment.skipped else ""
+        print(f"{moment.count} keys of {moment.channels} channels at {layer.name}{error}{skipped} -> {out}")
 
 
 def _load_edit(options: argparse.Namespace) -> Edit:
@@ -523,11 +528,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("layers", _layers, "list every layer that can be rewritten", generator=None)
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
 
-    sub = command("collect", _collect, "collect a layer's second moment", generator=1000)
-    sub.add_argument("--layer", required=True, help="its name, one of those that rewrite layers lists")
-    sub.add_argument("--out", required=True, type=_file(), metavar="FILE", help="safetensors file to write")
+    sub = command("collect", _collect, "collect the second moment of one or several layers in one pass", generator=1000)
+    sub.add_argument(
+        "--layer", required=True, action="append",
+        help="its name, one of those that rewrite layers lists; repeat, with an --out each, for several",
+    )  # fmt: skip
+    sub.add_argument(
+        "--out", required=True, action="append", type=_file(), metavar="FILE", help="safetensors file to write"
+    )
     sub.add_argument("--batch-size", type=_positive, default=16, help="latents at a time (default 16)")
-    sub.add_argument("--resume", type=_file(), metavar="FILE", help="keep a checkpoint here and resume from it")
+    sub.add_argument(
+        "--resume", action="append", type=_file(), metavar="FILE",
+        help="keep a checkpoint here and resume from it; one for each --layer",
+    )  # fmt: skip
     sub.add_argument("--until", type=float, metavar="ERROR", help="stop at this relative standard error, such as 0.01")
     sub.add_argument("--skip-nonfinite", action="store_true", help="leave out pictures whose keys hold NaN or infinity")
 
@@ -625,7 +638,7 @@ def _problem(error: Exception) -> str:
 def _how_to_go_on(options: argparse.Namespace) -> str:
     """What to do after an interrupt, for what takes long."""
     if getattr(options, "resume", None):
-        return f"; run the same command again to go on from {options.resume}"
+        return f"; run the same command again to go on from {', '.join(options.resume)}"
     if "resume" in options:
         return "; nothing was written, but with --resume FILE it can go on where it was"
     if getattr(options, "moment", "") is None:

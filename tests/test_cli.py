@@ -166,6 +166,26 @@ def test_collecting_until_it_is_good_enough(tmp_path, capsys, user_generator):
     assert moment.standard_error <= 0.2 and moment.latents["used"] < 400
 
 
+def test_collecting_several_layers_in_one_pass(tmp_path, capsys, user_generator):
+    words = [*MINE, "--count", 20, "--quiet"]
+    layers = [word for name in ("3", "1") for word in ("--layer", name, "--out", f"{name}.safetensors")]
+    code, out, err = run(capsys, "collect", *layers, *words)
+    assert code == 0 and err == "" and len(out.splitlines()) == 2
+    assert run(capsys, "collect", "--layer", "1", "--out", "alone.safetensors", *words)[0] == 0
+    alone = rc.SecondMoment.load("alone.safetensors", rc.bind(user_generator, "1"))
+    together = rc.SecondMoment.load("1.safetensors", rc.bind(user_generator, "1"))
+    assert torch.equal(alone.matrix(), together.matrix())
+    one = ["collect", "--layer", "3", "--layer", "1", "--out", "m.safetensors"]
+    for more, named in (
+        ([], "--out"),
+        (["--out", "./m.safetensors"], "--out"),
+        (["--out", "n.safetensors", "--resume", "r"], "--resume"),
+    ):
+        code, _, err = run(capsys, *one, *more, *words)
+        assert code == 2 and err == f"rewrite collect: Each --layer takes one {named} of its own, in the same order.\n"
+        assert not Path("m.safetensors").exists()
+
+
 def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square()), query=rc.Selection(2, square())).save("e.json")
     assert run(capsys, "layers", *MINE)[0] == 0
