@@ -43,19 +43,26 @@ def second_moment(
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
-    _check(features, out, precision)
-    features = features.detach()
+    _check_types(features, out, precision)  # the rest the ops check, for those who call torch.ops
+    if features.requires_grad:
+        features = features.detach()
     if out is None:
-        return torch.ops.rewrite_core.second_moment(features, backend, precision)
-    torch.ops.rewrite_core.second_moment_(out, features, backend, precision)
+        return _OP(features, backend, precision)
+    _OP_INTO(out, features, backend, precision)
     return out
 
 
-def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
+def _check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
     if not isinstance(features, Tensor):
-        raise TypeError(
-            f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor."
-        )
+        raise TypeError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width.")
+    if precision not in PRECISIONS:
+        raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
+
+
+def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
+    _check_types(features, out, precision)
     if features.layout != torch.strided:
         raise TypeError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
     if features.dtype not in DTYPES:
@@ -63,18 +70,16 @@ def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
             f"features are {features.dtype}, and must be float32, float64, bfloat16 or float16: "
             "convert them with .float()."
         )
-    if features.ndim not in (2, 4) or features.shape[1] == 0:
+    shape = features.shape
+    if len(shape) not in (2, 4) or shape[1] == 0:
         raise RewriteCoreError(
-            f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(features.shape)}."
+            f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}."
         )
-    if precision not in PRECISIONS:
-        raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
     if out is None:
         return
-    if not isinstance(out, Tensor) or out.dtype != torch.float64:
-        what = out.dtype if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"out must be a float64 tensor, not {what}: sums over many keys need the width.")
-    channels = features.shape[1]
+    if out.dtype != torch.float64:
+        raise TypeError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
+    channels = shape[1]
     if out.shape != (channels, channels) or not out.is_contiguous():
         how = "" if out.is_contiguous() else " that is not contiguous"
         raise RewriteCoreError(
@@ -190,7 +195,7 @@ torch.library.define(
 
 @torch.library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd")
 def _op(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
-    _check(features, None, precision)  # again, for those who call torch.ops: the kernels trust what they are given
+    _check(features, None, precision)
     out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
     _run(features, out, backend, precision)
     return out
@@ -198,6 +203,7 @@ def _op(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tenso
 
 @torch.library.register_fake("rewrite_core::second_moment")
 def _(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
+    _check(features, None, precision)
     return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
 
 
@@ -212,4 +218,8 @@ def _op_(out: Tensor, features: Tensor, backend: str = "auto", precision: str = 
 
 @torch.library.register_fake("rewrite_core::second_moment_")
 def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
-    return None
+    _check(features, out, precision)
+
+
+_OP = torch.ops.rewrite_core.second_moment.default
+_OP_INTO = torch.ops.rewrite_core.second_moment_.default
