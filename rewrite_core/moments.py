@@ -413,61 +413,66 @@ class _KeyErrors:
             raise RewriteCoreError(f"Keys are rows [n, {channels}], not {list(keys.shape)}.")
         if not torch.isfinite(keys).all() or not keys.any(1).all():
             raise NonFiniteError("The keys hold NaN or infinity, or only zeros, whose error is relative to nothing.")
-        shape = (self.GROUPS, *keys.shape)
-        self.state = {
-            "keys": keys,
-            "directions": torch.zeros_like(keys),
-            "products": torch.zeros(shape, dtype=torch.float64, device="cpu"),
-            "counts": torch.zeros(self.GROUPS, dtype=torch.int64, device="cpu"),
-            "batches": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "variances": torch.full((len(keys),), torch.nan, dtype=torch.float64, device="cpu"),
-        }
+        self._keys = keys
+        self._directions = torch.zeros_like(keys)  # this and the next go to where the batches are
+        self._products = torch.zeros(self.GROUPS, *keys.shape, dtype=torch.float64, device="cpu")
+        self._counts = [0] * self.GROUPS
+        self._batches = 0
+        self._variances = torch.full((len(keys),), torch.nan, dtype=torch.float64, device="cpu")
         self._solved = False
         self._evaluated = 0  # after so many batches, last
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, on the CPU."""
+        return {
+            "keys": self._keys,
+            "directions": self._directions.cpu(),
+            "products": self._products.cpu(),
+            "counts": torch.tensor(self._counts, device="cpu"),
+            "batches": torch.tensor(self._batches, device="cpu"),
+            "variances": self._variances,
+        }
+
     def resume(self, state: dict[str, Tensor], path: str | os.PathLike) -> None:
         """Go on from a checkpoint's state."""
-        if not torch.equal(state.get("keys", torch.empty(0)), self.state["keys"]):
+        if not torch.equal(state.get("keys", torch.empty(0)), self._keys):
             raise MismatchError(f"The checkpoint {os.fspath(path)} was made with other keys; resume with the same ones.")
         for name, tensor in self.state.items():
             saved = state.get(name)
             if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                 raise FileFormatError(f"{os.fspath(path)} holds no whole state of its keys' errors.")
-            tensor.copy_(saved)
-        self._solved = bool(self.state["directions"].any())
+        self._directions, self._products = state["directions"].clone(), state["products"].clone()
+        self._variances = state["variances"].clone()
+        self._counts, self._batches = state["counts"].tolist(), int(state["batches"])
+        self._solved = bool(self._directions.any())
 
     @property
     def due(self) -> bool:
         """Whether :meth:`tell` has to be called before the next batch."""
-        batches = int(self.state["batches"])
+        batches = self._batches
         return batches >= _LEAST and batches & (batches - 1) == 0 and batches != self._evaluated
 
     def add(self, part: Tensor) -> int:
-        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys. Waits for no GPU."""
-        state = self.state
-        group = int(state["batches"]) % self.GROUPS
-        state["batches"] += 1
+        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys in. Waits for no GPU."""
+        group = self._batches % self.GROUPS
+        self._batches += 1
         if self._solved:
-            for name in ("directions", "products"):
-                state[name] = state[name].to(part.device)
-            state["products"][group] += state["directions"] @ part
+            self._directions, self._products = self._directions.to(part.device), self._products.to(part.device)
+            self._products[group] += self._directions @ part
         return group
 
     def count(self, group: int, count: int) -> None:
         """Count the keys of a batch that was added."""
         if self._solved:
-            self.state["counts"][group] += count
-
-    def gather(self) -> None:
-        """Bring the state to the CPU."""
-        self.state = {name: tensor.cpu() for name, tensor in self.state.items()}
+            self._counts[group] += count
 
     def tell(self, moment: SecondMoment) -> None:
         """Set the errors of `moment`, which holds all batches that were taken in, where they are known."""
         if self.due and moment.count >= moment.channels:
             self._evaluate(moment)
-        if not self.state["variances"].isnan().any():
-            moment.key_errors = (self.state["variances"] / moment.count).sqrt()
+        if not self._variances.isnan().any():
+            moment.key_errors = (self._variances / moment.count).sqrt()
 
     def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
@@ -477,20 +482,19 @@ class _KeyErrors:
         def solve(rhs: Tensor) -> Tensor:
             return factor.solve(rhs).mul_(moment.count)
 
-        self.gather()
-        state = self.state
-        used = state["counts"] > 0
+        counts = torch.tensor(self._counts, dtype=torch.float64, device="cpu")
+        used = counts > 0
         if used.any():
-            counts, products = state["counts"][used].double(), state["products"][used]
+            counts, products = counts[used], self._products.cpu()[used]
             spread = solve(products.flatten(0, 1).T).T.reshape(products.shape)
             total = spread.sum(0).square().sum(1) / counts.sum()
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
-            variances = between.clamp(min=0) / (len(counts) - 1) / state["directions"].square().sum(1)
-            state["variances"].copy_(variances)
-        state["directions"].copy_(solve(state["keys"].T).T)
-        state["products"].zero_()
-        state["counts"].zero_()
-        self._solved, self._evaluated = True, int(state["batches"])
+            variances = between.clamp(min=0) / (len(counts) - 1)
+            self._variances = variances / self._directions.cpu().square().sum(1)
+        self._directions = solve(self._keys.T).T.contiguous()
+        self._products.zero_()
+        self._counts = [0] * self.GROUPS
+        self._solved, self._evaluated = True, self._batches
 
 
 class _Collection:
@@ -563,7 +567,6 @@ class _Collection:
         if self._total is not None:
             self.moment._sum.copy_(self._total)
             if self.keys is not None:
-                self.keys.gather()
                 self.keys.tell(self.moment)
 
     @property

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 
 class SideStream:
@@ -20,24 +20,24 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = cuda.Stream(device)
 
-    def current(self) -> torch.cuda.Stream:
+    def current(self) -> cuda.Stream:
         """The stream that the caller's own kernels go to."""
-        return torch.cuda.current_stream(self.device)
+        return cuda.current_stream(self.device)
 
     @contextlib.contextmanager
-    def after(self, origin: torch.cuda.Stream) -> Iterator[None]:
+    def after(self, origin: cuda.Stream) -> Iterator[None]:
         """Inside, kernels go to this stream, and run once `origin` is through with all that it has been given."""
         self._stream.wait_event(origin.record_event())
-        with torch.cuda.stream(self._stream):
+        with cuda.stream(self._stream):
             yield
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> cuda.Event:
         """An event that happens when all that this stream has been given is done."""
         return self._stream.record_event()
 
-    def hold(self, origin: torch.cuda.Stream, mark: torch.cuda.Event) -> None:
+    def hold(self, origin: cuda.Stream, mark: cuda.Event) -> None:
         """What `origin` is given from here on runs after `mark`."""
         origin.wait_event(mark)
 
