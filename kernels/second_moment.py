@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
+from ..errors import RewriteCoreError
 
 MODES = ("tf32", "x3", "ieee")
 REDUCED = 64  # entries of a tile per program of the second kernel
@@ -150,7 +151,7 @@ def second_moment_kernel(
     tl.store(partials + number * (BLOCK_C * BLOCK_C) + inside, total + (run - excess))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])  # which changes with the batch: one compilation serves them all
 def add_partials_kernel(
     partials,  # pointer to float32 [slices, tiles, BLOCK_C, BLOCK_C]
     out,  # pointer to float64 [C, C]
@@ -371,8 +372,11 @@ def configuration(features: Tensor, mode: str) -> Config:
     if key in _chosen:
         return _chosen[key]
     path = cache_folder(properties.name) / name
-    if torch.cuda.is_current_stream_capturing():  # a graph cannot hold measurements
-        return stored(path, choices) or choices[0]
+    if torch.cuda.is_current_stream_capturing():
+        raise RewriteCoreError(
+            f"second_moment has not yet run on {features.dtype} features of such a size and layout in this process, and what "
+            "its first call compiles and measures cannot go into a CUDA graph: call it once before the capture."
+        )
 
     def time(config: Config) -> float:
         def run() -> None:

@@ -414,7 +414,8 @@ class _KeyErrors:
         if not torch.isfinite(keys).all() or not keys.any(1).all():
             raise NonFiniteError("The keys hold NaN or infinity, or only zeros, whose error is relative to nothing.")
         self._keys = keys
-        self._directions = torch.zeros_like(keys)  # this and the next go to where the batches are
+        self._device = keys.device  # where the batches are, and so these two
+        self._directions = torch.zeros_like(keys)
         self._products = torch.zeros(self.GROUPS, *keys.shape, dtype=torch.float64, device="cpu")
         self._counts = [0] * self.GROUPS
         self._batches = 0
@@ -454,11 +455,14 @@ class _KeyErrors:
         return batches >= _LEAST and batches & (batches - 1) == 0 and batches != self._evaluated
 
     def add(self, part: Tensor) -> int:
-        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys in. Waits for no GPU."""
+        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys in. Waits for a GPU the
+        first time at most."""
         group = self._batches % self.GROUPS
         self._batches += 1
-        if self._solved:
+        if self._device != part.device:
+            self._device = part.device
             self._directions, self._products = self._directions.to(part.device), self._products.to(part.device)
+        if self._solved:
             self._products[group] += self._directions @ part
         return group
 
@@ -491,7 +495,7 @@ class _KeyErrors:
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
             variances = between.clamp(min=0) / (len(counts) - 1)
             self._variances = variances / self._directions.cpu().square().sum(1)
-        self._directions = solve(self._keys.T).T.contiguous()
+        self._directions = solve(self._keys.T).T.to(self._device, memory_format=torch.contiguous_format)
         self._products.zero_()
         self._counts = [0] * self.GROUPS
         self._solved, self._evaluated = True, self._batches

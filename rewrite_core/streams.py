@@ -13,7 +13,7 @@ from torch import Tensor, cuda
 class SideStream:
     """Takes work off the stream that the generator runs on, whatever that is at the time.
 
-    Nothing here waits for the GPU on the host, but for :meth:`wait`. What the work reads must stay as it is until
+    The host waits for nothing here. What the work reads must stay as it is until
     :meth:`hold` has made the stream it came from wait for a mark that was set after the work; what the work allocates
     belongs to this stream, and is to be used and dropped inside :meth:`after` alone.
     """

@@ -630,6 +630,41 @@ def test_measured_configurations_are_kept(tmp_path, monkeypatch):
 
 
 @needs_triton
+def test_no_measurement_goes_into_a_graph(monkeypatch, tmp_path):
+    """Stand-ins for a GPU: what was chosen before the capture is used in it, and nothing is chosen there."""
+    from types import SimpleNamespace
+
+    from rewrite_core.kernels import second_moment as kernels
+
+    class OnGPU:
+        shape, dtype, device = (2, 300, 8, 8), torch.float32, SimpleNamespace(type="cuda", index=0)
+
+        def stride(self, axis=None):
+            strides = (300 * 64, 64, 8, 1)
+            return strides if axis is None else strides[axis]
+
+    capturing = False
+    chosen = kernels.CANDIDATES[9]["x3"][1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "measured", lambda path, choices, time: chosen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        major=9, name="NVIDIA H200", multi_processor_count=132
+    ))  # fmt: skip
+    capturing = True
+    with pytest.raises(RewriteCoreError, match="float32 features .* call it once before the capture"):
+        kernels.configuration(OnGPU(), "x3")
+    assert not list(tmp_path.iterdir()) and not kernels._chosen
+    capturing = False
+    assert kernels.configuration(OnGPU(), "x3") == chosen
+    capturing = True
+    assert kernels.configuration(OnGPU(), "x3") == chosen
+    with pytest.raises(RewriteCoreError, match="before the capture"):
+        kernels.configuration(OnGPU(), "ieee")
+
+
+@needs_triton
 def test_slices_fill_the_gpu():
     from rewrite_core.kernels.second_moment import slices_of
 
@@ -730,8 +765,15 @@ def test_gpu_many_keys(shape, kind):
 @needs_gpu
 def test_gpu_graph_and_streams():
     """No wait for the GPU and no measurement while a graph is captured; the current stream is used."""
+    from rewrite_core.kernels import second_moment as kernels
+
     features = normal(8, 96, 16, 16).cuda()
     out = prefilled(96).cuda()
+    kernels._chosen.clear()
+    with pytest.raises(RewriteCoreError, match="call it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        second_moment(features, out=out, backend="triton")
+    torch.cuda.synchronize()
+    assert not out.any()
     second_moment(features, out=out, backend="triton")  # compiles
     once = out.clone()
     graph = torch.cuda.CUDAGraph()
