@@ -105,6 +105,7 @@ class SecondMoment:
         """Add keys: [N, C, *map] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
         With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
+        Waits for the features where they are on a GPU; :func:`collect_second_moment` does not.
         Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
         large to square. Each update counts as one independent sample in :attr:`standard_error`.
         """
@@ -728,6 +729,10 @@ def collect_second_moment(
     beside the sum [C, C] in float64 there is one more such matrix at a time (with `keys` up to four where C is
     rank-deficient), and the activations of one batch.
 
+    On a GPU the updates run on a stream of their own beside the next forward pass, while one batch's key maps of the
+    last layer are kept, and `skip_nonfinite` takes a copy of a batch's keys. The host waits for none of it, but for a
+    checkpoint, what `until` and `keys` ask for, and the end: so an error may name a batch some batches ago.
+
     Args:
         layer: a bound layer.
         latents: [N, ...] on any device; batches of them are moved to the generator's.
@@ -741,7 +746,8 @@ def collect_second_moment(
         until: stop when the relative standard error of C, and of C^-1 k for each of `keys`, is this or less (0.01:
             one percent); after 8 batches at the earliest, and 16 with `keys`. The latents must be in random order.
             ``moment.standard_error`` and ``moment.key_errors`` say what was reached, and ``moment.latents["used"]``
-            how many latents went in where not all did. A checkpoint that stopped before what `until` asks for goes on.
+            how many latents went in where not all did. On a GPU it is looked at after each of the first 32 batches, then
+            each time there are a 16th more. A checkpoint that stopped before what `until` asks for goes on.
         keys: rows [n, C] (or one key [C]) to give the error of C^-1 k for; for `layers`, a list, one each.
         layers: in place of `layer`, a list of layers of one generator: the pass stops at the last of them that the
             generator reaches, and the result is a list in the same order.
