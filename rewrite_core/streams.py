@@ -50,7 +50,7 @@ class SideStream:
 
 def pinned(tensor: Tensor) -> Tensor:
     """Memory on the host that the GPU can write to by itself, as large as `tensor`."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
 
 
 @functools.lru_cache(maxsize=64)
