@@ -56,28 +56,31 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def make(build: Callable[[], nn.Module], name: str, size: int, backend: str) -> Problem:
+def make(
+    build: Callable[[], nn.Module], name: str, size: int, backend: str, device: str = "cpu", batch_size: int = BATCH
+) -> Problem:
     """The bare pass yields no moment, so its error is 1. The reference's way adds every key by itself, in float32, after
-    the same forward pass, so its error grows with their number."""
+    the same forward pass, so its error grows with their number; on a GPU, where it would take minutes, a product of the
+    permuted copy stands for it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = build().eval().requires_grad_(False)
+        generator = build().eval().requires_grad_(False).to(device)
     layer = bind(generator, name)
-    latents = sample_latents(size, BATCH * BATCHES, seed=1)
+    latents = sample_latents(size, batch_size * BATCHES, seed=1).to(device)
     channels = layer.in_channels
 
     def rows(batch: Tensor) -> Tensor:
         return layer.keys(batch).permute(0, 2, 3, 1).reshape(-1, channels)
 
-    exact, count = torch.zeros(channels, channels, dtype=torch.float64), 0
-    for batch in latents.split(BATCH):
+    exact, count = torch.zeros(channels, channels, dtype=torch.float64, device=device), 0
+    for batch in latents.split(batch_size):
         wide = rows(batch).double()
         exact.addmm_(wide.T, wide)
         count += len(wide)
     exact /= count
 
     def ours() -> Tensor:
-        return collect_second_moment(layer, latents, BATCH, progress=False).matrix()
+        return collect_second_moment(layer, latents, batch_size, progress=False).matrix()
 
     def bare() -> Tensor:
         def stop(module: nn.Module, args: tuple) -> None:
@@ -85,7 +88,7 @@ def make(build: Callable[[], nn.Module], name: str, size: int, backend: str) -> 
 
         handle = layer.module.register_forward_pre_hook(stop)
         with torch.no_grad():
-            for batch in latents.split(BATCH):
+            for batch in latents.split(batch_size):
                 try:
                     generator(batch)
                 except _Stop:
@@ -94,25 +97,29 @@ def make(build: Callable[[], nn.Module], name: str, size: int, backend: str) -> 
         return torch.zeros_like(exact)
 
     def reference() -> Tensor:
-        total = torch.zeros(channels, channels)
-        for batch in latents.split(BATCH):
-            for key in rows(batch):
-                total.addr_(key, key)
+        total = torch.zeros(channels, channels, device=device)
+        for batch in latents.split(batch_size):
+            keys = rows(batch)
+            if device == "cpu":
+                for key in keys:
+                    total.addr_(key, key)
+            else:
+                total.addmm_(keys.T, keys)
         return total / count
 
     return Problem(
         ours=Contender("rewrite_core", ours),
         stock=[
             Contender("bare forward pass", bare, aside=True),
-            Contender("rank-1 updates", reference, rounds=3),
+            Contender("rank-1 updates", reference, rounds=3) if device == "cpu" else Contender("addmm", reference),
         ],
         shapes={"latents": list(latents.shape), "keys": [count, channels]},
         dtype="float32",
         operations=count * channels * (channels + 1),
         traffic=count * channels * 4 + channels * (channels + 1) * 8,
-        error=lambda matrix: ((matrix.double() - exact).norm() / exact.norm()).item(),
+        error=lambda matrix: ((matrix.double().to(device) - exact).norm() / exact.norm()).item(),
         error_kind="relative Frobenius error",
-        tolerance=1e-6,
+        tolerance=1e-6 if device == "cpu" else 2e-6,
     )
 
 

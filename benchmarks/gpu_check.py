@@ -1,6 +1,6 @@
 """What ``make gpu-check`` runs on a machine with an NVIDIA GPU: the tests that need one, compute-sanitizer where it is
-installed, then the second moment against stock PyTorch over a grid of shapes, beside floors from what this GPU was just
-measured to do. Lines are appended to ``benchmarks/results/<gpu>.jsonl``. Needs no network.
+installed, then collection against the bare forward pass, and the second moment against stock PyTorch over a grid of shapes,
+beside floors from what this GPU was just measured to do. Lines are appended to ``benchmarks/results/<gpu>.jsonl``. Needs no network.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 import rewrite_core
 from rewrite_core.ops import second_moment
 
+from . import bench_collect
 from .harness import Case, Checked, Contender, Problem, Race, Refused, measurement
 from .report import Report, checkout
 
@@ -31,7 +33,10 @@ SIDES = (4, 8, 16, 32, 64, 128, 256)
 BATCH = 8
 MOST = 1 << 28  # numbers in a batch; of larger maps there are fewer than BATCH, so that small GPUs can hold them
 MINUTES = 8.0
+TESTED = ("test_second_moment.py", "test_moments_gpu.py")
 SANITISED = "test_gpu_small"  # the tests that compute-sanitizer watches
+COLLECTED = ("convs.6.conv", "convs.11.conv")  # of a StyleGAN2-256: 512 channels at 32x32, 128 at 256x256
+COLLECTED_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +153,36 @@ def make(channels: int, side: int, kind: Kind, floors: Floors, device: str, back
     )
 
 
+def collection_cases(floors: Floors, device: str = "cuda", batch_size: int = COLLECTED_BATCH) -> list[Case]:
+    return [
+        Case(
+            f"stylegan2_256 {name} batch {batch_size} gpu",
+            functools.partial(make_collection, name, floors, device, batch_size),
+            "gpu collect",
+        )
+        for name in COLLECTED
+    ]
+
+
+def make_collection(
+    name: str, floors: Floors, device: str, batch_size: int, backend: str,
+    build: Callable[[], torch.nn.Module] = bench_collect.stylegan2_256, size: int = 512,
+) -> Problem:  # fmt: skip
+    """Its floor is that of all the updates, which is what comes on top of the forward passes."""
+    problem = bench_collect.make(build, name, size, backend, device, batch_size)
+    floor = floors.seconds(KINDS[0], problem.operations, problem.traffic)
+    details = {"floor_seconds": floor, "copy_gbytes_per_second": floors.bandwidth / 1e9}
+    return dataclasses.replace(problem, details=details)
+
+
+def overhead(race: Race) -> float:
+    """By how much a collection takes longer than the bare forward passes, in the median over the rounds."""
+    return statistics.median(
+        ours / bare - 1
+        for ours, bare in zip(race.times["rewrite_core"], race.times["bare forward pass"], strict=True)
+    )
+
+
 def check(case: Case, kind: Kind, backend: str, tests: str) -> Checked:
     """Every contender's error; raises Refused where ours is too large."""
     problem = case.make(backend)
@@ -230,7 +265,8 @@ def run_tests(folder: Path, words: Sequence[str], before: Sequence[str] = (), ti
     variables = {key: value for key, value in os.environ.items() if key not in ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS")}
     variables["PYTHONPATH"] = str(Path(rewrite_core.__file__).resolve().parent.parent)
     command = [*before, sys.executable, "-P"] if sys.version_info >= (3, 11) else [*before, sys.executable]
-    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder / "tests/test_second_moment.py"), *words]
+    files = [str(folder / "tests" / name) for name in TESTED]
+    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *words]
     try:
         done = subprocess.run(
             command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False, timeout=timeout
@@ -286,19 +322,24 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{gpu}: copies {floors.bandwidth / 1e9:.0f} GB/s (read and written), {rates}", flush=True)
     sheet = GPUReport(given.out or folder / "benchmarks" / "results", gpu)
     sheet.start()
-    kinds = {f"gpu {kind.name}": kind for kind in KINDS}
-    todo = cases(floors)
+    kinds = {f"gpu {kind.name}": kind for kind in KINDS} | {"gpu collect": KINDS[0]}
+    todo = collection_cases(floors) + cases(floors)
     try:
         while todo and time.monotonic() - started < 60 * (given.minutes - 1):
             case = todo.pop(0)
             checked = check(case, kinds[case.group], "triton", "passed")
             race = GPURace(checked.problem)
             race.run(False)
-            record = measurement("second_moment", checked, race, False)
+            collected = case.group == "gpu collect"
+            record = measurement("collect" if collected else "second_moment", checked, race, False)
             record["tolerance"] = kinds[case.group].allowed  # ours'; stock was let pass up to `rivals`
             sheet.add(record)
             floor = record["details"]["floor_seconds"]
-            print(f"    floor {floor * 1e6:.1f} us: {floor / record['p50']:.2f} of it reached", flush=True)
+            if collected:
+                least = floor / (record["p50"] / (1 + overhead(race)))
+                print(f"    {overhead(race):.1%} over the bare forward pass; the floor is {least:.1%}", flush=True)
+            else:
+                print(f"    floor {floor * 1e6:.1f} us: {floor / record['p50']:.2f} of it reached", flush=True)
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return 1

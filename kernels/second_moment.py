@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
+from ..errors import RewriteCoreError
 
 MODES = ("tf32", "x3", "ieee")
 REDUCED = 64  # entries of a tile per program of the second kernel
@@ -87,6 +88,7 @@ def second_moment_kernel(
     SINGLE: tl.constexpr,  # channels <= BLOCK_C
     FLAT: tl.constexpr,  # a map's pixels are stride_w apart throughout
     LONG: tl.constexpr,  # pixels need int64
+    NEAR: tl.constexpr,  # what a program reads at a time lies within 2^31 numbers
     WIDEN: tl.constexpr,  # only for Triton's interpreter, which multiplies bfloat16 bits as integers
 ):
     tile = tl.program_id(0)
@@ -99,11 +101,16 @@ def second_moment_kernel(
         row += 1
     column = tile - before
 
-    # int64: a batch of maps easily has more than 2^31 elements
+    # A batch of maps easily has more than 2^31 elements, so blocks start at int64 addresses; within them int32 will do, and
+    # takes half the registers, of which there are too few where every number has an address of its own.
     rows = row * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_starts = features + rows.to(tl.int64) * stride_c
-    column_starts = features + columns.to(tl.int64) * stride_c
+    if NEAR:
+        row_starts = rows * stride_c
+        column_starts = columns * stride_c
+    else:
+        row_starts = rows.to(tl.int64) * stride_c
+        column_starts = columns.to(tl.int64) * stride_c
     run = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     excess = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)  # by which `total` is too large
@@ -118,15 +125,19 @@ def second_moment_kernel(
         ahead += tl.arange(0, BLOCK_P)
         sample = ahead // pixels
         pixel = ahead - sample * pixels
+        if not NEAR:
+            sample = sample.to(tl.int64)
+            pixel = pixel.to(tl.int64)
         if FLAT:
-            offset = pixel.to(tl.int64) * stride_w
+            offset = pixel * stride_w
         else:
             h = pixel // width
-            offset = h.to(tl.int64) * stride_h + (pixel - h * width).to(tl.int64) * stride_w
-        offset += (first + sample) * stride_n
+            offset = h * stride_h + (pixel - h * width) * stride_w
+        offset += sample * stride_n
+        block = features + first * stride_n
         valid = tl.arange(0, BLOCK_P) < positions - start
         a = tl.load(
-            row_starts[:, None] + offset[None, :], mask=(rows < channels)[:, None] & valid[None, :], other=0.0
+            block + (row_starts[:, None] + offset[None, :]), mask=(rows < channels)[:, None] & valid[None, :], other=0.0
         )
         if WIDEN:
             a = a.to(tl.float32)
@@ -134,7 +145,7 @@ def second_moment_kernel(
             b = tl.trans(a)
         else:
             b = tl.load(
-                column_starts[None, :] + offset[:, None], mask=(columns < channels)[None, :] & valid[:, None], other=0.0
+                block + (column_starts[None, :] + offset[:, None]), mask=(columns < channels)[None, :] & valid[:, None], other=0.0
             )
             if WIDEN:
                 b = b.to(tl.float32)
@@ -150,7 +161,7 @@ def second_moment_kernel(
     tl.store(partials + number * (BLOCK_C * BLOCK_C) + inside, total + (run - excess))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])  # which changes with the batch: one compilation serves them all
 def add_partials_kernel(
     partials,  # pointer to float32 [slices, tiles, BLOCK_C, BLOCK_C]
     out,  # pointer to float64 [C, C]
@@ -210,10 +221,10 @@ class Config:
 
 _SMALL, _LARGE = {"warps": 4, "stages": 3, "resident": 2}, {"warps": 8, "stages": 3, "resident": 1}
 _IEEE = (Config(64, 32, 1, **_LARGE),)
-# By compute capability's major number and mode ("half": 16-bit input). For maps as networks
-# make them, NCHW or channels_last, these compile without register spills (cropped ones, whose pixels can only be read
-# one by one, spill some) and fit as often as `resident` says: large tiles, which read least, and small ones, of which two fill the gaps in
-# each other's work. Where nothing was measured the largest tile is used that the channels fill, the first of equals.
+# By compute capability's major number and mode ("half": 16-bit input). For maps as networks make them, NCHW or
+# channels_last, these compile without register spills and fit as often as `resident` says: large tiles, which read least,
+# and small ones, of which two fill the gaps in each other's work. Where nothing was measured the largest tile is used that
+# the channels fill, the first of equals.
 CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
     8: {
         "half": (Config(64, 128, 2, **_SMALL),),
@@ -234,10 +245,20 @@ CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
         "ieee": _IEEE,
     },
 }
+# Where numbers can only be read one by one, as in cropped maps, each has an address and a predicate of its own: these have
+# registers for them, and do not spill either. (Two bytes are also too few to be copied without passing through registers.)
+SCATTERED: dict[str, Config] = {
+    "half": Config(64, 64, 4, warps=8, stages=3, resident=2),
+    "tf32": Config(64, 64, 1, **_SMALL),
+    "x3": Config(64, 32, 1, **_LARGE),
+    "ieee": _IEEE[0],
+}
 
 
-def candidates(major: int, mode: str, channels: int) -> tuple[Config, ...]:
-    """The configurations to choose from, the default first."""
+def candidates(major: int, mode: str, channels: int, scattered: bool = False) -> tuple[Config, ...]:
+    """The configurations to choose from, the default first. `scattered`: numbers are read one by one."""
+    if scattered:
+        return (SCATTERED[mode],)
     table = CANDIDATES.get(major, CANDIDATES[8])[mode]  # others have what 8 has: mma.sync and 99 KiB or more
     fitting = [config for config in table if config.block <= max(64, triton.next_power_of_2(channels))]
     return tuple(sorted(fitting, key=lambda config: -config.block))  # stable: of equal tiles the first stays first
@@ -265,6 +286,28 @@ class Layout:
             stride_w = stride_n if pixels == 1 else stride_w
             n, pixels, width = 1, n * pixels, n * pixels
         return cls(n, pixels, width, (stride_n, stride_h, stride_w), flat)
+
+    def scattered(self, address: int, stride_c: int) -> bool:
+        """Whether numbers have to be read one by one: Triton reads 16 bytes at a time where it sees that they lie in a
+        row, and of sizes and strides all it looks at is whether they are 1 or multiples of 16."""
+        stride_n, stride_h, stride_w = self.strides
+        if stride_w == 1:
+            sizes = [stride_c]
+            sizes += [] if self.flat else [self.width, stride_h]
+            sizes += [] if self.samples == 1 else [self.pixels, stride_n]
+        elif stride_c == 1:
+            sizes = [stride_w]
+            sizes += [] if self.flat else [stride_h]
+            sizes += [] if self.samples == 1 else [stride_n]
+        else:
+            return True
+        return any(size % 16 for size in [address, *sizes])
+
+    def near(self, stride_c: int, channels: int, positions: int) -> bool:
+        """Whether int32 holds every distance from a block's first sample to what so many positions from there on have."""
+        stride_n, stride_h, stride_w = self.strides
+        along = self.pixels * stride_w if self.flat else self.pixels // self.width * stride_h + self.width * stride_w
+        return channels * stride_c + min(self.samples, positions + 1) * stride_n + along < 2**31
 
 
 @functools.lru_cache(maxsize=1024)
@@ -297,7 +340,8 @@ def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -
         features, partials, channels, positions, layout.pixels, layout.width,
         stride_n, features.stride(1), stride_h, stride_w,
         BLOCK_C=block, BLOCK_P=config.positions, RUN=config.run, MODE="ieee" if mode == "half" else mode,
-        SINGLE=tiles == 1, FLAT=layout.flat, LONG=layout.pixels + config.positions >= 2**31, WIDEN=triton_interpreted(),
+        SINGLE=tiles == 1, FLAT=layout.flat, LONG=layout.pixels + config.positions >= 2**31,
+        NEAR=layout.near(features.stride(1), channels + block, config.positions), WIDEN=triton_interpreted(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partials, block, mode == "x3" and tiles == 1
@@ -356,12 +400,13 @@ _chosen: dict[tuple[int | None, str], Config] = {}  # what is on the disk, so th
 def configuration(features: Tensor, mode: str) -> Config:
     """The configuration for such features on their GPU: measured once per kind of GPU and class of shapes."""
     channels = features.shape[1]
-    if features.device.type != "cuda":
-        return candidates(9, mode, channels)[0]
-    properties = torch.cuda.get_device_properties(features.device)
-    choices = candidates(properties.major, mode, channels)
     layout = Layout.of(features)
-    kind = "pixels" if layout.strides[2] == 1 else "channels" if features.stride(1) == 1 else "strided"
+    scattered = layout.scattered(features.data_ptr(), features.stride(1))
+    if features.device.type != "cuda":
+        return candidates(9, mode, channels, scattered)[0]
+    properties = torch.cuda.get_device_properties(features.device)
+    choices = candidates(properties.major, mode, channels, scattered)
+    kind = "scattered" if scattered else "pixels" if layout.strides[2] == 1 else "channels"
     size = min(max((layout.samples * layout.pixels).bit_length(), 10), 20) // 2  # four times as many keys: a new class
     name = (
         f"{str(features.dtype).removeprefix('torch.')}-{mode}-{kind}-"
@@ -371,8 +416,11 @@ def configuration(features: Tensor, mode: str) -> Config:
     if key in _chosen:
         return _chosen[key]
     path = cache_folder(properties.name) / name
-    if torch.cuda.is_current_stream_capturing():  # a graph cannot hold measurements
-        return stored(path, choices) or choices[0]
+    if torch.cuda.is_current_stream_capturing():
+        raise RewriteCoreError(
+            f"second_moment has not yet run on {features.dtype} features of such a size and layout in this process, and what "
+            "its first call compiles and measures cannot go into a CUDA graph: call it once before the capture."
+        )
 
     def time(config: Config) -> float:
         def run() -> None:

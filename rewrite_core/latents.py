@@ -24,7 +24,10 @@ def for_generator(latents: Tensor, generator: nn.Module) -> Tensor:
     first = next((weight for weight in generator.parameters() if weight.is_floating_point()), None)
     if first is None:
         return latents
-    return latents.to(device=first.device, dtype=first.dtype if latents.is_floating_point() else None)
+    latents = latents.to(dtype=first.dtype if latents.is_floating_point() else None)
+    if first.device.type == "cuda" and latents.device.type == "cpu":
+        return latents.pin_memory().to(first.device, non_blocking=True)  # without waiting for what the GPU is at
+    return latents.to(first.device)
 
 
 def sample_latents(channels: int, count: int, seed: int = 1) -> Tensor:

@@ -8,7 +8,9 @@ import numbers
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -25,14 +27,47 @@ from .files import is_npz, load_record, save_record
 from .fingerprints import KIND, Trace, tensor_fingerprint
 from .latents import check_latents
 from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
+from .streams import SideStream, held_elsewhere, side_stream
 
 _VERSION = 1
 _LEAST = 8  # batches before their spread is believed
 
 
-def _square(matrix: Tensor) -> float:
+def _square(matrix: Tensor) -> Tensor:
     """The squared Frobenius norm, without a matrix of squares."""
-    return torch.dot(matrix.flatten(), matrix.flatten()).item()
+    return torch.dot(matrix.flatten(), matrix.flatten())
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What is known of an update's features [images, C, *map] before anything is computed."""
+
+    images: int
+    positions: int
+    dtype: torch.dtype
+    skip_nonfinite: bool
+
+
+def _measured(features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
+    """The sum over an update's keys, float64 [C, C], and a note, float64 [4]: whether that is finite (1 or 0), its
+    squared norm, how many images hold NaN or infinity, the largest magnitude of a feature that was summed.
+
+    All on the features' device, whose results are not waited for: so images are not left out but set to zero.
+    """
+    with torch.autocast(features.device.type, enabled=False):  # it would widen 16-bit features
+        axes = tuple(range(1, features.ndim))
+        if features.numel():
+            largest = torch.linalg.vector_norm(features, math.inf, axes)  # one read; NaN stays
+        else:
+            largest = features.new_zeros(len(features))
+        bad = largest.isfinite().logical_not()
+        if skip_nonfinite:
+            features = features.masked_fill(bad.view(-1, *[1 for _ in axes]), 0)
+            largest = largest.masked_fill(bad, 0)
+        part = ops.second_moment(features)
+        finite = part.diagonal().isfinite().all()  # every channel's sum of squares: finite exactly when they are
+        largest = largest.max() if len(largest) else finite
+        return part, torch.stack([number.double() for number in (finite, _square(part), bad.sum(), largest)])
 
 
 class SecondMoment:
@@ -70,6 +105,7 @@ class SecondMoment:
         """Add keys: [N, C, *map] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
 
         With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
+        Waits for the features where they are on a GPU; :func:`collect_second_moment` does not.
         Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
         large to square. Each update counts as one independent sample in :attr:`standard_error`.
         """
@@ -77,6 +113,20 @@ class SecondMoment:
 
     def _add(self, features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, int]:
         """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
+        features, about = self._readable(features, skip_nonfinite)
+        part = ops.second_moment(features) if features.device.type == "cpu" else None
+        if part is not None and part.diagonal().isfinite().all():  # a look that costs nothing on a CPU
+            count = self._count([1, _square(part).item(), 0, 0], about)
+        else:
+            del part
+            part, note = _measured(features, skip_nonfinite)
+            count = self._count(note.tolist(), about)
+            part = part.to(self._sum.device)
+        self._sum += part
+        return part, count
+
+    def _readable(self, features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, _Keys]:
+        """The features as the operation reads them, which takes rows and images."""
         if not isinstance(features, Tensor):
             raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
         if features.ndim < 2 or features.shape[1] != self.channels:
@@ -84,33 +134,28 @@ class SecondMoment:
                 f"This second moment takes features [N, {self.channels}, *map] or [N, {self.channels}], "
                 f"not {list(features.shape)}."
             )
-        features, skipped = features.detach(), 0
-        if features.ndim == 3 or features.ndim > 4:  # the operation reads images
-            features = features.flatten(2)[..., None]
-        part = ops.second_moment(features)
-        # the diagonal holds every channel's sum of squares: finite exactly when they are
-        if skip_nonfinite and not torch.isfinite(part.diagonal()).all():
-            finite = torch.isfinite(features).flatten(1).all(1)
-            skipped = len(features) - int(finite.sum())
-            features = features[finite]
-            part = ops.second_moment(features)
-        if not torch.isfinite(part.diagonal()).all():
-            if torch.isfinite(features).all():
-                largest = features.abs().max().item()
+        features = features.detach()
+        about = _Keys(len(features), math.prod(features.shape[2:]), features.dtype, skip_nonfinite)
+        return features.flatten(2)[..., None] if features.ndim == 3 or features.ndim > 4 else features, about
+
+    def _count(self, note: Sequence[float], about: _Keys) -> int:
+        """Count the keys of an update that :func:`_measured` has left a note of; returns their number."""
+        finite, square, bad, largest = note
+        if not finite:
+            if math.isfinite(largest):
                 raise NonFiniteError(
-                    f"The features are as large as {largest:.0e} and their squares overflow {features.dtype}; "
+                    f"The features are as large as {largest:.0e} and their squares overflow {about.dtype}; "
                     "scale them down or pass them as float64."
                 )
             raise NonFiniteError("The features hold NaN or infinity; leave those images out with skip_nonfinite=True.")
-        part, count = part.to(self._sum.device), features.numel() // self.channels
-        self._sum += part
+        count = (about.images - int(bad)) * about.positions
         self.count += count
-        self.skipped += skipped
+        self.skipped += int(bad)
         if count:
             self._groups += 1
-            self._spread += _square(part) / count
+            self._spread += square / count
         self._factor = self.key_errors = None
-        return part, count
+        return count
 
     def matrix(self) -> Tensor:
         """C = sum / count, float64 [C, C]."""
@@ -142,7 +187,7 @@ class SecondMoment:
         """
         if self._groups < 2 or self.count == 0:
             return math.nan
-        square = _square(self._sum)
+        square = _square(self._sum).item()
         # of one key's worth; a difference that rounding can make negative
         variance = max(self._spread - square / self.count, 0.0) / (self._groups - 1)
         return math.sqrt(variance * self.count / square) if square else 0.0
@@ -369,42 +414,70 @@ class _KeyErrors:
             raise RewriteCoreError(f"Keys are rows [n, {channels}], not {list(keys.shape)}.")
         if not torch.isfinite(keys).all() or not keys.any(1).all():
             raise NonFiniteError("The keys hold NaN or infinity, or only zeros, whose error is relative to nothing.")
-        shape = (self.GROUPS, *keys.shape)
-        self.state = {
-            "keys": keys,
-            "directions": torch.zeros_like(keys),
-            "products": torch.zeros(shape, dtype=torch.float64, device="cpu"),
-            "counts": torch.zeros(self.GROUPS, dtype=torch.int64, device="cpu"),
-            "batches": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "variances": torch.full((len(keys),), torch.nan, dtype=torch.float64, device="cpu"),
+        self._keys = keys
+        self._device = keys.device  # where the batches are, and so these two
+        self._directions = torch.zeros_like(keys)
+        self._products = torch.zeros(self.GROUPS, *keys.shape, dtype=torch.float64, device="cpu")
+        self._counts = [0] * self.GROUPS
+        self._batches = 0
+        self._variances = torch.full((len(keys),), torch.nan, dtype=torch.float64, device="cpu")
+        self._solved = False
+        self._evaluated = 0  # after so many batches, last
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, on the CPU."""
+        return {
+            "keys": self._keys,
+            "directions": self._directions.cpu(),
+            "products": self._products.cpu(),
+            "counts": torch.tensor(self._counts, device="cpu"),
+            "batches": torch.tensor(self._batches, device="cpu"),
+            "variances": self._variances,
         }
 
     def resume(self, state: dict[str, Tensor], path: str | os.PathLike) -> None:
         """Go on from a checkpoint's state."""
-        if not torch.equal(state.get("keys", torch.empty(0)), self.state["keys"]):
+        if not torch.equal(state.get("keys", torch.empty(0)), self._keys):
             raise MismatchError(f"The checkpoint {os.fspath(path)} was made with other keys; resume with the same ones.")
         for name, tensor in self.state.items():
             saved = state.get(name)
             if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                 raise FileFormatError(f"{os.fspath(path)} holds no whole state of its keys' errors.")
-            tensor.copy_(saved)
+        self._directions, self._products = state["directions"].clone(), state["products"].clone()
+        self._variances = state["variances"].clone()
+        self._counts, self._batches = state["counts"].tolist(), int(state["batches"])
+        self._solved = bool(self._directions.any())
 
-    def add(self, part: Tensor, count: int) -> None:
-        """Take in a batch: its sum [C, C] over `count` keys."""
-        state = self.state
-        if state["directions"].any():
-            group = int(state["batches"]) % self.GROUPS
-            state["products"][group] += state["directions"] @ part
-            state["counts"][group] += count
-        state["batches"] += 1
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`tell` has to be called before the next batch."""
+        batches = self._batches
+        return batches >= _LEAST and batches & (batches - 1) == 0 and batches != self._evaluated
+
+    def add(self, part: Tensor) -> int:
+        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys in. Waits for a GPU the
+        first time at most."""
+        group = self._batches % self.GROUPS
+        self._batches += 1
+        if self._device != part.device:
+            self._device = part.device
+            self._directions, self._products = self._directions.to(part.device), self._products.to(part.device)
+        if self._solved:
+            self._products[group] += self._directions @ part
+        return group
+
+    def count(self, group: int, count: int) -> None:
+        """Count the keys of a batch that was added."""
+        if self._solved:
+            self._counts[group] += count
 
     def tell(self, moment: SecondMoment) -> None:
         """Set the errors of `moment`, which holds all batches that were taken in, where they are known."""
-        batches = int(self.state["batches"])
-        if batches >= _LEAST and batches & (batches - 1) == 0 and moment.count >= moment.channels:
+        if self.due and moment.count >= moment.channels:
             self._evaluate(moment)
-        if not self.state["variances"].isnan().any():
-            moment.key_errors = (self.state["variances"] / moment.count).sqrt()
+        if not self._variances.isnan().any():
+            moment.key_errors = (self._variances / moment.count).sqrt()
 
     def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
@@ -414,18 +487,19 @@ class _KeyErrors:
         def solve(rhs: Tensor) -> Tensor:
             return factor.solve(rhs).mul_(moment.count)
 
-        state = self.state
-        used = state["counts"] > 0
+        counts = torch.tensor(self._counts, dtype=torch.float64, device="cpu")
+        used = counts > 0
         if used.any():
-            counts, products = state["counts"][used].double(), state["products"][used]
+            counts, products = counts[used], self._products.cpu()[used]
             spread = solve(products.flatten(0, 1).T).T.reshape(products.shape)
             total = spread.sum(0).square().sum(1) / counts.sum()
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
-            variances = between.clamp(min=0) / (len(counts) - 1) / state["directions"].square().sum(1)
-            state["variances"].copy_(variances)
-        state["directions"].copy_(solve(state["keys"].T).T)
-        state["products"].zero_()
-        state["counts"].zero_()
+            variances = between.clamp(min=0) / (len(counts) - 1)
+            self._variances = variances / self._directions.cpu().square().sum(1)
+        self._directions = solve(self._keys.T).T.to(self._device, memory_format=torch.contiguous_format)
+        self._products.zero_()
+        self._counts = [0] * self.GROUPS
+        self._solved, self._evaluated = True, self._batches
 
 
 class _Collection:
@@ -439,6 +513,7 @@ class _Collection:
         self.batch_size = batch_size
         self.path = path
         self.done = 0
+        self._total: Tensor | None = None  # on the GPU, where there is one; `moment` lags behind
         self.keys = None if keys is None else _KeyErrors(keys, layer.in_channels)
         facts = {"count": len(latents), "seed": seed, "fingerprint": tensor_fingerprint(latents)}
         if path is not None and Path(path).exists():
@@ -469,11 +544,35 @@ class _Collection:
     def update(self, keys: Tensor, count: int, skip_nonfinite: bool) -> None:
         """Add the key maps of the next `count` latents."""
         part, added = self.moment._add(keys, skip_nonfinite)
-        if self.keys is not None and added:
-            self.keys.add(part, added)
+        if self.keys is not None:
+            self.keys.count(self.keys.add(part), added)
             del part  # there is to be one matrix at a time beside the sum
             self.keys.tell(self.moment)
         self.done += count
+
+    def launch(self, keys: Tensor, count: int, skip_nonfinite: bool) -> tuple[Tensor, _Keys, int]:
+        """:meth:`update` on a GPU, without waiting for it: what :meth:`settle` takes, the first on the GPU."""
+        features, about = self.moment._readable(keys, skip_nonfinite)
+        if self._total is None:
+            with torch.inference_mode(False):
+                self._total = self.moment._sum.to(keys.device, copy=True)
+        part, note = _measured(features, skip_nonfinite)
+        self._total += part
+        self.done += count
+        return note, about, 0 if self.keys is None else self.keys.add(part)
+
+    def settle(self, note: Sequence[float], about: _Keys, group: int) -> None:
+        """Count the keys of an update, or raise NonFiniteError."""
+        count = self.moment._count(note, about)
+        if self.keys is not None:
+            self.keys.count(group, count)
+
+    def gather(self) -> None:
+        """Bring `moment` up to date, where every update that was launched is settled."""
+        if self._total is not None:
+            self.moment._sum.copy_(self._total)
+            if self.keys is not None:
+                self.keys.tell(self.moment)
 
     @property
     def error(self) -> float:
@@ -494,6 +593,94 @@ class _Collection:
             self.moment.latents["used"] = self.done
         self.save(finished=True)
         return self.moment
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """An update that runs on a GPU: `note` is there once `mark` has happened."""
+
+    part: _Collection
+    note: Tensor
+    about: _Keys
+    group: int
+    first: int
+    count: int
+    mark: torch.cuda.Event
+
+
+class _Ahead:
+    """The updates of a collection on a GPU, which run on a stream of their own beside the next forward pass, and of
+    which the host learns afterwards whether they were finite. It does not wait for them, unless it has to save.
+
+    *Memory.* The maps of a pass's last layer are kept until the next pass has come as far, and its stream then waits for
+    their update: so there is one of them beside the pass's own, however far the host is ahead. (``record_stream`` would
+    let it run ahead of what can be used again, and allocate more and more.) Into the maps of earlier layers, and into
+    any that it holds on to, the generator may write: its stream waits for these before it goes on.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._launched: deque[_Launched] = deque()
+        self._kept: tuple[Tensor, SideStream, torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.release()
+        if isinstance(error, Exception):  # which an earlier batch may have to do with
+            self.wait()
+
+    def launch(
+        self, side: SideStream, part: _Collection, keys: Tensor, first: int, count: int, skip_nonfinite: bool, last: bool
+    ) -> None:  # fmt: skip
+        """Update `part` with the key maps of `count` latents from `first` on; `last`: the pass ends with them."""
+        self.release()
+        origin = side.current()
+        with side.after(origin):
+            note, about, group = part.launch(keys, count, skip_nonfinite)
+            note = side.fetch(note)
+        mark = side.mark()
+        self._launched.append(_Launched(part, note, about, group, first, count, mark))
+        self._kept = keys.detach(), side, origin, mark  # detached: without what it is a view of
+        if not last:
+            self.release()
+
+    def passed(self) -> None:
+        """To be called after each pass."""
+        if self._kept is not None and held_elsewhere(self._kept[0]):
+            self.release()
+        while self._launched and self._launched[0].mark.query():
+            self._settle()
+
+    def release(self) -> None:
+        """Let go of the maps that are kept, whose memory is written to after their update only."""
+        if self._kept is not None:
+            _, side, origin, mark = self._kept
+            side.hold(origin, mark)
+            side.hold(side.current(), mark)
+            self._kept = None
+
+    def wait(self) -> None:
+        """Wait for all updates. Raises NonFiniteError for the first that was not finite."""
+        while self._launched:
+            self._launched[0].mark.synchronize()
+            self._settle()
+
+    def _settle(self) -> None:
+        one = self._launched.popleft()
+        try:
+            with _batch_named(one.part.layer, one.first, one.count, self._batch_size):
+                one.part.settle(one.note.tolist(), one.about, one.group)
+        except NonFiniteError:
+            self._launched.clear()  # nobody asks for them any more
+            raise
+
+
+def _looked_at(batches: int) -> bool:
+    """Whether `until` is looked at after so many batches on a GPU, which then has to be waited for: after every one of
+    the first 32, then at every 16th part of what there is. By their number alone, for resumed collections to agree."""
+    return batches % max(1, batches // 16) == 0
 
 
 def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequence:
@@ -542,6 +729,10 @@ def collect_second_moment(
     beside the sum [C, C] in float64 there is one more such matrix at a time (with `keys` up to four where C is
     rank-deficient), and the activations of one batch.
 
+    On a GPU the updates run on a stream of their own beside the next forward pass, while one batch's key maps of the
+    last layer are kept, and `skip_nonfinite` takes a copy of a batch's keys. The host waits for none of it, but for a
+    checkpoint, what `until` and `keys` ask for, and the end: so an error may name a batch some batches ago.
+
     Args:
         layer: a bound layer.
         latents: [N, ...] on any device; batches of them are moved to the generator's.
@@ -555,7 +746,8 @@ def collect_second_moment(
         until: stop when the relative standard error of C, and of C^-1 k for each of `keys`, is this or less (0.01:
             one percent); after 8 batches at the earliest, and 16 with `keys`. The latents must be in random order.
             ``moment.standard_error`` and ``moment.key_errors`` say what was reached, and ``moment.latents["used"]``
-            how many latents went in where not all did. A checkpoint that stopped before what `until` asks for goes on.
+            how many latents went in where not all did. On a GPU it is looked at after each of the first 32 batches, then
+            each time there are a 16th more. A checkpoint that stopped before what `until` asks for goes on.
         keys: rows [n, C] (or one key [C]) to give the error of C^-1 k for; for `layers`, a list, one each.
         layers: in place of `layer`, a list of layers of one generator: the pass stops at the last of them that the
             generator reaches, and the result is a list in the same order.
@@ -584,20 +776,41 @@ def collect_second_moment(
         _Collection(one, latents, batch_size, latent_seed, path, few)
         for one, path, few in zip(layers, paths, targets, strict=True)
     ]
+    beside = side_stream(layers[0].parameter.device) is not None
+    ahead = _Ahead(batch_size)
+
+    def gather() -> None:
+        ahead.wait()
+        for part in parts:
+            part.gather()
+
     saved_at = time.monotonic()
     start = min(part.done for part in parts)
     label = f"second moment of {', '.join(one.name for one in layers)}"
-    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
+    with (
+        tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar,
+        ahead,
+    ):
         for first in range(start, len(latents), batch_size):
             # each part has a file of its own: a crash may have left some of them further than others
             behind = [part for part in parts if part.done <= first]
-            if until is not None and len(behind) == len(parts) and all(part.error <= until for part in parts):
-                break
+            if until is not None and len(behind) == len(parts) and (not beside or _looked_at(first // batch_size)):
+                gather()
+                if all(part.error <= until for part in parts):
+                    break
             batch = latents[first : first + batch_size]
+            left = len(behind)
 
             def consume(number: int, capture: Capture) -> None:
-                with _batch_named(behind[number].layer, first, len(batch), batch_size):
-                    behind[number].update(capture.key, len(batch), skip_nonfinite)
+                nonlocal left
+                left -= 1
+                part, key = behind[number], capture.key
+                side = side_stream(key.device)
+                with _batch_named(part.layer, first, len(batch), batch_size):
+                    if side is None:
+                        part.update(key, len(batch), skip_nonfinite)
+                    else:
+                        ahead.launch(side, part, key, first, len(batch), skip_nonfinite, last=left == 0)
 
             reached = [part.layer for part in behind]
             if all(part.moment.fingerprint is not None for part in behind):
@@ -607,12 +820,19 @@ def collect_second_moment(
                     run_to(reached, batch, consume, trace)
                 for number, part in enumerate(behind):
                     part.moment.fingerprint = trace.fingerprint(number)
-            if progress and not math.isnan(error := max(part.error for part in parts)):
-                bar.set_postfix_str(f"error {error:.2%}", refresh=False)
-            bar.update(len(batch))
-            if first + len(batch) < len(latents) and time.monotonic() - saved_at > 5:
+            ahead.passed()
+            if beside and any(part.keys is not None and part.keys.due for part in behind):
+                gather()
+            due = first + len(batch) < len(latents) and time.monotonic() - saved_at > 5
+            if due:
+                if not bar.disable or any(part.path is not None for part in behind):
+                    gather()
                 for part in behind:
                     part.save(finished=False)
                 saved_at = time.monotonic()
+            if progress and (due or not beside) and not math.isnan(error := max(part.error for part in parts)):
+                bar.set_postfix_str(f"error {error:.2%}", refresh=False)
+            bar.update(len(batch))
+        gather()
     moments = [part.finish() for part in parts]
     return moments[0] if single else moments

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
 import torch
 
-from rewrite_core.benchmarks import gpu_check, harness
+import rewrite_core as rc
+from rewrite_core.benchmarks import bench_collect, gpu_check, harness
 
 FLOORS = gpu_check.Floors(4e12, {"tf32": 4e14, "bfloat16": 8e14})
 
@@ -62,6 +64,27 @@ def test_a_case_on_the_cpu(kind):
     assert record["shapes"] == {"features": [8, 24, 5, 5]}
 
 
+def test_a_collection_on_the_cpu():
+    """The same code on another device: its error, its floor and what it takes beyond the bare pass."""
+    make = functools.partial(
+        gpu_check.make_collection, "convs.1.conv", FLOORS, "cpu", 2, build=bench_collect.small_stylegan2, size=32
+    )
+    case = harness.Case("small", lambda backend: make(backend), "gpu collect")
+    checked = gpu_check.check(case, gpu_check.KINDS[0], "cpp", "passed")
+    assert checked.errors["rewrite_core"] <= 2e-6 and checked.errors["bare forward pass"] == 1
+    race = harness.Race(checked.problem)
+    race.run(True)
+    times = race.times["bare forward pass"]
+    race.times["rewrite_core"] = [1.25 * time for time in times]
+    assert gpu_check.overhead(race) == pytest.approx(0.25)
+    record = harness.measurement("collect", checked, race, False)
+    assert record["details"]["floor_seconds"] > 0 and record["shapes"]["latents"] == [16, 32]
+    names = [case.name for case in gpu_check.collection_cases(FLOORS)]
+    assert names == ["stylegan2_256 convs.6.conv batch 32 gpu", "stylegan2_256 convs.11.conv batch 32 gpu"]
+    channels = [rc.bind(bench_collect.stylegan2_256(), name).in_channels for name in gpu_check.COLLECTED]
+    assert channels == [512, 128]
+
+
 def test_what_is_wrong_is_refused(monkeypatch):
     kind = gpu_check.KINDS[0]
     right = gpu_check.second_moment
@@ -73,7 +96,9 @@ def test_what_is_wrong_is_refused(monkeypatch):
 
 def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path):
     (tmp_path / "tests").mkdir()
-    file = tmp_path / "tests" / "test_second_moment.py"
+    file, *others = (tmp_path / "tests" / name for name in gpu_check.TESTED)
+    for other in others:
+        other.write_text("")
     for body, said in (
         ("assert True", None),
         ("assert False", "FAILED.*test_it"),

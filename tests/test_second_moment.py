@@ -341,6 +341,7 @@ for layout in ("map", "one channel", "one position", "column-major rows", "cropp
         close(t.features_of(layout, dtype))
 # every configuration of every kind of GPU, with one tile and with several
 configs = {(mode, config) for table in kernels.CANDIDATES.values() for mode in table for config in table[mode]}
+configs |= set(kernels.SCATTERED.items())
 for mode, config in sorted(configs, key=str):
     dtype = torch.bfloat16 if mode == "half" else torch.float32
     precision = "x3" if mode == "half" else mode
@@ -371,6 +372,10 @@ for value in (float("nan"), float("inf")):
         touched[20] = touched[:, 20] = True
         assert not got[touched].isfinite().any() and got[~touched].isfinite().all()
 assert torch.equal(t.second_moment(torch.empty(0, 3), backend="triton"), t.prefilled(3))
+# distances that int32 does not hold
+kernels.Layout.near = lambda *args: False
+for layout in ("map", "rows", "cropped", "channels_last", "expanded positions"):
+    close(t.features_of(layout))
 print("all of it ran")
 """
 
@@ -463,13 +468,13 @@ KEYS = {
 @pytest.mark.parametrize("mode", ["x3", "half"])
 def test_precision_of_tensor_cores_emulated(mode, kind):
     """What cannot be seen without a GPU: operands cut to 11 bits, sums cut to 24, in runs as long as the kernel's."""
-    from rewrite_core.kernels.second_moment import CANDIDATES
+    from rewrite_core.kernels.second_moment import CANDIDATES, SCATTERED
 
     rows = KEYS[kind]()
     if mode == "half":
         rows = rows.bfloat16()
     exact = rows.double().T @ rows.double()
-    for run in {c.positions * c.run for table in CANDIDATES.values() for c in table[mode]}:
+    for run in {c.positions * c.run for table in CANDIDATES.values() for c in (*table[mode], SCATTERED[mode])}:
         got = emulated(rows, mode, run)
         scale = exact.diagonal().sqrt()
         assert ((got - exact).abs() / (scale[:, None] * scale)).max() <= 2e-6, run
@@ -510,7 +515,7 @@ def compile_for(capability, dtype, mode, config, single, layout):
 
     constants = {
         "BLOCK_C": config.block, "BLOCK_P": config.positions, "RUN": config.run, "SINGLE": single,
-        "MODE": "ieee" if mode == "half" else mode, "FLAT": layout != "cropped", "LONG": layout == "long", "WIDEN": False,
+        "MODE": "ieee" if mode == "half" else mode, "FLAT": layout != "cropped", "LONG": layout == "long", "NEAR": layout != "long", "WIDEN": False,
     }  # fmt: skip
     # as a launch would specialise it: arguments that are 1 are constants, multiples of 16 are known to be
     constants["stride_c" if layout == "channels_last" else "stride_w"] = 1
@@ -536,36 +541,40 @@ TENSOR_CORES = {80: "mma.sync.aligned", 90: "wgmma.mma_async.sync", 100: "tcgen0
 def test_triton_compiles_ahead_of_time(capability, mode, tmp_path, monkeypatch):
     """For GPUs this machine lacks, from source to machine code: every configuration that may be chosen there.
 
-    For maps, contiguous or channels_last, nothing may spill, and as many programs as it says fit a multiprocessor."""
-    from rewrite_core.kernels.second_moment import CANDIDATES
+    Nothing may spill, and as many programs as it says fit a multiprocessor."""
+    from rewrite_core.kernels.second_moment import CANDIDATES, SCATTERED
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
-    for config in CANDIDATES[capability // 10][mode]:
-        for single, layout in ((True, "map"), *((False, name) for name in ("map", "channels_last", "cropped", "long"))):
-            if layout in ("cropped", "long") and config != CANDIDATES[capability // 10][mode][0]:
+    cases = [
+        (config, single, layout)
+        for config in CANDIDATES[capability // 10][mode]
+        for single, layout in ((True, "map"), (False, "map"), (False, "channels_last"))
+    ]
+    cases += [(SCATTERED[mode], single, "cropped") for single in (False, True)]
+    cases.append((CANDIDATES[capability // 10][mode][0], False, "long"))
+    for config, single, layout in cases:
+        for dtype in ("bf16", "fp16")[: 1 + (layout in ("map", "cropped"))] if mode == "half" else ("fp32",):
+            compiled = compile_for(capability, dtype, mode, config, single, layout)
+            case = (config, single, layout, dtype)
+            ptx = compiled.asm["ptx"]
+            assert f"sm_{capability}" in ptx
+            registers, stack, local = resources(compiled, tmp_path)
+            if layout == "long":  # int64 sizes: these only have to compile
                 continue
-            for dtype in ("bf16", "fp16")[: 1 + (layout == "map")] if mode == "half" else ("fp32",):
-                compiled = compile_for(capability, dtype, mode, config, single, layout)
-                case = (config, single, layout, dtype)
-                ptx = compiled.asm["ptx"]
-                assert f"sm_{capability}" in ptx
-                registers, stack, local = resources(compiled, tmp_path)
-                if layout in ("cropped", "long"):  # pixels read one by one, int64 sizes: these only have to compile
-                    continue
-                assert stack == local == 0, f"spills: {case} {stack} {local} {registers}"
-                allocated = -(-registers // 8) * 8 * 32 * config.warps
-                assert allocated * config.resident <= 65536, f"registers: {case} {registers}"
-                shared = compiled.metadata.shared / 1024 + 1
-                assert shared * config.resident <= SHARED_MEMORY[capability] + 1, f"shared memory: {case} {shared}"
-                assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE), "sums in any order"
-                if mode == "ieee":
-                    assert "mma" not in ptx and "tf32" not in ptx, "float32 products are rounded to TF32"
-                    continue
-                kind = {"fp32": "tf32", "bf16": "f16" if capability == 100 else "bf16", "fp16": "f16"}[dtype]
-                multiply = [line for line in ptx.splitlines() if TENSOR_CORES[capability] in line]
-                assert multiply and all(kind in line for line in multiply), case
-                if layout == "map":  # read in place, 16 bytes at a time, while the products before are under way
-                    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), case
+            assert stack == local == 0, f"spills: {case} {stack} {local} {registers}"
+            allocated = -(-registers // 8) * 8 * 32 * config.warps
+            assert allocated * config.resident <= 65536, f"registers: {case} {registers}"
+            shared = compiled.metadata.shared / 1024 + 1
+            assert shared * config.resident <= SHARED_MEMORY[capability] + 1, f"shared memory: {case} {shared}"
+            assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE), "sums in any order"
+            if mode == "ieee":
+                assert "mma" not in ptx and "tf32" not in ptx, "float32 products are rounded to TF32"
+                continue
+            kind = {"fp32": "tf32", "bf16": "f16" if capability == 100 else "bf16", "fp16": "f16"}[dtype]
+            multiply = [line for line in ptx.splitlines() if TENSOR_CORES[capability] in line]
+            assert multiply and all(kind in line for line in multiply), case
+            if layout == "map":  # read in place, 16 bytes at a time, while the products before are under way
+                assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), case
 
 
 @needs_triton
@@ -630,6 +639,44 @@ def test_measured_configurations_are_kept(tmp_path, monkeypatch):
 
 
 @needs_triton
+def test_no_measurement_goes_into_a_graph(monkeypatch, tmp_path):
+    """Stand-ins for a GPU: what was chosen before the capture is used in it, and nothing is chosen there."""
+    from types import SimpleNamespace
+
+    from rewrite_core.kernels import second_moment as kernels
+
+    class OnGPU:
+        shape, dtype, device = (2, 300, 8, 8), torch.float32, SimpleNamespace(type="cuda", index=0)
+
+        def data_ptr(self):
+            return 1 << 20
+
+        def stride(self, axis=None):
+            strides = (300 * 64, 64, 8, 1)
+            return strides if axis is None else strides[axis]
+
+    capturing = False
+    chosen = kernels.CANDIDATES[9]["x3"][1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels, "measured", lambda path, choices, time: chosen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        major=9, name="NVIDIA H200", multi_processor_count=132
+    ))  # fmt: skip
+    capturing = True
+    with pytest.raises(RewriteCoreError, match="float32 features .* call it once before the capture"):
+        kernels.configuration(OnGPU(), "x3")
+    assert not list(tmp_path.iterdir()) and not kernels._chosen
+    capturing = False
+    assert kernels.configuration(OnGPU(), "x3") == chosen
+    capturing = True
+    assert kernels.configuration(OnGPU(), "x3") == chosen
+    with pytest.raises(RewriteCoreError, match="before the capture"):
+        kernels.configuration(OnGPU(), "ieee")
+
+
+@needs_triton
 def test_slices_fill_the_gpu():
     from rewrite_core.kernels.second_moment import slices_of
 
@@ -662,6 +709,38 @@ def test_layouts_have_as_few_axes_as_say_them(layout):
     assert torch.equal(memory[offsets], start)
     if layout in ("rows", "column-major rows", "channels_last", "one channel", "expanded positions"):
         assert found.samples == 1 or layout == "expanded positions"
+    reach = max(features.stride(1) * features.shape[1] + offsets)
+    assert found.near(features.stride(1), features.shape[1], 64) and reach < 2**31
+
+
+def test_layouts_know_what_can_be_read_16_bytes_at_a_time():
+    pytest.importorskip("triton")
+    from rewrite_core.kernels.second_moment import Layout
+
+    def scattered(features):
+        return Layout.of(features).scattered(features.data_ptr(), features.stride(1))
+
+    maps = torch.zeros(2, 32, 16, 16)
+    assert not any(map(scattered, (maps, maps[:1, :, 1:], maps[:, 16:], maps.contiguous(memory_format=torch.channels_last))))
+    assert not any(map(scattered, (torch.zeros(7, 32), torch.zeros(32, 48).T, torch.zeros(3, 16, 4, 4), torch.zeros(1, 1, 4, 4))))
+    assert not scattered(torch.zeros(2, 8, 20, 48)[:, :, :, 16:32])
+    for odd in (maps[:, :, 1:, 1:], maps[:, :, :, 1:], torch.zeros(3, 32, 7, 7), torch.zeros(7, 33), torch.zeros(7, 64)[:, ::2],
+                maps.flatten()[1:1 + 4096].view(1, 16, 16, 16), torch.zeros(3, 33, 7, 9).to(memory_format=torch.channels_last),
+                maps[..., ::2]):  # fmt: skip
+        assert scattered(odd)
+
+
+@pytest.mark.parametrize("samples, strides, pixels, near", [
+    (1 << 20, (1 << 20, 1 << 8, 1), 1 << 8, True),  # far more than 2^31 numbers, in blocks that lie near each other
+    (1, (0, 1 << 30, 1), 1 << 8, False), (40, (1 << 26, 1 << 8, 1), 1 << 8, False), (20, (1 << 26, 1 << 8, 1), 1 << 8, True),
+    (1, (0, 1, 64), 1 << 26, False), (1, (0, 1, 64), 1 << 24, True), (1, (0, 1, 0), 1 << 40, True),
+])  # fmt: skip
+def test_int32_is_used_where_it_holds_all_distances(samples, strides, pixels, near):
+    pytest.importorskip("triton")
+    from rewrite_core.kernels.second_moment import Layout
+
+    layout = Layout(samples, pixels, pixels, (strides[0], 0, strides[2]), True)
+    assert layout.near(strides[1], 64, 32) == near
 
 
 def needs_gpu(test):
@@ -698,7 +777,7 @@ def test_gpu_small(channels):
 
     major = torch.cuda.get_device_capability()[0]
     for mode, configs in kernels.CANDIDATES.get(major, kernels.CANDIDATES[8]).items():
-        for config in configs:
+        for config in (*configs, kernels.SCATTERED[mode]):
             features = normal(2, channels, 9, 13).to(torch.bfloat16 if mode == "half" else torch.float32)
             out = prefilled(channels).cuda()
             kernels.second_moment(features.cuda(), out, "x3" if mode == "half" else mode, config)
@@ -730,8 +809,15 @@ def test_gpu_many_keys(shape, kind):
 @needs_gpu
 def test_gpu_graph_and_streams():
     """No wait for the GPU and no measurement while a graph is captured; the current stream is used."""
+    from rewrite_core.kernels import second_moment as kernels
+
     features = normal(8, 96, 16, 16).cuda()
     out = prefilled(96).cuda()
+    kernels._chosen.clear()
+    with pytest.raises(RewriteCoreError, match="call it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        second_moment(features, out=out, backend="triton")
+    torch.cuda.synchronize()
+    assert not out.any()
     second_moment(features, out=out, backend="triton")  # compiles
     once = out.clone()
     graph = torch.cuda.CUDAGraph()

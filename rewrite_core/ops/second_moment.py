@@ -39,8 +39,11 @@ def second_moment(
     "x3" must be 0 or within 1e-15..1e18.
     "cpp" gives the same bits for any number of threads, "triton" from run to run on GPUs of one kind with one cache of
     measured configurations (``$XDG_CACHE_HOME/rewrite_core``). Not differentiable: gradients stop here.
+    On a GPU it works on the current stream, waits for nothing, and can be captured in a CUDA graph, but for the first
+    call on features of a kind, which compiles and measures.
 
-    Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``.
+    Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``, and where a graph
+    is captured before such a first call.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
     _check_types(features, out, precision)  # the rest the ops check, for those who call torch.ops
