@@ -411,9 +411,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _search(options: argparse.Namespace) -> None:
     edit = _load_edit(options)
-    selection: Selection | None = getattr(edit, options.selection)
+    selection: Selection | tuple[Selection, ...] | None = getattr(edit, options.selection)
     if options.selection == "context":
         selection = edit.keys[0]
+    elif isinstance(selection, tuple):  # several pastes
+        selection = selection[0]
     if selection is None:
         raise UsageError(f"The edit has no {options.selection} selection; choose another with --selection.")
     generator, latents = _setup(options, options.count)
@@ -573,7 +575,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit_arguments(sub)
     sub.add_argument(
         "--selection", choices=("query", "context", "copy", "paste"), default="context",
-        help="which of the edit's selections to look for (default: the first of its context)",
+        help="which of the edit's selections to look for (default: the first of its context; of several pastes the first)",
     )  # fmt: skip
     sub.add_argument("--top", type=_positive, default=12, help="how many matches to show (default 12)")
     sub.add_argument("--size", type=_positive, default=128, help="side of each picture in the grid (default 128)")

@@ -422,7 +422,8 @@ def test_cpp_agrees_with_reference(isa, loss, name):
     # last digits, every one in what it reached
     gap = (ours.loss - theirs.loss).abs() / theirs.initial_loss
     assert gap.median() < 1e-9 and gap.max() < 5e-3, f"worst channel {gap.argmax()}"
-    assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=1e-9)
+    little = 1e-5 * theirs.initial_loss.mean().item()  # where next to nothing is left
+    assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=little)
     assert (ours.status == theirs.status).double().mean() > 0.9
     apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (
         theirs.coefficients.norm(dim=-1) + 1e-300
@@ -486,7 +487,7 @@ def test_derivative_against_finite_differences(demodulated):
     constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
     model = ops._Model(
         problem["basis"], problem["base"], problem["target"], problem["shift"].expand_as(problem["base"]),
-        constant, linear, quadratic, problem["slope"], problem["gain"],
+        *(None if part is None else part[None] for part in (constant, linear, quadratic)), problem["slope"], problem["gain"],
     )  # fmt: skip
     x = 0.05 * linear_problem(2, unknowns=18, pixels=32)["basis"].T.contiguous()
     kink = torch.full((32,), 0.1, dtype=torch.float64)
@@ -504,7 +505,7 @@ def test_derivative_against_finite_differences(demodulated):
         (above, steep_above, _), (lin_above, m_above, _) = residual(x + side)
         (below, steep_below, _), (lin_below, m_below, _) = residual(x - side)
         torch.testing.assert_close((above - below) / (2 * h), jacobian[:, j], rtol=1e-6, atol=1e-7)
-        turn = ((m_above[:, None] * lin_above) - (m_below[:, None] * lin_below)) / (2 * h)
+        turn = (m_above * lin_above - m_below * lin_below) / (2 * h)
         torch.testing.assert_close((steep_above - steep_below) / (2 * h), bend * turn, rtol=1e-4, atol=1e-4)
 
 
