@@ -278,6 +278,11 @@ def _check(
         if data is not None and (data < 0).any():
             raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
+    if segments is not None:  # a demodulation of no pixel that counts limits no step
+        counts = torch.ones_like(segments, dtype=wide) if weights is None else weights
+        used = torch.zeros_like(constant[..., 0]).scatter_add_(1, segments, counts)[..., None] > 0
+        constant = torch.where(used, constant, 1.0)
+        linear, quadratic = linear * used[..., None], quadratic * used[..., None]
     return Problem(
         basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights,
         penalty, scale, loss, max_iterations, float(tolerance), segments,
