@@ -44,10 +44,10 @@ inline bool finite(double a) { return a - a == 0.0; }
 
 inline double total(Vec v) {
 #if defined(REWRITE_CORE_ISA_avx512)
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  v += _mm512_maskz_shuffle_f64x2(0xff, v, v, 0x4e);  // pairs 2, 3, 0, 1; the plain one warns in GCC 12
+  v += _mm512_maskz_shuffle_f64x2(0xff, v, v, 0xb1);  // pairs 1, 0, 3, 2
 #elif defined(REWRITE_CORE_ISA_avx2)
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  v += _mm256_permute2f128_pd(v, v, 1);
 #endif
   return v[0] + v[1];
 }
@@ -93,11 +93,6 @@ template <> struct VecOf<float> { typedef FloatVec type; };
 inline void store_as(double* a, Vec v) { store(a, v); }
 inline void store_as(float* a, Vec v) {
   *reinterpret_cast<HalfVec*>(a) = __builtin_convertvector(v, HalfVec);
-}
-
-inline double total(FloatVec v) {
-  const HalfVec* halves = reinterpret_cast<const HalfVec*>(&v);
-  return total(__builtin_convertvector(halves[0] + halves[1], Vec));
 }
 
 // out[i * leading + j] += total(sum[i][j]) for rows i and columns j; where there are instructions for it, by adding
@@ -152,6 +147,11 @@ inline void add_totals(const Vec sum[rows][columns], double* out, int64_t leadin
   }
 }
 #else
+inline double total(FloatVec v) {
+  const HalfVec* halves = reinterpret_cast<const HalfVec*>(&v);
+  return total(__builtin_convertvector(halves[0] + halves[1], Vec));
+}
+
 template <int rows, int columns, class Wide>
 inline void add_totals(const Wide sum[rows][columns], double* out, int64_t leading) {
   for (int i = 0; i < rows; ++i) {

@@ -347,7 +347,8 @@ def _edit(options: argparse.Namespace) -> None:
         change = rewrite(layer, moment, edit, latents, alpha=not options.box, progress=not options.quiet, **given)
     change.save(options.out)
     size = (change.weight_delta().double().norm() / layer.weight.double().norm()).item()
-    took = ", ".join(f"{stage} {seconds * 1e3:.0f} ms" for stage, seconds in change.seconds.items())
+    whole = sum(change.seconds.values())
+    took = ", ".join(f"{stage} {took * 1e3:.0f} ms ({took / whole:.0%})" for stage, took in change.seconds.items())
     print(f"{change!r} -> {options.out}\nsize of the change, |dW| / |W|: {size:.2f}\n{took}")
     if size > 1:
         warnings.warn(

@@ -453,7 +453,7 @@ class Rewrite:
             base = bound.parameter.detach().clone()
             stack = _Stack(base=base, weight=base, rewrites={})
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
-        if not force and all(tensor_fingerprint(weight) != self.fitted_to for weight in below):
+        if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
@@ -584,7 +584,7 @@ class Rewrite:
         bound = self._bind(self._layers[-1] if generator is None else generator)
         if self._is_on(bound):
             raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
-        if not force and tensor_fingerprint(bound.weight) != self.fitted_to:
+        if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
@@ -780,7 +780,7 @@ def _solve_goals(
             else:
                 solutions = [solve_unconstrained(problem, steps, lr, progress, backend) for problem in problems]
         with clock.stage("check"):
-            fitted_to = tensor_fingerprint(bound.weight)
+            fitted_to = bound.weight_fingerprint(bound.weight)
         return [
             _change(
                 bound, edit, problem.directions, solution.coefficients, fitted_to, solver=solution.solver,
@@ -973,7 +973,7 @@ def insert(
             warnings.simplefilter("ignore", UnderdeterminedWarning)  # to meet the values is the point here
             solution = solve_lm([problem], backend)[0] if solver == "lm" else solve_adam(problem, steps, lr, progress)
         with clock.stage("check"):
-            fitted_to = tensor_fingerprint(layer.weight)
+            fitted_to = layer.weight_fingerprint(layer.weight)
         return _change(
             layer, None, directions, solution.coefficients, fitted_to, solver=solution.solver, losses=solution.losses,
             final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds),
@@ -999,7 +999,7 @@ def zero(
     with _plain_arithmetic(layer):
         with clock.stage("check"):
             moment.check(layer, latents)
-            fitted_to = tensor_fingerprint(layer.weight)
+            fitted_to = layer.weight_fingerprint(layer.weight)
         with clock.stage("directions"):
             watched = clock.watch(layer)
             quantiles = _quantiles(watched, latents, method, progress=False)

@@ -364,6 +364,9 @@ def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
     for option in ((), ("--solver", "adam", "--steps", 3), ("--erase", 3)):
         assert run(capsys, "edit", *common, "--out", "r.safetensors", *option)[0] == 0
         assert rc.load_rewrite("r.safetensors").edit == edit
+    stages = re.findall(r"(\w+) \d+ ms \((\d+)%\)", run(capsys, "edit", *common, "--out", "r.safetensors")[1])
+    assert {"generator", "directions", "goal", "fit"} <= {stage for stage, _ in stages}
+    assert 95 <= sum(int(share) for _, share in stages) <= 105
     assert run(capsys, "search", *common, "--selection", "paste", "--out", "found.png")[0] == 0
     twice = rc.Edit(copy=edit.copy, paste=[edit.pastes[0], rc.Selection(1, np.roll(square(), 3, 0))])
     twice.save("e.json")
