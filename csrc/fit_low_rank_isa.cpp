@@ -21,7 +21,8 @@ inline Vec square_root(Vec a) { return _mm_sqrt_pd(a); }
 #endif
 constexpr int lanes = sizeof(Vec) / sizeof(double);
 
-inline double square_root(double a) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))); }
+// of both halves: the move that clears one can be encoded in a way that valgrind does not know
+inline double square_root(double a) { return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(a))); }
 inline Vec fill(double a) { return Vec{} + a; }
 
 // 1 / sqrt(a) for a > 0, to the last bit or two.
@@ -190,7 +191,8 @@ inline const float* basis_as(const FitEdit& edit, const float*) { return edit.si
 // the first one's, squared and not.
 template <int block, class Real>
 void gram_of(const FitEdit& edit, int64_t styles, int64_t unknowns, const double* m, const double* curvature,
-             const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient, Real* weighted) {
+             const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient,
+             Real* weighted) {
   constexpr int64_t width = sizeof(Vec) / sizeof(Real);
   const int64_t rows = (unknowns + block - 1) / block * block;
   const Real* const plains = basis_as(edit, static_cast<const Real*>(nullptr));
@@ -240,7 +242,8 @@ void gram_of(const FitEdit& edit, int64_t styles, int64_t unknowns, const double
 
 template <class Real>
 void gram(const FitEdit& edit, int64_t styles, int64_t unknowns, const double* m, const double* curvature,
-          const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
+          const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient,
+          double* weighted) {
   Real* const panel = reinterpret_cast<Real*>(weighted);
 #if defined(REWRITE_CORE_ISA_avx512)
   if (unknowns > 12) {
@@ -599,8 +602,8 @@ double assemble(const Model& model, const double* lin, const double* m, const do
     }
   } else {
     double* const leaning = scratch.half;
-    (edit.single ? gram<float> : gram<double>)(edit, styles, unknowns, m, scratch.curvature, lin, scratch.slopes, matrix,
-                                               leaning, gradient, scratch.weighted);
+    (edit.single ? gram<float> : gram<double>)(edit, styles, unknowns, m, scratch.curvature, lin, scratch.slopes,
+                                               matrix, leaning, gradient, scratch.weighted);
     const double square = m[0] * m[0];
     for (int64_t i = 0; demodulated && i < unknowns; ++i) {
       double* row = matrix + i * leading;
@@ -924,7 +927,8 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
   };
   const int64_t square = unknowns * unknowns;
   for (int64_t style = 0; edit.quadratic && style < problem.styles; ++style) {
-    scaled(problem.quadratic + (edit.number * problem.styles + style) * square, edit.quadratic + style * unknowns * leading);
+    const int64_t place = edit.number * problem.styles + style;
+    scaled(problem.quadratic + place * square, edit.quadratic + style * unknowns * leading);
   }
   if (edit.penalty) scaled(problem.penalty + edit.number * square, edit.penalty);
   if (edit.dual_form) {
@@ -939,8 +943,8 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
   }
   if (edit.exact) {
     for (int64_t p = 0; p < stride; ++p) scratch.curvature[p] = problem.gain * problem.gain * edit.weights[p];
-    gram<double>(edit, problem.styles, unknowns, nullptr, scratch.curvature, nullptr, nullptr, edit.gram, nullptr, nullptr,
-                 scratch.weighted);
+    gram<double>(edit, problem.styles, unknowns, nullptr, scratch.curvature, nullptr, nullptr, edit.gram, nullptr,
+                 nullptr, scratch.weighted);
     for (int64_t i = 0; i < unknowns; ++i) {
       for (int64_t j = 0; j < i; ++j) edit.gram[i * leading + j] = edit.gram[j * leading + i];
     }

@@ -46,7 +46,7 @@ class BoundLayer:
         self._layer = layer
         self._forward = forward or _call
         self._traced: Traced | None = None
-        self._known_weight: tuple[bytes, str] | None = None  # what told the last fingerprinted weight, and its fingerprint
+        self._known_weight: tuple[bytes, str] | None = None  # a weight's digest, and its fingerprint
         self.name = layer.path
         self.family = layer.name
         self.groups = layer.groups

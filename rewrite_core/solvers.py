@@ -185,8 +185,8 @@ def _fit_inputs(problem: Problem, group: int = 0) -> dict:
         else:
             arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
             arguments["segments"] = torch.cat(segments)
-            shares = arguments["segments"].bincount(minlength=len(styles)) / len(arguments["segments"])
-            scale = scale * (shares.double()[:, None] / arguments["demodulation"][0]).sum(0)
+            # each pixel's style at the weight as it is; the mean over the pixels
+            scale = scale * arguments["demodulation"][0].reciprocal()[arguments["segments"]].mean(0)
     if problem.preserve:
         generic = problem.generic if layer.groups == 1 else problem.generic[group]
         arguments["penalty"] = problem.preserve * generic
@@ -429,7 +429,8 @@ def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool,
             maps["value"].append(layer.value(capture, weight)[0])
             maps["shift"].append(shift.expand(target.shape)[0])
         if problem.more:  # pixels side by side, whatever picture they are of
-            maps = {name: [torch.cat([part.flatten(-2)[..., None, :] for part in parts], -1)] for name, parts in maps.items()}
+            for name, parts in maps.items():
+                maps[name] = [torch.cat([part.flatten(-2)[..., None, :] for part in parts], -1)]
         operator, base, target, value, shift = (parts[0] for parts in maps.values())
         fit = ops.fit_projected(
             operator,

@@ -279,8 +279,9 @@ def _check(
             raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
     if segments is not None:  # a demodulation of no pixel that counts limits no step
-        counts = torch.ones_like(segments, dtype=wide) if weights is None else weights
-        used = torch.zeros_like(constant[..., 0]).scatter_add_(1, segments, counts)[..., None] > 0
+        every = torch.arange(sizes["G"], device=segments.device)
+        used = segments[:, None] == every[:, None]  # [B, G, P]
+        used = (used if weights is None else used & (weights > 0)[:, None]).any(-1, keepdim=True)
         constant = torch.where(used, constant, 1.0)
         linear, quadratic = linear * used[..., None], quadratic * used[..., None]
     return Problem(
@@ -476,7 +477,8 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
         status[done] = CONVERGED
         active = active & ~done
         well = taken & (quality > GOOD)
-        slow, fast = torch.where(well, slow_rate_well * one, slow_rate), torch.where(well, fast_rate_well * one, SMOOTHING_RATE)
+        slow = torch.where(well, slow_rate_well * one, slow_rate)
+        fast = torch.where(well, fast_rate_well * one, SMOOTHING_RATE)
         rate = torch.where(smoothing > SMOOTHING_SLOW * scale, slow, fast)
         smoothing = torch.where(taken | stalled, (smoothing * rate).maximum(smoothing_end), smoothing)
     bounded = (model.reach(best_x) > REACHED) & (status != NONFINITE)
@@ -602,11 +604,12 @@ def _cpp(problem: Problem, isa: str = "") -> Outputs:
         if data is None or isinstance(data, Tensor)
     ]
     edits, unknowns, pixels = problem.basis.shape
+    styles = 1 if problem.segments is None else problem.constant.shape[1]
     extension().fit_low_rank(
         inputs=[0 if data is None else data.data_ptr() for data in inputs],
         shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
         is_double=problem.base.dtype == torch.float64,
-        sizes=(edits, problem.base.shape[1], unknowns, pixels, 1 if problem.segments is None else problem.constant.shape[1]),
+        sizes=(edits, problem.base.shape[1], unknowns, pixels, styles),
         slope=problem.slope,
         gain=problem.gain,
         absolute=problem.loss == "l1",
