@@ -65,6 +65,7 @@ class Problem:
     error                of a contender's result against float64: ours must be <= tolerance to be timed, stock
                          to count as the best
     details              more numbers for the record
+    stages               seconds of each part of ours, medians; printed with their shares
     yardstick            for the shares of its rate
     """
 
@@ -78,6 +79,7 @@ class Problem:
     error_kind: str
     tolerance: float
     details: dict[str, float] = dataclasses.field(default_factory=dict)
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
     yardstick: Yardstick | None = None
 
     @property
@@ -221,6 +223,7 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
     return {
         "op": op, "case": checked.case.name, "group": checked.case.group, "quick": quick, "backend": checked.backend,
         "shapes": problem.shapes, "dtype": problem.dtype, "details": problem.details,
+        "stages": problem.stages,
         **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
         "operations": problem.operations, "bytes": problem.traffic,
         "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,

@@ -166,6 +166,11 @@ class Report:
                 f"{times['p50'] / times['part'] / record['p50']:11.2f}x{part_of(times)}"
             )
 
+        if record.get("stages"):
+            whole = sum(record["stages"].values())
+            parts = (f"{stage} {duration(took)} ({took / whole:.0%})" for stage, took in record["stages"].items())
+            self._write(f"    of ours: {', '.join(parts)}")
+
     def finish(self) -> None:
         """Prints the geometric mean of the ratios of every op, and draws the pictures."""
         for op in dict.fromkeys(record["op"] for record in self.records):

@@ -118,8 +118,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "fit_low_rank",
-      [](std::array<std::uintptr_t, 10> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
-         std::array<int64_t, 4> sizes, double slope, double gain, bool absolute, int max_iterations,
+      [](std::array<std::uintptr_t, 11> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
+         std::array<int64_t, 5> sizes, double slope, double gain, bool absolute, int max_iterations,
          double tolerance, std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
         const Isa use = isa_of(isa);
         FitProblem problem{};
@@ -135,10 +135,12 @@ PYBIND11_MODULE(_C, m) {
         problem.pixel_weights = pointer<const double>(inputs[7]);
         problem.penalty = pointer<const double>(inputs[8]);
         problem.penalty_scale = pointer<const double>(inputs[9]);
+        problem.segments = pointer<const int64_t>(inputs[10]);
         problem.edits = sizes[0];
         problem.channels = sizes[1];
         problem.unknowns = sizes[2];
         problem.pixels = sizes[3];
+        problem.styles = sizes[4];
         problem.slope = slope;
         problem.gain = gain;
         problem.absolute = absolute;
@@ -160,7 +162,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"),
       py::arg("outputs"), py::arg("threads"), py::arg("isa") = "",
       "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, "
-      "penalty, penalty_scale (double), 0 where absent; sizes: edits, channels, unknowns, pixels; outputs: "
+      "penalty, penalty_scale (double), segments (int64), 0 where absent; sizes: edits, channels, unknowns, pixels, "
+      "styles; outputs: "
       "coefficients, loss, initial_loss, iterations (int32), status (int32).");
 
   m.def("projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",

@@ -24,6 +24,9 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Styles begin at whole vectors of floats.
+int64_t style_start(int64_t used) { return round_up(used, 2 * fit_padding); }
+
 FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
   FitEdit edit{};
   edit.number = number;
@@ -42,7 +45,8 @@ FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
 
 void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
   const int64_t square = problem.unknowns * edit.leading;
-  edit.kept = reinterpret_cast<int64_t*>(arena.take(edit.pixels));
+  edit.kept = reinterpret_cast<int64_t*>(arena.take(edit.stride));
+  edit.starts = reinterpret_cast<int64_t*>(arena.take(problem.styles + 1));
   edit.basis = arena.take(edit.rows * edit.stride);
   // Float input determines no more of the matrix than float products keep, and an error in the matrix bends the path
   // and not the goal, which the gradient sets, in double.
@@ -50,7 +54,7 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
   edit.single = single ? reinterpret_cast<float*>(arena.take(edit.rows * edit.single_stride / 2)) : nullptr;
   edit.weights = arena.take(edit.stride);
   edit.size = arena.take(edit.leading);
-  edit.quadratic = problem.quadratic ? arena.take(square) : nullptr;
+  edit.quadratic = problem.quadratic ? arena.take(problem.styles * square) : nullptr;
   edit.penalty = problem.penalty ? arena.take(square) : nullptr;
   // the Gram kernel writes whole register blocks
   edit.gram = edit.dual_form ? arena.take(edit.order * edit.order_leading)
@@ -59,18 +63,20 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
   edit.factor = edit.exact ? arena.take(square) : nullptr;
 }
 
-FitScratch take_scratch(Arena& arena, const FitEdit& largest) {
+FitScratch take_scratch(Arena& arena, const FitEdit& largest, int64_t styles) {
   FitScratch scratch;
   double** const pixels[] = {&scratch.base,    &scratch.target, &scratch.shift,     &scratch.lin,
                              &scratch.new_lin, &scratch.r,      &scratch.inverse,   &scratch.steep,
                              &scratch.dual,    &scratch.slopes, &scratch.curvature, &scratch.root,
                              &scratch.spare};
-  double** const unknowns[] = {&scratch.x,    &scratch.new_x, &scratch.best_x, &scratch.gradient,
-                               &scratch.step, &scratch.dm,    &scratch.new_dm, &scratch.half};
+  double** const unknowns[] = {&scratch.x, &scratch.new_x, &scratch.best_x, &scratch.gradient, &scratch.step};
   static_assert(sizeof(pixels) / sizeof(*pixels) == fit_pixel_buffers);
   static_assert(sizeof(unknowns) / sizeof(*unknowns) == fit_unknown_buffers);
   for (double** buffer : pixels) *buffer = arena.take(largest.stride);
   for (double** buffer : unknowns) *buffer = arena.take(largest.leading);
+  for (double** buffer : {&scratch.m, &scratch.new_m}) *buffer = arena.take(styles);
+  for (double** buffer : {&scratch.dm, &scratch.new_dm, &scratch.half}) *buffer = arena.take(styles * largest.leading);
+  scratch.turned = arena.take(styles * largest.stride);
   const int64_t square = largest.rows * largest.leading;  // whatever the form: edits differ in pixels
   scratch.matrix = arena.take(square);
   scratch.factor = arena.take(square);
@@ -82,7 +88,7 @@ FitScratch take_scratch(Arena& arena, const FitEdit& largest) {
 
 Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 ||
-      problem.max_iterations < 1 || isa > detect_isa()) {
+      problem.styles < 1 || problem.max_iterations < 1 || isa > detect_isa()) {
     return Status::bad_argument;
   }
   if (problem.edits == 0 || problem.channels == 0) return Status::ok;
@@ -92,15 +98,17 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   const bool convex = problem.slope == 1.0 && !problem.constant;
   problem.slow_rate = convex ? fit_smoothing_rate
                              : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
+  problem.slow_rate_well = convex ? fit_smoothing_rate : problem.slow_rate * problem.slow_rate;
+  problem.fast_rate_well = convex ? fit_smoothing_rate : fit_smoothing_fast;
 
   // Edits in groups, so that their prepared arrays stay small; a thread takes channels of any of a group.
-  const FitEdit largest = edit_sizes(problem, 0, problem.pixels);
+  const FitEdit largest = edit_sizes(problem, 0, problem.pixels + (problem.styles - 1) * style_start(1));
   Arena edit_count(nullptr), scratch_count(nullptr);
   FitEdit counted = largest;
   take_edit(edit_count, problem, counted);
   // an edit in dual form has fewer pixels than unknowns, so its Gram matrix is no larger than this
   const int64_t edit_doubles = edit_count.used() + largest.rows * (largest.leading + largest.single_stride);
-  take_scratch(scratch_count, largest);
+  take_scratch(scratch_count, largest, problem.styles);
   const int64_t scratch_doubles = scratch_count.used();
   const int64_t group =
       std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
@@ -118,27 +126,39 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
 
   Team::run(threads, [&](Team& team) {
     Arena mine(scratch_memory.data() + team.join() * scratch_doubles);
-    const FitScratch scratch = take_scratch(mine, largest);
+    const FitScratch scratch = take_scratch(mine, largest, problem.styles);
     for (int64_t first = 0; first < problem.edits; first += group) {
       const int64_t count = std::min(group, problem.edits - first);
       for (int64_t task = team.next(); task < count; task = team.next()) {
         const double* weights =
             problem.pixel_weights ? problem.pixel_weights + (first + task) * problem.pixels : nullptr;
-        int64_t kept = problem.pixels;
-        if (weights) kept = std::count_if(weights, weights + problem.pixels, [](double w) { return w > 0; });
-        FitEdit edit = edit_sizes(problem, first + task, kept);
+        const int64_t* segments = problem.segments ? problem.segments + (first + task) * problem.pixels : nullptr;
+        const auto kept = [&](int64_t style, int64_t p) {
+          return (!weights || weights[p] > 0) && (!segments || segments[p] == style);
+        };
+        int64_t used = 0;
+        for (int64_t style = 0; style < problem.styles; ++style) {
+          used = style_start(used);
+          for (int64_t p = 0; p < problem.pixels; ++p) used += kept(style, p);
+        }
+        FitEdit edit = edit_sizes(problem, first + task, used);
         Arena arena(edit_memory.data() + task * edit_doubles);
         take_edit(arena, problem, edit);
+        std::fill(edit.kept, edit.kept + edit.stride, -1);
         double sum = 0;
         int64_t place = 0;
-        for (int64_t p = 0; p < problem.pixels; ++p) {
-          const double weight = weights ? weights[p] : 1.0;
-          if (!(weight > 0)) continue;
-          edit.kept[place] = p;
-          edit.weights[place++] = weight;
-          sum += weight;
+        for (int64_t style = 0; style < problem.styles; ++style) {
+          edit.starts[style] = place = style_start(place);
+          for (int64_t p = 0; p < problem.pixels; ++p) {
+            if (!kept(style, p)) continue;
+            edit.kept[place++] = p;
+            sum += weights ? weights[p] : 1.0;
+          }
         }
-        for (int64_t p = 0; p < edit.stride; ++p) edit.weights[p] = p < kept ? edit.weights[p] / sum : 0.0;
+        edit.starts[problem.styles] = edit.stride;
+        for (int64_t p = 0; p < edit.stride; ++p) {
+          edit.weights[p] = edit.kept[p] < 0 ? 0.0 : (weights ? weights[edit.kept[p]] : 1.0) / sum;
+        }
         table.prepare(problem, edit, scratch);
         edits.data()[task] = edit;
       }

@@ -21,7 +21,8 @@ inline Vec square_root(Vec a) { return _mm_sqrt_pd(a); }
 #endif
 constexpr int lanes = sizeof(Vec) / sizeof(double);
 
-inline double square_root(double a) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))); }
+// of both halves: the move that clears one can be encoded in a way that valgrind does not know
+inline double square_root(double a) { return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(a))); }
 inline Vec fill(double a) { return Vec{} + a; }
 
 // 1 / sqrt(a) for a > 0, to the last bit or two.
@@ -43,12 +44,11 @@ inline double magnitude(double a) { return a < 0.0 ? -a : a; }
 inline bool finite(double a) { return a - a == 0.0; }
 
 inline double total(Vec v) {
-  typedef long long Pick __attribute__((vector_size(sizeof(Vec)), unused));
 #if defined(REWRITE_CORE_ISA_avx512)
-  v += __builtin_shuffle(v, Pick{4, 5, 6, 7, 0, 1, 2, 3});
-  v += __builtin_shuffle(v, Pick{2, 3, 0, 1, 6, 7, 4, 5});
+  v += _mm512_maskz_shuffle_f64x2(0xff, v, v, 0x4e);  // pairs 2, 3, 0, 1; the plain one warns in GCC 12
+  v += _mm512_maskz_shuffle_f64x2(0xff, v, v, 0xb1);  // pairs 1, 0, 3, 2
 #elif defined(REWRITE_CORE_ISA_avx2)
-  v += __builtin_shuffle(v, Pick{2, 3, 0, 1});
+  v += _mm256_permute2f128_pd(v, v, 1);
 #endif
   return v[0] + v[1];
 }
@@ -94,11 +94,6 @@ template <> struct VecOf<float> { typedef FloatVec type; };
 inline void store_as(double* a, Vec v) { store(a, v); }
 inline void store_as(float* a, Vec v) {
   *reinterpret_cast<HalfVec*>(a) = __builtin_convertvector(v, HalfVec);
-}
-
-inline double total(FloatVec v) {
-  const HalfVec* halves = reinterpret_cast<const HalfVec*>(&v);
-  return total(__builtin_convertvector(halves[0] + halves[1], Vec));
 }
 
 // out[i * leading + j] += total(sum[i][j]) for rows i and columns j; where there are instructions for it, by adding
@@ -153,6 +148,11 @@ inline void add_totals(const Vec sum[rows][columns], double* out, int64_t leadin
   }
 }
 #else
+inline double total(FloatVec v) {
+  const HalfVec* halves = reinterpret_cast<const HalfVec*>(&v);
+  return total(__builtin_convertvector(halves[0] + halves[1], Vec));
+}
+
 template <int rows, int columns, class Wide>
 inline void add_totals(const Wide sum[rows][columns], double* out, int64_t leading) {
   for (int i = 0; i < rows; ++i) {
@@ -186,63 +186,71 @@ inline const double* basis_as(const FitEdit& edit, const double*) { return edit.
 inline const float* basis_as(const FitEdit& edit, const float*) { return edit.single; }
 
 // Upper triangle (by blocks) of matrix [unknowns, leading] = sum_p curvature_p basis_p basis_p^T, its products in
-// Real. Where they are given also leaning = sum_p curvature_p lin_p basis_p and gradient = sum_p slopes_p basis_p.
+// Real. Where they are given also leaning = sum_p curvature_p lin_p basis_p of each style [styles, leading], and
+// gradient = sum_p slopes_p basis_p. Where m [styles] is given, curvature and slopes are multiplied by a style's m over
+// the first one's, squared and not.
 template <int block, class Real>
-void gram_of(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
-             const double* slopes, double* matrix, double* leaning, double* gradient, Real* weighted) {
+void gram_of(const FitEdit& edit, int64_t styles, int64_t unknowns, const double* m, const double* curvature,
+             const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient,
+             Real* weighted) {
   constexpr int64_t width = sizeof(Vec) / sizeof(Real);
   const int64_t rows = (unknowns + block - 1) / block * block;
   const Real* const plains = basis_as(edit, static_cast<const Real*>(nullptr));
   const int64_t plain_stride = sizeof(Real) == sizeof(double) ? edit.stride : edit.single_stride;
   clear(matrix, rows * edit.leading);
   if (gradient) {
-    clear(leaning, rows);
+    clear(leaning, styles * edit.leading);
     clear(gradient, rows);
   }
-  for (int64_t start = 0; start < edit.stride; start += fit_panel) {
-    const int64_t count = edit.stride - start < fit_panel ? edit.stride - start : fit_panel;
-    const int64_t whole = (count + width - 1) / width * width;
-    const double* basis = edit.basis + start;
-    for (int64_t j = 0; j < rows; j += block) {
-      Vec leans[block][1] = {}, turns[block][1] = {};
-      for (int64_t p = 0; p < count; p += lanes) {
-        const Vec scale = load(curvature + start + p);
-        const Vec along = gradient ? load(lin + start + p) : Vec{};
-        const Vec slope = gradient ? load(slopes + start + p) : Vec{};
+  for (int64_t style = 0; style < styles; ++style) {
+    const double ratio = m ? m[style] / m[0] : 1.0;
+    const int64_t end = edit.starts[style + 1];
+    for (int64_t start = edit.starts[style]; start < end; start += fit_panel) {
+      const int64_t count = end - start < fit_panel ? end - start : fit_panel;
+      const int64_t whole = (count + width - 1) / width * width;
+      const double* basis = edit.basis + start;
+      for (int64_t j = 0; j < rows; j += block) {
+        Vec leans[block][1] = {}, turns[block][1] = {};
+        for (int64_t p = 0; p < count; p += lanes) {
+          const Vec scale = ratio * ratio * load(curvature + start + p);
+          const Vec along = gradient ? load(lin + start + p) : Vec{};
+          const Vec slope = gradient ? ratio * load(slopes + start + p) : Vec{};
 #pragma GCC unroll 4
-        for (int i = 0; i < block; ++i) {
-          const Vec plain = load(basis + (j + i) * edit.stride + p), row = plain * scale;
-          store_as(weighted + (j + i) * fit_panel + p, row);
-          leans[i][0] += row * along;
-          turns[i][0] += plain * slope;
+          for (int i = 0; i < block; ++i) {
+            const Vec plain = load(basis + (j + i) * edit.stride + p), row = plain * scale;
+            store_as(weighted + (j + i) * fit_panel + p, row);
+            leans[i][0] += row * along;
+            turns[i][0] += plain * slope;
+          }
         }
+        if (whole > count) {
+          for (int i = 0; i < block; ++i) store_as(weighted + (j + i) * fit_panel + count, Vec{});
+        }
+        if (!gradient) continue;
+        add_totals<block, 1>(leans, leaning + style * edit.leading + j, 1);
+        add_totals<block, 1>(turns, gradient + j, 1);
       }
-      if (whole > count) {
-        for (int i = 0; i < block; ++i) store_as(weighted + (j + i) * fit_panel + count, Vec{});
-      }
-      if (!gradient) continue;
-      add_totals<block, 1>(leans, leaning + j, 1);
-      add_totals<block, 1>(turns, gradient + j, 1);
-    }
-    for (int64_t i = 0; i < rows; i += block) {
-      for (int64_t j = i; j < rows; j += block) {
-        gram_block<block>(weighted + i * fit_panel, fit_panel, plains + start + j * plain_stride, plain_stride, whole,
-                          matrix + i * edit.leading + j, edit.leading);
+      for (int64_t i = 0; i < rows; i += block) {
+        for (int64_t j = i; j < rows; j += block) {
+          gram_block<block>(weighted + i * fit_panel, fit_panel, plains + start + j * plain_stride, plain_stride, whole,
+                            matrix + i * edit.leading + j, edit.leading);
+        }
       }
     }
   }
 }
 
 template <class Real>
-void gram(const FitEdit& edit, int64_t unknowns, const double* curvature, const double* lin,
-          const double* slopes, double* matrix, double* leaning, double* gradient, double* weighted) {
+void gram(const FitEdit& edit, int64_t styles, int64_t unknowns, const double* m, const double* curvature,
+          const double* lin, const double* slopes, double* matrix, double* leaning, double* gradient,
+          double* weighted) {
   Real* const panel = reinterpret_cast<Real*>(weighted);
 #if defined(REWRITE_CORE_ISA_avx512)
   if (unknowns > 12) {
-    return gram_of<4>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, panel);
+    return gram_of<4>(edit, styles, unknowns, m, curvature, lin, slopes, matrix, leaning, gradient, panel);
   }
 #endif
-  gram_of<3>(edit, unknowns, curvature, lin, slopes, matrix, leaning, gradient, panel);
+  gram_of<3>(edit, styles, unknowns, m, curvature, lin, slopes, matrix, leaning, gradient, panel);
 }
 
 // out[i] -= sum_k scales[k][i] others[k] for up to four rows i, `width` vectors of each.
@@ -364,12 +372,16 @@ struct Model {
   const FitProblem& problem;
   const FitEdit& edit;
   const FitScratch& scratch;
-  double constant = 0.0;
-  const double* linear = nullptr;  // not scaled
-  double scale = 0.0;              // penalty_scale
+  int64_t channel;
+  double scale = 0.0;  // penalty_scale
 
-  // lin [pixels]; m; dm [unknowns], nothing without demodulation.
-  double linearise(const double* x, double* lin, double* dm) const {
+  int64_t place(int64_t style) const {
+    return (edit.number * problem.styles + style) * problem.channels + channel;
+  }
+
+  // lin [pixels]; m [styles]; dm [styles, unknowns], nothing without demodulation. Returns x^T quadratic x over its
+  // largest allowed value, of the style where that is most; 0 without demodulation.
+  double linearise(const double* x, double* lin, double* m, double* dm) const {
     const int64_t unknowns = problem.unknowns, stride = edit.stride;
     int64_t p = 0;
     for (; p + 4 * lanes <= stride; p += 4 * lanes) {
@@ -392,28 +404,29 @@ struct Model {
       for (int64_t j = 0; j < unknowns; ++j) a += x[j] * load(edit.basis + j * stride + p);
       store(lin + p, a);
     }
-    if (!problem.constant) return 1.0;
-    double square = constant;
-    multiply(edit.quadratic, edit.leading, unknowns, x, dm);
-    for (int64_t j = 0; j < unknowns; ++j) {
-      const double slant = linear[j] / edit.size[j];
-      dm[j] += slant;  // half the gradient of the squared norm
-      square += (slant + dm[j]) * x[j];
+    if (!problem.constant) {
+      m[0] = 1.0;
+      return 0.0;
     }
-    const double m = 1.0 / square_root(square);  // NaN or infinite where not positive: rejected
-    const double factor = -m * m * m;
-    for (int64_t j = 0; j < unknowns; ++j) dm[j] *= factor;
-    return m;
-  }
-
-  // x^T quadratic x over its largest allowed value; 0 without demodulation.
-  double reach(const double* x) const {
-    if (!problem.constant) return 0.0;
-    double sum = 0.0;
-    for (int64_t j = 0; j < problem.unknowns; ++j) {
-      sum += x[j] * dot(edit.quadratic + j * edit.leading, x, edit.leading);
+    double reach = 0.0;
+    for (int64_t style = 0; style < problem.styles; ++style, dm += edit.leading) {
+      const double constant = problem.constant[place(style)];
+      const double* linear = problem.linear + place(style) * unknowns;
+      double square = constant, own = 0.0;
+      multiply(edit.quadratic + style * unknowns * edit.leading, edit.leading, unknowns, x, dm);
+      for (int64_t j = 0; j < unknowns; ++j) {
+        const double slant = linear[j] / edit.size[j];
+        own += x[j] * dm[j];
+        dm[j] += slant;  // half the gradient of the squared norm
+        square += (slant + dm[j]) * x[j];
+      }
+      m[style] = 1.0 / square_root(square);  // NaN or infinite where not positive: rejected
+      const double factor = -m[style] * m[style] * m[style];
+      for (int64_t j = 0; j < unknowns; ++j) dm[j] *= factor;
+      own /= fit_reach * fit_reach * constant;
+      if (own > reach) reach = own;
     }
-    return sum / (fit_reach * fit_reach * constant);
+    return reach;
   }
 
   double penalised(const double* x) const {
@@ -432,31 +445,34 @@ struct Objectives {
 };
 
 template <bool absolute, bool rounded>
-Objectives objectives(const Model& model, const double* lin, double m, double smoothing) {
+Objectives objectives(const Model& model, const double* lin, const double* m, double smoothing) {
   const FitScratch& scratch = model.scratch;
   const double slope = model.problem.slope, gain = model.problem.gain;
   const double kink = rounded ? fit_kink / magnitude(gain) * smoothing : 0.0;
   const double up = 0.5 * gain * (1.0 + slope), down = 0.5 * gain * (1.0 - slope);
   Vec smooth = {}, data = {};
-  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
-    const Vec pre = m * load(lin + p) + load(scratch.shift + p);
-    const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
-    Vec sharp, r;
-    if (rounded) {
-      const Vec steep = pre > 0.0 ? fill(gain) : fill(gain * slope);
-      sharp = steep * pre - target;
-      const Vec square = pre * pre + kink * kink;
-      r = up * pre + down * (square * inverse_root(square)) - target;
-    } else {
-      r = sharp = gain * pre - target;
-    }
-    if (absolute) {
-      const Vec square = r * r + smoothing * smoothing;
-      smooth += weight * (square * inverse_root(square));
-      data += weight * magnitude(sharp);
-    } else {
-      smooth += weight * (r * r);
-      data += weight * (sharp * sharp);
+  for (int64_t style = 0; style < model.problem.styles; ++style) {
+    const double by = m[style];
+    for (int64_t p = model.edit.starts[style]; p < model.edit.starts[style + 1]; p += lanes) {
+      const Vec pre = by * load(lin + p) + load(scratch.shift + p);
+      const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
+      Vec sharp, r;
+      if (rounded) {
+        const Vec steep = pre > 0.0 ? fill(gain) : fill(gain * slope);
+        sharp = steep * pre - target;
+        const Vec square = pre * pre + kink * kink;
+        r = up * pre + down * (square * inverse_root(square)) - target;
+      } else {
+        r = sharp = gain * pre - target;
+      }
+      if (absolute) {
+        const Vec square = r * r + smoothing * smoothing;
+        smooth += weight * (square * inverse_root(square));
+        data += weight * magnitude(sharp);
+      } else {
+        smooth += weight * (r * r);
+        data += weight * (sharp * sharp);
+      }
     }
   }
   return {total(smooth), total(data)};
@@ -464,121 +480,150 @@ Objectives objectives(const Model& model, const double* lin, double m, double sm
 
 // At the current point: r, inverse (1 / eta), steep, slopes, curvature. Returns the smooth objective.
 template <bool absolute, bool rounded>
-double derive(const Model& model, const double* lin, double m, double smoothing) {
+double derive(const Model& model, const double* lin, const double* m, double smoothing) {
   const FitScratch& scratch = model.scratch;
   const double slope = model.problem.slope, gain = model.problem.gain;
   const double kink = rounded ? fit_kink / magnitude(gain) * smoothing : 0.0;
   const double up = 0.5 * gain * (1.0 + slope), down = 0.5 * gain * (1.0 - slope);
   Vec smooth = {};
-  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
-    const Vec pre = m * load(lin + p) + load(scratch.shift + p);
-    const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
-    Vec r, steep, bend = {};
-    if (rounded) {
-      const Vec square = pre * pre + kink * kink, flat = inverse_root(square);
-      const Vec sine = pre * flat;
-      r = up * pre + down * (square * flat) - target;
-      steep = up + down * sine;
-      bend = (down * kink * kink) * (flat * flat * flat);
-    } else {
-      r = gain * pre - target;
-      steep = fill(gain);
+  for (int64_t style = 0; style < model.problem.styles; ++style) {
+    const double by = m[style];
+    for (int64_t p = model.edit.starts[style]; p < model.edit.starts[style + 1]; p += lanes) {
+      const Vec pre = by * load(lin + p) + load(scratch.shift + p);
+      const Vec target = load(scratch.target + p), weight = load(model.edit.weights + p);
+      Vec r, steep, bend = {};
+      if (rounded) {
+        const Vec square = pre * pre + kink * kink, flat = inverse_root(square);
+        const Vec sine = pre * flat;
+        r = up * pre + down * (square * flat) - target;
+        steep = up + down * sine;
+        bend = (down * kink * kink) * (flat * flat * flat);
+      } else {
+        r = gain * pre - target;
+        steep = fill(gain);
+      }
+      Vec slopes, curvature;
+      if (absolute) {
+        const Vec square = r * r + smoothing * smoothing, inverse = inverse_root(square);
+        const Vec ratio = r * inverse;
+        smooth += weight * (square * inverse);
+        slopes = weight * ratio;
+        curvature = weight * (1.0 - load(scratch.dual + p) * ratio) * inverse;
+        store(scratch.inverse + p, inverse);
+      } else {
+        smooth += weight * (r * r);
+        slopes = 2.0 * weight * r;
+        curvature = 2.0 * weight;
+      }
+      curvature *= steep * steep;
+      if (rounded) {  // the kink bends the value: the half of its curvature that is convex
+        const Vec more = slopes * bend;
+        curvature += more > 0.0 ? more : Vec{};
+      }
+      store(scratch.r + p, r);
+      store(scratch.steep + p, steep);
+      store(scratch.slopes + p, slopes * steep);
+      store(scratch.curvature + p, curvature);
     }
-    Vec slopes, curvature;
-    if (absolute) {
-      const Vec square = r * r + smoothing * smoothing, inverse = inverse_root(square);
-      const Vec ratio = r * inverse;
-      smooth += weight * (square * inverse);
-      slopes = weight * ratio;
-      curvature = weight * (1.0 - load(scratch.dual + p) * ratio) * inverse;
-      store(scratch.inverse + p, inverse);
-    } else {
-      smooth += weight * (r * r);
-      slopes = 2.0 * weight * r;
-      curvature = 2.0 * weight;
-    }
-    curvature *= steep * steep;
-    if (rounded) {  // the kink bends the value: the half of its curvature that is convex
-      const Vec more = slopes * bend;
-      curvature += more > 0.0 ? more : Vec{};
-    }
-    store(scratch.r + p, r);
-    store(scratch.steep + p, steep);
-    store(scratch.slopes + p, slopes * steep);
-    store(scratch.curvature + p, curvature);
   }
   return total(smooth);
 }
 
 // The running estimate of r / eta moves with the step that was taken.
-void follow(const Model& model, const double* lin, const double* new_lin, double m, double turn) {
+void follow(const Model& model, const double* lin, const double* new_lin, const double* m, const double* dm) {
   const FitScratch& scratch = model.scratch;
-  for (int64_t p = 0; p < model.edit.stride; p += lanes) {
-    const Vec old = load(lin + p), r = load(scratch.r + p), inverse = load(scratch.inverse + p);
-    const Vec change = (m * (load(new_lin + p) - old) + turn * old) * load(scratch.steep + p);
-    Vec dual = load(scratch.dual + p);
-    dual = (r + change - dual * (r * inverse) * change) * inverse;
-    dual = dual > 1.0 ? fill(1.0) : dual;
-    store(scratch.dual + p, dual < -1.0 ? fill(-1.0) : dual);
+  for (int64_t style = 0; style < model.problem.styles; ++style) {
+    const int64_t leading = model.edit.leading;
+    const double by = m[style], turn = model.problem.constant ? dot(dm + style * leading, scratch.step, leading) : 0.0;
+    for (int64_t p = model.edit.starts[style]; p < model.edit.starts[style + 1]; p += lanes) {
+      const Vec old = load(lin + p), r = load(scratch.r + p), inverse = load(scratch.inverse + p);
+      const Vec change = (by * (load(new_lin + p) - old) + turn * old) * load(scratch.steep + p);
+      Vec dual = load(scratch.dual + p);
+      dual = (r + change - dual * (r * inverse) * change) * inverse;
+      dual = dual > 1.0 ? fill(1.0) : dual;
+      store(scratch.dual + p, dual < -1.0 ? fill(-1.0) : dual);
+    }
   }
 }
 
 // matrix, gradient and their mean curvature at the current point.
-double assemble(const Model& model, const double* lin, double m, const double* x, const double* dm) {
+double assemble(const Model& model, const double* lin, const double* m, const double* x, const double* dm) {
   const FitEdit& edit = model.edit;
   const FitScratch& scratch = model.scratch;
   const int64_t unknowns = model.problem.unknowns, stride = edit.stride, leading = edit.leading;
+  const int64_t styles = model.problem.styles;
+  const int64_t* const starts = edit.starts;
   const bool demodulated = model.problem.constant != nullptr;
   double* const matrix = scratch.matrix;
   double* const gradient = scratch.gradient;
   double trace = 0.0;
   if (edit.dual_form) {
-    for (int64_t j = 0; j < unknowns; ++j) gradient[j] = dot(edit.basis + j * stride, scratch.slopes, stride);
-    double* const turned = scratch.spare;  // basis^T dm
-    double length = 0.0;
-    if (demodulated) {
-      clear(turned, stride);
+    double* const turned = scratch.turned;  // basis^T dm of each style
+    for (int64_t style = 0; style < styles; ++style) {
+      const int64_t start = starts[style], count = starts[style + 1] - start;
+      const double by = m[style] / m[0];
       for (int64_t j = 0; j < unknowns; ++j) {
-        length += dm[j] * dm[j];
+        const double part = by * dot(edit.basis + j * stride + start, scratch.slopes + start, count);
+        gradient[j] = style == 0 ? part : gradient[j] + part;
+      }
+      if (!demodulated) continue;
+      double* const own = turned + style * stride;
+      clear(own, stride);
+      for (int64_t j = 0; j < unknowns; ++j) {
+        const double along = dm[style * leading + j];
         for (int64_t p = 0; p < stride; p += lanes) {
-          store(turned + p, load(turned + p) + dm[j] * load(edit.basis + j * stride + p));
+          store(own + p, load(own + p) + along * load(edit.basis + j * stride + p));
         }
       }
     }
     double* const root = scratch.root;
     for (int64_t p = 0; p < stride; p += lanes) store(root + p, square_root(load(scratch.curvature + p)));
-    for (int64_t i = 0; i < edit.order; ++i) {
-      double* row = matrix + i * edit.order_leading;
-      const double* gram_row = edit.gram + i * edit.order_leading;
-      const double by_basis = m * m * root[i];
-      const double by_turned = demodulated ? m * root[i] * lin[i] : 0.0;
-      const double by_lin = demodulated ? root[i] * (m * turned[i] + length * lin[i]) : 0.0;
-      for (int64_t p = i & ~int64_t{lanes - 1}; p < stride; p += lanes) {
-        Vec sum = by_basis * load(gram_row + p);
-        if (demodulated) sum += by_turned * load(turned + p) + by_lin * load(lin + p);
-        store(row + p, sum * load(root + p));
+    for (int64_t mine = 0; mine < styles; ++mine) {
+      const int64_t last = starts[mine + 1] < edit.order ? starts[mine + 1] : edit.order;
+      for (int64_t other = mine; other < styles; ++other) {
+        const double product = demodulated ? dot(dm + mine * leading, dm + other * leading, leading) : 0.0;
+        const double* const own = turned + mine * stride;
+        for (int64_t i = starts[mine]; i < last; ++i) {
+          double* row = matrix + i * edit.order_leading;
+          const double* gram_row = edit.gram + i * edit.order_leading;
+          const double by_basis = m[mine] * m[other] * root[i];
+          const double by_turned = demodulated ? m[other] * root[i] * lin[i] : 0.0;
+          const double by_lin =
+              demodulated ? root[i] * (m[mine] * turned[other * stride + i] + product * lin[i]) : 0.0;
+          const int64_t first = i & ~int64_t{lanes - 1};
+          for (int64_t p = first > starts[other] ? first : starts[other]; p < starts[other + 1]; p += lanes) {
+            Vec sum = by_basis * load(gram_row + p);
+            if (demodulated) sum += by_turned * load(own + p) + by_lin * load(lin + p);
+            store(row + p, sum * load(root + p));
+          }
+          if (other == mine) trace += row[i];
+        }
       }
-      trace += row[i];
     }
   } else {
-    (edit.single ? gram<float> : gram<double>)(edit, unknowns, scratch.curvature, lin, scratch.slopes, matrix,
-                                               scratch.half, gradient, scratch.weighted);
-    const double* const leaning = scratch.half;
-    double bent = 0.0;
-    if (demodulated) {
-      for (int64_t p = 0; p < stride; p += lanes) {
+    double* const leaning = scratch.half;
+    (edit.single ? gram<float> : gram<double>)(edit, styles, unknowns, m, scratch.curvature, lin, scratch.slopes,
+                                               matrix, leaning, gradient, scratch.weighted);
+    const double square = m[0] * m[0];
+    for (int64_t i = 0; demodulated && i < unknowns; ++i) {
+      double* row = matrix + i * leading;
+      for (int64_t j = i; j < unknowns; ++j) row[j] *= square;
+    }
+    for (int64_t style = 0; demodulated && style < styles; ++style) {
+      for (int64_t p = starts[style]; p < starts[style + 1]; p += lanes) {
         store(scratch.spare + p, load(scratch.curvature + p) * load(lin + p));
       }
-      bent = dot(scratch.spare, lin, stride);
+      const double bent = dot(scratch.spare + starts[style], lin + starts[style], starts[style + 1] - starts[style]);
+      const double ratio = m[style] / m[0], by = m[style] / (ratio * ratio);
+      const double *lean = leaning + style * leading, *own = dm + style * leading;
+      for (int64_t i = 0; i < unknowns; ++i) {
+        double* row = matrix + i * leading;
+        const double by_leaning = by * own[i], by_dm = by * lean[i] + bent * own[i];
+        for (int64_t j = i; j < unknowns; ++j) row[j] += by_leaning * lean[j] + by_dm * own[j];
+      }
     }
     for (int64_t i = 0; i < unknowns; ++i) {
       double* row = matrix + i * leading;
-      if (demodulated) {
-        const double by_leaning = m * dm[i], by_dm = m * leaning[i] + bent * dm[i];
-        for (int64_t j = i; j < unknowns; ++j) {
-          row[j] = m * m * row[j] + by_leaning * leaning[j] + by_dm * dm[j];
-        }
-      }
       if (edit.penalty) {
         const double* penalty = edit.penalty + i * leading;
         for (int64_t j = i; j < unknowns; ++j) row[j] += 2.0 * model.scale * penalty[j];
@@ -586,17 +631,20 @@ double assemble(const Model& model, const double* lin, double m, const double* x
       trace += row[i];
     }
   }
-  const double along = demodulated ? dot(scratch.slopes, lin, stride) : 0.0;
-  for (int64_t j = 0; j < unknowns; ++j) {
-    gradient[j] *= m;
-    if (demodulated) gradient[j] += along * dm[j];
-    if (edit.penalty) gradient[j] += 2.0 * model.scale * dot(edit.penalty + j * leading, x, leading);
+  for (int64_t j = 0; j < unknowns; ++j) gradient[j] *= m[0];
+  for (int64_t style = 0; demodulated && style < styles; ++style) {
+    const int64_t start = starts[style];
+    const double along = dot(scratch.slopes + start, lin + start, starts[style + 1] - start);
+    for (int64_t j = 0; j < unknowns; ++j) gradient[j] += along * dm[style * leading + j];
+  }
+  for (int64_t j = 0; edit.penalty && j < unknowns; ++j) {
+    gradient[j] += 2.0 * model.scale * dot(edit.penalty + j * leading, x, leading);
   }
   return trace / static_cast<double>(unknowns);
 }
 
 // scratch.step; false where the damped matrix does not factor.
-bool damped_step(const Model& model, const double* lin, double m, const double* dm, double mu) {
+bool damped_step(const Model& model, const double* lin, const double* m, const double* dm, double mu) {
   const FitEdit& edit = model.edit;
   const FitScratch& scratch = model.scratch;
   const int64_t unknowns = model.problem.unknowns, stride = edit.stride;
@@ -615,9 +663,15 @@ bool damped_step(const Model& model, const double* lin, double m, const double* 
     solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order,
                    edit.order_leading, y);
     for (int64_t p = 0; p < stride; ++p) y[p] *= scratch.root[p];
-    const double along = model.problem.constant ? dot(y, lin, stride) : 0.0;
-    for (int64_t j = 0; j < unknowns; ++j) {
-      step[j] = m * dot(edit.basis + j * stride, y, stride) + (model.problem.constant ? along * dm[j] : 0.0);
+    clear(step, edit.leading);
+    for (int64_t style = 0; style < model.problem.styles; ++style) {
+      const int64_t start = edit.starts[style], count = edit.starts[style + 1] - start;
+      const double along = model.problem.constant ? dot(y + start, lin + start, count) : 0.0;
+      const double* const own = dm + style * edit.leading;
+      for (int64_t j = 0; j < unknowns; ++j) {
+        step[j] += m[style] * dot(edit.basis + j * stride + start, y + start, count);
+        if (model.problem.constant) step[j] += along * own[j];
+      }
     }
   }
   for (int64_t j = 0; j < unknowns; ++j) {
@@ -639,22 +693,22 @@ Outcome fit_channel(const Model& model) {
   const FitScratch& scratch = model.scratch;
   const int64_t unknowns = problem.unknowns, stride = edit.stride, leading = edit.leading;
   double *x = scratch.x, *new_x = scratch.new_x, *lin = scratch.lin, *new_lin = scratch.new_lin;
-  double *dm = scratch.dm, *new_dm = scratch.new_dm;
+  double *m = scratch.m, *new_m = scratch.new_m, *dm = scratch.dm, *new_dm = scratch.new_dm;
   clear(x, leading);
   clear(new_x, leading);
   clear(scratch.best_x, leading);
   clear(scratch.step, leading);
   clear(scratch.gradient, leading);
-  clear(dm, leading);
-  clear(new_dm, leading);
+  clear(dm, problem.styles * leading);
+  clear(new_dm, problem.styles * leading);
   clear(scratch.dual, stride);
 
-  double m = model.linearise(x, lin, dm);
+  model.linearise(x, lin, m, dm);
   double level = 0.0;
   for (int64_t p = 0; p < stride; ++p) level += edit.weights[p] * magnitude(scratch.target[p]);
   const double initial = objectives<absolute, rounded>(model, lin, m, 0.0).data;
   Outcome result{initial, initial, 0, fit_max_iterations};
-  double best = initial;
+  double best = initial, best_reach = 0.0;
   const double scale = absolute ? initial : square_root(initial);
   if (!finite(initial) || !finite(level)) {
     result.status = fit_nonfinite;
@@ -687,7 +741,7 @@ Outcome fit_channel(const Model& model) {
     const double mu = damping * mean;
     const bool good = damped_step(model, lin, m, dm, mu);
     bool taken = false;
-    double fresh = 0.0, fresh_m = 0.0, predicted = 0.0;
+    double fresh = 0.0, predicted = 0.0;
     Objectives trial{};
     if (good) {
       double along = 0.0, square = 0.0;
@@ -697,35 +751,37 @@ Outcome fit_channel(const Model& model) {
         new_x[j] = x[j] + scratch.step[j];
       }
       predicted = 0.5 * (mu * square - along);
-      const double reach = model.reach(new_x);
+      double reach = model.linearise(new_x, new_lin, new_m, new_dm);
       if (reach > 1.0) {  // back to where W0 still counts
         const double shorten = 1.0 / square_root(reach);
         for (int64_t j = 0; j < unknowns; ++j) {
           new_x[j] *= shorten;
           scratch.step[j] = new_x[j] - x[j];
         }
+        reach = model.linearise(new_x, new_lin, new_m, new_dm);
       }
-      fresh_m = model.linearise(new_x, new_lin, new_dm);
-      trial = objectives<absolute, rounded>(model, new_lin, fresh_m, smoothing);
+      trial = objectives<absolute, rounded>(model, new_lin, new_m, smoothing);
       const double extra = model.penalised(new_x);
       fresh = trial.smooth + extra;
       taken = fresh < now;  // false for NaN
       if (taken && trial.data + extra < best) {
         best = trial.data + extra;
+        best_reach = reach;
         result.loss = trial.data;
         copy(new_x, scratch.best_x, unknowns);
       }
     }
     const bool at_end = smoothing <= smoothing_end;
-    bool stalled = false, small = false;
+    bool stalled = false, small = false, well = false;
     if (taken) {
       const double drop = now - fresh, quality = drop / predicted;
-      if (absolute) follow(model, lin, new_lin, m, problem.constant ? dot(dm, scratch.step, leading) : 0.0);
+      if (absolute) follow(model, lin, new_lin, m, dm);
       exchange(x, new_x);
       exchange(lin, new_lin);
       exchange(dm, new_dm);
-      m = fresh_m;
-      damping *= quality > fit_good ? fit_damping_down : quality > fit_poor ? 1.0 : 2.0;
+      exchange(m, new_m);
+      well = quality > fit_good;
+      damping *= well ? fit_damping_down : quality > fit_poor ? 1.0 : 2.0;
       growth = fit_damping_up;
       small = drop <= problem.tolerance * now || (!absolute && fresh <= 1e-20 * scale * scale);
     } else {
@@ -740,11 +796,13 @@ Outcome fit_channel(const Model& model) {
     }
     moved = taken || stalled;
     if (moved) {
-      smoothing *= smoothing > fit_smoothing_slow * scale ? problem.slow_rate : fit_smoothing_rate;
+      const bool slow = smoothing > fit_smoothing_slow * scale;
+      smoothing *= slow ? (well ? problem.slow_rate_well : problem.slow_rate)
+                        : (well ? problem.fast_rate_well : fit_smoothing_rate);
       if (smoothing < smoothing_end) smoothing = smoothing_end;
     }
   }
-  if (result.status != fit_nonfinite && model.reach(scratch.best_x) > fit_reached) result.status = fit_bounded;
+  if (result.status != fit_nonfinite && best_reach > fit_reached) result.status = fit_bounded;
   return result;
 }
 
@@ -783,7 +841,8 @@ Outcome fit_exactly(const Model& model) {
   clear(rest, leading);
   clear(right, leading);
   clear(scratch.best_x, leading);
-  const double initial = objectives<false, false>(model, scratch.base, 1.0, 0.0).data;
+  scratch.m[0] = 1.0;
+  const double initial = objectives<false, false>(model, scratch.base, scratch.m, 0.0).data;
   Outcome result{initial, initial, 1, fit_converged};
   double level = 0.0;
   for (int64_t p = 0; p < stride; ++p) level += edit.weights[p] * magnitude(scratch.target[p]);
@@ -818,8 +877,8 @@ Outcome fit_exactly(const Model& model) {
     solve_negative(factor, unknowns, leading, rest, 1, scratch.half);
     for (int64_t j = 0; j < unknowns; ++j) x[j] -= scratch.half[j];
   }
-  model.linearise(x, scratch.lin, scratch.dm);
-  const double data = objectives<false, false>(model, scratch.lin, 1.0, 0.0).data;
+  model.linearise(x, scratch.lin, scratch.m, scratch.dm);
+  const double data = objectives<false, false>(model, scratch.lin, scratch.m, 0.0).data;
   if (data + model.penalised(x) < initial) {  // false for NaN
     result.loss = data;
     copy(x, scratch.best_x, unknowns);
@@ -829,8 +888,9 @@ Outcome fit_exactly(const Model& model) {
 
 template <class Real>
 void gather(const FitEdit& edit, const Real* row, int64_t pixel_stride, double* out) {
-  for (int64_t p = 0; p < edit.pixels; ++p) out[p] = static_cast<double>(row[edit.kept[p] * pixel_stride]);
-  for (int64_t p = edit.pixels; p < edit.stride; ++p) out[p] = 0.0;
+  for (int64_t p = 0; p < edit.stride; ++p) {
+    out[p] = edit.kept[p] < 0 ? 0.0 : static_cast<double>(row[edit.kept[p] * pixel_stride]);
+  }
 }
 
 template <class Real>
@@ -857,8 +917,7 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
       }
     }
   }
-  const auto scaled = [&](const double* matrices, double* out) {
-    const double* matrix = matrices + edit.number * unknowns * unknowns;
+  const auto scaled = [&](const double* matrix, double* out) {
     clear(out, unknowns * leading);
     for (int64_t i = 0; i < unknowns; ++i) {
       for (int64_t j = 0; j < unknowns; ++j) {
@@ -866,8 +925,12 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
       }
     }
   };
-  if (edit.quadratic) scaled(problem.quadratic, edit.quadratic);
-  if (edit.penalty) scaled(problem.penalty, edit.penalty);
+  const int64_t square = unknowns * unknowns;
+  for (int64_t style = 0; edit.quadratic && style < problem.styles; ++style) {
+    const int64_t place = edit.number * problem.styles + style;
+    scaled(problem.quadratic + place * square, edit.quadratic + style * unknowns * leading);
+  }
+  if (edit.penalty) scaled(problem.penalty + edit.number * square, edit.penalty);
   if (edit.dual_form) {
     for (int64_t i = 0; i < edit.order; ++i) {
       double* row = edit.gram + i * edit.order_leading;
@@ -880,7 +943,8 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
   }
   if (edit.exact) {
     for (int64_t p = 0; p < stride; ++p) scratch.curvature[p] = problem.gain * problem.gain * edit.weights[p];
-    gram<double>(edit, unknowns, scratch.curvature, nullptr, nullptr, edit.gram, nullptr, nullptr, scratch.weighted);
+    gram<double>(edit, problem.styles, unknowns, nullptr, scratch.curvature, nullptr, nullptr, edit.gram, nullptr,
+                 nullptr, scratch.weighted);
     for (int64_t i = 0; i < unknowns; ++i) {
       for (int64_t j = 0; j < i; ++j) edit.gram[i * leading + j] = edit.gram[j * leading + i];
     }
@@ -892,7 +956,7 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
 template <class Real>
 void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch) {
   const int64_t unknowns = problem.unknowns, at = edit.number * problem.channels + channel;
-  Model model{problem, edit, scratch};
+  Model model{problem, edit, scratch, channel};
   gather(edit, static_cast<const Real*>(problem.base) + at * problem.pixels, 1, scratch.base);
   gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
   if (problem.shift) {
@@ -901,10 +965,6 @@ void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, con
            strides[2], scratch.shift);
   } else {
     clear(scratch.shift, edit.stride);
-  }
-  if (problem.constant) {
-    model.constant = problem.constant[at];
-    model.linear = problem.linear + at * unknowns;
   }
   if (problem.penalty) model.scale = problem.penalty_scale[at];
 

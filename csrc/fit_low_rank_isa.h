@@ -14,17 +14,19 @@ struct FitProblem {
   const void* shift;   // [edits, channels, pixels] with strides
   int64_t shift_strides[3];
   int is_double;               // the four above: float or double
-  const double* constant;      // [edits, channels]; linear and quadratic come with it
-  const double* linear;        // [edits, channels, unknowns]
-  const double* quadratic;     // [edits, unknowns, unknowns], symmetric
+  const double* constant;      // [edits, styles, channels]; linear and quadratic come with it
+  const double* linear;        // [edits, styles, channels, unknowns]
+  const double* quadratic;     // [edits, styles, unknowns, unknowns], symmetric
+  const int64_t* segments;     // [edits, pixels], which style demodulates a pixel; null where there is one
   const double* pixel_weights;  // [edits, pixels]
   const double* penalty;       // [edits, unknowns, unknowns], symmetric; penalty_scale comes with it
   const double* penalty_scale;  // [edits, channels]
-  int64_t edits, unknowns, pixels, channels;
+  int64_t edits, unknowns, pixels, channels, styles;
   double slope, gain;
   int absolute;  // loss: 1 |r|, 0 r^2
   int max_iterations;
-  double slow_rate;  // how fast the smoothing shrinks at first
+  double slow_rate;                       // how fast the smoothing shrinks at first
+  double slow_rate_well, fast_rate_well;  // and after good steps, at first and then
   double tolerance;
 
   void* coefficients;    // [edits, channels, unknowns], float or double
@@ -34,10 +36,10 @@ struct FitProblem {
   int32_t* status;       // [edits, channels]
 };
 
-// What the channels of one edit share. Pixels of weight 0 are gone, unknowns are scaled.
+// What the channels of one edit share. Pixels of weight 0 are gone, the others lie style by style; unknowns are scaled.
 struct FitEdit {
   int64_t number;
-  int64_t pixels;      // kept
+  int64_t pixels;      // kept, with what pads the styles before the last
   int64_t stride;      // pixels, padded with weight 0 to whole vectors
   int64_t rows;        // unknowns, padded with zero rows to whole register blocks
   int64_t leading;     // row length of [unknowns, unknowns] arrays
@@ -45,13 +47,14 @@ struct FitEdit {
   int64_t order_leading;
   int exact;           // linear l2 problem: closed form
   int dual_form;       // solve over pixels: there are fewer of them
-  int64_t* kept;       // [pixels] their places in the input
+  int64_t* kept;       // [stride] their places in the input, -1 for padding
+  int64_t* starts;     // [styles + 1] where each style's pixels begin; the last is stride
   double* basis;       // [rows, stride]
   float* single;       // [rows, single_stride] the same, or null: the normal equations' matrix in float products
   int64_t single_stride;
   double* weights;     // [stride], sum 1
   double* size;        // [unknowns] root mean square of the basis rows
-  double* quadratic;   // [unknowns, leading] or null
+  double* quadratic;   // [styles, unknowns, leading] or null
   double* penalty;     // [unknowns, leading] or null
   double* gram;        // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
   double* factor;      // exact: of the first channel's matrix
@@ -59,11 +62,15 @@ struct FitEdit {
   int factor_status;
 };
 
-// One thread's buffers, in doubles: [stride], [leading], [order, order_leading], [rows, panel].
+// One thread's buffers, in doubles: [stride], [leading], [styles], [styles, leading], [styles, stride],
+// [order, order_leading], [rows, panel].
 struct FitScratch {
   double *base, *target, *shift, *lin, *new_lin, *r, *inverse, *steep, *dual;
   double *slopes, *curvature, *root, *spare;
-  double *x, *new_x, *best_x, *gradient, *step, *dm, *new_dm, *half;
+  double *x, *new_x, *best_x, *gradient, *step;
+  double *m, *new_m;
+  double *dm, *new_dm, *half;
+  double* turned;
   double *matrix, *factor;
   double *weighted;
 };
@@ -74,11 +81,12 @@ constexpr int64_t fit_panel = 128;   // pixels per pass of the weighted Gram mat
 
 // The algorithm's constants; rewrite_core/ops/fit_low_rank.py explains them.
 constexpr double fit_damping_start = 1e-2, fit_damping_min = 1e-6, fit_damping_stall = 1e6;
-constexpr double fit_damping_up = 4.0, fit_damping_down = 0.2, fit_good = 0.75, fit_poor = 0.1;
+constexpr double fit_damping_up = 8.0, fit_damping_down = 0.3, fit_good = 0.75, fit_poor = 0.1;
 constexpr double fit_smoothing_slow = 3e-2, fit_smoothing_end = 1e-5, fit_smoothing_rate = 0.5;
+constexpr double fit_smoothing_fast = 0.3;
 constexpr double fit_slow_share = 0.35, fit_kink = 3.0, fit_pivot = 1e-12;
 constexpr double fit_reach = 10.0, fit_reached = 0.999;
-constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 8;
+constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 5;
 
 struct FitTable {
   // Fills edit's arrays (already allocated, kept and weights filled in).

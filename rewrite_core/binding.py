@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from .errors import RewriteCoreError, UnknownLayerError
 from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation, family_names
-from .fingerprints import Trace, Traced
+from .fingerprints import Trace, Traced, tensor_fingerprint
 from .latents import for_generator
 from .modes import repeatable
 
@@ -45,6 +46,7 @@ class BoundLayer:
         self._layer = layer
         self._forward = forward or _call
         self._traced: Traced | None = None
+        self._known_weight: tuple[bytes, str] | None = None  # a weight's digest, and its fingerprint
         self.name = layer.path
         self.family = layer.name
         self.groups = layer.groups
@@ -172,6 +174,17 @@ class BoundLayer:
         with trace:
             run_to([self], latents[:1], lambda number, capture: None, trace)
         return trace.fingerprint(0)
+
+    def weight_fingerprint(self, weight: Tensor) -> str:
+        """:func:`tensor_fingerprint` of a weight [O, I, *kernel] of this layer. The last one is known again by a digest
+        at the speed of memory, a tenth of the time."""
+        data = weight.detach().cpu().contiguous()
+        digest = xxhash.xxh3_128(f"{data.dtype}|{tuple(data.shape)}|".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        told = digest.digest()
+        if self._known_weight is None or self._known_weight[0] != told:
+            self._known_weight = told, tensor_fingerprint(weight)
+        return self._known_weight[1]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_traced": None}  # it holds weak references

@@ -352,7 +352,8 @@ def _edit(options: argparse.Namespace) -> None:
         change = rewrite(layer, moment, edit, latents, alpha=not options.box, progress=not options.quiet, **given)
     change.save(options.out)
     size = (change.weight_delta().double().norm() / layer.weight.double().norm()).item()
-    took = ", ".join(f"{stage} {seconds * 1e3:.0f} ms" for stage, seconds in change.seconds.items())
+    whole = sum(change.seconds.values())
+    took = ", ".join(f"{stage} {took * 1e3:.0f} ms ({took / whole:.0%})" for stage, took in change.seconds.items())
     print(f"{change!r} -> {options.out}\nsize of the change, |dW| / |W|: {size:.2f}\n{took}")
     if size > 1:
         warnings.warn(
@@ -416,9 +417,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _search(options: argparse.Namespace) -> None:
     edit = _load_edit(options)
-    selection: Selection | None = getattr(edit, options.selection)
+    selection: Selection | tuple[Selection, ...] | None = getattr(edit, options.selection)
     if options.selection == "context":
         selection = edit.keys[0]
+    elif isinstance(selection, tuple):  # several pastes
+        selection = selection[0]
     if selection is None:
         raise UsageError(f"The edit has no {options.selection} selection; choose another with --selection.")
     generator, latents = _setup(options, options.count)
@@ -586,7 +589,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit_arguments(sub)
     sub.add_argument(
         "--selection", choices=("query", "context", "copy", "paste"), default="context",
-        help="which of the edit's selections to look for (default: the first of its context)",
+        help="which of the edit's selections to look for (default: the first of its context; of several pastes the first)",
     )  # fmt: skip
     sub.add_argument("--top", type=_positive, default=12, help="how many matches to show (default 12)")
     sub.add_argument("--size", type=_positive, default=128, help="side of each picture in the grid (default 128)")

@@ -7,7 +7,7 @@ import binascii
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -105,6 +105,7 @@ class Selection:
         return f"Selection({self.index}, {size} mask, {self.mask.mean():.1%} marked)"
 
     def _to_json(self) -> list:
+        """The reference implementation's [index, PNG data URL]."""
         buffer = io.BytesIO()
         planes = self._bytes.reshape(-1, self._bytes.shape[-1])
         Image.fromarray(planes).convert("RGB").save(buffer, format="png")
@@ -138,7 +139,8 @@ class Edit:
 
     Args:
         copy: the patch to copy (``object`` in the JSON); None for an erasure.
-        paste: where it goes. Only its centre matters, as in the reference.
+        paste: where it goes. Only its centre matters, as in the reference. Or several selections, of one picture or
+            of several: the copied patch goes to each of them, and one change is fitted to all.
         context: the places that share the context (``key`` in the JSON); by default the paste itself.
         query: the selection last searched for; kept, not used by :func:`rewrite_core.rewrite`.
     """
@@ -146,32 +148,39 @@ class Edit:
     def __init__(
         self,
         copy: Selection | None = None,
-        paste: Selection | None = None,
+        paste: Selection | Sequence[Selection] | None = None,
         context: Iterable[Selection] | None = None,
         query: Selection | None = None,
     ):
         if not isinstance(context, Iterable | None):
             raise SelectionError(f"context is a list of rc.Selection objects, not one {type(context).__name__}.")
         context = list(() if context is None else context) or None
-        for part in (copy, paste, query, *(context or ())):
+        pastes = paste if isinstance(paste, Sequence) else (paste,)
+        for part in (copy, query, *pastes, *(context or ())):
             if part is not None and not isinstance(part, Selection):
                 raise SelectionError(f"An edit is made of rc.Selection objects, not {type(part).__name__}.")
-        if not (copy or paste or context or query):
+        self.pastes = tuple(part for part in pastes if part is not None)
+        if not (copy or self.pastes or context or query):
             raise SelectionError("An edit needs at least one selection.")
-        self.copy, self.paste, self.context, self.query = copy, paste, context, query
+        self.copy, self.context, self.query = copy, context, query
+
+    @property
+    def paste(self) -> Selection | tuple[Selection, ...] | None:
+        """The paste; a tuple of them where there are several (``pastes`` is one in any case)."""
+        return self.pastes if len(self.pastes) > 1 else self.pastes[0] if self.pastes else None
 
     @property
     def keys(self) -> list[Selection]:
-        """The context selections, or the paste where no context was marked."""
+        """The context selections, or the pastes where no context was marked."""
         if self.context:
             return self.context
-        if self.paste:
-            return [self.paste]
+        if self.pastes:
+            return list(self.pastes)
         raise SelectionError("This edit marks no context and no paste; add one to say where the rule applies.")
 
     @property
     def selections(self) -> list[Selection]:
-        return [part for part in (self.copy, self.paste, *(self.context or ()), self.query) if part is not None]
+        return [part for part in (self.copy, *self.pastes, *(self.context or ()), self.query) if part is not None]
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Edit) and all(
@@ -182,12 +191,13 @@ class Edit:
         return f"Edit(copy={self.copy}, paste={self.paste}, context={self.context}, query={self.query})"
 
     def to_json(self) -> str:
-        """The edit in the reference implementation's JSON."""
+        """The edit in the reference implementation's JSON. Several pastes, which that has not, are a list in the place
+        of one, as ``key`` is."""
         record = {}
         for field, name in _FIELDS.items():
             part = getattr(self, name)
             if part is not None:
-                record[field] = [p._to_json() for p in part] if field == "key" else part._to_json()
+                record[field] = part._to_json() if isinstance(part, Selection) else [p._to_json() for p in part]
         return json.dumps(record)
 
     @classmethod
@@ -209,10 +219,11 @@ class Edit:
             )
         parts = {}
         for field, value in record.items():
-            if field == "key":
-                if not isinstance(value, list):
-                    raise FileFormatError("'key' should hold a list of [index, PNG data URL].")
-                parts["context"] = [Selection._from_json(part, "key") for part in value]
+            several = field == "paste" and isinstance(value, list) and all(isinstance(part, list) for part in value)
+            if field == "key" or several:
+                if not isinstance(value, list) or (several and not value):
+                    raise FileFormatError(f"{field!r} should hold a list of [index, PNG data URL].")
+                parts[_FIELDS[field]] = [Selection._from_json(part, field) for part in value]
             else:
                 parts[_FIELDS[field]] = Selection._from_json(value, field)
         return cls(**parts)

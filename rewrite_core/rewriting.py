@@ -19,7 +19,7 @@ from .binding import BoundLayer, bind
 from .directions import (
     UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, latent_of, rank_units,
 )  # fmt: skip
-from .editing import Edit
+from .editing import Edit, Selection
 from .errors import (
     FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SelectionError, SolverError,
     UnderdeterminedWarning,
@@ -165,56 +165,107 @@ def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> Capture:
     return capture
 
 
-def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = True, alpha: bool = True) -> Goal:
-    """The goal of a copy and paste: the copied value patch composited at the centre of the paste.
+def _by_picture(edit: Edit) -> list[list[Selection]]:
+    """The pastes of each picture together."""
+    pictures: dict[int, list[Selection]] = {}
+    for paste in edit.pastes:
+        pictures.setdefault(paste.index, []).append(paste)
+    return list(pictures.values())
+
+
+def _common(box: Box, other: Box) -> Box | None:
+    """What two boxes have in common."""
+    axes = len(box) // 2
+    common = *map(max, box[:axes], other[:axes]), *map(min, box[axes:], other[axes:])
+    return common if all(common[axis] < common[axis + axes] for axis in range(axes)) else None
+
+
+def _composite(target: Tensor, region: Box, box: Box, patch: Tensor, area: Tensor) -> None:
+    """Put a patch that belongs to `box` of the value map on `target`, which is `region` of it, through `area`."""
+    common = _common(region, box)
+    if common is None:
+        return
+    place, own = window(_shifted(common, region)), window(_shifted(common, box))
+    cover, pasted = area[own[2:]], target[place]
+    pasted.copy_((1 - cover) * pasted + cover * patch[own])
+
+
+def _check_apart(boxes: Sequence[Box], area: Tensor, index: int) -> None:
+    """Pastes of one picture may not want two values of one pixel."""
+    for number, box in enumerate(boxes):
+        for other in boxes[:number]:
+            common = _common(box, other)
+            if common and (area[window(_shifted(common, box))[2:]] * area[window(_shifted(common, other))[2:]]).any():
+                raise SelectionError(
+                    f"Two pastes of picture {index} overlap where the copied patch lands (value map boxes {other} and "
+                    f"{box}); move them apart, or make an edit of each and apply one after the other."
+                )
+
+
+def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = True, alpha: bool = True) -> list[Goal]:
+    """The goals of a copy and paste: the copied value patch composited at the centre of each paste. A place given twice
+    counts once.
 
     Args:
-        tight: fit the pasted box only (the convolution then zero-pads at its edge), not the whole map.
+        tight: fit the pasted boxes only (the convolution then zero-pads at their edges), a goal each; not the whole map
+            of every picture that is pasted into.
         alpha: composite through the copy's mask, not its bounding box.
     """
-    if edit.copy is None or edit.paste is None:
+    if edit.copy is None or not edit.pastes:
         missing = "copy ('object')" if edit.copy is None else "paste"
         raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
-    capture, source = _capture_one(layer, edit.paste, latents), _capture_one(layer, edit.copy, latents)
-    size = _value_size(layer, capture.key)
-    area, axes = edit.copy.area(size).to(capture.key), len(size)
-    copy_box, paste_box = bounding_box(area), bounding_box(edit.paste.area(size))
-    patch, area = _value(layer, source, size, copy_box), area[window(copy_box)[2:]]
-    place = []
-    for axis, extent in enumerate(patch.shape[2:]):
-        centre = (paste_box[axis] + paste_box[axis + axes]) // 2
-        place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
-    box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
-    fitted = None
-    if tight:
-        cropped, fitted = _crop(layer, capture, size, box)
-        target = _value(layer, capture, size, fitted)
-    else:
-        cropped, target = capture, _value(layer, capture, size)
-    pasted = target[window(box if fitted is None else _shifted(box, fitted))]
-    pasted.copy_((1 - area) * pasted + area * patch if alpha else patch)
-    return Goal(cropped, target, fitted)
+    goals, patch = [], None
+    for pastes in _by_picture(edit):
+        capture = _capture_one(layer, pastes[0], latents)
+        if patch is None:
+            source = _capture_one(layer, edit.copy, latents)
+            size = _value_size(layer, capture.key)
+            area, axes = edit.copy.area(size).to(capture.key), len(size)
+            copy_box = bounding_box(area)
+            patch = _value(layer, source, size, copy_box)
+            area = area[window(copy_box)[2:]] if alpha else torch.ones_like(area[window(copy_box)[2:]])
+        boxes = []
+        for paste in pastes:
+            around, place = bounding_box(paste.area(size)), []
+            for axis, extent in enumerate(patch.shape[2:]):
+                centre = (around[axis] + around[axis + axes]) // 2
+                place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
+            box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
+            if box not in boxes:
+                boxes.append(box)
+        _check_apart(boxes, area, pastes[0].index)
+        crops = [_crop(layer, capture, size, box) for box in boxes] if tight else [(capture, None)]
+        for cropped, fitted in crops:
+            target, region = _value(layer, capture, size, fitted), fitted or (*[0] * axes, *size)
+            for box in boxes:
+                _composite(target, region, box, patch, area)
+            goals.append(Goal(cropped, target, fitted))
+    return goals
 
 
-def erase_goal(
+def erase_goals(
     layer: BoundLayer, moment: SecondMoment, edit: Edit, latents: Tensor, units: int = 30, tight: bool = False
-) -> Goal:
-    """The goal of an erasure: the layer's own output with the `units` key channels of highest mean
-    k^2 / E[k^2] in the context zeroed."""
-    if edit.paste is None:
+) -> list[Goal]:
+    """The goals of an erasure: the layer's own output with the `units` key channels of highest mean
+    k^2 / E[k^2] in the context zeroed; at each paste, or on the map of every picture that has one."""
+    if not edit.pastes:
         raise SelectionError("This edit has no paste selection; an erasure needs one to say what goes.")
     if not 1 <= units <= layer.in_channels:
         raise RewriteCoreError(f"units must be from 1 to the {layer.in_channels} key channels, not {units}.")
     keys, weights = context_keys(layer, edit.keys, latents)
     gone = rank_units(moment, keys, weights)[:units]
-    capture = _capture_one(layer, edit.paste, latents)
-    size = _value_size(layer, capture.key)
-    without = capture.key.clone()
-    without[:, gone.to(without.device)] = 0
-    without, fitted = dataclasses.replace(capture, key=without), None
-    if tight:
-        capture, fitted = _crop(layer, capture, size, bounding_box(edit.paste.area(size)))
-    return Goal(capture, _value(layer, without, size, fitted), fitted)
+    goals = []
+    for pastes in _by_picture(edit):
+        capture = _capture_one(layer, pastes[0], latents)
+        size = _value_size(layer, capture.key)
+        without = capture.key.clone()
+        without[:, gone.to(without.device)] = 0
+        without = dataclasses.replace(capture, key=without)
+        boxes = dict.fromkeys(bounding_box(paste.area(size)) for paste in pastes) if tight else [None]
+        for box in boxes:
+            part, fitted = (capture, None) if box is None else _crop(layer, capture, size, box)
+            goals.append(Goal(part, _value(layer, without, size, fitted), fitted))
+    return goals
 
 
 # --- the change ------------------------------------------------------------------------------------------
@@ -305,7 +356,8 @@ class Rewrite:
         seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
             (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
             "fit".
-        layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map.
+        layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map (where several regions
+            are fitted, a tuple of theirs, picture by picture).
     """
 
     def __init__(
@@ -320,7 +372,7 @@ class Rewrite:
         edit: Edit | None = None,
         status: dict[str, int] | None = None,
         seconds: dict[str, float] | None = None,
-        box: Box | None = None,
+        box: Box | tuple[Box, ...] | None = None,
         bound: BoundLayer | None = None,
     ):
         self.layer = layer
@@ -401,7 +453,7 @@ class Rewrite:
             base = bound.parameter.detach().clone()
             stack = _Stack(base=base, weight=base, rewrites={})
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
-        if not force and all(tensor_fingerprint(weight) != self.fitted_to for weight in below):
+        if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
@@ -532,7 +584,7 @@ class Rewrite:
         bound = self._bind(self._layers[-1] if generator is None else generator)
         if self._is_on(bound):
             raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
-        if not force and tensor_fingerprint(bound.weight) != self.fitted_to:
+        if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
                 f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
                 "edits below it); apply those first, or pass force=True."
@@ -676,7 +728,7 @@ def _change(
 
 
 def _solve_goals(
-    layer, moment, edits, latents, make_goal, *, rank, solver, loss, method, preserve, steps, lr, project_every,
+    layer, moment, edits, latents, make_goals, *, rank, solver, loss, method, preserve, steps, lr, project_every,
     project_gradient, progress, backend,
 ) -> list[Rewrite]:  # fmt: skip
     if solver not in SOLVERS:
@@ -699,7 +751,7 @@ def _solve_goals(
                 quantiles = _quantiles(layer, latents, method, progress)
         for edit in edits:
             with clock.stage("goal"):
-                goal = make_goal(layer, edit)
+                goal, *more = make_goals(layer, edit)
             if solver != "unconstrained":
                 with clock.stage("directions"):
                     rows = _directions(layer, moment, edit, latents, rank, method, quantiles)
@@ -708,8 +760,13 @@ def _solve_goals(
                 with clock.stage("preserve"):
                     sample = latents[:_GENERIC_IMAGES]
                     generic = generic_second_moment(layer, directions, sample, moment.matrix())
-            boxes.append(goal.box)
-            problems.append(Problem(layer, goal.capture, goal.target, directions, loss, float(preserve), generic))
+            boxes.append(tuple(each.box for each in (goal, *more)) if more and goal.box else goal.box)
+            problems.append(
+                Problem(
+                    layer, goal.capture, goal.target, directions, loss, float(preserve), generic,
+                    tuple((each.capture, each.target) for each in more),
+                )
+            )  # fmt: skip
         with clock.stage("fit"):
             if solver == "lm":
                 solutions = solve_lm(problems, backend)
@@ -723,7 +780,7 @@ def _solve_goals(
             else:
                 solutions = [solve_unconstrained(problem, steps, lr, progress, backend) for problem in problems]
         with clock.stage("check"):
-            fitted_to = tensor_fingerprint(bound.weight)
+            fitted_to = bound.weight_fingerprint(bound.weight)
         return [
             _change(
                 bound, edit, problem.directions, solution.coefficients, fitted_to, solver=solution.solver,
@@ -759,7 +816,7 @@ def rewrite_many(
     Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
     """
     return _solve_goals(
-        layer, moment, edits, latents, lambda layer, edit: paste_goal(layer, edit, latents, tight, alpha),
+        layer, moment, edits, latents, lambda layer, edit: paste_goals(layer, edit, latents, tight, alpha),
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )  # fmt: skip
@@ -787,7 +844,8 @@ def rewrite(
 ) -> Rewrite:
     """Solve one edit: the rank-R change of the layer that makes the pasted region come out as the copied one.
 
-    The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D).
+    The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D). An edit with
+    several pastes has one change that is fitted to all of them: the loss is the mean over the pixels of all.
 
     Args:
         layer: from :func:`rewrite_core.bind`.
@@ -808,7 +866,8 @@ def rewrite(
 
     Raises:
         MismatchError: the moment is of another layer or model.
-        MaskError, SelectionError, RankError, NonFiniteError, SolverError: as their names say.
+        SelectionError: a selection is missing, or two pastes of one picture overlap.
+        MaskError, RankError, NonFiniteError, SolverError: as their names say.
     """
     return rewrite_many(
         layer, moment, [edit], latents,
@@ -841,7 +900,7 @@ def erase(
     context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `tight`: the reference
     fits an erasure on the whole map, so that is the default."""
     return _solve_goals(
-        layer, moment, [edit], latents, lambda layer, edit: erase_goal(layer, moment, edit, latents, units, tight),
+        layer, moment, [edit], latents, lambda layer, edit: erase_goals(layer, moment, edit, latents, units, tight),
         rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
         project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
     )[0]  # fmt: skip
@@ -914,7 +973,7 @@ def insert(
             warnings.simplefilter("ignore", UnderdeterminedWarning)  # to meet the values is the point here
             solution = solve_lm([problem], backend)[0] if solver == "lm" else solve_adam(problem, steps, lr, progress)
         with clock.stage("check"):
-            fitted_to = tensor_fingerprint(layer.weight)
+            fitted_to = layer.weight_fingerprint(layer.weight)
         return _change(
             layer, None, directions, solution.coefficients, fitted_to, solver=solution.solver, losses=solution.losses,
             final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds),
@@ -940,7 +999,7 @@ def zero(
     with _plain_arithmetic(layer):
         with clock.stage("check"):
             moment.check(layer, latents)
-            fitted_to = tensor_fingerprint(layer.weight)
+            fitted_to = layer.weight_fingerprint(layer.weight)
         with clock.stage("directions"):
             watched = clock.watch(layer)
             quantiles = _quantiles(watched, latents, method, progress=False)

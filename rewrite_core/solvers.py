@@ -31,7 +31,8 @@ LOSSES = ("l1", "l2")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Make the layer's value of `capture` equal `target` by changing its weight along `directions`."""
+    """Make the layer's value of `capture` equal `target` by changing its weight along `directions`; and those of `more`
+    captures equal their targets, with the same change (an edit's other pastes)."""
 
     layer: BoundLayer
     capture: Capture  # one latent, perhaps cropped
@@ -40,6 +41,11 @@ class Problem:
     loss: str = "l1"
     preserve: float = 0.0
     generic: Tensor | None = None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
+    more: tuple[tuple[Capture, Tensor], ...] = ()
+
+    @property
+    def regions(self) -> tuple[tuple[Capture, Tensor], ...]:
+        return ((self.capture, self.target), *self.more)
 
     @property
     def weight(self) -> Tensor:
@@ -49,12 +55,14 @@ class Problem:
     def coefficient_shape(self) -> tuple[int, ...]:
         return (self.layer.out_channels, len(self.directions), *self.layer.kernel_size)
 
-    def value(self, weight: Tensor) -> Tensor:
-        return self.layer.value(self.capture, weight)
-
-    def distance(self, value: Tensor) -> Tensor:
-        """Mean absolute (l1) or mean squared (l2) error, as torch.nn.functional defines them."""
-        return (F.l1_loss if self.loss == "l1" else F.mse_loss)(value, self.target)
+    def distance(self, weight: Tensor) -> Tensor:
+        """Mean absolute (l1) or mean squared (l2) error with that weight, as torch.nn.functional defines them, over all
+        pixels of all regions."""
+        values = [self.layer.value(capture, weight) for capture, _ in self.regions]
+        targets = [target for _, target in self.regions]
+        if self.more:
+            values, targets = ([torch.cat([part.flatten(2) for part in parts], 2)] for parts in (values, targets))
+        return (F.l1_loss if self.loss == "l1" else F.mse_loss)(values[0], targets[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,48 +146,77 @@ def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def _fit_inputs(problem: Problem, group: int = 0) -> dict:
-    """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, pixels flattened.
+    """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, the pixels of all its
+    regions flattened.
 
     The penalty holds demodulation at its value without the change, as a preserve term quadratic in Lambda must.
     """
-    after = problem.layer.post_operation(problem.capture)
-    key, weight, rows, own = problem.capture.key, problem.weight, problem.directions, slice(None)
-    if problem.layer.groups > 1:  # a group sees its own input channels alone
-        outputs, seen = len(weight) // problem.layer.groups, _inputs_of(problem.layer, group)
+    layer, weight, rows, own, seen = problem.layer, problem.weight, problem.directions, slice(None), slice(None)
+    if layer.groups > 1:  # a group sees its own input channels alone
+        outputs, seen = len(weight) // layer.groups, _inputs_of(layer, group)
         own = slice(group * outputs, (group + 1) * outputs)
-        key, weight, rows = key[:, seen], weight[own, seen], rows[:, seen]
-    with torch.no_grad():
-        basis = basis_maps(problem.layer, key, rows)[0].flatten(1)
-        base = problem.layer.linear(key, weight)[0].flatten(1)
-    shape = problem.target.shape
-    shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
-    arguments = {
-        "basis": basis,
-        "base": base,
-        "target": problem.target[0].flatten(1)[own],
-        "shift": shift.to(base.dtype).expand(shape)[0].flatten(1)[own],
-        "slope": after.slope,
-        "gain": after.gain,
-        "demodulation": None,
-    }
+        weight, rows = weight[own, seen], rows[:, seen]
+    maps: dict[str, list[Tensor]] = {name: [] for name in ("basis", "base", "target", "shift")}
+    styles: list[Tensor] = []  # [I], each that is another than those before it
+    segments = []
+    for capture, target in problem.regions:
+        after, key = layer.post_operation(capture), capture.key[:, seen]
+        with torch.no_grad():
+            maps["basis"].append(basis_maps(layer, key, rows)[0].flatten(1))
+            maps["base"].append(layer.linear(key, weight)[0].flatten(1))
+        base = maps["base"][-1]
+        shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
+        maps["target"].append(target[0].flatten(1)[own])
+        maps["shift"].append(shift.to(base.dtype).expand(target.shape)[0].flatten(1)[own])
+        if after.style is not None:
+            same = [number for number, style in enumerate(styles) if torch.equal(style, after.style[0])]
+            if not same:
+                styles.append(after.style[0])
+            number = same[0] if same else len(styles) - 1
+            segments.append(torch.full((base.shape[1],), number, device=base.device))
+    arguments = {name: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for name, parts in maps.items()}
+    arguments |= {"slope": after.slope, "gain": after.gain, "demodulation": None}
     scale = torch.full((len(base),), after.gain**2, dtype=torch.float64, device=base.device)
-    if after.style is not None:
-        arguments["demodulation"] = _demodulation(problem, after.style[0], after.eps)
-        scale = scale / arguments["demodulation"][0]
+    if styles:
+        parts = [_demodulation(problem, style, after.eps) for style in styles]
+        if len(styles) == 1:
+            arguments["demodulation"] = parts[0]
+            scale = scale / parts[0][0]
+        else:
+            arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+            arguments["segments"] = torch.cat(segments)
+            # each pixel's style at the weight as it is; the mean over the pixels
+            scale = scale * arguments["demodulation"][0].reciprocal()[arguments["segments"]].mean(0)
     if problem.preserve:
-        generic = problem.generic if problem.layer.groups == 1 else problem.generic[group]
+        generic = problem.generic if layer.groups == 1 else problem.generic[group]
         arguments["penalty"] = problem.preserve * generic
         arguments["penalty_scale"] = scale
     return arguments
+
+
+def _in_segments(part: dict, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A fit's demodulation as one of `count`, with the segments that say which pixel has which; the rest is unused."""
+    segments = part.get("segments")
+    parts = part["demodulation"] if segments is not None else tuple(own[None] for own in part["demodulation"])
+    if segments is None:
+        segments = torch.zeros(part["basis"].shape[1], dtype=torch.int64, device=part["basis"].device)
+    missing = count - len(parts[0])
+    fill = [own.new_full((missing, *own.shape[1:]), value) for own, value in zip(parts, (1.0, 0.0, 0.0))]
+    return tuple(torch.cat(pair) for pair in zip(parts, fill)), segments
 
 
 def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
     return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
 
 
+def _is_known(problem: Problem) -> bool:
+    """Whether what follows the layer is known, per channel."""
+    return problem.layer.post_operation(problem.capture) is not None
+
+
 def _warn_underdetermined(problem: Problem) -> None:
     rank, taps = len(problem.directions), math.prod(problem.coefficient_shape[2:])
-    pixels = math.prod(problem.target.shape[2:])
+    pixels = sum(math.prod(target.shape[2:]) for _, target in problem.regions)
     if rank * taps >= pixels and not problem.preserve:
         warnings.warn(
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
@@ -195,7 +232,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
     Raises SolverError where what follows the layer is unknown.
     """
     first = problems[0]
-    if any(problem.layer.post_operation(problem.capture) is None for problem in problems):
+    if not all(map(_is_known, problems)):
         raise SolverError(
             f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
         )
@@ -209,7 +246,12 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
         name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")
     }
     valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
-    if inputs[0]["demodulation"] is not None:
+    if any("segments" in part for part in inputs):
+        count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
+        parts, segments = zip(*(_in_segments(part, count) for part in inputs))
+        arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+        arguments["segments"] = _pad(segments, pixels)
+    elif inputs[0]["demodulation"] is not None:
         arguments["demodulation"] = tuple(map(torch.stack, zip(*(part["demodulation"] for part in inputs))))
     if "penalty" in inputs[0]:
         arguments["penalty"] = torch.stack([part["penalty"] for part in inputs])
@@ -266,7 +308,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
     coefficients = torch.zeros(problem.coefficient_shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     scale = None
     if problem.preserve:
-        if problem.layer.post_operation(problem.capture) is None:
+        if not _is_known(problem):
             raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.")
         inputs = [_fit_inputs(problem, group) for group in range(problem.layer.groups)]
         penalty = torch.stack([part["penalty"] for part in inputs]).to(weight.dtype)
@@ -275,7 +317,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
     losses = []
     with torch.enable_grad():
         for _ in _steps(steps, progress, "adam"):
-            distance = problem.distance(problem.value(weight + combine(coefficients, directions)))
+            distance = problem.distance(weight + combine(coefficients, directions))
             objective = distance
             if scale is not None:
                 flat = coefficients.flatten(1).unflatten(0, (len(penalty), -1))
@@ -286,7 +328,7 @@ def solve_adam(problem: Problem, steps: int = 2001, lr: float = 0.05, progress: 
             losses.append(_check_loss(distance.detach()))
     final = coefficients.detach()
     with torch.no_grad():
-        final_loss = problem.distance(problem.value(weight + combine(final, directions))).item()
+        final_loss = problem.distance(weight + combine(final, directions)).item()
     return Solution(final, losses, "adam", final_loss, iterations=steps)
 
 
@@ -348,32 +390,54 @@ def solve_unconstrained(
 
 def _fuses(problem: Problem, backend: str) -> bool:
     """Whether ops.fit_projected has a kernel for this problem, by `backend`."""
-    if len(problem.layer.kernel_size) != 2 or problem.layer.groups != 1:  # the kernel is for dense 2-D convolutions
+    layer = problem.layer
+    if len(layer.kernel_size) != 2 or layer.groups != 1:  # the kernel is for dense 2-D convolutions
         if backend not in ("auto", "reference"):
-            raise SolverError(f"{problem.layer.name!r} is no dense 2-D convolution: use backend='auto'.")
+            raise SolverError(f"{layer.name!r} is no dense 2-D convolution: use backend='auto'.")
         return False
-    shape = problem.layer.in_channels, *problem.layer.kernel_size, *problem.target.shape[2:]
+    places = problem.target.shape[2:]
+    if problem.more:
+        places = 1, sum(math.prod(target.shape[2:]) for _, target in problem.regions)
+    shape = layer.in_channels, *layer.kernel_size, *places
     chosen = select("fit_projected", backend, problem.target.new_empty(()).expand(shape)).name
-    known = problem.layer.post_operation(problem.capture) is not None
-    if chosen != "reference" and backend != "auto" and not known:
-        raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use backend='auto'.")
-    return chosen != "reference" and known
+    reason = None
+    if not _is_known(problem):
+        reason = f"What follows {layer.name!r} is not known per channel"
+    else:
+        styles = [layer.post_operation(capture).style for capture, _ in problem.regions]
+        if styles[0] is not None and not all(torch.equal(style, styles[0]) for style in styles):
+            reason = "The pastes are on pictures of different styles, and the kernel knows one demodulation"
+    if chosen != "reference" and backend != "auto" and reason:
+        raise SolverError(f"{reason}: use backend='auto'.")
+    return chosen != "reference" and not reason
 
 
 def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool, **options) -> Solution:
     _check_steps(steps)
-    after = problem.layer.post_operation(problem.capture)
-    key, weight, kernel = problem.capture.key, problem.weight, problem.layer.kernel_size
+    layer, weight = problem.layer, problem.weight
+    after, taps = layer.post_operation(problem.capture), math.prod(layer.kernel_size)
+    maps: dict[str, list[Tensor]] = {name: [] for name in ("operator", "base", "target", "value", "shift")}
     with torch.no_grad():
-        taps = kernel[0] * kernel[1]
-        kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *kernel)
-        operator = problem.layer.linear(key.transpose(0, 1), kernels)  # of each input map by itself
+        kernels = torch.eye(taps, dtype=weight.dtype, device=weight.device).reshape(taps, 1, *layer.kernel_size)
+        for capture, target in problem.regions:
+            operator = layer.linear(capture.key.transpose(0, 1), kernels)  # of each input map by itself
+            shift = layer.post_operation(capture).shift
+            shift = weight.new_zeros(()) if shift is None else shift.to(weight)
+            maps["operator"].append(operator.reshape(len(operator), *layer.kernel_size, *operator.shape[2:]))
+            maps["base"].append(layer.linear(capture.key, weight)[0])
+            maps["target"].append(target[0])
+            maps["value"].append(layer.value(capture, weight)[0])
+            maps["shift"].append(shift.expand(target.shape)[0])
+        if problem.more:  # pixels side by side, whatever picture they are of
+            for name, parts in maps.items():
+                maps[name] = [torch.cat([part.flatten(-2)[..., None, :] for part in parts], -1)]
+        operator, base, target, value, shift = (parts[0] for parts in maps.values())
         fit = ops.fit_projected(
-            operator.reshape(len(operator), *kernel, *operator.shape[2:]),
-            problem.layer.linear(key, weight)[0],
-            problem.target[0],
-            value=problem.value(weight)[0],
-            shift=None if after.shift is None else after.shift.to(weight).expand(problem.target.shape)[0],
+            operator,
+            base,
+            target,
+            value=value,
+            shift=None if after.shift is None else shift,
             demodulation=None if after.style is None else (weight, after.style[0].to(weight), after.eps),
             slope=after.slope,
             gain=after.gain,
@@ -386,7 +450,7 @@ def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool,
         losses = [_check_loss(loss) for loss in fit.losses]
         directions = options.get("directions")
         change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
-        final_loss = problem.distance(problem.value(weight + change)).item()
+        final_loss = problem.distance(weight + change).item()
     return Solution(fit.coefficients, losses, solver, final_loss, {"fused": len(weight)}, steps)
 
 
@@ -401,7 +465,7 @@ def _descend(problem, steps, lr, progress, label, project, project_gradient) -> 
     losses = []
     with torch.enable_grad():
         for step in _steps(steps, progress, label):
-            loss = problem.distance(problem.value(weight))
+            loss = problem.distance(weight)
             optimiser.zero_grad()
             loss.backward()
             if project_gradient is not None:
@@ -412,5 +476,5 @@ def _descend(problem, steps, lr, progress, label, project, project_gradient) -> 
                 with torch.no_grad():
                     project(step, weight)
     with torch.no_grad():
-        final_loss = problem.distance(problem.value(weight)).item()
+        final_loss = problem.distance(weight).item()
     return weight.detach(), losses, final_loss

@@ -28,7 +28,7 @@ SCHEMA = {
     "schema": int, "timestamp": str, "machine": str, "cpu": str, "cores": int, "isa": (str, type(None)),
     "threads": int, "load": float, "python": str, "torch": str, "rewrite_core": str,
     "commit": (str, type(None)), "op": str, "case": str, "group": str, "quick": bool, "backend": str, "shapes": dict,
-    "dtype": str, "details": dict, "tests": str,
+    "dtype": str, "details": dict, "stages": dict, "tests": str,
     "operations": (int, float), "bytes": (int, float), "gbytes_per_second": float, "error_kind": str,
     "tolerance": float, "best_stock": str, "ratio": float, "contenders": dict, "yardstick": (dict, type(None)),
 }  # fmt: skip
@@ -45,6 +45,9 @@ def test_quick_run(tmp_path, capsys):
     output = capsys.readouterr().out
     records = lines_of(tmp_path / "results")
     assert [record["op"] for record in records] == [op for name, op in OPS.items() for _ in range(CASES[name])]
+    (click,) = (record for record in records if record["case"].startswith("click"))
+    assert {"generator", "check", "directions", "goal", "fit", "apply"} == set(click["stages"])
+    assert re.search(r"of ours: .*fit [\d.]+ m?s \(\d+%\)", output)
     for record in records:
         assert set(record) == set(SCHEMA)
         assert all(isinstance(record[key], kind) for key, kind in SCHEMA.items()), record

@@ -377,6 +377,23 @@ def test_options_that_were_not_given_are_the_librarys_defaults(tmp_path, capsys,
     assert seen["rewrite"] == {"alpha": False, "progress": False, "tight": False, "preserve": 0.5}
 
 
+def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
+    edit = rc.Edit(copy=rc.Selection(0, square()), paste=[rc.Selection(1, square()), rc.Selection(2, square())])
+    edit.save("e.json")
+    common = ("e.json", "--layer", "3", "--count", 20, "--quiet", *MINE)
+    for option in ((), ("--solver", "adam", "--steps", 3), ("--erase", 3)):
+        assert run(capsys, "edit", *common, "--out", "r.safetensors", *option)[0] == 0
+        assert rc.load_rewrite("r.safetensors").edit == edit
+    stages = re.findall(r"(\w+) \d+ ms \((\d+)%\)", run(capsys, "edit", *common, "--out", "r.safetensors")[1])
+    assert {"generator", "directions", "goal", "fit"} <= {stage for stage, _ in stages}
+    assert 95 <= sum(int(share) for _, share in stages) <= 105
+    assert run(capsys, "search", *common, "--selection", "paste", "--out", "found.png")[0] == 0
+    twice = rc.Edit(copy=edit.copy, paste=[edit.pastes[0], rc.Selection(1, np.roll(square(), 3, 0))])
+    twice.save("e.json")
+    code, _, err = run(capsys, "edit", *common, "--out", "r.safetensors")
+    assert code and err.count("\n") == 1 and "overlap" in err
+
+
 def test_warnings_are_one_line(tmp_path, capsys, user_generator):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
     code, _, err = run(capsys, "layers", "--generator", "mine:make", "--latent-size", 6)

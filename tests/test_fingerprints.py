@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import rewrite_core as rc
+from rewrite_core import binding
 from rewrite_core.binding import run_to
 from rewrite_core.families import ProgGAN, StyleGAN2
-from rewrite_core.fingerprints import Trace
+from rewrite_core.fingerprints import Trace, tensor_fingerprint
 
 
 def maps():
@@ -156,3 +157,19 @@ def test_buffers_of_other_layouts():
     assert prints[0] == prints[2] != prints[1]
     generator.a.register_buffer("conjugate", torch.tensor([1j]))
     assert layer.fingerprint(maps()) != prints[0]
+
+
+def test_a_weight_is_known_again_by_its_bits(monkeypatch):
+    layer = rc.bind(Branching(), "conv")
+    weight = layer.weight.detach().clone()
+    wanted, other = tensor_fingerprint(weight), tensor_fingerprint(weight + 1)
+    seen = []
+    monkeypatch.setattr(binding, "tensor_fingerprint", lambda data: seen.append(data) or tensor_fingerprint(data))
+    assert layer.weight_fingerprint(layer.weight) == layer.weight_fingerprint(weight) == wanted and len(seen) == 1
+    assert layer.weight_fingerprint(weight + 1) == other and len(seen) == 2
+    with torch.no_grad():
+        layer.weight.data[0, 0, 0, 0] += 1e-6  # a write that no version counter tells of
+    changed = layer.weight_fingerprint(layer.weight)
+    assert changed == tensor_fingerprint(layer.weight) != wanted
+    for view in (weight.double(), weight.flatten(), weight.mT, weight.bfloat16()):
+        assert layer.weight_fingerprint(view) == tensor_fingerprint(view)

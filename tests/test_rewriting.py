@@ -117,8 +117,8 @@ def test_lm_is_at_least_as_good_as_adam_on_stylegan2(kind):
     adam = solve_adam(styled.problem, steps=2001)
     assert lm.solver == "lm" and lm.final_loss <= 1.01 * adam.final_loss
     # what the solver says is what the layer then does
-    value = styled.problem.value(styled.problem.weight + combine(lm.coefficients, styled.data["directions"]))
-    assert styled.problem.distance(value).item() == pytest.approx(lm.final_loss, rel=1e-4)
+    weight = styled.problem.weight + combine(lm.coefficients, styled.data["directions"])
+    assert styled.problem.distance(weight).item() == pytest.approx(lm.final_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 3}, {"tight": False}, {"alpha": False}])
@@ -151,7 +151,7 @@ def test_the_change_has_rank_r_and_rows_in_the_span(moment, layer, edit, latents
 
 def test_weights_become_what_the_solver_predicted(moment, layer, edit, latents):
     change = rc.rewrite(layer, moment, edit, latents, tight=False)
-    goal = rc.rewriting.paste_goal(layer, edit, latents, tight=False)
+    (goal,) = rc.rewriting.paste_goals(layer, edit, latents, tight=False)
     with change:
         value = layer.values(latents[edit.paste.index][None])
     assert (value - goal.target).abs().mean().item() == pytest.approx(change.final_loss, rel=1e-5)
@@ -160,14 +160,14 @@ def test_weights_become_what_the_solver_predicted(moment, layer, edit, latents):
 def test_closed_form_is_the_least_squares_optimum(moment, layer, edit, latents):
     change = rc.rewrite(layer, moment, edit, latents, loss="l2", rank=2)
     assert change.solver == "closed_form"
-    goal = rc.rewriting.paste_goal(layer, edit, latents)
+    (goal,) = rc.rewriting.paste_goals(layer, edit, latents)
     problem = Problem(layer, goal.capture, goal.target, change.directions, "l2")
     coefficients = change.coefficients.clone().requires_grad_(True)
     with torch.enable_grad():
-        problem.distance(problem.value(layer.weight + combine(coefficients, change.directions))).backward()
+        problem.distance(layer.weight + combine(coefficients, change.directions)).backward()
     zero = torch.zeros_like(coefficients).requires_grad_(True)
     with torch.enable_grad():
-        problem.distance(problem.value(layer.weight + combine(zero, change.directions))).backward()
+        problem.distance(layer.weight + combine(zero, change.directions)).backward()
     assert coefficients.grad.abs().max() < 1e-4 * zero.grad.abs().max()
 
 
@@ -339,11 +339,11 @@ def test_layers_that_cannot_be_cropped_say_so(conv, side, top):
 def test_crops_are_the_map_with_zeros_around_them(conv, side, box, key):
     layer, moment, z = _one_layer(conv, side)
     edit = _square_edit(layer, z, 3)
-    goal = rc.rewriting.paste_goal(layer, edit, z)
+    (goal,) = rc.rewriting.paste_goals(layer, edit, z)
     assert goal.box == box and goal.capture.key.shape[2:] == key
     for part in (goal.target, goal.capture.key):  # no view of a whole map
         assert part.untyped_storage().nbytes() == part.numel() * 4
-    whole = rc.rewriting.paste_goal(layer, edit, z, tight=False).target
+    whole = rc.rewriting.paste_goals(layer, edit, z, tight=False)[0].target
     assert torch.allclose(goal.target, whole[:, :, box[0] : box[2], box[1] : box[3]], atol=1e-6)
     assert rc.rewrite(layer, moment, edit, z).box == box
 

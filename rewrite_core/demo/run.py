@@ -19,7 +19,7 @@ from ..files import atomic_write, writable_path
 from ..latents import sample_latents
 from ..moments import SecondMoment, collect_second_moment
 from ..pictures import paint, to_unit
-from ..rewriting import Rewrite, paste_goal, rewrite
+from ..rewriting import Rewrite, paste_goals, rewrite
 from ..version import __version__, cpu_name
 from . import chapels, load_edit
 from .rules import RULES, Rule, Score, score
@@ -60,7 +60,7 @@ def _sheet(
     def show(index: int) -> Tensor:
         return paint(layer.generator, latents[index : index + 1])[0]
 
-    goal = paste_goal(layer, edit, latents, tight=False)
+    goal, = paste_goals(layer, edit, latents, tight=False)
     preview = to_unit(layer.render(latents[edit.paste.index][None], goal.target))[0]
     top = [
         (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),

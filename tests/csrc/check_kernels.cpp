@@ -259,6 +259,7 @@ struct FitCase {
   int64_t edits, channels, unknowns, pixels;
   double slope;
   bool absolute, demodulated, penalised, weighted, broadcast_shift;
+  int64_t styles = 1;
 };
 
 template <class Real>
@@ -274,14 +275,18 @@ void check_fit(const FitCase& given, Isa isa) {
   const std::vector<Real> basis = random(edits * unknowns * pixels), base = random(edits * channels * pixels);
   const std::vector<Real> target = random(edits * channels * pixels);
   const std::vector<Real> shift = random(given.broadcast_shift ? channels : edits * channels * pixels);
-  std::vector<double> constant(edits * channels), linear = normals(edits * channels * unknowns, 0.01);
+  const int64_t styles = given.styles;
+  std::vector<double> constant(edits * styles * channels), linear = normals(edits * styles * channels * unknowns, 0.01);
   for (double& value : constant) value = 1 + std::abs(normal());
-  const std::vector<double> quadratic = positive_definite(edits, unknowns);
+  const std::vector<double> quadratic = positive_definite(edits * styles, unknowns);
   const std::vector<double> penalty = positive_definite(edits, unknowns);
   std::vector<double> scale(edits * channels, 0.1), weights(edits * pixels, 1);
   for (int64_t i = 0; given.weighted && i < edits * pixels; ++i) {
     weights[i] = i % 3 ? 0.5 + static_cast<double>(i % 5) : 0;
   }
+
+  std::vector<int64_t> segments(edits * pixels);
+  for (int64_t i = 0; i < edits * pixels; ++i) segments[i] = i * i % styles;
 
   FitProblem problem{};
   problem.basis = basis.data();
@@ -301,6 +306,8 @@ void check_fit(const FitCase& given, Isa isa) {
     problem.penalty_scale = scale.data();
   }
   if (given.weighted) problem.pixel_weights = weights.data();
+  if (styles > 1) problem.segments = segments.data();
+  problem.styles = styles;
   problem.edits = edits;
   problem.channels = channels;
   problem.unknowns = unknowns;
@@ -336,12 +343,13 @@ void check_fit(const FitCase& given, Isa isa) {
 
   // What rewrite_core/ops/fit_low_rank.py documents, read back as plain loops.
   const auto objective = [&](int64_t b, int64_t o, const std::vector<double>& x) {
-    double norm = 1;
-    if (given.demodulated) {
-      norm = constant[b * channels + o];
+    std::vector<double> norms(styles, 1);
+    for (int64_t style = 0; given.demodulated && style < styles; ++style) {
+      const int64_t own = b * styles + style;
+      double& norm = norms[style] = constant[own * channels + o];
       for (int64_t i = 0; i < unknowns; ++i) {
-        norm += 2 * linear[(b * channels + o) * unknowns + i] * x[i];
-        for (int64_t j = 0; j < unknowns; ++j) norm += x[i] * quadratic[(b * unknowns + i) * unknowns + j] * x[j];
+        norm += 2 * linear[(own * channels + o) * unknowns + i] * x[i];
+        for (int64_t j = 0; j < unknowns; ++j) norm += x[i] * quadratic[(own * unknowns + i) * unknowns + j] * x[j];
       }
     }
     double sum = 0, total = 0;
@@ -349,7 +357,7 @@ void check_fit(const FitCase& given, Isa isa) {
       double value = base[(b * channels + o) * pixels + p];
       for (int64_t i = 0; i < unknowns; ++i) value += x[i] * basis[(b * unknowns + i) * pixels + p];
       const int64_t* const strides = problem.shift_strides;
-      value = value / std::sqrt(norm) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
+      value = value / std::sqrt(norms[segments[b * pixels + p]]) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
       value = 1.5 * (value > 0 ? value : given.slope * value) - target[(b * channels + o) * pixels + p];
       sum += weights[b * pixels + p] * (given.absolute ? std::abs(value) : value * value);
       total += weights[b * pixels + p];
@@ -397,6 +405,9 @@ void check_fits(bool smallest, Isa isa) {
       {"least squares, penalised", 3, 17, 13, 101, 1.0, false, false, true, false, false},
       {"rank 2, all at once", 5, 40, 18, 100, 0.2, true, true, true, true, false},
       {"squares, leaky, few pixels", 3, 9, 27, 11, 0.2, false, true, false, true, true},
+      {"two styles", 1, 3, 3, 17, 0.2, true, true, false, false, true, 2},
+      {"three styles, few pixels", 2, 3, 40, 14, 0.2, true, true, false, true, false, 3},
+      {"three styles, penalised", 2, 5, 13, 150, 0.2, false, true, true, true, false, 3},
   };
   for (const FitCase& one : cases) {
     if (smallest && one.edits * one.channels * one.unknowns * one.pixels > 500) continue;
