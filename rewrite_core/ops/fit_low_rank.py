@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select
+from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import NonFiniteError, RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -44,7 +44,9 @@ STATUS = {
     SHIFTED: "shifted",  # exact solution of a rank-deficient problem, with the smallest diagonal shift
 }
 
-# Shared with csrc/fit_low_rank_isa.cpp.
+MOST_UNKNOWNS = 1024  # of "triton", whose programs each keep two square matrices of that size: rank 64 takes 576 at 3x3
+
+# Shared with csrc/fit_low_rank_isa.cpp and kernels/fit_low_rank.py.
 DAMPING_START = 1e-2  # relative to the mean curvature
 DAMPING_MIN = 1e-6
 DAMPING_STALL = 1e6  # a rejected step this short: stationary
@@ -582,7 +584,29 @@ def _cpp_supports(basis: Tensor, *args: object) -> str | None:
     return extension_reason()
 
 
+def _triton(problem: Problem) -> Outputs:
+    from ..kernels.fit_low_rank import fit_low_rank as run
+
+    return run(problem)
+
+
+def _triton_supports(basis: Tensor, *args: object) -> str | None:
+    reason = triton_reason()
+    if reason is None and basis.device.type != "cuda" and not triton_interpreted():
+        reason = f"it reads CUDA tensors, and the basis is on {basis.device}"
+    if reason is None and basis.shape[1] > MOST_UNKNOWNS:
+        reason = f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[1]}: use a lower rank"
+    return reason
+
+
+def _triton_declines(basis: Tensor, *args: object) -> str | None:
+    if basis.device.type != "cuda":
+        return "Triton's interpreter is for finding mistakes, not for speed"
+    return None
+
+
 BACKENDS = (
+    Backend("fit_low_rank", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
     Backend("fit_low_rank", "cpp", f"{__name__}:_cpp", _cpp_supports),
     Backend("fit_low_rank", "reference", f"{__name__}:_reference"),
 )
