@@ -921,14 +921,13 @@ def scratch_size(unknowns: int, pixels: int, order: int, config: Config) -> int:
 
 
 def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
-    """What the channels of an edit share. Where it is not as it must be, NaN: the channels then say so."""
+    """What the channels of an edit share."""
     basis, wide = problem.basis, {"dtype": torch.float64, "device": problem.basis.device}
     edits, unknowns, pixels = basis.shape
     if problem.pixel_weights is None:
         weights = torch.full((1, pixels), 1 / pixels, **wide)
     else:
         weights = problem.pixel_weights
-        weights = torch.where(weights >= 0, weights, torch.nan)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     size = torch.empty(edits, unknowns, **wide)
     order = pixels if over_pixels else unknowns
@@ -954,7 +953,7 @@ def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
         "products": products,
         "quadratic": None if problem.quadratic is None else problem.quadratic / square,
         "penalty": None if problem.penalty is None else problem.penalty / square,
-        "penalty_scale": None if scale is None else torch.where(scale >= 0, scale, torch.nan).contiguous(),
+        "penalty_scale": None if scale is None else scale.contiguous(),
     }
 
 

@@ -177,9 +177,9 @@ def paste_goal(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tru
         raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
     capture, source = _capture_one(layer, edit.paste, latents), _capture_one(layer, edit.copy, latents)
     size = _value_size(layer, capture.key)
-    area, axes = edit.copy.area(size).to(capture.key), len(size)
+    area, axes = edit.copy.area(size), len(size)
     copy_box, paste_box = bounding_box(area), bounding_box(edit.paste.area(size))
-    patch, area = _value(layer, source, size, copy_box), area[window(copy_box)[2:]]
+    patch, area = _value(layer, source, size, copy_box), area[window(copy_box)[2:]].to(capture.key)
     place = []
     for axis, extent in enumerate(patch.shape[2:]):
         centre = (paste_box[axis] + paste_box[axis + axes]) // 2

@@ -3,7 +3,7 @@
 Lambda enters the layer's output through the basis maps u only, and what follows the convolution acts per
 channel, so the fit splits into O independent problems of J = R kh kw unknowns each.
 
-The algorithm ("lm"), the same in ``_reference`` and csrc/fit_low_rank*.cpp, name for name:
+The algorithm ("lm"), the same in ``_reference``, csrc/fit_low_rank*.cpp and kernels/fit_low_rank.py, name for name:
 
 - Unknowns are scaled so that every basis row has unit root mean square over the weighted pixels.
 - Levenberg-Marquardt with one damping per channel: a step that does not lower the objective is not taken.
@@ -141,15 +141,17 @@ def fit_low_rank(
     loss           "l1": rho = |r|; "l2": rho = r^2
     max_iterations steps per channel. It also sets the pace of the continuation: more steps, lower minima
     tolerance      stop when a step lowers the objective by less than this share of it
-    backend        "auto", "cpp" or "reference" (see ``rc.explain()``)
+    backend        "auto", "triton", "cpp" or "reference" (see ``rc.explain()``)
 
     All may lack B (then basis is [J, P], base [O, P], constant [O], ...); so does the result. basis, base,
     target and shift: one dtype, float32 or float64, one device; the others any floating dtype. Arithmetic is
-    float64. "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
+    float64. "cpp" gives the same bits for any number of threads, "triton" from run to run (on GPUs of one kind with one
+    cache of measured configurations, ``$XDG_CACHE_HOME/rewrite_core``). Not differentiable: gradients stop here.
 
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
     Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
-    an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity.
+    an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity. Tensors on a GPU are not looked into, as
+    that would wait for it: NaN, infinity and wrong signs then make the status of the channels concerned "nonfinite".
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
     problem = _check(
@@ -208,6 +210,7 @@ def _check(
     if not unknowns or not pixels:
         raise RewriteCoreError(f"basis is {list(basis.shape)}: it needs at least one row and one pixel.")
     sizes = {"B": edits, "O": channels, "J": unknowns, "P": pixels}
+    here = base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
 
     def take(name: str, data: Tensor | None, axes: str, dtype: torch.dtype) -> Tensor | None:
         if data is None:
@@ -232,7 +235,7 @@ def _check(
                 f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, "
                 f"not {list(data.shape)}."
             )
-        if not data.isfinite().all():
+        if here and not data.isfinite().all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinity: check the generator's activations and weights."
             )
@@ -247,7 +250,7 @@ def _check(
     constant = take("demodulation's constant", constant, "BO", wide)
     linear = take("demodulation's linear", linear, "BOJ", wide)
     quadratic = take("demodulation's quadratic", quadratic, "BJJ", wide)
-    if constant is not None and not (constant > 0).all():
+    if here and constant is not None and not (constant > 0).all():
         raise RewriteCoreError("demodulation's constant must be positive: it is a squared norm plus epsilon.")
     weights = take("pixel_weights", pixel_weights, "BP", wide)
     penalty = take("penalty", penalty, "BJJ", wide)
@@ -255,8 +258,10 @@ def _check(
     if penalty is not None and scale is None:
         scale = base.new_ones((edits, channels), dtype=wide)
     for name, data in (("pixel_weights", weights), ("penalty_scale", scale)):
-        if data is not None and (data < 0).any():
+        if here and data is not None and (data < 0).any():
             raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
+    if not here:  # what is refused above comes out as "nonfinite"
+        weights, scale = (None if a is None else torch.where(a >= 0, a, torch.nan) for a in (weights, scale))
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
     return Problem(
         basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights,
