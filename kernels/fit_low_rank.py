@@ -946,8 +946,11 @@ def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
         else:
             torch.bmm(problem.gain**2 * weight * rows, rows.mT, out=products[part])
     square = size[:, :, None] * size[:, None, :]
-    scale = problem.penalty_scale
+    constant, scale = problem.constant, problem.penalty_scale
+    if constant is not None:  # without a change the quadratic form does not count, unless it is not finite
+        constant = constant + 0.0 * problem.quadratic.sum((1, 2))[:, None]
     return {
+        "constant": constant,
         "weights": weights.contiguous(),
         "inverse_size": 1 / size,
         "products": products,
@@ -971,9 +974,9 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
     order = pixels if over_pixels else unknowns
     device = problem.base.device
     basis, base, target = (part.contiguous() for part in (problem.basis, problem.base, problem.target))
-    constant, linear = (None if part is None else part.contiguous() for part in (problem.constant, problem.linear))
+    linear = None if problem.linear is None else problem.linear.contiguous()
     shift = (0, 0, 0) if problem.shift is None else problem.shift.stride()
-    convex = problem.slope == 1.0 and constant is None
+    convex = problem.slope == 1.0 and linear is None
     slow_rate = SMOOTHING_RATE if convex else SMOOTHING_SLOW ** (1 / (SLOW_SHARE * problem.max_iterations))
 
     def launch(config: Config, steps: int) -> None:
@@ -994,10 +997,10 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
             )  # fmt: skip
             return
         fit_kernel[(programs,)](
-            basis, base, target, problem.shift, constant, linear, shared["quadratic"], shared["weights"],
+            basis, base, target, problem.shift, shared["constant"], linear, shared["quadratic"], shared["weights"],
             shared["penalty"], shared["penalty_scale"], inverse_size, shared["products"], scratch, *outputs, *sizes,
             problem.slope, problem.gain, problem.tolerance, slow_rate, steps, stride,
-            ABSOLUTE=problem.loss == "l1", ROUNDED=problem.slope != 1.0, DEMODULATED=constant is not None,
+            ABSOLUTE=problem.loss == "l1", ROUNDED=problem.slope != 1.0, DEMODULATED=linear is not None,
             OVER_PIXELS=over_pixels, **common,
         )  # fmt: skip
 

@@ -275,7 +275,7 @@ class Config:
     stages: int
 
 
-CANDIDATES = (Config(8, 64, 128, 8, 1), Config(4, 64, 128, 8, 1), Config(16, 64, 128, 8, 1), Config(8, 32, 128, 4, 1))
+CANDIDATES = (Config(8, 32, 128, 8, 1), Config(4, 32, 128, 8, 1), Config(8, 16, 128, 8, 1), Config(8, 16, 128, 4, 1))
 MEASURED_STEPS = 12  # of a descent that chooses among configurations
 PRECISION = "tf32x3"
 
