@@ -1,6 +1,6 @@
 """What ``make gpu-check`` runs on a machine with an NVIDIA GPU: the tests that need one, compute-sanitizer where it is
-installed, then the second moment against stock PyTorch over a grid of shapes, beside floors from what this GPU was just
-measured to do. Lines are appended to ``benchmarks/results/<gpu>.jsonl``. Needs no network.
+installed, an edit's kernels against stock PyTorch (gpu_edit.py), then the second moment over a grid of shapes, beside
+floors from what this GPU was just measured to do. Lines are appended to ``benchmarks/results/<gpu>.jsonl``. Needs no network.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 import rewrite_core
 from rewrite_core.ops import second_moment
 
+from . import gpu_edit
 from .harness import Case, Checked, Contender, Problem, Race, Refused, measurement
 from .report import Report, checkout
 
@@ -31,7 +32,9 @@ SIDES = (4, 8, 16, 32, 64, 128, 256)
 BATCH = 8
 MOST = 1 << 28  # numbers in a batch; of larger maps there are fewer than BATCH, so that small GPUs can hold them
 MINUTES = 8.0
+EDITS = 0.4  # share of the time for timing that an edit's kernels may take
 SANITISED = "test_gpu_small"  # the tests that compute-sanitizer watches
+TESTED = ("test_second_moment.py", "test_fit_low_rank.py", "test_fit_projected.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,8 @@ def run_tests(folder: Path, words: Sequence[str], before: Sequence[str] = (), ti
     variables = {key: value for key, value in os.environ.items() if key not in ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS")}
     variables["PYTHONPATH"] = str(Path(rewrite_core.__file__).resolve().parent.parent)
     command = [*before, sys.executable, "-P"] if sys.version_info >= (3, 11) else [*before, sys.executable]
-    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder / "tests/test_second_moment.py"), *words]
+    files = [str(folder / "tests" / name) for name in TESTED if (folder / "tests" / name).exists()]
+    command += ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *words]
     try:
         done = subprocess.run(
             command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False, timeout=timeout
@@ -287,8 +291,10 @@ def main(words: Sequence[str] | None = None) -> int:
     sheet = GPUReport(given.out or folder / "benchmarks" / "results", gpu)
     sheet.start()
     kinds = {f"gpu {kind.name}": kind for kind in KINDS}
-    todo = cases(floors)
+    todo, left = cases(floors), []
     try:
+        now = time.monotonic()
+        left = gpu_edit.run(sheet, GPURace, now + EDITS * (60 * (given.minutes - 1) - (now - started)))
         while todo and time.monotonic() - started < 60 * (given.minutes - 1):
             case = todo.pop(0)
             checked = check(case, kinds[case.group], "triton", "passed")
@@ -304,6 +310,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     finally:
         sheet.finish()
+    todo = left + todo
     if todo:
         print(f"{len(todo)} cases were left out for want of time (--minutes): {todo[0].name} and what follows it.")
     return 0
