@@ -981,7 +981,7 @@ for loss in ("l1", "l2"):  # every mode; tiles and blocks that are not whole
         for demodulated in (True, False):
             problem = t.random_problem(2, 2, (6, 8), demodulated, slope)
             agree(problem, loss=loss, channels=1, max_iterations=3)
-            agree({**problem, **penalty, "pixel_weights": weights}, loss=loss, max_iterations=2)
+            agree({**problem, **penalty, "pixel_weights": weights}, channels=1, loss=loss, max_iterations=2)
     agree(t.random_problem(6, 3, (4, 4)), loss=loss, max_iterations=3)  # over pixels, one block of them
     agree(t.random_problem(7, 4, (5, 5), demodulated=False), channels=1, loss=loss, max_iterations=3)  # and two
     agree(t.random_problem(8, 1, (13, 12)), channels=1, loss=loss, max_iterations=3)  # two tiles
@@ -989,9 +989,8 @@ for loss in ("l1", "l2"):  # every mode; tiles and blocks that are not whole
     agree({name: t.random_problem(5, 1, (1, 1), False)[name] for name in ("basis", "base", "target")}, loss=loss, gain=2.0)
 agree(t.linear_problem(unknowns=70, pixels=90), loss="l2")
 for config in kernels.CANDIDATES:
-    for rank, size in ((1, (3, 5)), (2, (4, 3)), (3, (6, 6))):
-        problem = t.random_problem(12, rank, size)
-        agree(problem, channels=1, config=config, max_iterations=2)
+    for rank, size in ((2, (4, 3)), (3, (6, 6))):
+        agree(t.random_problem(12, rank, size), channels=1, config=config, max_iterations=2)
     agree(t.linear_problem(unknowns=20, pixels=37), channels=1, config=config, loss="l2")
 # to the end: the same path
 for problem in (t.proggan_problem(1)[0], t.cast(t.random_problem(4, 1, (6, 6)), torch.float32), t.runaway_problem()):
@@ -1003,9 +1002,9 @@ both = [t.agree(kernels.fit_low_rank, batch, pixel_weights=weights, max_iteratio
 kernels.SCRATCH = 1 << 27
 assert all(torch.equal(one, other) for one, other in zip(both[0][:5], both[1][:5]))
 # hostile: see test_hostile_float32_input for what each is
-for kind in t.HOSTILE:
-    for size in (1e-8, 1e8):
-        demodulated = size > 1
+for number, kind in enumerate(t.HOSTILE):
+    for size in (1e-8, 1e8)[number % 2 :][:1]:
+        demodulated = kind != "one huge row"
         problem = t.cast(t.hostile_problem(kind, demodulated, size), torch.float32)
         problem = {name: part[4:] if name in ("base", "target", "shift") else part for name, part in problem.items()}
         if demodulated:
@@ -1095,8 +1094,10 @@ def triton_compile(kernel, capability, types, constants, warps, stages, fusion):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["over unknowns", "over pixels", "exact"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [(80, "over unknowns"), (90, "over unknowns"), (90, "over pixels"), (90, "exact"), (100, "over pixels")],
+)
 def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
     """For GPUs this machine lacks, from source to machine code, in the fullest modes.
 
