@@ -228,7 +228,7 @@ class GPUReport(Report):
         self.path = out / f"{self.stem}.jsonl"
 
 
-def run_tests(folder: Path, words: Sequence[str], before: Sequence[str] = (), timeout: float = 240) -> str | None:
+def run_tests(folder: Path, words: Sequence[str], before: Sequence[str] = (), timeout: float = 300) -> str | None:
     """None where the marked tests pass, else one line that says what happened."""
     variables = {key: value for key, value in os.environ.items() if key not in ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS")}
     variables["PYTHONPATH"] = str(Path(rewrite_core.__file__).resolve().parent.parent)

@@ -900,7 +900,8 @@ class Config:
     resident: int
 
 
-# By the order of the linear systems. One warp needs no barriers between its lanes, more hide each other's waits; the
+# By the order of the linear systems. All of them use every register and spill some: what lives through the whole loop is
+# 25 pointers and as many numbers, and the addresses that the compiler computes ahead. One warp needs no barriers between its lanes, more hide each other's waits; the
 # first is used where nothing was measured.
 SMALL = (Config(16, 32, 128, 2, 8), Config(16, 16, 128, 1, 8), Config(16, 32, 128, 4, 4))
 LARGE = (Config(32, 32, 128, 4, 4), Config(32, 32, 256, 8, 2))
@@ -911,6 +912,13 @@ MEASURED_STEPS = 4  # of a fit that chooses among configurations
 
 def candidates(order: int) -> tuple[Config, ...]:
     return SMALL if order <= 16 else LARGE
+
+
+def plan(problem: Problem) -> tuple[bool, int]:
+    """Whether the linear systems are over pixels, and their order."""
+    _, unknowns, pixels = problem.basis.shape
+    over_pixels = not problem.exact and problem.penalty is None and pixels < unknowns
+    return over_pixels, pixels if over_pixels else unknowns
 
 
 def scratch_size(unknowns: int, pixels: int, order: int, config: Config) -> int:
@@ -970,8 +978,7 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
     channels = problem.base.shape[1]
     if not edits or not channels:
         return outputs
-    over_pixels = not problem.exact and problem.penalty is None and pixels < unknowns
-    order = pixels if over_pixels else unknowns
+    over_pixels, order = plan(problem)
     device = problem.base.device
     basis, base, target = (part.contiguous() for part in (problem.basis, problem.base, problem.target))
     linear = None if problem.linear is None else problem.linear.contiguous()
