@@ -23,13 +23,7 @@ ieee   float32 multiply-adds, without tensor cores
 from __future__ import annotations
 
 import functools
-import json
-import os
-import re
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -37,12 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
-from ..errors import RewriteCoreError
+from .tuning import choose, multiprocessors_of
 
 MODES = ("tf32", "x3", "ieee")
 REDUCED = 64  # entries of a tile per program of the second kernel
 TOGETHER = 64  # partial sums that it adds in one go
-INTERPRETED_MULTIPROCESSORS = 7  # what the interpreter stands for: slices of different lengths, and few of them
 
 
 @triton.jit
@@ -347,56 +340,6 @@ def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -
     return partials, block, mode == "x3" and tiles == 1
 
 
-def cache_folder(device_name: str) -> Path:
-    """Where measured configurations for GPUs of this name are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return base / "rewrite_core" / "second_moment" / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") or "gpu")
-
-
-def stored(path: Path, choices: tuple[Config, ...]) -> Config | None:
-    """The configuration in a file, if it holds one of `choices`; anything else there counts as nothing."""
-    try:
-        config = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return config if config in choices else None
-
-
-def measured(path: Path, choices: tuple[Config, ...], time: Callable[[Config], float]) -> Config:
-    """The configuration in a file, or the fastest of `choices`, which is then put there.
-
-    Of processes that measure at the same time the first to write wins, for all of them, and where nothing can be
-    written nothing is measured: results have the same bits from run to run only under the same configuration.
-    """
-    config = stored(path, choices)
-    if config is not None or len(choices) == 1:
-        return config or choices[0]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent)
-    except OSError:
-        return choices[0]
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(min(choices, key=time)), file)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            if stored(path, choices) is None:  # what lies there is of no use
-                os.replace(partial, path)
-        except OSError:  # no hard links here
-            os.replace(partial, path)
-    except OSError:
-        return choices[0]
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return stored(path, choices) or choices[0]
-
-
-_chosen: dict[tuple[int | None, str], Config] = {}  # what is on the disk, so that it is read once
-
-
 def configuration(features: Tensor, mode: str) -> Config:
     """The configuration for such features on their GPU: measured once per kind of GPU and class of shapes."""
     channels = features.shape[1]
@@ -410,29 +353,12 @@ def configuration(features: Tensor, mode: str) -> Config:
     size = min(max((layout.samples * layout.pixels).bit_length(), 10), 20) // 2  # four times as many keys: a new class
     name = (
         f"{str(features.dtype).removeprefix('torch.')}-{mode}-{kind}-"
-        f"{min(triton.next_power_of_2(channels), 4096)}x{4**size}.json"
+        f"{min(triton.next_power_of_2(channels), 4096)}x{4**size}"
     )
-    key = (features.device.index, name)
-    if key in _chosen:
-        return _chosen[key]
-    path = cache_folder(properties.name) / name
-    if torch.cuda.is_current_stream_capturing():
-        raise RewriteCoreError(
-            f"second_moment has not yet run on {features.dtype} features of such a size and layout in this process, and what "
-            "its first call compiles and measures cannot go into a CUDA graph: call it once before the capture."
-        )
-
-    def time(config: Config) -> float:
-        def run() -> None:
-            _launch(features, mode, config, properties.multi_processor_count)
-
-        try:
-            return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-
-    _chosen[key] = measured(path, choices, time)
-    return _chosen[key]
+    return choose(
+        features.device, "second_moment", name, choices,
+        lambda config: _launch(features, mode, config, properties.multi_processor_count),
+    )  # fmt: skip
 
 
 def second_moment(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
@@ -444,12 +370,9 @@ def second_moment(features: Tensor, out: Tensor, precision: str, config: Config 
         out.copy_(out.tril() + out.tril(-1).T)
         return
     mode = precision if features.dtype == torch.float32 else "half"
-    multiprocessors = INTERPRETED_MULTIPROCESSORS
-    if features.device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(features.device).multi_processor_count
     with torch.cuda.device_of(features):  # Triton launches on the current device
         config = config or configuration(features, mode)
-        partials, block, symmetrise = _launch(features, mode, config, multiprocessors)
+        partials, block, symmetrise = _launch(features, mode, config, multiprocessors_of(features.device))
         slices, tiles = partials.shape[:2]
         # a program of the interpreter takes the same time whatever its size
         entries = block * block // 2 if triton_interpreted() else REDUCED

@@ -220,10 +220,11 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tr
         if patch is None:
             source = _capture_one(layer, edit.copy, latents)
             size = _value_size(layer, capture.key)
-            area, axes = edit.copy.area(size).to(capture.key), len(size)
+            area, axes = edit.copy.area(size), len(size)
             copy_box = bounding_box(area)
             patch = _value(layer, source, size, copy_box)
             area = area[window(copy_box)[2:]] if alpha else torch.ones_like(area[window(copy_box)[2:]])
+            cover = area.to(capture.key)  # the area itself stays where looking at it waits for no GPU
         boxes = []
         for paste in pastes:
             around, place = bounding_box(paste.area(size)), []
@@ -238,7 +239,7 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tr
         for cropped, fitted in crops:
             target, region = _value(layer, capture, size, fitted), fitted or (*[0] * axes, *size)
             for box in boxes:
-                _composite(target, region, box, patch, area)
+                _composite(target, region, box, patch, cover)
             goals.append(Goal(cropped, target, fitted))
     return goals
 

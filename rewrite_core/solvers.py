@@ -260,22 +260,30 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
     fit = ops.fit_low_rank(
         **arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend
     )
+    # All that is read comes over at once: on a GPU this is the only wait of the fit.
+    rows = [fit.initial_loss, fit.loss, fit.iterations, *(fit.status == code for code in STATUS)]
+    read = torch.stack([row.reshape(len(problems), -1).double().sum(1) for row in rows], 1)
+    whole = torch.ones_like(read[:, :1])
+    parts = [fit.coefficients]
+    if fit.loss.device.type != "cpu":  # where fit_low_rank does not look into what it is given
+        parts += [arguments[name] for name in ("basis", "base", "target", "shift")]
+    for part in parts:
+        whole = whole * part.reshape(len(problems), -1).isfinite().all(1, keepdim=True)
     solutions = []
-    for number, problem in enumerate(problems):
-        i = slice(number * groups, (number + 1) * groups)
-        coefficients = fit.coefficients[i].reshape(problem.coefficient_shape)
-        if not torch.isfinite(coefficients).all():
+    for number, (problem, (initial, final, iterations, *counts, finite)) in enumerate(
+        zip(problems, torch.cat([read, whole], 1).tolist())
+    ):
+        if not finite:
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
-        final = fit.loss[i].double().mean().item()
-        codes, counts = fit.status[i].unique(return_counts=True)
+        i, channels = slice(number * groups, (number + 1) * groups), problem.coefficient_shape[0]
         solutions.append(
             Solution(
-                coefficients=coefficients,
-                losses=[fit.initial_loss[i].double().mean().item(), final],
+                coefficients=fit.coefficients[i].reshape(problem.coefficient_shape),
+                losses=[initial / channels, final / channels],
                 solver=fit.solver,
-                final_loss=final,
-                status={STATUS[code]: count for code, count in zip(codes.tolist(), counts.tolist())},
-                iterations=int(fit.iterations[i].sum()),
+                final_loss=final / channels,
+                status={STATUS[code]: int(count) for code, count in zip(STATUS, counts) if count},
+                iterations=int(iterations),
             )
         )
     return solutions
@@ -349,8 +357,8 @@ def solve_projected(
     replaced by its original part orthogonal to D plus its own projection on D.
 
     Fused (ops.fit_projected) where a kernel can take the problem and what follows the layer is known per channel; else
-    through autograd, which makes the same steps but for rounding. The status says which. `backend`: "cpp" insists on
-    the one, "reference" on the other.
+    through autograd, which makes the same steps but for rounding. The status says which. `backend`: "triton" and
+    "cpp" insist on the one, "reference" on the other.
     """
     _refuse_preserve(problem, "projected")
     if project_every < 1:
@@ -359,7 +367,7 @@ def solve_projected(
     directions = problem.directions.to(original.dtype)
     if _fuses(problem, backend):
         return _fused(
-            problem, "projected", steps, lr, progress,
+            problem, "projected", steps, lr, progress, backend,
             directions=directions, project_every=project_every, project_gradient=project_gradient,
         )  # fmt: skip
     orthogonal = original - _project(original, directions)
@@ -383,7 +391,7 @@ def solve_unconstrained(
     as :func:`solve_projected`."""
     _refuse_preserve(problem, "unconstrained")
     if _fuses(problem, backend):
-        return _fused(problem, "unconstrained", steps, lr, progress)
+        return _fused(problem, "unconstrained", steps, lr, progress, backend)
     weight, losses, final_loss = _descend(problem, steps, lr, progress, "unconstrained", None, None)
     return Solution(weight - problem.weight, losses, "unconstrained", final_loss, {"autograd": len(weight)}, steps)
 
@@ -412,7 +420,9 @@ def _fuses(problem: Problem, backend: str) -> bool:
     return chosen != "reference" and not reason
 
 
-def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool, **options) -> Solution:
+def _fused(
+    problem: Problem, solver: str, steps: int, lr: float, progress: bool, backend: str, **options
+) -> Solution:
     _check_steps(steps)
     layer, weight = problem.layer, problem.weight
     after, taps = layer.post_operation(problem.capture), math.prod(layer.kernel_size)
@@ -444,10 +454,11 @@ def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool,
             loss=problem.loss,
             steps=steps,
             lr=lr,
+            backend=backend,
             progress=(lambda ranges, count: tqdm(ranges, total=count, desc=solver, unit="part", disable=None)) if progress else None,
             **options,
         )
-        losses = [_check_loss(loss) for loss in fit.losses]
+        losses = [_check_loss(loss) for loss in fit.losses.cpu()]
         directions = options.get("directions")
         change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
         final_loss = problem.distance(weight + change).item()

@@ -4,6 +4,10 @@ import importlib
 import io
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from rewrite_core.backends import backends_of, extension
+from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 
 # the module; rewrite_core.ops.fit_low_rank is the function of the same name
 ops = importlib.import_module("rewrite_core.ops.fit_low_rank")
@@ -22,9 +26,30 @@ ISAS = ("portable", "avx2", "avx512")
 CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
 
 
-@pytest.fixture(params=CPU)
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")(test))
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+
+
+def to(problem, device):
+    return type(problem)(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in problem))
+
+
+def on_gpu(problem, config=None):
+    """The kernel, for a problem that lies on the CPU and is checked; without a search for the fastest configuration."""
+    from rewrite_core.kernels import fit_low_rank as kernels
+
+    config = config or kernels.candidates(kernels.plan(problem)[1])[0]
+    return [part.cpu() for part in kernels.fit_low_rank(to(problem, "cuda"), config)]
+
+
+@pytest.fixture(params=[*CPU, pytest.param("triton", marks=ON_GPU)])
 def fit(request, monkeypatch):
     """The public function on one implementation."""
+    if request.param == "triton":
+        return functools.partial(run, on_gpu)
     isa = request.param.removeprefix("cpp-")
     if isa in ISAS[ISAS.index(extension().isa()) + 1 :]:
         pytest.skip(f"this CPU has no {isa}")
@@ -627,16 +652,25 @@ def pad(problem, pixels):
     return padded
 
 
-def test_batch_of_padded_edits_equals_single_ones(fit):
-    problems = [random_problem(20, 1, (4, 5)), random_problem(21, 1, (6, 6)), random_problem(22, 1, (2, 3))]
+UNEQUAL = ((20, 1, (4, 5)), (21, 1, (6, 6)), (22, 1, (2, 3)))
+
+
+def batch_of_unequal_edits(channels=32):
+    """Edits padded to the largest, and the pixel weights that say so."""
     pixels = 36
+    problems = [few(random_problem(*case), channels) for case in UNEQUAL]
     padded = [pad(problem, pixels) for problem in problems]
     batch = {name: torch.stack([p[name] for p in padded]) for name in ("basis", "base", "target", "shift")}
     batch["demodulation"] = tuple(map(torch.stack, zip(*(p["demodulation"] for p in problems))))
     counts = torch.tensor([p["basis"].shape[1] for p in problems])
-    weights = (torch.arange(pixels) < counts[:, None]).double()
+    return {**batch, "slope": 0.2, "gain": math.sqrt(2.0)}, (torch.arange(pixels) < counts[:, None]).double()
+
+
+def test_batch_of_padded_edits_equals_single_ones(fit):
+    problems = [random_problem(*case) for case in UNEQUAL]
+    batch, weights = batch_of_unequal_edits()
     kwargs = {"slope": 0.2, "gain": math.sqrt(2.0), "max_iterations": 8}
-    together = fit(**batch, pixel_weights=weights, **kwargs)
+    together = fit(**{**batch, **kwargs}, pixel_weights=weights)
     assert together.coefficients.shape == (3, 32, 9) and together.loss.shape == (3, 32)
     for i, problem in enumerate(problems):
         alone = fit(**{**problem, **kwargs})
@@ -806,13 +840,10 @@ def test_float32_input_leads_to_the_same_optimum(fit, loss, rank, demodulated):
     torch.testing.assert_close(narrow.loss, wide.loss, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2"])
-@pytest.mark.parametrize("demodulated", [True, False])
-@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
-@pytest.mark.parametrize(
-    "kind", ["zero residual", "constant maps", "one pixel", "dead channel", "twin rows", "one huge row", "one huge pixel"]
-)
-def test_hostile_float32_input(fit, kind, size, demodulated, loss):
+HOSTILE = ("zero residual", "constant maps", "one pixel", "dead channel", "twin rows", "one huge row", "one huge pixel")
+
+
+def hostile_problem(kind, demodulated, size):
     problem = dict(random_problem(2, 1, (4, 4), demodulated))
     if kind == "zero residual":
         problem["target"] = value_of(torch.zeros(32, 9, dtype=torch.float64), **problem)
@@ -842,6 +873,15 @@ def test_hostile_float32_input(fit, kind, size, demodulated, loss):
         problem["target"][:, 3] *= 1e8
     problem["gain"] *= size
     problem["target"] = problem["target"] * size
+    return problem
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("demodulated", [True, False])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_float32_input(fit, kind, size, demodulated, loss):
+    problem = hostile_problem(kind, demodulated, size)
     result = fit(**{name: single(item) for name, item in problem.items()}, loss=loss)
     assert_sound(result)
     assert (result.status != ops.NONFINITE).all()
@@ -994,3 +1034,293 @@ def test_bad_input(change, error, words):
 def test_explained():
     assert {record.name for record in backends_of("fit_low_rank")} >= {"cpp", "reference"}
     assert all(isinstance(code, int) and word for code, word in ops.STATUS.items())
+
+
+# The GPU kernel: in Triton's interpreter, compiled for GPUs this machine lacks, and on one
+
+
+needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
+
+
+def few(problem, channels):
+    """The first channels of a problem."""
+    part = dict(problem)
+    for name in ("base", "target", "penalty_scale"):
+        if name in part:
+            part[name] = part[name][:channels]
+    if part.get("shift") is not None:
+        part["shift"] = part["shift"].expand(len(problem["base"]), -1)[:channels]
+    if part.get("demodulation") is not None:
+        constant, linear, quadratic = part["demodulation"]
+        part["demodulation"] = constant[:channels], linear[:channels], quadratic
+    return part
+
+
+def agree(kernel, problem, tolerance=1e-7, **options):
+    """The kernel takes the steps of the reference: same status, same number, the same numbers but for rounding."""
+    ours, theirs = run(kernel, **problem, **options), run(ops._reference, **problem, **options)
+    assert_sound(ours)
+    assert torch.equal(ours.status, theirs.status), (ours.status, theirs.status)
+    assert torch.equal(ours.iterations, theirs.iterations), (ours.iterations, theirs.iterations)
+    torch.testing.assert_close(ours.initial_loss, theirs.initial_loss, rtol=1e-12, atol=0)
+    assert ((ours.loss - theirs.loss).abs() <= tolerance * theirs.initial_loss).all()
+    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1)
+    assert (apart <= tolerance * theirs.coefficients.norm(dim=-1)).all(), apart
+    return ours
+
+
+INTERPRETED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_fit_low_rank as t
+from rewrite_core.kernels import fit_low_rank as kernels
+torch.use_deterministic_algorithms(True)  # what is allocated is NaN, so what is never written shows
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+def agree(problem, channels=2, tolerance=1e-7, config=None, max_iterations=5, **options):
+    problem = t.few(problem, channels)
+    run = lambda given: kernels.fit_low_rank(given, config)
+    return t.agree(run, problem, tolerance, max_iterations=max_iterations, **options)
+
+penalty = t.linear_problem(3, unknowns=18)["basis"]
+penalty = {"penalty": 1e-3 * penalty @ penalty.T, "penalty_scale": torch.linspace(0, 1, 32).double()}
+weights = torch.arange(48.0).remainder(5)
+for loss in ("l1", "l2"):  # every mode; tiles and blocks that are not whole
+    for slope in (0.2, 1.0):
+        for demodulated in (True, False):
+            problem = t.random_problem(2, 2, (6, 8), demodulated, slope)
+            agree(problem, loss=loss, channels=1, max_iterations=3)
+            agree({**problem, **penalty, "pixel_weights": weights}, channels=1, loss=loss, max_iterations=2)
+    agree(t.random_problem(6, 3, (4, 4)), loss=loss, max_iterations=3)  # over pixels, one block of them
+    agree(t.random_problem(7, 4, (5, 5), demodulated=False), channels=1, loss=loss, max_iterations=3)  # and two
+    agree(t.random_problem(8, 1, (13, 12)), channels=1, loss=loss, max_iterations=3)  # two tiles
+    agree(t.random_problem(11, 4, (7, 6), channels=3), channels=1, loss=loss, max_iterations=3)  # two blocks of unknowns
+    agree({name: t.random_problem(5, 1, (1, 1), False)[name] for name in ("basis", "base", "target")}, loss=loss, gain=2.0)
+agree(t.linear_problem(unknowns=70, pixels=90), loss="l2")
+for config in kernels.CANDIDATES:
+    for rank, size in ((2, (4, 3)), (3, (6, 6))):
+        agree(t.random_problem(12, rank, size), channels=1, config=config, max_iterations=2)
+    agree(t.linear_problem(unknowns=20, pixels=37), channels=1, config=config, loss="l2")
+# to the end: the same path
+for problem in (t.proggan_problem(1)[0], t.cast(t.random_problem(4, 1, (6, 6)), torch.float32), t.runaway_problem()):
+    agree(problem, channels=1, tolerance=1e-5, max_iterations=60)
+# edits of unequal size in one launch, more channels than programs, broadcast shift; twice the same bits
+kernels.SCRATCH = 20000
+batch, weights = t.batch_of_unequal_edits(3)
+both = [t.agree(kernels.fit_low_rank, batch, pixel_weights=weights, max_iterations=2) for _ in range(2)]
+kernels.SCRATCH = 1 << 27
+assert all(torch.equal(one, other) for one, other in zip(both[0][:5], both[1][:5]))
+# hostile: see test_hostile_float32_input for what each is
+for number, kind in enumerate(t.HOSTILE):
+    for size in (1e-8, 1e8)[number % 2 :][:1]:
+        demodulated = kind != "one huge row"
+        problem = t.cast(t.hostile_problem(kind, demodulated, size), torch.float32)
+        problem = {name: part[4:] if name in ("base", "target", "shift") else part for name, part in problem.items()}
+        if demodulated:
+            problem["demodulation"] = *(part[4:] for part in problem["demodulation"][:2]), problem["demodulation"][2]
+        ours = t.run(kernels.fit_low_rank, **t.few(problem, 2), max_iterations=3)
+        theirs = t.run(t.ops._reference, **t.few(problem, 2), max_iterations=3)
+        t.assert_sound(ours)
+        assert torch.equal(ours.status, theirs.status), kind
+        assert ((ours.loss - theirs.loss).abs() <= 1e-3 * theirs.initial_loss).all(), kind
+for loss in ("l1", "l2"):
+    for slope in (0.2, 1.0):
+        problem = t.linear_problem()
+        agree(problem, slope=slope, loss=loss, gain=0.0)
+        agree({**problem, "basis": 0 * problem["basis"]}, slope=slope, loss=loss)
+        agree({**problem, "target": problem["base"]}, slope=1.0, loss=loss)
+        agree(problem, slope=slope, loss=loss, pixel_weights=torch.zeros(40))
+        tiny = t.cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
+        found = t.run(kernels.fit_low_rank, **t.few(tiny, 2), slope=slope, loss=loss, max_iterations=5)
+        assert (found.status == t.ops.NONFINITE).all() and not found.coefficients.any() and found.loss.isfinite().all()
+for kind in ("twin rows", "zero row", "constant maps"):
+    problem = t.linear_problem()
+    basis = problem["basis"]
+    basis[4] = basis[2] if kind == "twin rows" else 0
+    basis[:] = basis[:, :1] if kind == "constant maps" else basis
+    found = agree(problem, loss="l2", tolerance=0.1)  # what nothing determines differs
+    assert (found.status == t.ops.SHIFTED).all()
+# on a GPU nothing is looked into: NaN and wrong signs come out as a status
+good = t.ops._check(**t.CHECKED, **t.few(t.random_problem(0, 1, (4, 4)), 3))
+for name in ("basis", "base", "target", "shift", "constant", "linear", "quadratic"):
+    data = getattr(good, name).clone()
+    data.view(-1)[0] = float("nan") if name != "constant" else -1.0
+    statuses = kernels.fit_low_rank(good._replace(**{name: data}))[4][0]
+    assert statuses[0] == t.ops.NONFINITE, name
+    assert name in ("basis", "quadratic") or (statuses[1:] != t.ops.NONFINITE).all(), name
+assert t.ops.fit_low_rank(**t.few(t.linear_problem(), 2), backend="triton", loss="l2").status.eq(0).all()
+print("all of it ran")
+"""
+CHECKED = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1", "max_iterations": 2, "tolerance": 1e-5}
+
+
+@needs_triton
+def test_triton_interpreted(tmp_path):
+    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernels."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
+        cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
+
+
+@needs_triton
+def test_triton_constants_are_those_of_the_others():
+    """What the kernel does not import is how its scratch is laid out: as many vectors as it counts."""
+    from rewrite_core.kernels import fit_low_rank as kernels
+
+    source = Path(kernels.__file__).read_text()
+    body = source[source.index("def fit_kernel(") : source.index("def exact_kernel(")]
+    assert len(re.findall(r"^    \w+ = \w+ \+ (?:2 \* )?size$", body, re.M)) == 9  # of 13: three pairs, one at the front
+    for config in kernels.CANDIDATES:
+        assert config.pixels % config.tile == 0 == config.pixels % config.block
+        assert 32 * config.warps <= config.pixels, "a number that several threads hold would be read after it is written"
+
+
+def triton_resources(compiled, folder):
+    """Registers, stack (spills) and local memory of machine code, by cuobjdump, which comes with Triton."""
+    import triton
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    text = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()))
+
+
+def triton_compile(kernel, capability, types, constants, warps, stages, fusion):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
+    return triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion},
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [(80, "over unknowns"), (90, "over unknowns"), (90, "over pixels"), (90, "exact"), (100, "over pixels")],
+)
+def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code, in the fullest modes.
+
+    What spills is uniform: the pointers and numbers that live through the whole loop, some 300 registers of them, read
+    back a few times per step of about 10^4 cycles. Above a kilobyte it would be tiles."""
+    from rewrite_core.kernels import fit_low_rank as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
+    config = kernels.LARGE[0] if kind == "over pixels" else kernels.SMALL[0]
+    kernel = kernels.exact_kernel if kind == "exact" else kernels.fit_kernel
+    types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(("slope", "gain", "tolerance", "slow_rate"), "fp64")
+    types |= dict.fromkeys(("basis", "base", "target", "shift", "coefficients"), "*fp32")
+    types |= dict.fromkeys(("iterations", "statuses"), "*i32")
+    counts = ("tasks", "channels", "unknowns", "pixels", "weight_stride", "shift_edit", "shift_channel", "shift_pixel",
+              "max_iterations", "stride")  # fmt: skip
+    types |= dict.fromkeys(counts, "i32")
+    constants = {"PENALISED": kind != "over pixels", "SHIFT": True, "BLOCK": config.block, "TILE": config.tile,
+                 "PIXELS": config.pixels}  # fmt: skip
+    if kind == "over pixels":
+        constants |= dict.fromkeys(("penalty", "penalty_scale"))
+    if kind == "over unknowns":
+        constants["products"] = None
+    if kind != "exact":
+        constants |= {"ABSOLUTE": True, "ROUNDED": True, "DEMODULATED": True, "OVER_PIXELS": kind == "over pixels"}
+    types = {name: what for name, what in types.items() if name in kernel.arg_names}
+    compiled = triton_compile(kernel, capability, types, constants, config.warps, 1, True)
+    ptx = compiled.asm["ptx"]
+    registers, stack, local = triton_resources(compiled, tmp_path)
+    assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
+    assert stack <= 1280, f"spills: {stack}"
+    assert compiled.metadata.shared <= 48 << 10
+    assert "mma.sync.aligned.m8n8k4.row.col.f64" in ptx, "float64 products without tensor cores"
+    assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE), "sums in any order"
+
+
+def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    problem = linear_problem()
+    with pytest.raises(BackendUnavailable, match="triton: .*on cpu|triton is not installed"):
+        ops.fit_low_rank(**problem, backend="triton")
+    if triton_reason() is None:
+        record = next(record for record in backends_of("fit_low_rank") if record.name == "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert record.supports(torch.empty(()).expand(1, 576, 4096)) is None
+        assert "up to 1024" in record.supports(torch.empty(()).expand(1, 1025, 4))
+        assert "interpreter" in record.declines(torch.empty(1, 9, 16))
+
+
+@needs_gpu
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("name", AGREEMENT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gpu_agrees_with_cpu(name, loss, dtype):
+    problem = cast(AGREEMENT[name](), dtype)
+    ours, theirs = run(on_gpu, **problem, loss=loss), run(CPU["reference"], **problem, loss=loss)
+    assert_sound(ours)
+    torch.testing.assert_close(ours.initial_loss, theirs.initial_loss, rtol=1e-12, atol=0)
+    gap = (ours.loss - theirs.loss).abs() / theirs.initial_loss  # as test_cpp_agrees_with_reference has it
+    assert gap.median() < 1e-9 and gap.max() < 5e-3, f"worst channel {gap.argmax()}"
+    assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=1e-9)
+    assert (ours.status == theirs.status).double().mean() > 0.9
+    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (theirs.coefficients.norm(dim=-1) + 1e-300)
+    assert (apart < 1e-3).double().mean() > 0.75
+    if name == "proggan-3":
+        assert (apart < 1e-5).all() and torch.equal(ours.iterations, theirs.iterations)
+    again = run(on_gpu, **problem, loss=loss)
+    assert all(torch.equal(one, other) for one, other in zip(ours[:5], again[:5])), "other bits"
+
+
+@needs_gpu
+@pytest.mark.parametrize("rank, size", [(1, (3, 5)), (2, (4, 3)), (3, (9, 9))], ids=str)
+def test_gpu_small(rank, size):
+    """For compute-sanitizer too: every configuration, few steps."""
+    from rewrite_core.kernels import fit_low_rank as kernels
+
+    for config in kernels.CANDIDATES:
+        for loss, slope in (("l1", 0.2), ("l2", 0.2), ("l2", 1.0)):
+            problem = random_problem(12, rank, size, slope == 0.2, slope, channels=8)
+            agree(functools.partial(on_gpu, config=config), problem, 1e-5, loss=loss, max_iterations=3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rank, size", [(64, (12, 12)), (64, (4, 4)), (32, (20, 20)), (1, (64, 64))], ids=str)
+def test_gpu_large(rank, size):
+    problem = random_problem(13, rank, size, channels=4)
+    ours, theirs = (run(which, **problem, max_iterations=4) for which in (on_gpu, ops._reference))
+    assert ((ours.loss - theirs.loss).abs() <= 1e-3 * theirs.initial_loss).all()
+
+
+@needs_gpu
+def test_gpu_waits_for_nothing():
+    """From arguments to result without a look at the GPU's numbers, on the current stream, and in a graph."""
+    problem = cast(random_problem(4, 1, (10, 10)), torch.float32)
+    move = functools.partial(cast_to, device="cuda")
+    problem = {name: move(item) for name, item in problem.items()}
+    plain = ops.fit_low_rank(**problem)  # compiles and chooses
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = ops.fit_low_rank(**problem)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert torch.equal(found.coefficients, plain.coefficients)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.fit_low_rank(**problem)
+    graph.replay()
+    assert torch.equal(found.coefficients, plain.coefficients)
+
+
+def cast_to(item, device):
+    if isinstance(item, tuple):
+        return tuple(cast_to(part, device) for part in item)
+    return item.to(device) if isinstance(item, torch.Tensor) else item

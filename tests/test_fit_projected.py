@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import read_npz
 
 import rewrite_core as rc
-from rewrite_core.backends import BackendUnavailable, backends_of, extension
+from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 from rewrite_core.ops import fit_projected
 from rewrite_core.ops.fit_projected import _cpp, transformed_maps, winograd_tile
 
@@ -252,3 +257,204 @@ def test_golden_curve_of_the_reference(name, golden_moment, layer, edit, latents
         curve = golden[f"{name}_loss"]
         assert ((torch.tensor(change.losses) - curve).abs() / curve).max() < 0.02
         assert change.solver == "projected" and change.status == {status: 48}
+
+
+needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
+
+INTERPRETED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_fit_projected as t
+from rewrite_core.kernels import fit_projected as kernels
+torch.use_deterministic_algorithms(True)  # what is allocated is NaN, so what is never written shows
+
+def run(*arguments, **options):
+    return t.fit_projected(*arguments, **options, backend="triton")
+
+def agree(arguments, options, tolerance=2e-4, steps=6, **more):
+    t.agree(arguments, options | {"steps": steps, "project_every": 4}, tolerance, run, **more)
+
+for number, sizes in enumerate((
+    {}, {"size": (13, 12)}, {"size": (1, 1)}, {"kernel": 1, "inputs": 70, "channels": 19}, {"inputs": 1, "rank": 1},
+    {"rank": 0, "size": (12, 12)}, {"rank": 17, "inputs": 20, "kernel": 1},
+)):
+    agree(*t.make(**sizes, demodulated=number % 2 == 0), steps=2, loss=("l1", "l2")[number // 2 % 2])
+for demodulated in (False, True):
+    agree(*t.make(size=(13, 12) if demodulated else (3, 3), demodulated=demodulated), steps=2, project_gradient=True)
+    agree(*t.make(demodulated=demodulated), steps=6)
+arguments, options = t.make(channels=9, inputs=40, size=(3, 4), kernel=1, demodulated=True)
+options = {name: t.single(part) for name, part in options.items()} | {"steps": 2}
+arguments = t.single(arguments)
+problem = t.problem_of(*arguments, **options)
+once = run(*arguments, **options)
+for config in kernels.CANDIDATES:
+    found = kernels.fit_projected(problem, config=config)
+    torch.testing.assert_close(found[1], once.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0], once.coefficients, rtol=1e-3, atol=1e-4)
+again = run(*arguments, **options, progress=lambda ranges, count: ranges)
+assert torch.equal(once.losses, again.losses) and torch.equal(once.coefficients, again.coefficients)
+# a goal that is the layer's own value, to the bit, pulls at nothing
+operator, base, _ = arguments
+weight, style, eps = options["demodulation"]
+power = (weight * style[:, None, None]).square().sum((1, 2, 3)) + eps
+for slope in (0.2, 1.0):
+    value = 1.4 * torch.nn.functional.leaky_relu(base / power.sqrt()[:, None, None] + options["shift"], slope)
+    fit = run(operator, base, value, value=value, **options | {"slope": slope})
+    assert (fit.losses == 0).all() and (fit.coefficients == 0).all()
+# hostile
+for scale in (1e-8, 1e8):
+    fit = run(*(scale * part for part in arguments), **options)
+    assert fit.coefficients.isfinite().all() and fit.losses.isfinite().all()
+operator, base, target = (part.clone() for part in arguments)
+operator[3], base[4] = 0, 0
+weight = weight.clone()
+weight[:, 3], weight[4] = 0, 0
+agree((operator.double(), base.double(), target.double()),
+      {name: t.double(part) for name, part in options.items()} | {"demodulation": (weight.double(), style.double(), eps)}, 1e-2)
+target[2, 2, 3] = torch.nan
+assert run(operator, base, target, **options).losses.isnan().all()
+none = run(torch.randn(4, 3, 3, 5, 5), torch.empty(0, 5, 5), torch.empty(0, 5, 5), directions=torch.eye(4)[:1], steps=2)
+assert none.coefficients.shape == (0, 1, 3, 3)
+print("all of it ran")
+"""
+
+
+def double(part):
+    if isinstance(part, tuple):
+        return tuple(map(double, part))
+    return part.double() if isinstance(part, torch.Tensor) else part
+
+
+def problem_of(*arguments, **options):
+    """What fit_projected hands to a backend."""
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        record = type("Record", (), {"load": lambda self: lambda problem, progress: given.append(problem) or (None, None)})
+        patch.setitem(fit_projected.__globals__, "select", lambda *a: record())
+        fit_projected(*arguments, **options)
+    return given[0]
+
+
+@needs_triton
+def test_triton_interpreted(tmp_path):
+    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel. The interpreter multiplies
+    in float32, where a GPU takes three TF32 products."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
+        cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
+)
+def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code, in the fullest modes."""
+    from test_fit_low_rank import triton_compile, triton_resources
+
+    from rewrite_core.kernels import fit_projected as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
+    config, one, kernel = kernels.CANDIDATES[0], kind == "one tile", kernels.fit_kernel
+    pointers = ("maps", "base", "target", "value", "shift", "weight", "square", "directions", "basis", "rates", "scratch",
+                "coefficients")  # fmt: skip
+    types = dict.fromkeys(pointers, "*fp32") | {"losses": "*fp64"} | dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
+    constants = {
+        "ABSOLUTE": one, "DEMODULATED": True, "SHIFT": True, "PROJECTS": True, "PROJECTS_GRADIENT": not one,
+        "ONE_TILE": one, "CHANNELS": config.channels, "ROWS": config.rows, "PIXELS": config.pixels,
+        "PRECISION": kernels.PRECISION,
+    }  # fmt: skip
+    compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages, False)
+    ptx = compiled.asm["ptx"]
+    registers, stack, local = triton_resources(compiled, tmp_path)
+    assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
+    assert stack <= (64 if capability == 80 else 0), f"spills: {stack}"
+    assert compiled.metadata.shared <= 99 << 10
+    assert re.search(r"mma\S*tf32", ptx), "no tensor cores"
+    # three products, of numbers split in two
+    assert not re.search(r"fma\.rn\.f32", ptx), "a value and the goal equal to it would leave something"
+    assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE), "sums in any order"
+
+
+def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments, options = make()
+    with pytest.raises(BackendUnavailable, match="triton: .*on cpu|triton is not installed"):
+        fit_projected(*arguments, **options, backend="triton")
+    if triton_reason() is None:
+        record = next(record for record in backends_of("fit_projected") if record.name == "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        empty = torch.empty(())
+        assert record.supports(empty.expand(512, 3, 3, 64, 64)) is None
+        assert "float64" in record.supports(empty.double().expand(4, 3, 3, 5, 5))
+        assert "at most" in record.supports(empty.expand(512, 3, 3, 256, 256))
+        assert "interpreter" in record.declines(empty.expand(4, 3, 3, 5, 5))
+
+
+def on_gpu(*arguments, **options):
+    def move(part):
+        if isinstance(part, tuple):
+            return tuple(map(move, part))
+        return part.cuda() if isinstance(part, torch.Tensor) else part
+
+    found = fit_projected(*map(move, arguments), **{name: move(part) for name, part in options.items()}, backend="triton")
+    return type(found)(*(part.cpu() for part in found))
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+
+
+@pytest.mark.parametrize("demodulated", [pytest.param(False, marks=needs_gpu), pytest.param(True, marks=needs_gpu)])
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"size": (10, 10), "channels": 33}, {"size": (7, 6)}, {"size": (1, 1)}, {"size": (13, 12)}, {"kernel": 1},
+        {"kernel": 5, "size": (6, 7)}, {"inputs": 1, "rank": 1}, {"rank": 0}, {"rank": 13}, {"inputs": 200, "rank": 33},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gpu_steps_of_autograd(sizes, loss, demodulated):
+    arguments, options = make(**sizes, demodulated=demodulated)
+    agree(arguments, options, run=on_gpu, loss=loss)
+    if options["directions"] is not None:
+        agree(arguments, options, run=on_gpu, loss=loss, project_gradient=True)
+
+
+@pytest.mark.parametrize("channels", [pytest.param(5, marks=needs_gpu), pytest.param(19, marks=needs_gpu)])
+def test_gpu_small(channels):
+    """For compute-sanitizer too: every configuration, few steps; the same bits from run to run."""
+    from rewrite_core.kernels import fit_projected as kernels
+
+    arguments, options = make(channels=channels, inputs=40, demodulated=True)
+    options |= {"steps": 4}
+    problem = problem_of(*single(arguments), **{name: single(part) for name, part in options.items()})
+    problem = type(problem)(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in problem))
+    for config in kernels.CANDIDATES:
+        ours, again = kernels.fit_projected(problem, config=config), kernels.fit_projected(problem, config=config)
+        assert all(torch.equal(one, other) for one, other in zip(ours, again))
+        agree(arguments, options, run=lambda *a, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](*(p.cpu() for p in ours)))
+
+
+@pytest.mark.parametrize("slope", [pytest.param(0.2, marks=needs_gpu), pytest.param(1.0, marks=needs_gpu)])
+def test_gpu_goal_equal_to_the_value_pulls_at_nothing(slope):
+    arguments, options = make(demodulated=True)
+    operator, base, _ = single(arguments)
+    options = {name: single(part) for name, part in options.items()} | {"slope": slope}
+    weight, style, eps = options["demodulation"]
+    power = (weight * style[:, None, None]).square().sum((1, 2, 3)) + eps
+    value = 1.4 * F.leaky_relu(base / power.sqrt()[:, None, None] + options["shift"], slope)
+    fit = on_gpu(operator, base, value, value=value, **options)
+    assert (fit.losses == 0).all() and (fit.coefficients == 0).all()
+
+
+@pytest.mark.parametrize("name", [pytest.param("projected_rank1", marks=needs_gpu)])
+def test_gpu_golden_curve_of_the_reference(name, golden_moment, generator, edit, latents):
+    layer = rc.bind(generator.cuda(), "layer5.conv")
+    change = rc.rewrite(layer, golden_moment, edit, latents.cuda(), solver="projected", steps=201, backend="triton")
+    curve = read_npz("proggan_expected.npz")[f"{name}_loss"]
+    assert ((torch.tensor(change.losses) - curve).abs() / curve).max() < 0.02
+    assert change.status == {"fused": 48}

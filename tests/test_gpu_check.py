@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.benchmarks import bench_collect, gpu_check, harness
+from rewrite_core.benchmarks import bench_collect, gpu_check, gpu_edit, harness
 
 FLOORS = gpu_check.Floors(4e12, {"tf32": 4e14, "bfloat16": 8e14})
 
@@ -111,3 +111,33 @@ def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path):
             assert problem is None
         else:
             assert problem is not None and re.search(said, problem), problem
+
+
+def test_the_tests_of_every_kernel_are_run():
+    tests = gpu_check.checkout() / "tests"
+    marked = {path.name for path in tests.glob("test_*.py") if re.search(r"^ON_GPU = |^needs_gpu|^def needs_gpu", path.read_text(), re.M)}
+    assert marked == set(gpu_check.TESTED)
+
+
+def test_edit_cases_on_the_cpu():
+    """The same code, small, with ours on another backend: every contender does the job, and its record is whole."""
+    cases = gpu_edit.cases("cpu", channels=8, side=5, steps=25)
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.group for case in cases} == {"fit_low_rank", "fit_projected", "spd_solve"}
+    some = [case for case in cases if " n " not in case.name and "rank 4" not in case.name or "1x n 64," in case.name]
+    assert len(some) == 7
+    for case in some:
+        checked = gpu_edit.check(case, "reference" if case.group == "spd_solve" else "cpp", "passed")
+        assert max(checked.errors.values()) <= checked.problem.tolerance, (case.name, checked.errors)
+        race = harness.Race(checked.problem)
+        race.run(True)
+        record = harness.measurement(case.group, checked, race, False)
+        assert record["ratio"] > 0 and record["p50"] > 0 and len(record["contenders"]) >= 2
+
+
+def test_an_edit_that_is_wrong_is_refused(monkeypatch):
+    right = gpu_edit.spd_solve
+    monkeypatch.setattr(gpu_edit, "spd_solve", lambda *args, **how: 1.001 * right(*args, **how))
+    case = next(case for case in gpu_edit.cases("cpu") if "n 64," in case.name)
+    with pytest.raises(harness.Refused, match="spd_solve is wrong.*1e-10"):
+        gpu_edit.check(case, "reference", "passed")

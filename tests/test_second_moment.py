@@ -602,14 +602,15 @@ def test_the_adding_kernel_compiles_ahead_of_time(capability, block, tmp_path, m
 
 @needs_triton
 def test_measured_configurations_are_kept(tmp_path, monkeypatch):
-    from rewrite_core.kernels import second_moment as kernels
+    from rewrite_core.kernels import tuning as kernels
+    from rewrite_core.kernels.second_moment import CANDIDATES
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = kernels.cache_folder("NVIDIA H200 / ../x")
+    folder = kernels.cache_folder("second_moment", "NVIDIA H200 / ../x")
     assert folder == tmp_path / "rewrite_core" / "second_moment" / "nvidia-h200-x"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
-    assert kernels.cache_folder("").is_absolute()
-    choices = kernels.CANDIDATES[9]["half"]
+    assert kernels.cache_folder("second_moment", "").is_absolute()
+    choices = CANDIDATES[9]["half"]
     path, timed = folder / "a.json", []
 
     def time(config):

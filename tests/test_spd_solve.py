@@ -1,5 +1,6 @@
 import importlib
 import math
+import types
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewrite_core.backends import extension
+from rewrite_core.backends import backends_of, extension
 from rewrite_core.errors import NonFiniteError, RewriteCoreError
 
 # the module; rewrite_core.ops.spd_solve is the function of the same name
@@ -325,3 +326,10 @@ def test_asymmetry_in_a_pattern_is_seen():
     for part in (ramp, skew):
         with pytest.raises(RewriteCoreError, match="not symmetric"):
             ops.spd_factor(5 * torch.eye(3, dtype=torch.float64) + part)
+
+
+def test_on_a_gpu_it_says_why_torch_linalg_solves():
+    """As `rc.explain()` shows it there."""
+    cpp = next(record for record in backends_of("spd_solve") if record.name == "cpp")
+    reason = cpp.supports(types.SimpleNamespace(device=torch.device("cuda:0")))
+    assert "on cuda:0" in reason and "torch.linalg (cuSOLVER)" in reason and "faster" in reason

@@ -3,7 +3,7 @@
 Lambda enters the layer's output through the basis maps u only, and what follows the convolution acts per
 channel, so the fit splits into O independent problems of J = R kh kw unknowns each.
 
-The algorithm ("lm"), the same in ``_reference`` and csrc/fit_low_rank*.cpp, name for name:
+The algorithm ("lm"), the same in ``_reference``, csrc/fit_low_rank*.cpp and kernels/fit_low_rank.py, name for name:
 
 - Unknowns are scaled so that every basis row has unit root mean square over the weighted pixels.
 - Levenberg-Marquardt with one damping per channel: a step that does not lower the objective is not taken.
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select
+from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import NonFiniteError, RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -46,7 +46,9 @@ STATUS = {
     SHIFTED: "shifted",  # exact solution of a rank-deficient problem, with the smallest diagonal shift
 }
 
-# Shared with csrc/fit_low_rank_isa.cpp.
+MOST_UNKNOWNS = 1024  # of "triton", whose programs each keep two square matrices of that size: rank 64 takes 576 at 3x3
+
+# Shared with csrc/fit_low_rank_isa.cpp and kernels/fit_low_rank.py.
 DAMPING_START = 1e-2  # relative to the mean curvature
 DAMPING_MIN = 1e-6
 DAMPING_STALL = 1e6  # a rejected step this short: stationary
@@ -147,15 +149,17 @@ def fit_low_rank(
     segments       [B, P] integers: pixel p has demodulation segments[b, p] of G, and demodulation is (constant
                    [B, G, O], linear [B, G, O, J], quadratic [B, G, J, J]): for pixels of pictures with styles of their
                    own. None: all pixels have one
-    backend        "auto", "cpp" or "reference" (see ``rc.explain()``)
+    backend        "auto", "triton", "cpp" or "reference" (see ``rc.explain()``)
 
     All may lack B (then basis is [J, P], base [O, P], constant [O], ...); so does the result. basis, base,
     target and shift: one dtype, float32 or float64, one device; the others any floating dtype. Arithmetic is
-    float64. "cpp" gives the same bits for any number of threads. Not differentiable: gradients stop here.
+    float64. "cpp" gives the same bits for any number of threads, "triton" from run to run (on GPUs of one kind with one
+    cache of measured configurations, ``$XDG_CACHE_HOME/rewrite_core``). Not differentiable: gradients stop here.
 
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
     Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
-    an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity.
+    an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity. Tensors on a GPU are not looked into, as
+    that would wait for it: NaN, infinity and wrong signs then make the status of the channels concerned "nonfinite".
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
     problem = _check(
@@ -226,6 +230,7 @@ def _check(
             sizes["G"] = constant.shape[-2]
         if not sizes.get("G"):
             raise RewriteCoreError("with segments demodulation's constant must be [B, G, O], G at least 1.")
+    here = base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
 
     def take(name: str, data: Tensor | None, axes: str, dtype: torch.dtype) -> Tensor | None:
         if data is None:
@@ -250,7 +255,7 @@ def _check(
                 f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, "
                 f"not {list(data.shape)}."
             )
-        if not data.isfinite().all():
+        if here and not data.isfinite().all():
             raise NonFiniteError(
                 f"{name} holds NaN or infinity: check the generator's activations and weights."
             )
@@ -267,7 +272,7 @@ def _check(
     segments = take("segments", segments, "BP", torch.int64)
     if segments is not None and not ((segments >= 0) & (segments < sizes["G"])).all():
         raise RewriteCoreError(f"segments must be from 0 to {sizes['G'] - 1}, as there are {sizes['G']} demodulations.")
-    if constant is not None and not (constant > 0).all():
+    if here and constant is not None and not (constant > 0).all():
         raise RewriteCoreError("demodulation's constant must be positive: it is a squared norm plus epsilon.")
     weights = take("pixel_weights", pixel_weights, "BP", wide)
     penalty = take("penalty", penalty, "BJJ", wide)
@@ -275,8 +280,10 @@ def _check(
     if penalty is not None and scale is None:
         scale = base.new_ones((edits, channels), dtype=wide)
     for name, data in (("pixel_weights", weights), ("penalty_scale", scale)):
-        if data is not None and (data < 0).any():
+        if here and data is not None and (data < 0).any():
             raise RewriteCoreError(f"{name} has a negative entry: they must be zero or positive.")
+    if not here:  # what is refused above comes out as "nonfinite"
+        weights, scale = (None if a is None else torch.where(a >= 0, a, torch.nan) for a in (weights, scale))
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (quadratic, penalty))
     if segments is not None:  # a demodulation of no pixel that counts limits no step
         every = torch.arange(sizes["G"], device=segments.device)
@@ -628,7 +635,31 @@ def _cpp_supports(basis: Tensor, *args: object) -> str | None:
     return extension_reason()
 
 
+def _triton(problem: Problem) -> Outputs:
+    from ..kernels.fit_low_rank import fit_low_rank as run
+
+    return run(problem)
+
+
+def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str | None:
+    reason = triton_reason()
+    if reason is None and Problem(basis, *args).segments is not None:
+        reason = "it has one demodulation per edit, and segments ask for several"
+    if reason is None and basis.device.type != "cuda" and not triton_interpreted():
+        reason = f"it reads CUDA tensors, and the basis is on {basis.device}"
+    if reason is None and basis.shape[1] > MOST_UNKNOWNS:
+        reason = f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[1]}: use a lower rank"
+    return reason
+
+
+def _triton_declines(basis: Tensor, *args: object) -> str | None:
+    if basis.device.type != "cuda":
+        return "Triton's interpreter is for finding mistakes, not for speed"
+    return None
+
+
 BACKENDS = (
+    Backend("fit_low_rank", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
     Backend("fit_low_rank", "cpp", f"{__name__}:_cpp", _cpp_supports),
     Backend("fit_low_rank", "reference", f"{__name__}:_reference"),
 )

@@ -1,7 +1,8 @@
 """Adam on a layer's whole weight with projection onto directions: the reference implementation's trajectory, fused.
 
 What the layer does after its linear operator acts per output channel, and Adam acts per number, so the channels never
-meet but in the loss that is reported. The algorithm, the same in ``_reference`` and csrc/fit_projected*.cpp:
+meet but in the loss that is reported. The algorithm, the same in ``_reference``, csrc/fit_projected*.cpp and
+kernels/fit_projected.py (which has no Winograd, and reads the operator as it is):
 
 - With V the change of the weight, linear output = base + V . operator. After steps 0, every, 2 every, ... and the last
   one V becomes its projection on the directions: then the reference's ``orthogonal part of W0 + projection of W`` is
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select
+from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -102,9 +103,10 @@ def fit_projected(
     steps, lr     of torch.optim.Adam with its other arguments as they are by default
     project_every after steps 0, project_every, ... and the last; project_gradient: the gradient too, at every step
     progress      called with an iterator over ranges of channels, and the number of ranges; or None
-    backend       "auto", "cpp" (float32) or "reference"
+    backend       "auto", "triton" (float32), "cpp" (float32) or "reference"
 
-    All of one floating dtype on one device. "cpp" gives the same bits for any number of threads. Not differentiable.
+    All of one floating dtype on one device. "cpp" gives the same bits for any number of threads, "triton" from run to run
+    (on GPUs of one kind with one cache of measured configurations). Not differentiable.
     NaN and infinity in the input come out as losses that are not finite.
 
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
@@ -304,19 +306,43 @@ def _cpp(problem: Problem, progress=None, isa: str = "", tile: int | None = None
     return coefficients if rank else coefficients[:, :inputs].clone(), mean
 
 
-def _cpp_supports(operator: Tensor, *args: object) -> str | None:
-    if operator.device.type != "cpu":
-        return f"it reads CPU tensors, and the operator is on {operator.device}"
+def _triton(problem: Problem, progress=None) -> tuple[Tensor, Tensor]:
+    from ..kernels.fit_projected import fit_projected as run
+
+    return run(problem, progress)
+
+
+def _kernels_support(operator: Tensor) -> str | None:
     if operator.dtype != torch.float32:
         return f"it works in float32, and the operator is {operator.dtype}"
     if operator.shape[1] * operator.shape[2] > MOST_TAPS:
         return f"it takes kernels of up to {MOST_TAPS} taps, and this one is {list(operator.shape[1:3])}"
     if operator.numel() > LARGEST:
         return f"the operator has {operator.numel()} numbers, and it would keep at most {LARGEST}"
-    return extension_reason()
+    return None
+
+
+def _cpp_supports(operator: Tensor, *args: object) -> str | None:
+    if operator.device.type != "cpu":
+        return f"it reads CPU tensors, and the operator is on {operator.device}"
+    return _kernels_support(operator) or extension_reason()
+
+
+def _triton_supports(operator: Tensor, *args: object) -> str | None:
+    reason = triton_reason()
+    if reason is None and operator.device.type != "cuda" and not triton_interpreted():
+        reason = f"it reads CUDA tensors, and the operator is on {operator.device}"
+    return reason or _kernels_support(operator)
+
+
+def _triton_declines(operator: Tensor, *args: object) -> str | None:
+    if operator.device.type != "cuda":
+        return "Triton's interpreter is for finding mistakes, not for speed"
+    return None
 
 
 BACKENDS = (
+    Backend("fit_projected", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
     Backend("fit_projected", "cpp", f"{__name__}:_cpp", _cpp_supports),
     Backend("fit_projected", "reference", f"{__name__}:_reference"),
 )

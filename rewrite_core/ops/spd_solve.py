@@ -39,9 +39,10 @@ class SPDFactor:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
-        [B, n] or [B, n, m]), with one step of iterative refinement."""
+        [B, n] or [B, n, m]), with one step of iterative refinement. NaN and infinity in ``rhs`` raise
+        NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN."""
         _check_rhs(self.matrix, rhs)
-        if not torch.isfinite(rhs).all():
+        if rhs.device.type == "cpu" and not torch.isfinite(rhs).all():  # elsewhere it would wait; NaN comes out as NaN
             raise NonFiniteError("The right-hand side holds NaN or infinity: look for overflow in the layer's activations.")
         vectors = rhs.ndim == self.matrix.ndim - 1
         b = rhs.detach().double()
@@ -100,8 +101,17 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
     matrix = matrix.detach().double()
     full = matrix if matrix.ndim == 3 else matrix[None]
     kernels = select("spd_solve", backend, matrix).load()
+    facts = kernels.examine(full)
+    if eps > EPSILON:
+        full = (full + full.mT) / 2
+    lower, info = kernels.factor(full)
+    if isinstance(facts, Tensor):  # on a GPU the only wait of a factor that needs no shift
+        *facts, info = torch.cat([facts.T, info[None].to(facts)]).tolist()
+        facts, info = list(zip(*facts)), list(map(int, info))
+    else:
+        info = info.tolist()
     means = []
-    for b, (mean, largest, difference) in enumerate(kernels.examine(full)):
+    for b, (mean, largest, difference) in enumerate(facts):
         which = f" {b} of the batch" if matrix.ndim == 3 else ""
         if not math.isfinite(difference):
             raise NonFiniteError(
@@ -117,13 +127,10 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
                 "that are not all zero first."
             )
         means.append(mean)
-    if eps > EPSILON:
-        full = (full + full.mT) / 2
-    lower, info = kernels.factor(full)
     shift = full.new_zeros(len(full))
-    if info.any():
+    if any(info):
         full = full.clone()
-        _shift(kernels, full, lower, info.tolist(), means, shift, batched=matrix.ndim == 3)
+        _shift(kernels, full, lower, info, means, shift, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
         return SPDFactor(full, lower, shift, backend)
     return SPDFactor(full[0], lower[0], shift[0], backend)
@@ -211,16 +218,17 @@ class Cholesky(NamedTuple):
     """One backend: what differs between them; checks, shifts and refinement are shared."""
 
     # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
-    examine: Callable[[Tensor], list[list[float]]]
+    # (a list, or a tensor [B, 3] that is still to be read)
+    examine: Callable[[Tensor], list[list[float]] | Tensor]
     # [B, n, n] -> lower [B, n, n], info [B]: 0, or which pivot is not above n eps times its diagonal entry
     factor: Callable[[Tensor], tuple[Tensor, Tensor]]
     solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
 
 
-def _reference_examine(matrix: Tensor) -> list[list[float]]:
+def _reference_examine(matrix: Tensor) -> Tensor:
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     difference = (matrix - matrix.mT).abs().amax((-2, -1))  # of infinity with itself: NaN, which amax keeps
-    return torch.stack([diagonal.mean(-1), diagonal.abs().amax(-1), difference], -1).tolist()
+    return torch.stack([diagonal.mean(-1), diagonal.abs().amax(-1), difference], -1)
 
 
 def _reference_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +270,10 @@ _cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve)
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
     if matrix.device.type != "cpu":
-        return f"it works on CPU tensors, and the matrix is on {matrix.device}"
+        reason = f"it works on CPU tensors, and the matrix is on {matrix.device}"
+        if matrix.device.type == "cuda":
+            reason += ", where torch.linalg (cuSOLVER) factors: no kernel of ours has been measured to be faster"
+        return reason
     return extension_reason()
 
 
