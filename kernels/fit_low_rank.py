@@ -907,8 +907,8 @@ class Config:
 
 
 # By the order of the linear systems. All of them use every register and spill some: what lives through the whole loop is
-# 25 pointers and as many numbers, and the addresses that the compiler computes ahead. One warp needs no barriers between its lanes, more hide each other's waits; the
-# first is used where nothing was measured.
+# 25 pointers and as many numbers, and the addresses that the compiler computes ahead. One warp needs no barriers between
+# its lanes, more hide each other's waits; the first is used where nothing was measured.
 SMALL = (Config(16, 32, 128, 2, 8), Config(16, 16, 128, 1, 8), Config(16, 32, 128, 4, 4))
 LARGE = (Config(32, 32, 128, 4, 4), Config(32, 32, 256, 8, 2))
 CANDIDATES = (*SMALL, *LARGE)
