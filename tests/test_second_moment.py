@@ -645,6 +645,7 @@ def test_no_measurement_goes_into_a_graph(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     from rewrite_core.kernels import second_moment as kernels
+    from rewrite_core.kernels import tuning
 
     class OnGPU:
         shape, dtype, device = (2, 300, 8, 8), torch.float32, SimpleNamespace(type="cuda", index=0)
@@ -659,16 +660,17 @@ def test_no_measurement_goes_into_a_graph(monkeypatch, tmp_path):
     capturing = False
     chosen = kernels.CANDIDATES[9]["x3"][1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_chosen", {})
-    monkeypatch.setattr(kernels, "measured", lambda path, choices, time: chosen)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "measured", lambda path, choices, time: chosen)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
-        major=9, name="NVIDIA H200", multi_processor_count=132
+        major=9, multi_processor_count=132
     ))  # fmt: skip
     capturing = True
-    with pytest.raises(RewriteCoreError, match="float32 features .* call it once before the capture"):
+    with pytest.raises(RewriteCoreError, match="second_moment .* call it once before the capture"):
         kernels.configuration(OnGPU(), "x3")
-    assert not list(tmp_path.iterdir()) and not kernels._chosen
+    assert not list(tmp_path.iterdir()) and not tuning._chosen
     capturing = False
     assert kernels.configuration(OnGPU(), "x3") == chosen
     capturing = True
@@ -810,11 +812,11 @@ def test_gpu_many_keys(shape, kind):
 @needs_gpu
 def test_gpu_graph_and_streams():
     """No wait for the GPU and no measurement while a graph is captured; the current stream is used."""
-    from rewrite_core.kernels import second_moment as kernels
+    from rewrite_core.kernels import tuning
 
     features = normal(8, 96, 16, 16).cuda()
     out = prefilled(96).cuda()
-    kernels._chosen.clear()
+    tuning._chosen.clear()
     with pytest.raises(RewriteCoreError, match="call it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         second_moment(features, out=out, backend="triton")
     torch.cuda.synchronize()
