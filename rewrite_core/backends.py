@@ -22,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .errors import RewriteCoreError
 
@@ -106,6 +108,13 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
         f"{source}{asked!r} cannot run this call of {op} ({'; '.join(reasons)}); "
         'backend="auto" picks one that can.'
     )
+
+
+def dispatched(tensor: Tensor) -> bool:
+    """Whether torch is to see a call as an operator of its own: while it compiles or traces, and for tensors of other
+    kinds or without numbers. Elsewhere its dispatcher would only cost a small call a few percent."""
+    plain = type(tensor) is Tensor and not tensor.is_meta
+    return not plain or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _passed_over(chosen: str) -> str:

@@ -1217,7 +1217,8 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
     config = kernels.LARGE[0] if kind == "over pixels" else kernels.SMALL[0]
     kernel = kernels.exact_kernel if kind == "exact" else kernels.fit_kernel
-    types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(("slope", "gain", "tolerance", "slow_rate"), "fp64")
+    numbers = ("slope", "gain", "tolerance", "slow_rate", "slow_rate_well", "fast_rate_well")
+    types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(numbers, "fp64")
     types |= dict.fromkeys(("basis", "base", "target", "shift", "coefficients"), "*fp32")
     types |= dict.fromkeys(("iterations", "statuses"), "*i32")
     counts = ("tasks", "channels", "unknowns", "pixels", "weight_stride", "shift_edit", "shift_channel", "shift_pixel",

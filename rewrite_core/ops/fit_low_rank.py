@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import NonFiniteError, RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -166,7 +166,7 @@ def fit_low_rank(
         basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
         max_iterations, tolerance, segments,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or type(base) is not Tensor:
+    if dispatched(base):
         outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     else:  # what the op does, without checking a second time
         outputs = select("fit_low_rank", backend, *problem).load()(problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import RewriteCoreError
 
 # as csrc/common.h numbers them
@@ -49,9 +49,9 @@ def second_moment(
     _check_types(features, out, precision)  # the rest the ops check
     if features.requires_grad:
         features = features.detach()
-    if torch.compiler.is_compiling() or type(features) is not Tensor or features.is_meta:
+    if dispatched(features):
         op, op_into = torch.ops.rewrite_core.second_moment, torch.ops.rewrite_core.second_moment_
-    else:  # the same without torch's dispatcher, which costs a small call a few percent
+    else:
         op, op_into = _add_up, _add_to
     if out is None:
         return op(features, backend, precision)

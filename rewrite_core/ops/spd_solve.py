@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select
+from ..backends import Backend, dispatched, extension, extension_reason, select
 from ..errors import NonFiniteError, RewriteCoreError
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -183,10 +183,8 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     """
     _check_matrix(matrix)
     _check_rhs(matrix, rhs)
-    if type(matrix) is Tensor and type(rhs) is Tensor and not torch.compiler.is_compiling():
-        # as the op does: the dispatcher takes longer than a small matrix
-        return _solve(matrix.detach(), rhs.detach(), backend)
-    return torch.ops.rewrite_core.spd_solve(matrix.detach(), rhs.detach(), backend)
+    op = torch.ops.rewrite_core.spd_solve if dispatched(matrix) or dispatched(rhs) else _solve
+    return op(matrix.detach(), rhs.detach(), backend)
 
 
 def _check_matrix(matrix: Tensor) -> None:
