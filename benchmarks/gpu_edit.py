@@ -56,7 +56,7 @@ def _projected_arguments(problem, device: str) -> tuple[tuple[Tensor, ...], dict
         kernels = torch.eye(9).reshape(9, 1, 3, 3)
         operator = layer.linear(key.transpose(0, 1), kernels)
         operator = operator.reshape(len(operator), 3, 3, *operator.shape[2:])
-        base, value = layer.linear(key, weight)[0], problem.value(weight)[0]
+        base, value = layer.linear(key, weight)[0], layer.value(problem.capture, weight)[0]
     options = {"value": value, "directions": problem.directions, "slope": after.slope, "gain": after.gain, "loss": "l1"}
     if after.shift is not None:
         options["shift"] = after.shift.float().expand(problem.target.shape)[0]

@@ -1251,9 +1251,12 @@ def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
     if triton_reason() is None:
         record = next(record for record in backends_of("fit_low_rank") if record.name == "triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert record.supports(torch.empty(()).expand(1, 576, 4096)) is None
-        assert "up to 1024" in record.supports(torch.empty(()).expand(1, 1025, 4))
-        assert "interpreter" in record.declines(torch.empty(1, 9, 16))
+        small = importlib.import_module("rewrite_core.ops.fit_low_rank").example("cpu")
+        number = torch.empty(())
+        assert record.supports(*small._replace(basis=number.expand(1, 576, 4096))) is None
+        assert "up to 1024" in record.supports(*small._replace(basis=number.expand(1, 1025, 4)))
+        assert "segments" in record.supports(*small._replace(segments=torch.zeros(1, 16, dtype=torch.int64)))
+        assert "interpreter" in record.declines(*small)
 
 
 @needs_gpu

@@ -115,7 +115,7 @@ def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path):
 
 def test_the_tests_of_every_kernel_are_run():
     tests = gpu_check.checkout() / "tests"
-    marked = {path.name for path in tests.glob("test_*.py") if re.search(r"^ON_GPU = |^needs_gpu|^def needs_gpu", path.read_text(), re.M)}
+    marked = {path.name for path in tests.glob("test_*.py") if re.search(r"pytest\.mark\.gpu", path.read_text(), re.M)}
     assert marked == set(gpu_check.TESTED)
 
 
