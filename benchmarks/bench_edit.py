@@ -1,4 +1,5 @@
-"""An edit's solvers against the reference implementation's loop: the fit alone, many edits at once, and the whole click.
+"""An edit's solvers against the reference implementation's loop: the fit, many edits at once, a whole `rc.rewrite`, and
+the click.
 
 The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"), which
 tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a contender takes
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewrite_core import Edit, Selection, bind, collect_second_moment, rewrite, sample_latents
+from rewrite_core import Edit, Rewrite, Selection, bind, collect_second_moment, rewrite, sample_latents
 from rewrite_core.binding import BoundLayer
 from rewrite_core.families import Capture, StyleGAN2
 from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
@@ -55,11 +56,18 @@ def cases(quick: bool) -> list[Case]:
         name = f"{count} edits at once, {channels} channels, {side}x{side}, rank 1"
         return Case(name, functools.partial(make_many, count, channels, side))
 
+    def whole(channels: int, size: int, side: int, steps: int) -> Case:
+        name = f"rc.rewrite, {channels} channels, {side}x{side} of {size}x{size}, rank 1"
+        return Case(name, functools.partial(make_rewrite, channels, size, side, steps))
+
     def click(size: int, layer: str) -> Case:
         return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer))
 
     if quick:
-        return [fit("stylegan2", 16, 6, 1, 40, 40), l2(16, 6, 1), many(2, 16, 6), click(8, "convs.1.conv")]
+        return [
+            fit("stylegan2", 16, 6, 1, 40, 40), l2(16, 6, 1), many(2, 16, 6), whole(16, 8, 4, 40),
+            click(8, "convs.1.conv"),
+        ]  # fmt: skip
     sizes = [
         (64, 10, 1), (256, 10, 1), (1024, 10, 1), (512, 4, 1), (512, 32, 1), (512, 64, 1), (512, 10, 4), (512, 32, 16),
         (512, 10, 64),
@@ -68,7 +76,7 @@ def cases(quick: bool) -> list[Case]:
         *(fit(kind, 512, 10, 1, STEPS, STEPS) for kind in KINDS),
         *(fit(kind, *size, *_few_steps(*size[:2])) for size in sizes for kind in KINDS),
         l2(512, 10, 1), l2(512, 10, 4), many(1, 512, 10), many(8, 512, 10), many(64, 512, 10),
-        click(256, "convs.5.conv"), click(256, "convs.6.conv"),
+        whole(512, 32, 10, STEPS), click(256, "convs.5.conv"), click(256, "convs.6.conv"),
     ]  # fmt: skip
 
 
@@ -137,7 +145,8 @@ def _name(solution: Solution) -> str:
 
 
 def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: int, backend: str) -> Problem:
-    """lm from keys and goal to coefficients, against the reference's loop, the same loop fused, and Adam on Lambda."""
+    """lm from keys and goal to coefficients (aside: its fit alone, from basis maps to coefficients), against the
+    reference's loop, the same loop fused, and Adam on Lambda."""
     problem = _problem(kind, channels, side, rank)
     goal = _goal(problem)
     details: dict[str, float] = {}
@@ -152,6 +161,13 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
 
     lm = solve_lm([problem], backend)[0]
     details["lm: steps of all channels"] = lm.iterations
+    inputs = _fit_inputs(problem)
+
+    def fit_alone() -> Solution:
+        fit = fit_low_rank(**inputs, loss=problem.loss, backend=backend)
+        coefficients = fit.coefficients.reshape(problem.coefficient_shape)
+        losses = [fit.initial_loss.mean().item(), fit.loss.mean().item()]
+        return Solution(coefficients, losses, "fit_low_rank", losses[-1])
     unknowns, pixels = 9 * rank, side * side
     system = min(unknowns, pixels)  # the normal equations are over the fewer of the two
 
@@ -162,6 +178,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
     return Problem(
         ours=Contender("rewrite_core", lambda: solve_lm([problem], backend)[0]),
         stock=[
+            Contender("fit_low_rank alone", fit_alone, aside=True),
             stepwise("reference's loop", lambda: solve_projected(problem, steps, backend="reference"), steps),
             stepwise("projected, fused", lambda: solve_projected(problem, steps), steps),
             stepwise("Adam on Lambda", lambda: solve_adam(problem, adam), adam),
@@ -250,6 +267,43 @@ def make_many(count: int, channels: int, side: int, backend: str) -> Problem:
         error_kind="l1 above the float64 reference fit's, relative, at worst",
         tolerance=1e-2,
         details={"lm: steps of all channels": steps},
+    )
+
+
+def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) -> Problem:
+    """The whole of `rc.rewrite` with "lm" and with the reference's loop, on a generator that is one 3x3 convolution (its
+    latents are key maps). The moment and its factor are at hand; the error is how far "lm" ends above the loop."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False)).requires_grad_(False)
+        latents = F.avg_pool2d(torch.randn(8, channels, size, size), 3, 1, 1)
+    layer = bind(generator, "0", forward=lambda g, z: g(z))
+    moment = collect_second_moment(layer, latents, 4, progress=False)
+    assert moment.factor is not None  # made here, and kept
+    mask = torch.zeros(size, size)
+    box = slice(size // 4, size // 4 + side)
+    mask[box, box] = 1
+    edit = Edit(copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(2, mask), Selection(3, mask)])
+
+    def run(solver: str, backend: str) -> Rewrite:
+        return rewrite(layer, moment, edit, latents, solver=solver, steps=steps, backend=backend)
+
+    loss = {name: run(name, backend).final_loss for name in ("lm", "projected")}
+    rounds = 1 if steps == STEPS else None
+    return Problem(
+        ours=Contender("rewrite_core", lambda: run("lm", backend)),
+        stock=[
+            Contender("reference's loop", lambda: run("projected", "reference"), rounds=rounds),
+            Contender("projected, fused", lambda: run("projected", backend), rounds=rounds),
+        ],
+        shapes={"weight": list(layer.weight.shape), "key": [channels, size, size]},
+        dtype="float32",
+        operations=2.0 * layer.weight.numel(),
+        traffic=4.0 * layer.weight.numel(),
+        error=lambda change: max(0.0, change.final_loss / loss["projected"] - 1),
+        error_kind="final l1 above the fused loop's, relative",
+        tolerance=1e-2,
+        details={f"{name}: l1": value for name, value in loss.items()},
     )
 
 

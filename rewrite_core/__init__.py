@@ -3,6 +3,7 @@
 from . import ops
 from .backends import BackendUnavailable, explain
 from .binding import BoundLayer, LayerInfo, bind, list_layers
+from .change import Rewrite, load_rewrite
 from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, query_key
 from .editing import Edit, Selection
 from .errors import (
@@ -22,7 +23,7 @@ from .latents import sample_latents
 from .loading import load_generator
 from .moments import SecondMoment, collect_second_moment
 from .parametrization import LowRankChange
-from .rewriting import Rewrite, erase, insert, load_rewrite, rewrite, rewrite_many, zero
+from .rewriting import erase, insert, rewrite, rewrite_many, zero
 from .search import SearchResult, search
 from .version import __version__
 

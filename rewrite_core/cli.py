@@ -24,6 +24,7 @@ from tqdm import tqdm
 from . import pictures
 from .backends import BackendUnavailable, explain
 from .binding import BoundLayer, bind, list_layers
+from .change import load_rewrite
 from .demo import LATENT_SIZE, RULES, chapels, load_edit
 from .demo.rules import score
 from .demo.run import EDIT_SEED, run_demo, table
@@ -35,7 +36,7 @@ from .fingerprints import tensor_fingerprint
 from .latents import sample_latents
 from .loading import load_generator, load_into
 from .moments import SecondMoment, collect_second_moment
-from .rewriting import erase, load_rewrite, rewrite, zero
+from .rewriting import erase, rewrite, zero
 from .search import search
 from .solvers import LOSSES, SOLVERS
 from .version import __version__

@@ -18,6 +18,20 @@ def read_npz(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
+def state_bits(generator):
+    return {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def square(index, size, top, side):
+    mask = torch.zeros(size, size)
+    mask[top : top + side, top : top + side] = 1
+    return rc.Selection(index, mask)
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, torch.Tensor]:
     return read_npz("proggan_expected.npz")

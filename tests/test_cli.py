@@ -19,7 +19,7 @@ from PIL import Image
 import rewrite_core as rc
 from rewrite_core import cli
 from rewrite_core.cli import build_parser, main
-from rewrite_core.demo import RULES, load_edit
+from rewrite_core.demo import load_edit
 
 LAYER = "synthesis.layer4.conv"
 

@@ -157,7 +157,7 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     capture = layer.capture_each(z[2:3])
     with torch.no_grad():
         predicted = layer.value(capture, weight + combine(change.coefficients, change.directions))
-    goal = rc.rewriting.paste_goals(layer, edit, z, tight=False)[0].target
+    goal = rc.goals.paste_goals(layer, edit, z, tight=False)[0].target
     with change:
         assert relative(layer.values(z[2:3]), predicted) < 1e-4
         reached = (layer.values(z[2:3]).double() - goal).square().mean().item()

@@ -9,7 +9,7 @@ import torch
 import rewrite_core as rc
 from rewrite_core import solvers
 from rewrite_core.families import StyleGAN2
-from rewrite_core.rewriting import erase_goals, paste_goals
+from rewrite_core.goals import erase_goals, paste_goals
 from rewrite_core.solvers import Problem, combine, solve_adam, solve_lm, solve_projected
 
 FEW = {"steps": 60}

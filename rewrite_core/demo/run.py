@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .. import pictures
 from ..binding import BoundLayer, bind
+from ..change import Rewrite
 from ..editing import Edit
 from ..files import atomic_write, writable_path
+from ..goals import paste_goals
 from ..latents import sample_latents
 from ..moments import SecondMoment, collect_second_moment
 from ..pictures import paint, to_unit
-from ..rewriting import Rewrite, paste_goals, rewrite
+from ..rewriting import rewrite
 from ..version import __version__, cpu_name
 from . import chapels, load_edit
 from .rules import RULES, Rule, Score, score
