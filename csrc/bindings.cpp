@@ -86,19 +86,20 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cholesky",
-      [](std::uintptr_t matrices, int64_t batch, int64_t n, std::uintptr_t info, int threads,
+      [](std::uintptr_t matrices, int64_t batch, int64_t n, double least, std::uintptr_t info, int threads,
          const std::string& isa) {
         const Isa use = isa_of(isa);
         Status status;
         {
           py::gil_scoped_release release;
-          status = cholesky(pointer<double>(matrices), batch, n, pointer<int64_t>(info), threads, use);
+          status = cholesky(pointer<double>(matrices), batch, n, least, pointer<int64_t>(info), threads, use);
         }
         check(status, "cholesky");
       },
-      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("info"), py::arg("threads"),
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("least"), py::arg("info"), py::arg("threads"),
       py::arg("isa") = "",
-      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot that may be rounding.");
+      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot that is not above "
+      "`least` times its diagonal entry.");
 
   m.def(
       "cholesky_solve",

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 
 #include "spd_solve_isa.h"
 
@@ -132,8 +131,7 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
 namespace {
 
 // `info`, from the factor's diagonal and the matrix's.
-int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n) {
-  const double least = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n, double least) {
   for (int64_t i = 0; i < n; ++i) {
     const double root = lower[i * n + i];
     if (!(root * root > least * diagonal[i])) return i + 1;
@@ -143,8 +141,8 @@ int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n) 
 
 }  // namespace
 
-Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa) {
-  if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
+Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa) {
+  if (batch < 0 || n < 1 || !(least >= 0) || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
     return Status::bad_argument;
   const SPDSolveKernels& kernels = kernels_for(isa);
   threads = std::max(threads, 1);
@@ -167,7 +165,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
         factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels),
                failed);
       });
-      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n);
+      info[b] =
+          failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
     }
     return Status::ok;
   }
@@ -182,7 +181,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int t
       std::atomic<int64_t> failed{0};
       Solo solo;
       factor(solo, kernels, matrices + b * n * n, n, space, sums.data(), failed);
-      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n);
+      info[b] =
+          failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
     }
   });
   return out_of_memory ? Status::out_of_memory : Status::ok;

@@ -13,10 +13,10 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
 
 // matrices  [batch, n, n], each contiguous row-major: the lower triangle is read and becomes L (A = L L^T),
 //           the upper one becomes zero
-// info      [batch]: 0, or the 1-based number of the first pivot that is not above n eps times its diagonal entry and so
-//           may be nothing but rounding (of one that is not positive the matrix is left half done)
+// info      [batch]: 0, or the 1-based number of the first pivot that is not above `least` times its diagonal entry and
+//           so may be nothing but rounding (of one that is not positive the matrix is left half done)
 // The result has the same bits for any number of threads.
-Status cholesky(double* matrices, int64_t batch, int64_t n, int64_t* info, int threads, Isa isa);
+Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa);
 
 // Solves L L^T x = b in place. lower [batch, n, n]; x [batch, m, n], one right-hand side a row.
 Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads,

@@ -31,6 +31,7 @@ from .streams import SideStream, held_elsewhere, side_stream
 
 _VERSION = 1
 _LEAST = 8  # batches before their spread is believed
+_NOISE = 2**-24  # the rounding of a float32 product, relative: pivots as large were seen in sums that should have none
 
 
 def _square(matrix: Tensor) -> Tensor:
@@ -195,9 +196,10 @@ class SecondMoment:
     @property
     def factor(self) -> SPDFactor:
         """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
-        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate."""
+        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. C is a sum of float32 products, so
+        what is below their rounding counts as rank-deficient."""
         if self._factor is None:
-            self._factor = spd_factor(self.matrix())
+            self._factor = spd_factor(self.matrix(), noise=_NOISE, rank=self.count)
         return self._factor
 
     def solve(self, keys: Tensor) -> Tensor:
@@ -482,7 +484,7 @@ class _KeyErrors:
     def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
             warnings.simplefilter("ignore", DiagonalShiftWarning)
-            factor = spd_factor(moment._sum)  # N C, as a copy to divide by N would be one matrix more
+            factor = spd_factor(moment._sum, noise=_NOISE)  # N C, as a copy to divide by N would be one matrix more
 
         def solve(rhs: Tensor) -> Tensor:
             return factor.solve(rhs).mul_(moment.count)

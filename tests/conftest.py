@@ -69,5 +69,5 @@ def golden_moment(golden) -> rc.SecondMoment:
     7e-6 in it; times its condition number of 6.5e4 that turns directions by up to 2e-2, so what follows from
     C is compared given the same C."""
     moment = rc.SecondMoment(64)
-    moment._sum, moment.count = golden["c_matrix"].double(), 1
+    moment._sum, moment.count = golden["c_matrix"].double() * 4096, 4096
     return moment

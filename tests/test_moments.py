@@ -16,6 +16,7 @@ from conftest import DATA
 import rewrite_core as rc
 from rewrite_core.fingerprints import tensor_fingerprint
 from rewrite_core.files import save_record
+from rewrite_core.ops.spd_solve import DiagonalShiftWarning
 
 
 def relative(a, b):
@@ -812,3 +813,38 @@ def test_all_reduce_over_two_processes(tmp_path, layer):
 def test_all_reduce_without_a_group():
     with pytest.raises(rc.RewriteCoreError, match="init_process_group"):
         rc.SecondMoment(3).all_reduce()
+
+
+def test_fewer_keys_than_channels_are_noticed():
+    """Rounding leaves such a C positive definite, by luck; its factor would hold nothing else."""
+    for seed in range(8):
+        keys = torch.randn(63, 64, generator=torch.Generator().manual_seed(seed))
+        moment = rc.SecondMoment(64)
+        moment.update(keys)
+        with pytest.warns(DiagonalShiftWarning, match="rank-deficient"):
+            assert 0 < moment.factor.shift < 1e-5
+        directions = rc.context_directions(moment, keys[:8], rank=3)
+        torch.testing.assert_close(directions @ directions.T, torch.eye(3, dtype=directions.dtype))
+
+
+def test_a_channel_that_is_the_sum_of_others_is_noticed():
+    """Where float32 rounding leaves no more of it than rounding usually does."""
+    noticed = 0
+    for seed in range(8):
+        keys = torch.randn(1000, 64, generator=torch.Generator().manual_seed(seed))
+        keys[:, 5] = keys[:, :5].sum(1)
+        moment = rc.SecondMoment(64)
+        moment.update(keys)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            noticed += bool(moment.factor.shift > 0)
+        assert [warning.category for warning in caught] in ([], [DiagonalShiftWarning])
+    assert noticed >= 6
+
+
+def test_a_large_mean_needs_no_shift():
+    moment = rc.SecondMoment(32)
+    moment.update(1000 + torch.randn(4000, 32, generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moment.factor.shift == 0

@@ -60,7 +60,7 @@ def test_every_instruction_set(n, isa):
     if order.index(isa) > order.index(extension().isa()):
         pytest.skip(f"this CPU has no {isa}")
     matrix = torch.stack([second_moment(n, seed=seed) for seed in range(3)])
-    lower, info = ops._cpp_factor(matrix, isa)
+    lower, info = ops._cpp_factor(matrix, 1e-13, isa)
     assert info.tolist() == [0, 0, 0]
     assert torch.equal(lower, lower.tril())
     assert ((lower @ lower.mT - matrix).norm() / matrix.norm()).item() < 1e-14
@@ -79,7 +79,7 @@ def test_same_bits_for_any_number_of_threads(n):
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for batch in (slice(None), slice(0, 1)):
-                lower, info = ops._cpp_factor(matrix[batch])
+                lower, info = ops._cpp_factor(matrix[batch], 1e-13)
                 results.append((lower[0], ops._cpp_solve(lower, b[batch])[0]))
     finally:
         torch.set_num_threads(before)
@@ -289,7 +289,7 @@ def test_info_names_the_first_bad_pivot():
     matrix[1, 100, 100] = -1
     matrix[2, 0, 0] = math.nan
     for isa in ("portable", ""):
-        assert ops._cpp_factor(matrix, isa)[1].tolist() == [0, 101, 1]
+        assert ops._cpp_factor(matrix, 1e-13, isa)[1].tolist() == [0, 101, 1]
 
 
 @backends

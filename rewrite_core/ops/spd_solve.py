@@ -81,16 +81,21 @@ class SPDFactor:
         return largest * self.matrix.abs().sum(0).max()
 
 
-def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
+def spd_factor(
+    matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: int | None = None
+) -> SPDFactor:
     """The Cholesky factor of a symmetric positive (semi)definite matrix, to solve with many times.
 
     matrix   [n, n] or [B, n, n], float32 or float64 (computed in float64); the lower triangle is factored
     backend  "auto", "cpp" or "reference"
+    noise    how exact the entries are: the error of a_ij relative to sqrt(a_ii a_jj)
+    rank     what the rank is known to be at most (the number of keys in a second moment)
 
     A rank-deficient matrix (dead or duplicated channels, fewer keys than channels) gets the smallest of
     0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times
-    the mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps
-    times its diagonal entry; below that it is rounding error.
+    the mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps and
+    above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is below n, rounding error
+    is all that any factor has there: no shift below `noise` times the mean diagonal will do.
 
     Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
     an asymmetric matrix, a zero matrix, or one with a clearly negative eigenvalue.
@@ -104,7 +109,9 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
     facts = kernels.examine(full)
     if eps > EPSILON:
         full = (full + full.mT) / 2
-    lower, info = kernels.factor(full)
+    n = full.shape[-1]
+    least = max(n * EPSILON, noise)
+    lower, info = kernels.factor(full, least)
     if isinstance(facts, Tensor):  # on a GPU the only wait of a factor that needs no shift
         *facts, info = torch.cat([facts.T, info[None].to(facts)]).tolist()
         facts, info = list(zip(*facts)), list(map(int, info))
@@ -117,7 +124,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
             raise NonFiniteError(
                 f"The matrix{which} holds NaN or infinity: look for overflow in the layer's activations."
             )
-        if difference > max(1e-6, full.shape[-1] * eps) * largest:
+        if difference > max(1e-6, n * eps) * largest:
             raise RewriteCoreError(
                 f"The matrix{which} is not symmetric: pass the whole of C, or (A + A.mT) / 2 if that is what you mean."
             )
@@ -128,24 +135,27 @@ def spd_factor(matrix: Tensor, backend: str = "auto") -> SPDFactor:
             )
         means.append(mean)
     shift = full.new_zeros(len(full))
-    if any(info):
+    deficient = rank is not None and rank < n
+    if any(info) or deficient:
         full = full.clone()
-        _shift(kernels, full, lower, info, means, shift, batched=matrix.ndim == 3)
+        _shift(kernels, full, lower, info, means, shift, least, noise if deficient else 0.0, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
         return SPDFactor(full, lower, shift, backend)
     return SPDFactor(full[0], lower[0], shift[0], backend)
 
 
 def _shift(
-    kernels: Cholesky, full: Tensor, lower: Tensor, info: list[int], means: list[float], shift: Tensor, batched: bool
-) -> None:
-    """Factors those matrices whose info is not 0 again, in place, with ever larger shifts; warns or raises."""
+    kernels: Cholesky, full: Tensor, lower: Tensor, info: list[int], means: list[float], shift: Tensor, least: float,
+    smallest: float, batched: bool,
+) -> None:  # fmt: skip
+    """Factors those matrices whose info is not 0 (or all, if `smallest` is not) again, in place, with ever larger shifts
+    from `smallest` times the mean diagonal on; warns or raises."""
     for b, mean in enumerate(means):
-        if not info[b]:
+        if not info[b] and not smallest:
             continue
         diagonal = full[b].diagonal()
         plain = diagonal.clone()
-        step, bad = EPSILON * mean, True
+        step, bad = max(EPSILON, smallest) * mean, True
         while bad:
             if step > LARGEST_SHIFT * mean:
                 which = f" {b} of the batch" if batched else ""
@@ -155,7 +165,7 @@ def _shift(
                 )
             shift[b] = step
             diagonal.copy_(plain + step)
-            part, again = kernels.factor(full[b : b + 1])
+            part, again = kernels.factor(full[b : b + 1], least)
             lower[b], bad = part[0], bool(again[0])
             step = 10 * step
     relative = [size / mean for size, mean in zip(shift.tolist(), means)]
@@ -218,8 +228,8 @@ class Cholesky(NamedTuple):
     # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
     # (a list, or a tensor [B, 3] that is still to be read)
     examine: Callable[[Tensor], list[list[float]] | Tensor]
-    # [B, n, n] -> lower [B, n, n], info [B]: 0, or which pivot is not above n eps times its diagonal entry
-    factor: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # [B, n, n], least -> lower [B, n, n], info [B]: 0, or which pivot is not above `least` times its diagonal entry
+    factor: Callable[[Tensor, float], tuple[Tensor, Tensor]]
     solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
 
 
@@ -229,10 +239,10 @@ def _reference_examine(matrix: Tensor) -> Tensor:
     return torch.stack([diagonal.mean(-1), diagonal.abs().amax(-1), difference], -1)
 
 
-def _reference_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _reference_factor(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(matrix)
     pivots, diagonal = (part.diagonal(dim1=-2, dim2=-1) for part in (lower, matrix))
-    bad = pivots.square() <= matrix.shape[-1] * EPSILON * diagonal
+    bad = pivots.square() <= least * diagonal
     return lower, torch.where(info == 0, (bad.any(-1) * (bad.int().argmax(-1) + 1)).to(info), info)
 
 
@@ -244,11 +254,11 @@ def _cpp_examine(matrix: Tensor) -> list[list[float]]:
     return extension().examine(matrix.data_ptr(), len(matrix), matrix.shape[-1], torch.get_num_threads())
 
 
-def _cpp_factor(matrix: Tensor, isa: str = "") -> tuple[Tensor, Tensor]:
+def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Tensor]:
     lower = matrix.clone(memory_format=torch.contiguous_format)
     info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
     extension().cholesky(
-        lower.data_ptr(), len(matrix), matrix.shape[-1], info.data_ptr(), torch.get_num_threads(), isa
+        lower.data_ptr(), len(matrix), matrix.shape[-1], least, info.data_ptr(), torch.get_num_threads(), isa
     )
     return lower, info
 

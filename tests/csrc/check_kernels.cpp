@@ -200,9 +200,9 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   const std::vector<double> matrices = positive_definite(batch, n);
   std::vector<double> lower = matrices, again = matrices;
   std::vector<int64_t> info(batch, -1);
-  check(cholesky(lower.data(), batch, n, info.data(), 1, isa) == Status::ok, "its status");
+  check(cholesky(lower.data(), batch, n, 1e-13, info.data(), 1, isa) == Status::ok, "its status");
   check(std::all_of(info.begin(), info.end(), [](int64_t i) { return i == 0; }), "its info");
-  check(cholesky(again.data(), batch, n, info.data(), 5, isa) == Status::ok, "its status with threads");
+  check(cholesky(again.data(), batch, n, 1e-13, info.data(), 5, isa) == Status::ok, "its status with threads");
   check(same_bits(lower, again), "the number of threads changes its bits");
   double worst = 0, above = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -247,7 +247,7 @@ void check_choleskys(bool smallest, Isa isa) {
     std::vector<double> matrices = positive_definite(3, n);
     matrices[n * n + (n - 3) * n + n - 3] = -1e3;  // in the last block of the second one
     std::vector<int64_t> info(3, -1);
-    check(cholesky(matrices.data(), 3, n, info.data(), threads, isa) == Status::ok, "its status");
+    check(cholesky(matrices.data(), 3, n, 1e-13, info.data(), threads, isa) == Status::ok, "its status");
     check(info[0] == 0 && info[1] == n - 2 && info[2] == 0, "its info");
   }
 }
@@ -434,7 +434,7 @@ int make(const std::string& mistake) {
   } else {
     double* const matrix = static_cast<double*>(std::malloc(4 * sizeof(double)));
     int64_t info = 0;
-    cholesky(matrix, 1, 2, &info, 1, Isa::portable);
+    cholesky(matrix, 1, 2, 0.0, &info, 1, Isa::portable);
     std::printf("%d\n", info != 0);
     std::free(matrix);
   }
