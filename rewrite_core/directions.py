@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .binding import BoundLayer
+from .checks import check_inputs, check_keys, check_layer, check_moment
 from .editing import Selection
 from .errors import NonFiniteError, RankError, RewriteCoreError, SelectionError
+from .latents import check_latents
 from .moments import SecondMoment, _stream
 
 METHODS = ("whitened", "svd", "mean", "units")
@@ -57,6 +59,10 @@ def collect_unit_quantiles(
     layer: BoundLayer, latents: Tensor, batch_size: int = 16, progress: bool = False
 ) -> UnitQuantiles:
     """Quantiles of each unit of the layer's key over the images of `latents`, for ``method="units"``."""
+    check_layer(layer)
+    check_latents(latents)
+    if len(latents) == 0:
+        raise RewriteCoreError("There are no latents to take quantiles over; give at least one.")
     quantiles = UnitQuantiles(layer.in_channels)
     label = f"unit quantiles of {layer.name}"
     _stream(layer, latents, batch_size, 0, progress, label, lambda keys, done: quantiles.update(keys))
@@ -64,6 +70,8 @@ def collect_unit_quantiles(
 
 
 def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    check_moment(moment)
+    check_keys(keys)
     if keys.ndim != 2 or keys.shape[1] != moment.channels:
         raise RewriteCoreError(f"Context keys are rows [n, {moment.channels}], not {list(keys.shape)}.")
     rows = keys.detach().to(torch.float64)
@@ -127,8 +135,10 @@ def context_directions(
         method: "whitened" (appendix D): top R right singular vectors V of ``diag(w) M L^-T``, then orthonormal
             rows of ``(L^-T V)^T``, each agreeing with the weighted mean key. Same span as whitening by C^(-1/2), by
             Cholesky alone. "svd": top R right singular vectors of the rows ``w C^-1 k``. "mean": their mean
-            (rank 1 only). "units": one-hot rows, see :func:`rank_units`.
-        quantiles: for "units", from :func:`collect_unit_quantiles`.
+            (rank 1 only). "units": one-hot rows, of the units that are most typical of the context: with `quantiles`
+            by GAN Dissection's score, the mean of ``-log(1 - quantile)``; without, by the mean of ``k^2 / E[k^2]``,
+            which ranks them otherwise.
+        quantiles: for "units", from :func:`collect_unit_quantiles`; :func:`rewrite` collects them itself.
 
     Raises:
         RankError: rank below 1, above I, or above the number of independent context keys.
@@ -136,6 +146,7 @@ def context_directions(
     """
     if method not in METHODS:
         raise RewriteCoreError(f"There is no direction method {method!r}; choose from {list(METHODS)}.")
+    check_moment(moment)
     try:
         whole = 0 if isinstance(rank, bool) else operator.index(rank)  # numpy's whole numbers too
     except TypeError:
@@ -199,6 +210,11 @@ def context_keys(
 
     With ``inside_only=False`` every position of the marked images is a row, weight 0 outside the masks.
     """
+    check_layer(layer)
+    if not isinstance(selections, Sequence):
+        raise TypeError(f"selections is a list of rc.Selection (edit.keys has an edit's), not {type(selections).__name__}.")
+    if not selections:
+        raise SelectionError("There is no selection to read keys at; mark at least one place.")
     rows, weights = [], []
     for selection in selections:
         keys = layer.keys(latent_of(selection, latents))
@@ -222,6 +238,9 @@ def latent_of(selection: Selection, latents: Tensor) -> Tensor:
 
 def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, latents: Tensor) -> Tensor:
     """The key to search for: C^-1 of the mask-weighted mean key, normalised; float64 [I] (paper, section 4)."""
+    check_inputs(layer, moment, latents)
+    if not isinstance(selection, Selection):
+        raise TypeError(f"What to search for is an rc.Selection or a key, not {type(selection).__name__}.")
     rows, weights = context_keys(layer, [selection], latents)
     mean = (rows.double() * weights.double()[:, None]).sum(0) / weights.double().sum()
     if not torch.isfinite(mean).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .binding import BoundLayer
 from .change import Rewrite
+from .checks import check_inputs, check_keys
 from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys
 from .editing import Edit
 from .errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning
@@ -118,8 +120,9 @@ def _solve_goals(
         raise SolverError(f"There is no solver {solver!r}; choose from {list(SOLVERS)}.")
     if loss not in LOSSES:
         raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
-    if not 0 <= preserve < float("inf"):
-        raise RewriteCoreError(f"preserve is a finite weight of 0 or more, not {preserve}.")
+    if not isinstance(preserve, (int, float)) or not 0 <= preserve < float("inf"):
+        raise RewriteCoreError(f"preserve is a finite weight of 0 or more, not {preserve!r}.")
+    check_inputs(layer, moment, latents)
     edits = _checked(edits)
     clock = _Clock()
     problems, boxes = [], []
@@ -328,6 +331,9 @@ def insert(
         raise SolverError(f"insert has the solvers 'lm' and 'adam', not {solver!r}.")
     if loss not in LOSSES:
         raise SolverError(f"There is no loss {loss!r}; choose from {list(LOSSES)}.")
+    check_inputs(layer, moment)
+    for name, rows in (("keys", keys), ("values", values)):
+        check_keys(rows, name)
     if not layer._layer.pointwise:
         raise SolverError(
             f"{layer.name!r} does not compute its value from one key vector (it has a kernel, a stride, padding or a "
@@ -377,7 +383,10 @@ def zero(
 
     `amount` adds that multiple of the projection of an all-ones weight in its place, as in the reference.
     """
+    check_inputs(layer, moment, latents)
     _checked([edit])
+    if not math.isfinite(amount):
+        raise RewriteCoreError(f"amount is a finite multiple of the projection, not {amount}.")
     clock = _Clock()
     with _plain_arithmetic(layer):
         with clock.stage("check"):

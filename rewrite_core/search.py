@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .binding import BoundLayer
+from .checks import check_inputs
 from .directions import query_key
 from .editing import Selection
 from .errors import NonFiniteError, RewriteCoreError
-from .latents import check_latents
 from .moments import SecondMoment, _stream
 
 _LEVEL_POSITIONS = 4_000_000  # that the level is estimated from; all of them where there are no more
@@ -53,7 +53,7 @@ def search(
         NonFiniteError: NaN or infinity in the key or in an image's; names the batch.
         SelectionError, MaskError, MismatchError: as their names say.
     """
-    check_latents(latents)
+    check_inputs(layer, moment, latents)
     if top < 1 or len(latents) == 0:
         raise RewriteCoreError(f"A search needs a top of at least 1 and some latents, not {top} of {len(latents)}.")
     moment.check(layer, latents)

@@ -355,6 +355,7 @@ def test_the_whole_map_is_a_crop_of_any_layer():
         ({"rank": 65}, rc.RankError, "64 channels"),
         ({"preserve": -1}, rc.RewriteCoreError, "0 or more"),
         ({"preserve": float("inf")}, rc.RewriteCoreError, "finite"),
+        ({"preserve": "0.3"}, rc.RewriteCoreError, "finite"),
         ({"preserve": 1, "solver": "projected"}, rc.SolverError, "preserve"),
         ({"solver": "projected", "steps": 0}, rc.RewriteCoreError, "at least one step"),
         ({"solver": "projected", "project_every": 0}, rc.RewriteCoreError, "project_every"),
@@ -391,6 +392,30 @@ def test_edits_that_are_no_edits(moment, layer, edit, latents):
     with pytest.raises(rc.SelectionError, match="a list of edits"):
         rc.rewrite_many(layer, moment, edit, latents)
     assert len(rc.rewrite_many(layer, moment, iter([edit, edit]), latents)) == 2
+
+
+def test_what_is_given_is_told_apart(generator, moment, layer, edit, latents):
+    for make, arguments, words in (
+        (rc.rewrite, (generator, moment, edit, latents), "rc.bind.*not the generator"),
+        (rc.erase, ("layer5.conv", moment, edit, latents), "rc.bind.*not str"),
+        (rc.zero, (layer, moment.matrix(), edit, latents), "rc.collect_second_moment.*not Tensor"),
+        (rc.rewrite, (layer, moment, edit, latents.numpy()), "latents must be a torch tensor"),
+        (rc.search, (layer, moment, edit, latents), "an rc.Selection or a key, not Edit"),
+        (rc.context_keys, (layer, edit, latents), "edit.keys"),
+        (rc.context_directions, (moment, latents.numpy()), "floating-point tensor"),
+        (rc.context_directions, (moment.matrix(), latents), "rc.collect_second_moment"),
+        (rc.insert, (layer, moment, [[1.0]], latents), "keys must be a floating-point tensor"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            make(*arguments)
+    with pytest.raises(rc.SelectionError, match="mark at least one"):
+        rc.context_keys(layer, [], latents)
+    with pytest.raises(rc.RewriteCoreError, match="no latents"):
+        rc.collect_unit_quantiles(layer, latents[:0])
+    with pytest.raises(rc.RewriteCoreError, match="amount"):
+        rc.zero(layer, moment, edit, latents, amount=float("nan"))
+    with pytest.raises(rc.RewriteCoreError, match="whole number"):
+        rc.erase(layer, moment, edit, latents, units=2.5)
 
 
 def test_nan_weights(moment, layer, edit, latents):
