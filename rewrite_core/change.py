@@ -85,6 +85,16 @@ def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
     )
 
 
+def _check_stored(bound: BoundLayer) -> None:
+    """Raise MismatchError where the weight became computed over the rewrites: what is written to it would be lost."""
+    computed = bound._layer.computed
+    if computed is not None and not computed.folded:
+        raise MismatchError(
+            f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this rewrite "
+            "was applied; take that off first."
+        )
+
+
 def _write(bound: BoundLayer, weight: Tensor) -> None:
     # a parameter made in inference mode can only be changed in inference mode
     with torch.inference_mode(bound.parameter.is_inference()), torch.no_grad():
@@ -242,6 +252,7 @@ class Rewrite:
         bound = next((place for place in reversed(places) if self._is_on(place)), None)
         if bound is None:
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
+        _check_stored(bound)  # with force, too
         stack = _stack_of(bound)
         if not force:
             _check_untouched(bound, stack)

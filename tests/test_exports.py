@@ -130,6 +130,23 @@ def test_a_parametrized_layer_is_rewritten_further():
     assert torch.equal(layer.weight, weight) and switch.enabled
 
 
+def test_a_parametrization_over_an_applied_change():
+    """The weight is computed again, from what was folded; the change under it waits until it is off."""
+    generator, layer, change, z = changed("weight_norm", "4")
+    before = output("weight_norm", generator, z)
+    with change:
+        once = layer.weight.clone()
+        twice = rc.Rewrite(layer.name, change.directions, 2 * change.coefficients, "", "lm")
+        switch = twice.parametrize(generator, force=True)
+        assert torch.equal(layer.weight, layer._layer.canonical(layer.module.weight.detach()))
+        assert not torch.equal(layer.weight, once)
+        with pytest.raises(rc.MismatchError, match="take that off first"):
+            change.revert(force=True)
+        switch.remove()
+        assert torch.equal(layer.weight, once)
+    assert torch.equal(output("weight_norm", generator, z), before)
+
+
 @pytest.mark.parametrize("kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")])
 def test_lora_factors(kind, name):
     """The factors as modules: the layer's own kind of operation to R channels, then one by one, is what the change adds."""

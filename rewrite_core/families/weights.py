@@ -108,7 +108,8 @@ class Folded(nn.Module):
 
 
 class Parametrized(ComputedWeight):
-    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay."""
+    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay. One that is put
+    on top of it later computes the weight again."""
 
     @property
     def _stages(self) -> parametrize.ParametrizationList:
@@ -116,11 +117,11 @@ class Parametrized(ComputedWeight):
 
     @property
     def folded(self) -> bool:
-        return any(isinstance(stage, Folded) for stage in self._stages)
+        return isinstance(self._stages[-1], Folded)
 
     @property
     def parameter(self) -> nn.Parameter:
-        return next(stage.value for stage in self._stages if isinstance(stage, Folded))
+        return self._stages[-1].value
 
     def compute(self) -> Tensor:
         return getattr(self.module, self.name)
@@ -130,8 +131,7 @@ class Parametrized(ComputedWeight):
             parametrize.register_parametrization(self.module, self.name, Folded(value))
 
     def _unfold(self) -> None:
-        place = next(i for i, stage in enumerate(self._stages) if isinstance(stage, Folded))
-        del self._stages[place]
+        del self._stages[len(self._stages) - 1]
 
 
 class _Detached(ComputedWeight):
