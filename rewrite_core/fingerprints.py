@@ -122,7 +122,8 @@ class Trace(TorchDispatchMode):
         self._layers = layers
         self._latents = latents[:1]
         self._generator = layers[0].generator
-        self._started: set[nn.Module] = set()
+        # scripted modules take no hooks: they count as started
+        self._started = {part for part in self._generator.modules() if isinstance(part, torch.jit.ScriptModule)}
         self._read: set[int] = set()
         self._parts: dict[int, _Part] = {}
 
@@ -130,6 +131,7 @@ class Trace(TorchDispatchMode):
         self._handles = [
             module.register_forward_pre_hook(lambda module, args: self._started.add(module))
             for module in self._generator.modules()
+            if module not in self._started
         ]
         return super().__enter__()
 

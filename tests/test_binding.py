@@ -1,8 +1,10 @@
 import copy
 import gc
+import random
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +164,15 @@ def test_render_with_its_own_value_is_the_image():
         z = latents(3)
         assert torch.allclose(layer.render(z, layer.values(z)), generator(z), atol=1e-5)
         assert not torch.allclose(layer.render(z, torch.zeros_like(layer.values(z))), generator(z), atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [nn.Conv2d(5, 8, 3, padding=1), nn.Linear(6, 6)])
+def test_render_leaves_the_value_that_it_is_given(first):
+    layer = rc.bind(nn.Sequential(first, nn.ReLU(inplace=True)), "0")
+    value = torch.randn_like(layer.values(maps()))
+    before = value.clone()
+    layer.render(maps(), value)
+    assert torch.equal(value, before) and (value < 0).any()
 
 
 def test_short_names_of_stylegan2_and_proggan():
@@ -622,6 +633,36 @@ def test_opaque_generators_are_refused_with_advice():
     assert [info.name for info in rc.list_layers(partly, maps())] == ["0"]
 
 
+def test_a_generator_with_a_scripted_part_is_edited():
+    # the trace of a part that takes no hooks
+    generator = nn.Sequential(nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())), nn.Conv2d(8, 3, 1))
+    layer = rc.bind(generator, "2")
+    moment = rc.collect_second_moment(layer, maps(), progress=False)
+    moment.check(layer, maps())
+    with torch.no_grad():
+        generator[2].weight.mul_(2)
+    moment.check(layer, maps())
+    with torch.no_grad():
+        next(generator[1].parameters()).mul_(2)
+    with pytest.raises(rc.MismatchError, match="weights"):
+        moment.check(layer, maps())
+    assert not any(module._forward_pre_hooks for module in generator if not isinstance(module, torch.jit.ScriptModule))
+    assert all(module.training for module in generator.modules())
+
+
+def test_a_train_method_of_the_users_own_is_not_called():
+    class Merging(nn.Linear):  # as a LoRA layer that merges its weights for inference, and takes them apart again
+        def train(self, mode=True):
+            self.weight.data += 1 if not mode else -1
+            return super().train(mode)
+
+    generator = nn.Sequential(Merging(6, 6), nn.Dropout(), nn.Linear(6, 4)).requires_grad_(False)
+    before, keys = copy.deepcopy(generator.state_dict()), generator[0](maps())
+    assert torch.equal(rc.bind(generator, "2").keys(maps()), keys.movedim(-1, 1))  # eval mode: nothing drops out
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    assert all(module.training for module in generator.modules())
+
+
 def test_noise_is_repeated_and_the_random_state_left_alone():
     class Noisy(nn.Module):
         def __init__(self):
@@ -629,14 +670,16 @@ def test_noise_is_repeated_and_the_random_state_left_alone():
             self.conv = nn.Conv2d(5, 8, 3, padding=1)
 
         def forward(self, x):
-            return self.conv(x + torch.randn_like(x))
+            noise = torch.randn_like(x) + torch.from_numpy(np.random.randn(*x.shape)) + random.random()
+            return self.conv(x + noise.to(x))
 
     generator = Noisy()
     layer = rc.bind(generator, "conv")
-    state = torch.get_rng_state()
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     keys = layer.keys(maps())
     assert torch.equal(keys, layer.keys(maps())) and torch.equal(layer.render(maps()), layer.render(maps()))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert (np.random.get_state()[1] == numpy[1]).all() and np.random.get_state()[2] == numpy[2]
     assert not torch.equal(generator(maps()), generator(maps()))
 
 

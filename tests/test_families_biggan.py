@@ -195,6 +195,15 @@ def test_a_change_folds_the_norm_and_reverting_unfolds_it(norm, training):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_folding_a_frozen_generator_leaves_it_frozen(norm):
+    generator = make(norm).eval().requires_grad_(False)
+    change, z = some_edit(rc.bind(generator, "block.conv2", forward=labelled))
+    with change:
+        assert not labelled(generator, z).requires_grad
+    assert not any(parameter.requires_grad for parameter in generator.parameters())
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_folded_generator_is_moved_and_cast(norm):
     generator = make(norm).eval()
     layer = rc.bind(generator, "block.conv2", forward=labelled)

@@ -143,5 +143,6 @@ class LayerFamily(abc.ABC):
         return Capture(capture.key[window(key_box)], dict(capture.extra))
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        """The output of the intercepted call with its value replaced (to render an edited feature map)."""
-        return value.to(output)
+        """The output of the intercepted call with its value replaced (to render an edited feature map). A copy, as what
+        follows may write to it."""
+        return value.to(output, copy=True)

@@ -111,7 +111,7 @@ class ConvLayer(PlainLayer):
         return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.to(output).reshape(output.shape)
+        return value.to(output, copy=True).reshape(output.shape)
 
 
 class TransposedConvLayer(ConvLayer):
@@ -161,4 +161,4 @@ class LinearLayer(PlainLayer):
         return F.linear(key.movedim(1, -1), weight).movedim(-1, 1)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.movedim(1, -1).to(output).reshape(output.shape)
+        return value.movedim(1, -1).to(output, copy=True).reshape(output.shape)

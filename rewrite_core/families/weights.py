@@ -77,7 +77,8 @@ class ComputedWeight(abc.ABC):
     def fold(self) -> None:
         """Make what is computed a parameter."""
         if not self.folded:
-            value = nn.Parameter(self.read().clone(), requires_grad=True)
+            trains = any(parameter.requires_grad for parameter in self.module.parameters())
+            value = nn.Parameter(self.read().clone(), requires_grad=trains)
             self._fold(value)
 
     def unfold(self) -> None:
