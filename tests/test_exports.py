@@ -16,6 +16,7 @@ PLACES = [
     ("dcgan", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan1", "progression.2.conv1"),
     ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
     ("weight_norm", "4"), ("pruned", "10"), ("grouped", "conv"), ("volume", "conv"), ("language", "fc2"), ("unet", "mid.conv1"),
+    ("gpt2", "h.0.c_fc"),
 ]  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def test_a_parametrization_is_switched_on_and_off(kind, name):
         return
     switch = change.parametrize()
     assert torch.equal(output(kind, generator, z), after) and not torch.equal(after, before)
+    again = rc.bind(generator, name, KINDS[kind][1])  # its class has another name now
+    assert again.family == layer.family and torch.equal(again.weight, layer.weight)
     switch.enabled = False
     assert torch.equal(output(kind, generator, z), before)
     switch.enabled = True

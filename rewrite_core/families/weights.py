@@ -37,9 +37,15 @@ def computed_weight(module: nn.Module, name: str = NAME) -> ComputedWeight | Non
     return Hooked(module) if NAME not in module._parameters and _hook(module) is not None else None
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, which torch renames as it parametrizes the module."""
+    kind = type(module)
+    return (kind.__bases__[0] if parametrize.is_parametrized(module) else kind).__name__
+
+
 def _method(module: nn.Module) -> str | None:
     """The method that computes the weight of an SNConv2d or SNLinear."""
-    named = type(module).__name__.startswith("SN")
+    named = class_name(module).startswith("SN")
     return next((name for name in METHODS if named and callable(getattr(type(module), name, None))), None)
 
 
