@@ -378,13 +378,17 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
     captures: dict[str, Capture] = {}
     runs = dict.fromkeys(layers, 0)
+    unknown: list[str] = []
     handles = []
     for path, layer in layers.items():
 
         def catch(module, args, kwargs, path=path, layer=layer):
             runs[path] += 1
             if runs[path] == 1:
-                captures[path] = layer._layer.capture(args, kwargs)
+                try:
+                    captures[path] = layer._layer.capture(args, kwargs)
+                except RewriteCoreError as error:
+                    unknown.append(f"Layer {path!r} is left out: {error}")
 
         handles.append(layer._layer.site.register_forward_pre_hook(catch, with_kwargs=True))
     try:
@@ -393,6 +397,8 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     finally:
         for handle in handles:
             handle.remove()
+    for message in unknown:
+        warnings.warn(message, stacklevel=2)
     infos = []
     for path, capture in captures.items():
         layer = layers[path]
