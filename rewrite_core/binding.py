@@ -376,6 +376,8 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     """
     generator, _ = _unwrapped(generator)
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
+    if not layers:
+        return []
     captures: dict[str, Capture] = {}
     runs = dict.fromkeys(layers, 0)
     unknown: list[str] = []

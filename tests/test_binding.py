@@ -246,6 +246,16 @@ def test_what_cannot_be_edited_says_why():
         rc.bind(make("dcgan"), "1", family="foo")
     with pytest.raises(rc.UnknownLayerError, match="run it once"):
         rc.bind(nn.Sequential(nn.LazyConv2d(4, 1)), "0")
+    buffered = nn.Linear(4, 4)
+    del buffered.weight
+    buffered.register_buffer("weight", torch.randn(4, 4))
+    with pytest.raises(rc.UnknownLayerError, match="a buffer"):
+        rc.bind(nn.Sequential(buffered), "0")
+    with pytest.raises(rc.UnknownLayerError, match="complex64.* real"):
+        rc.bind(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "0")
+    for norm in (lambda module: module, nn.utils.spectral_norm):
+        with pytest.raises(rc.UnknownLayerError, match="meta device.*load_state_dict"):
+            rc.bind(nn.Sequential(norm(nn.Linear(4, 4))).to("meta"), "0")
 
 
 def test_a_layer_that_never_runs():

@@ -9,7 +9,9 @@ is the plain one of its kind, so its state dict loads where the norm was left ou
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,6 +89,10 @@ class ComputedWeight(abc.ABC):
             value = nn.Parameter(self.read().clone(), requires_grad=trains)
             self._fold(value)
 
+    def refusal(self) -> str | None:
+        """Why such a weight cannot be folded; None where it can."""
+        return None
+
     def unfold(self) -> None:
         """Put the module back as it was, on the device and in the precision that the weight has now."""
         if self.folded:
@@ -141,6 +147,23 @@ class Parametrized(ComputedWeight):
         del self._stages[len(self._stages) - 1]
 
 
+@contextlib.contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Buffers and attributes of the module are put back afterwards: a hook may write to them."""
+    places = vars(module), module._buffers
+    before = [dict(place) for place in places]
+    tensors = [(value, value.clone()) for held in before for value in held.values() if isinstance(value, Tensor)]
+    try:
+        yield
+    finally:
+        for place, held in zip(places, before, strict=True):
+            place.clear()
+            place.update(held)
+        for tensor, value in tensors:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+
 class _Detached(ComputedWeight):
     """Shared by what takes parts off the module. The record of them is an attribute of the module, made of its own
     parameters and hooks: it is copied, pickled and dropped with the module."""
@@ -187,8 +210,23 @@ class Hooked(_Detached):
     _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
     def compute(self) -> Tensor:
+        with _kept(self.module):
+            return self._run()
+
+    def refusal(self) -> str | None:
+        if self.folded:
+            return None
+        with torch.no_grad(), evaluating(self.module), _kept(self.module):
+            if torch.equal(self._run(), self._run()):
+                return None
+        return (
+            "its hook changes the weight at every pass, in eval mode too; call the generator until the weight rests, or "
+            "take the hook off and make what it computes a parameter"
+        )
+
+    def _run(self) -> Tensor:
         self.module._forward_pre_hooks[_hook(self.module)](self.module, ())
-        return self.module.weight
+        return self.module.weight.clone()
 
     def _fold(self, value: nn.Parameter) -> None:
         module, number = self.module, _hook(self.module)
