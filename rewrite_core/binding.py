@@ -161,8 +161,8 @@ class BoundLayer:
 
     def fingerprint(self, latents: Tensor) -> str:
         """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
-        operation before the layer takes, and the parameters, buffers and float attributes (slopes, scales, a
-        truncation) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
+        operation before the layer takes, and the parameters, buffers and plain attributes (slopes, strides, modes, a
+        truncation; not those that a pass writes, nor lists) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
         is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen.
 
         The first call runs the generator on one latent; later ones only read the weights, every bit of them, as long

@@ -505,6 +505,48 @@ def test_the_fingerprint_sees_settings():
     assert layer.fingerprint(maps()) != before
 
 
+class Configured(nn.Module):
+    """Has settings of many kinds, and counts and caches as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.power, self.pair, self.mode, self.plain = 1, (1, (2.0, "a")), "plus", torch.ones(1)
+        self.device, self.at, self.calls, self.grid, self.side, self.seen = torch.device("cpu"), "cuda:0", 0, None, 0, None
+        self.first, self.conv = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+
+    def prepare(self, x):
+        self.calls += 1
+        self.side, self.seen = x.shape[0], x + 1
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, x.shape[-1])
+
+    def forward(self, x):
+        self.prepare(x)
+        x = self.first(x) * self.pair[1][0] + self.plain * self.grid + 0 * self.seen
+        return self.conv(x**self.power if self.mode == "plus" else -x)
+
+
+def test_the_fingerprint_sees_plain_settings_and_no_counters():
+    generator = Configured().eval()
+    layer = rc.bind(generator, "conv")
+    moment = rc.collect_second_moment(layer, maps(), batch_size=3, progress=False)
+    prints = [moment.fingerprint]
+    generator.device, generator.at = torch.device("cuda"), "cpu"
+    for count in (1, 2, 3):
+        generator(maps()[:count])
+        assert layer.fingerprint(maps()) == prints[0] == rc.bind(generator, "conv").fingerprint(maps())
+    for name, value in (("power", 2), ("pair", (1, (3.0, "a"))), ("mode", "minus"), ("plain", torch.zeros(1))):
+        before = layer.keys(maps())
+        setattr(generator, name, value)
+        prints.append(layer.fingerprint(maps()))
+        assert not torch.equal(layer.keys(maps()), before), "the test itself"
+    generator.first.padding_mode = "circular"
+    prints.append(layer.fingerprint(maps()))
+    assert len(set(prints)) == 6
+    with pytest.raises(rc.MismatchError, match="weights"):
+        moment.check(layer, maps())
+
+
 def test_the_fingerprint_of_stylegan2():
     generator = make("stylegan2").eval()
     generator.latent_avg = generator.style(latents()).mean(0).detach()
