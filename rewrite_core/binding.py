@@ -282,16 +282,18 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
         for family in FAMILIES:
             layer = family.recognise(generator, path)
             if layer is not None:
-                if layer.refusal() is None:
-                    found.setdefault(layer.path, layer)
+                # a compiled part lends its attributes: what is in it is found under two names
+                if layer.refusal() is None and all(layer.module is not other.module for other in found.values()):
+                    found[layer.path] = layer
                 break
     return found
 
 
 def _shared_with(generator: nn.Module, layer: LayerFamily) -> str | None:
-    """Another module that owns the layer's weight too."""
+    """Another module that owns the layer's weight too; nobody owns a computed one."""
+    weight = None if layer.computed is not None else layer.weight
     for name, module in generator.named_modules():
-        if module is not layer.module and any(tensor is layer.weight for tensor in module._parameters.values()):
+        if module is not layer.module and any(tensor is weight for tensor in module._parameters.values() if tensor is not None):
             return name
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -305,13 +306,17 @@ class Rewrite:
         if not on:
             self.apply(bound, force)
         try:
-            state = {key: value.detach().clone() for key, value in bound.generator.state_dict().items()}
+            state = {  # a module's extra state is anything
+                key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for key, value in bound.generator.state_dict().items()
+            }
             name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
         finally:
             if not on:
                 self.revert(bound)
                 self._layers = places
-        prefix = f"{bound.name}." if bound.name else ""
+        path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
+        prefix = f"{path}." if path else ""  # in a compiled part not the layer's name
         state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}
         return state | {f"{prefix}{name}": weight}
 

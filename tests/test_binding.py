@@ -400,6 +400,25 @@ class Classes(nn.Module):
         return self.conv(self.embed(index)[:, :, None, None].expand(-1, -1, 6, 6))
 
 
+def test_listing_reads_a_computed_weight_a_few_times_however_many_there_are():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counting.calls += 1
+            return 2 * weight
+
+    counts = []
+    for depth in 2, 8:
+        generator = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+        for module in generator:
+            nn.utils.parametrize.register_parametrization(module, "weight", Counting())
+        Counting.calls = 0
+        rc.list_layers(generator, torch.randn(1, 4))
+        counts.append(Counting.calls)
+    assert counts[1] == 4 * counts[0] <= 8 * 8
+
+
 def test_latents_are_as_the_first_weight_wants_them():
     generator = Mixed()
     layer = rc.bind(generator, "b")

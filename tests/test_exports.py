@@ -60,6 +60,29 @@ def test_a_state_dict_of_a_loaded_change_needs_a_generator():
         copy.copy(change).parametrize()
 
 
+class Noted(nn.Sequential):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
+
+@pytest.mark.parametrize("kind, name, part", [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")])
+def test_a_state_dict_with_a_compiled_part_and_extra_state(kind, name, part):
+    generator, layer, change, z = changed(kind, name)
+    names = [info.name for info in rc.list_layers(generator, z)]
+    plain = change.state_dict()
+    before, _, last = part.rpartition(".")
+    setattr(generator.get_submodule(before), last, torch.compile(generator.get_submodule(part), backend="eager"))
+    generator.noted = Noted()
+    state = change.state_dict()
+    assert list(state) == list(generator.state_dict()) and state.pop("noted._extra_state") == {"version": 1}
+    assert torch.equal(state[f"{part}._orig_mod.{name.removeprefix(part + '.')}.weight"], plain[f"{name}.weight"])
+    if kind == "stylegan2":  # Sequential calls all of its modules
+        assert len(rc.list_layers(generator, z)) == len(names)
+
+
 @pytest.mark.parametrize("kind, name", PLACES)
 def test_a_parametrization_is_switched_on_and_off(kind, name):
     generator, layer, change, z = changed(kind, name)
