@@ -118,8 +118,8 @@ class Rewrite:
         seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
             (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
             "fit".
-        layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map (where several regions
-            are fitted, a tuple of theirs, picture by picture).
+        layer, rank, groups, edit, box: the layer's name, R, the groups of a grouped convolution (else 1), the edit, the
+            fitted box of the value map (where several regions are fitted, a tuple of theirs, picture by picture).
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class Rewrite:
         seconds: dict[str, float] | None = None,
         box: Box | tuple[Box, ...] | None = None,
         bound: BoundLayer | None = None,
+        groups: int = 1,
     ):
         self.layer = layer
         self.directions = directions
@@ -148,6 +149,7 @@ class Rewrite:
         self.status = status or {}
         self.seconds = seconds or {}
         self.box = box
+        self.groups = groups if bound is None else bound.groups
         # where apply() acts by default comes last, after the other layers this is still applied to
         self._layers = [] if bound is None else [bound]
         self._entered: list[BoundLayer] = []  # one for each `with` block that is open
@@ -217,8 +219,9 @@ class Rewrite:
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
         if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
-                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
-                "edits below it); apply those first, or pass force=True."
+                f"The weight of {self.layer!r}, {str(bound.parameter.dtype).removeprefix('torch.')} now, is not the one this "
+                "rewrite was fitted to (another model, another precision, or other edits below it); go back to that one, "
+                "or pass force=True."
             )
         record = self.directions.detach().clone(), self.coefficients.detach().clone()
         weight = _plus(bound, stack["weight"], *record)
@@ -329,7 +332,7 @@ class Rewrite:
 
         Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
         """
-        if any(bound.groups > 1 for bound in self._layers):
+        if self.groups > 1 or any(bound.groups > 1 for bound in self._layers):
             raise SolverError(f"{self.layer!r} is a grouped convolution, which one pair of factors does not describe.")
         kernel = self.coefficients.shape[2:]
         taps = math.prod(kernel)
@@ -353,8 +356,9 @@ class Rewrite:
             raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
         if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
-                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
-                "edits below it); apply those first, or pass force=True."
+                f"The weight of {self.layer!r}, {str(bound.parameter.dtype).removeprefix('torch.')} now, is not the one this "
+                "rewrite was fitted to (another model, another precision, or other edits below it); go back to that one, "
+                "or pass force=True."
             )
         return attach(bound, self.directions, self.coefficients)
 
@@ -364,6 +368,7 @@ class Rewrite:
         metadata = {
             "layer": self.layer,
             "rank": self.rank,
+            "groups": self.groups,
             "solver": self.solver,
             "weight_layout": "OIHW",
             "fitted_to": self.fitted_to,
@@ -385,6 +390,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
     metadata = metadata if isinstance(metadata, dict) else {}
     texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
     losses, edit = metadata.get("loss", []), metadata.get("edit")
+    groups = metadata.get("groups", 1)  # older files do not say
     if (
         directions is None
         or coefficients is None
@@ -392,6 +398,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         or not isinstance(losses, list)
         or not all(isinstance(loss, (int, float)) for loss in losses)
         or not isinstance(edit, str | None)
+        or not isinstance(groups, int)
     ):
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
     if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
@@ -404,4 +411,4 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         raise type(error)(f"{name}: {error}") from error
     layer, fitted_to, solver = texts
     final_loss = losses[-1] if losses else None
-    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit)
+    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit, groups=groups)

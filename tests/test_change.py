@@ -350,6 +350,8 @@ def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
     with pytest.raises(rc.MismatchError, match="force=True"):
         rc.load_rewrite(path).apply(generator)
     assert torch.equal(generator.layer5.conv.weight, weight)
+    with pytest.raises(rc.MismatchError, match="float16 now.*another precision"):
+        rc.load_rewrite(path).apply(copy.deepcopy(generator).half())
     rc.load_rewrite(path).apply(generator, force=True)
     assert not torch.equal(generator.layer5.conv.weight, weight)
     with pytest.raises(rc.UnknownLayerError):
@@ -378,6 +380,7 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
     "wrong",
     [
         {"loss": 3}, {"loss": ["a"]}, {"layer": 5}, {"fitted_to": None}, {"solver": ["lm"]}, {"edit": 3}, {"edit": "{bad"},
+        {"groups": "2"},
     ],
 )  # fmt: skip
 def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):

@@ -197,9 +197,12 @@ def test_lora_of_a_linear_layer_as_its_users_write_it():
     assert torch.allclose(linear(x) + F.linear(F.linear(x, a), b), edited, atol=1e-5)
 
 
-def test_lora_of_a_grouped_layer_is_refused():
-    with pytest.raises(rc.SolverError, match="grouped"):
-        changed("grouped", "conv")[2].lora()
+def test_lora_of_a_grouped_layer_is_refused(tmp_path):
+    change = changed("grouped", "conv")[2]
+    change.save(tmp_path / "rule.safetensors")
+    for each in (change, copy.copy(change), rc.load_rewrite(tmp_path / "rule.safetensors")):
+        with pytest.raises(rc.SolverError, match="grouped"):
+            each.lora()
 
 
 @pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("dcgan", "4"), ("weight_norm", "4"),

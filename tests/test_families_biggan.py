@@ -194,6 +194,21 @@ def test_a_change_folds_the_norm_and_reverting_unfolds_it(norm, training):
     assert any(not torch.equal(value, state[key]) for key, value in generator.state_dict().items() if "conv2" in key)
 
 
+def test_a_hook_that_was_removed_while_the_weight_was_folded_stays_away():
+    generator = make("hook").eval()
+    layer, calls = rc.bind(generator, "block.conv2", forward=labelled), []
+    first, last = (layer.module.register_forward_pre_hook(lambda module, args, n=n: calls.append(n)) for n in range(2))
+    hooks = list(layer.module._forward_pre_hooks)
+    change, z = some_edit(layer)
+    with change:
+        first.remove()
+        third = layer.module.register_forward_pre_hook(lambda module, args: calls.append(2))
+    assert list(layer.module._forward_pre_hooks) == [key for key in hooks if key != first.id] + [third.id]
+    calls.clear()
+    labelled(generator, z[:1])
+    assert calls == [1, 2]
+
+
 class RestlessSpectralNorm:
     """By hook, as a SAGAN port has it: the power iteration goes on in eval mode, and replaces its buffer."""
 

@@ -234,19 +234,20 @@ class Hooked(_Detached):
         tensors = [*module._parameters, *module._buffers]
         record = self._take(value, [name for name in tensors if name.startswith(f"{NAME}_")])
         for kind in self._HOOKS:  # torch's spectral norm also watches the state dict
-            hooks = getattr(module, kind)
-            record[kind] = dict(hooks)
+            hooks, taken = getattr(module, kind), {}
+            record[kind] = list(hooks), taken
             for key, other in list(hooks.items()):
-                other = getattr(other, "hook", other)
-                if other is hook or getattr(other, "fn", None) is hook:
-                    del hooks[key]
+                inner = getattr(other, "hook", other)
+                if inner is hook or getattr(inner, "fn", None) is hook:
+                    taken[key] = hooks.pop(key)
 
     def _restore(self, record: dict[str, Any]) -> None:
         for kind in self._HOOKS:
             hooks = getattr(self.module, kind)
-            later = {key: hook for key, hook in hooks.items() if key not in record[kind]}
+            order, taken = record[kind]
+            back = hooks | taken
             hooks.clear()
-            hooks.update(record[kind] | later)
+            hooks.update({key: back[key] for key in [*order, *back] if key in back})
 
 
 class Normalised(_Detached):
