@@ -162,8 +162,9 @@ class BoundLayer:
     def fingerprint(self, latents: Tensor) -> str:
         """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
         operation before the layer takes, and the parameters, buffers and plain attributes (slopes, strides, modes, a
-        truncation; not those that a pass writes, nor lists) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
-        is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen.
+        truncation; not those that a pass writes, nor lists) of every module that starts before it. An edit of this
+        layer, or of a later one, leaves it as it is, unless the weight is tied to one that is used earlier. What
+        `forward` does by itself is not seen.
 
         The first call runs the generator on one latent; later ones only read the weights, every bit of them, as long
         as the generator's modules and their attributes are the same."""
@@ -291,9 +292,11 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
 
 def _shared_with(generator: nn.Module, layer: LayerFamily) -> str | None:
     """Another module that owns the layer's weight too; nobody owns a computed one."""
-    weight = None if layer.computed is not None else layer.weight
+    if layer.computed is not None:
+        return None
+    weight = layer.weight
     for name, module in generator.named_modules():
-        if module is not layer.module and any(tensor is weight for tensor in module._parameters.values() if tensor is not None):
+        if module is not layer.module and any(tensor is weight for tensor in module._parameters.values()):
             return name
     return None
 

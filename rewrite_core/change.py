@@ -91,8 +91,8 @@ def _check_stored(bound: BoundLayer) -> None:
     computed = bound._layer.computed
     if computed is not None and not computed.folded:
         raise MismatchError(
-            f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this rewrite "
-            "was applied; take that off first."
+            f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this "
+            "rewrite was applied; take that off first."
         )
 
 
@@ -219,9 +219,8 @@ class Rewrite:
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
         if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
-                f"The weight of {self.layer!r}, {str(bound.parameter.dtype).removeprefix('torch.')} now, is not the one this "
-                "rewrite was fitted to (another model, another precision, or other edits below it); go back to that one, "
-                "or pass force=True."
+                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
             )
         record = self.directions.detach().clone(), self.coefficients.detach().clone()
         weight = _plus(bound, stack["weight"], *record)
@@ -356,9 +355,8 @@ class Rewrite:
             raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
         if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
-                f"The weight of {self.layer!r}, {str(bound.parameter.dtype).removeprefix('torch.')} now, is not the one this "
-                "rewrite was fitted to (another model, another precision, or other edits below it); go back to that one, "
-                "or pass force=True."
+                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
             )
         return attach(bound, self.directions, self.coefficients)
 
