@@ -161,9 +161,10 @@ class BoundLayer:
 
     def fingerprint(self, latents: Tensor) -> str:
         """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
-        operation before the layer takes, and the parameters, buffers and float attributes (slopes, scales, a
-        truncation) of every module that starts before it. An edit of this layer, or of a later one, leaves it as it
-        is, unless the weight is tied to one that is used earlier. What `forward` does by itself is not seen.
+        operation before the layer takes, and the parameters, buffers and plain attributes (slopes, strides, modes, a
+        truncation; not those that a pass writes, nor lists) of every module that starts before it. An edit of this
+        layer, or of a later one, leaves it as it is, unless the weight is tied to one that is used earlier. What
+        `forward` does by itself is not seen.
 
         The first call runs the generator on one latent; later ones only read the weights, every bit of them, as long
         as the generator's modules and their attributes are the same."""
@@ -282,16 +283,20 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
         for family in FAMILIES:
             layer = family.recognise(generator, path)
             if layer is not None:
-                if layer.refusal() is None:
-                    found.setdefault(layer.path, layer)
+                # a compiled part lends its attributes: what is in it is found under two names
+                if layer.refusal() is None and all(layer.module is not other.module for other in found.values()):
+                    found[layer.path] = layer
                 break
     return found
 
 
 def _shared_with(generator: nn.Module, layer: LayerFamily) -> str | None:
-    """Another module that owns the layer's weight too."""
+    """Another module that owns the layer's weight too; nobody owns a computed one."""
+    if layer.computed is not None:
+        return None
+    weight = layer.weight
     for name, module in generator.named_modules():
-        if module is not layer.module and any(tensor is layer.weight for tensor in module._parameters.values()):
+        if module is not layer.module and any(tensor is weight for tensor in module._parameters.values()):
             return name
     return None
 
@@ -376,15 +381,21 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     """
     generator, _ = _unwrapped(generator)
     layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
+    if not layers:
+        return []
     captures: dict[str, Capture] = {}
     runs = dict.fromkeys(layers, 0)
+    unknown: list[str] = []
     handles = []
     for path, layer in layers.items():
 
         def catch(module, args, kwargs, path=path, layer=layer):
             runs[path] += 1
             if runs[path] == 1:
-                captures[path] = layer._layer.capture(args, kwargs)
+                try:
+                    captures[path] = layer._layer.capture(args, kwargs)
+                except RewriteCoreError as error:
+                    unknown.append(f"Layer {path!r} is left out: {error}")
 
         handles.append(layer._layer.site.register_forward_pre_hook(catch, with_kwargs=True))
     try:
@@ -393,6 +404,8 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
     finally:
         for handle in handles:
             handle.remove()
+    for message in unknown:
+        warnings.warn(message, stacklevel=2)
     infos = []
     for path, capture in captures.items():
         layer = layers[path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -85,6 +86,16 @@ def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
     )
 
 
+def _check_stored(bound: BoundLayer) -> None:
+    """Raise MismatchError where the weight became computed over the rewrites: what is written to it would be lost."""
+    computed = bound._layer.computed
+    if computed is not None and not computed.folded:
+        raise MismatchError(
+            f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this "
+            "rewrite was applied; take that off first."
+        )
+
+
 def _write(bound: BoundLayer, weight: Tensor) -> None:
     # a parameter made in inference mode can only be changed in inference mode
     with torch.inference_mode(bound.parameter.is_inference()), torch.no_grad():
@@ -107,8 +118,8 @@ class Rewrite:
         seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
             (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
             "fit".
-        layer, rank, edit, box: the layer's name, R, the edit, the fitted box of the value map (where several regions
-            are fitted, a tuple of theirs, picture by picture).
+        layer, rank, groups, edit, box: the layer's name, R, the groups of a grouped convolution (else 1), the edit, the
+            fitted box of the value map (where several regions are fitted, a tuple of theirs, picture by picture).
     """
 
     def __init__(
@@ -125,6 +136,7 @@ class Rewrite:
         seconds: dict[str, float] | None = None,
         box: Box | tuple[Box, ...] | None = None,
         bound: BoundLayer | None = None,
+        groups: int = 1,
     ):
         self.layer = layer
         self.directions = directions
@@ -137,6 +149,7 @@ class Rewrite:
         self.status = status or {}
         self.seconds = seconds or {}
         self.box = box
+        self.groups = groups if bound is None else bound.groups
         # where apply() acts by default comes last, after the other layers this is still applied to
         self._layers = [] if bound is None else [bound]
         self._entered: list[BoundLayer] = []  # one for each `with` block that is open
@@ -206,8 +219,8 @@ class Rewrite:
         below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
         if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
-                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
-                "edits below it); apply those first, or pass force=True."
+                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
             )
         record = self.directions.detach().clone(), self.coefficients.detach().clone()
         weight = _plus(bound, stack["weight"], *record)
@@ -242,6 +255,7 @@ class Rewrite:
         bound = next((place for place in reversed(places) if self._is_on(place)), None)
         if bound is None:
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
+        _check_stored(bound)  # with force, too
         stack = _stack_of(bound)
         if not force:
             _check_untouched(bound, stack)
@@ -294,13 +308,17 @@ class Rewrite:
         if not on:
             self.apply(bound, force)
         try:
-            state = {key: value.detach().clone() for key, value in bound.generator.state_dict().items()}
+            state = {  # a module's extra state is anything
+                key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for key, value in bound.generator.state_dict().items()
+            }
             name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
         finally:
             if not on:
                 self.revert(bound)
                 self._layers = places
-        prefix = f"{bound.name}." if bound.name else ""
+        path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
+        prefix = f"{path}." if path else ""  # in a compiled part not the layer's name
         state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}
         return state | {f"{prefix}{name}": weight}
 
@@ -313,7 +331,7 @@ class Rewrite:
 
         Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
         """
-        if any(bound.groups > 1 for bound in self._layers):
+        if self.groups > 1 or any(bound.groups > 1 for bound in self._layers):
             raise SolverError(f"{self.layer!r} is a grouped convolution, which one pair of factors does not describe.")
         kernel = self.coefficients.shape[2:]
         taps = math.prod(kernel)
@@ -337,8 +355,8 @@ class Rewrite:
             raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
         if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
-                f"The weight of {self.layer!r} is not the one this rewrite was fitted to (another model, or other "
-                "edits below it); apply those first, or pass force=True."
+                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
             )
         return attach(bound, self.directions, self.coefficients)
 
@@ -348,6 +366,7 @@ class Rewrite:
         metadata = {
             "layer": self.layer,
             "rank": self.rank,
+            "groups": self.groups,
             "solver": self.solver,
             "weight_layout": "OIHW",
             "fitted_to": self.fitted_to,
@@ -369,6 +388,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
     metadata = metadata if isinstance(metadata, dict) else {}
     texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
     losses, edit = metadata.get("loss", []), metadata.get("edit")
+    groups = metadata.get("groups", 1)  # older files do not say
     if (
         directions is None
         or coefficients is None
@@ -376,6 +396,7 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         or not isinstance(losses, list)
         or not all(isinstance(loss, (int, float)) for loss in losses)
         or not isinstance(edit, str | None)
+        or not isinstance(groups, int)
     ):
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
     if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
@@ -388,4 +409,4 @@ def load_rewrite(path: str | os.PathLike) -> Rewrite:
         raise type(error)(f"{name}: {error}") from error
     layer, fitted_to, solver = texts
     final_loss = losses[-1] if losses else None
-    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit)
+    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit, groups=groups)

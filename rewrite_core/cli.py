@@ -70,6 +70,12 @@ def _brief(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
+def _import_from_here() -> None:
+    """As python -m does: a script beside you is a module."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 def _import_function(spec: str) -> Callable:
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
@@ -79,8 +85,7 @@ def _import_function(spec: str) -> Callable:
         raise UsageError(
             f"--generator takes a module and not a file: use {file.stem}:{attribute}, and run from {file.parent}{os.sep}."
         )
-    if os.getcwd() not in sys.path:  # as python -m does: a script beside you is a module
-        sys.path.insert(0, os.getcwd())
+    _import_from_here()
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's own code raises anything
@@ -133,6 +138,7 @@ def _load_generator(options: argparse.Namespace) -> nn.Module:
     if options.generator == PICKLED:
         if not options.checkpoint:
             raise UsageError("--allow-pickle needs the pickled network, --checkpoint FILE.")
+        _import_from_here()  # the network's code
         return load_generator(options.checkpoint, allow_pickle=True).to(device)
     if options.generator != CHAPELS:
         return _make_generator(options.generator, options.checkpoint).to(device).eval()
@@ -471,9 +477,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_generator(parser: argparse.ArgumentParser, count: int | None) -> None:
     group = parser.add_argument_group("generator")
-    group.add_argument("--generator", default=CHAPELS, metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
+    whose = group.add_mutually_exclusive_group()
+    whose.add_argument("--generator", default=CHAPELS, metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
     group.add_argument("--checkpoint", metavar="FILE", help="state dict to load into it")
-    group.add_argument(
+    whose.add_argument(
         "--allow-pickle", dest="generator", action="store_const", const=PICKLED,
         help="instead of --generator: the checkpoint is a pickled network, which runs any code in it as it is opened",
     )  # fmt: skip

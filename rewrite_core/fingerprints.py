@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import hashlib
+import inspect
+import re
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 # Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
 # version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.
-KIND = "xxh3:"
+KIND = "xxh3-2:"
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
@@ -122,7 +125,8 @@ class Trace(TorchDispatchMode):
         self._layers = layers
         self._latents = latents[:1]
         self._generator = layers[0].generator
-        self._started: set[nn.Module] = set()
+        # scripted modules take no hooks: they count as started
+        self._started = {part for part in self._generator.modules() if isinstance(part, torch.jit.ScriptModule)}
         self._read: set[int] = set()
         self._parts: dict[int, _Part] = {}
 
@@ -130,6 +134,7 @@ class Trace(TorchDispatchMode):
         self._handles = [
             module.register_forward_pre_hook(lambda module, args: self._started.add(module))
             for module in self._generator.modules()
+            if module not in self._started
         ]
         return super().__enter__()
 
@@ -148,7 +153,7 @@ class Trace(TorchDispatchMode):
 
     def reached(self, number: int) -> None:
         started = self._started - {self._layers[number]._layer.site}  # whose call the key is read from
-        self._parts[number] = _Part(self._generator, started, self._read)
+        self._parts[number] = _Part(self._layers[number], started, self._read)
 
     def fingerprint(self, number: int) -> str:
         """That of ``layers[number]``, after the pass; the layer remembers what it found."""
@@ -158,16 +163,82 @@ class Trace(TorchDispatchMode):
         return text
 
 
+_STORED: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
+_PLACE = re.compile(r"[/\\]|^(cpu|cuda|mps|xpu)\b")  # strings that say where something is, not what it does
+
+
+def _stored(function: object) -> set[str]:
+    """The names of attributes that a function of Python's assigns, of whatever object."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    names, todo = set(), [code] if code is not None else []
+    while todo:
+        code = todo.pop()
+        if dis.opmap["STORE_ATTR"] in code.co_code[::2]:
+            names.update(each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
+        todo += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return names
+
+
+def _stored_by(kind: type) -> set[str]:
+    """Those that the methods of a class assign, but for those that make it."""
+    if kind not in _STORED:
+        _STORED[kind] = set()
+        for base in set(kind.__mro__) - {nn.Module, torch.jit.ScriptModule, torch.jit.RecursiveScriptModule, object}:
+            for name, member in vars(base).items():
+                if name not in ("__init__", "__setstate__"):
+                    _STORED[kind] |= _stored(getattr(member, "fget", None) or getattr(member, "__func__", member))
+    return _STORED[kind]
+
+
+def _written(layer: BoundLayer) -> set[str]:
+    """Attributes that a pass may write, by the code of the modules, their hooks and `forward`: counters and caches, which
+    differ from pass to pass though the keys do not. Read off the code, as a cache is only written where it is missing."""
+    functions: list[object] = [layer._forward]
+    names: set[str] = set()
+    for module in layer.generator.modules():
+        names |= _stored_by(type(module))
+        if not isinstance(module, torch.jit.ScriptModule):
+            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            functions += [*hooks, module.forward]
+            weights = [getattr(hook, each, None) for hook in hooks for each in ("name", "_tensor_name")]
+            names |= {f"{weight}{end}" for weight in weights for end in ("", "_u", "_v")}  # set by setattr
+    for function in functions:
+        names |= _stored(function) if inspect.isroutine(function) else _stored_by(type(function))
+    return names
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    where = isinstance(value, torch.device) or (isinstance(value, str) and _PLACE.search(value))
+    return value is None or (isinstance(value, _PLAIN) and not where)
+
+
+def _settings(module: nn.Module, written: set[str]) -> Iterable[tuple[str, object]]:
+    """The module's settings: its floats, and other plain values that no pass writes."""
+    for key, value in sorted(vars(module).items()):
+        if isinstance(value, float):
+            yield key, float(value)
+        elif value is not None and key != "training" and key[0] != "_" and key not in written and _is_setting(value):
+            yield key, value
+
+
 class _Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
-    def __init__(self, generator: nn.Module, started: set[nn.Module], read: set[int]):
+    def __init__(self, layer: BoundLayer, started: set[nn.Module], read: set[int]):
+        generator, self._written = layer.generator, _written(layer)
         self._started: set[str] = set()
         self._tensors: dict[str, list[str]] = {}
         for name, module in sorted(generator.named_modules()):
             if module in started:
                 self._started.add(name)
             keys = [key for key, tensor in _own(module) if module in started or id(tensor) in read]
+            keys += [
+                key
+                for key, value in sorted(vars(module).items())
+                if isinstance(value, Tensor) and id(value) in read and key not in self._written
+            ]
             if keys or module in started:
                 self._tensors[name] = keys
 
@@ -175,13 +246,11 @@ class _Part:
         modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
         for name, keys in self._tensors.items():
-            tensors = dict(_own(modules[name]))
+            tensors = vars(modules[name]) | dict(_own(modules[name]))
             for key in keys:
                 _hash_tensor(digest, f"{name}.{key}", tensors[key])
             if name in self._started:
-                attributes = vars(modules[name]).items()
-                settings = [(key, float(value)) for key, value in attributes if isinstance(value, float)]
-                digest.update(f"{name}|{sorted(settings)}|".encode())
+                digest.update(f"{name}|{[*_settings(modules[name], self._written)]}|".encode())
         return KIND + digest.hexdigest()
 
 

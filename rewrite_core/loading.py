@@ -58,6 +58,11 @@ def load_into(generator: nn.Module, checkpoint: str | os.PathLike) -> None:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in wanted):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    tensors = dict(generator.named_parameters(remove_duplicate=False))
+    for key in wanted.keys() - state.keys():  # safetensors' save_model leaves one name of a tied weight
+        tied = next((other for other in state if key in tensors and tensors.get(other) is tensors[key]), None)
+        if tied is not None:
+            state[key] = state[tied]
     try:
         generator.load_state_dict(state)
     except RuntimeError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,10 +16,14 @@ _SEED = 0
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the duration; every submodule's own flag is restored afterwards."""
+    """Eval mode for the duration; every submodule's own flag is restored afterwards.
+
+    The flags alone are set: an ``eval()`` or ``train()`` of the user's own may do more, such as merge weights.
+    """
     flags = [(part, part.training) for part in module.modules()]
     try:
-        module.eval()
+        for part, _ in flags:
+            part.training = False
         yield
     finally:
         for part, flag in flags:
@@ -26,9 +32,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(module: nn.Module) -> Iterator[None]:
-    """The same random numbers every time, on the CPU and on the module's devices; the caller's are left as they are.
+    """The same random numbers every time from torch, on the CPU and on the module's devices, from NumPy's global
+    generator and Python's; the caller's are left as they are.
 
-    So the noise that a generator draws is the same in every forward pass over as many latents.
+    So the noise that a generator draws is the same in every forward pass over as many latents, but for what it draws
+    from a ``torch.Generator`` or ``numpy.random.Generator`` of its own.
     """
     devices = {parameter.device for parameter in module.parameters()}
     indices = sorted(device.index for device in devices if device.type == "cuda")
@@ -36,7 +44,14 @@ def seeded(module: nn.Module) -> Iterator[None]:
         torch.default_generator.manual_seed(_SEED)
         for index in indices:
             torch.cuda.default_generators[index].manual_seed(_SEED)
-        yield
+        python, numpy = random.getstate(), np.random.get_state()
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 import copy
 import gc
+import random
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,15 @@ def test_render_with_its_own_value_is_the_image():
         assert not torch.allclose(layer.render(z, torch.zeros_like(layer.values(z))), generator(z), atol=1e-4)
 
 
+@pytest.mark.parametrize("first", [nn.Conv2d(5, 8, 3, padding=1), nn.Linear(6, 6)])
+def test_render_leaves_the_value_that_it_is_given(first):
+    layer = rc.bind(nn.Sequential(first, nn.ReLU(inplace=True)), "0")
+    value = torch.randn_like(layer.values(maps()))
+    before = value.clone()
+    layer.render(maps(), value)
+    assert torch.equal(value, before) and (value < 0).any()
+
+
 def test_short_names_of_stylegan2_and_proggan():
     assert rc.bind(make("stylegan2"), "convs.1").name == "convs.1.conv"
     assert rc.bind(make("proggan"), "layer3").name == "layer3.conv"
@@ -235,6 +246,16 @@ def test_what_cannot_be_edited_says_why():
         rc.bind(make("dcgan"), "1", family="foo")
     with pytest.raises(rc.UnknownLayerError, match="run it once"):
         rc.bind(nn.Sequential(nn.LazyConv2d(4, 1)), "0")
+    buffered = nn.Linear(4, 4)
+    del buffered.weight
+    buffered.register_buffer("weight", torch.randn(4, 4))
+    with pytest.raises(rc.UnknownLayerError, match="a buffer"):
+        rc.bind(nn.Sequential(buffered), "0")
+    with pytest.raises(rc.UnknownLayerError, match="complex64.* real"):
+        rc.bind(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "0")
+    for norm in (lambda module: module, nn.utils.spectral_norm):
+        with pytest.raises(rc.UnknownLayerError, match="meta device.*load_state_dict"):
+            rc.bind(nn.Sequential(norm(nn.Linear(4, 4))).to("meta"), "0")
 
 
 def test_a_layer_that_never_runs():
@@ -379,6 +400,25 @@ class Classes(nn.Module):
         return self.conv(self.embed(index)[:, :, None, None].expand(-1, -1, 6, 6))
 
 
+def test_listing_reads_a_computed_weight_a_few_times_however_many_there_are():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counting.calls += 1
+            return 2 * weight
+
+    counts = []
+    for depth in 2, 8:
+        generator = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+        for module in generator:
+            nn.utils.parametrize.register_parametrization(module, "weight", Counting())
+        Counting.calls = 0
+        rc.list_layers(generator, torch.randn(1, 4))
+        counts.append(Counting.calls)
+    assert counts[1] == 4 * counts[0] <= 8 * 8
+
+
 def test_latents_are_as_the_first_weight_wants_them():
     generator = Mixed()
     layer = rc.bind(generator, "b")
@@ -482,6 +522,48 @@ def test_the_fingerprint_sees_settings():
     before = layer.fingerprint(maps())
     generator.slope.negative_slope = 0.3
     assert layer.fingerprint(maps()) != before
+
+
+class Configured(nn.Module):
+    """Has settings of many kinds, and counts and caches as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.power, self.pair, self.mode, self.plain = 1, (1, (2.0, "a")), "plus", torch.ones(1)
+        self.device, self.at, self.calls, self.grid, self.side, self.seen = torch.device("cpu"), "cuda:0", 0, None, 0, None
+        self.first, self.conv = nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+
+    def prepare(self, x):
+        self.calls += 1
+        self.side, self.seen = x.shape[0], x + 1
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, x.shape[-1])
+
+    def forward(self, x):
+        self.prepare(x)
+        x = self.first(x) * self.pair[1][0] + self.plain * self.grid + 0 * self.seen
+        return self.conv(x**self.power if self.mode == "plus" else -x)
+
+
+def test_the_fingerprint_sees_plain_settings_and_no_counters():
+    generator = Configured().eval()
+    layer = rc.bind(generator, "conv")
+    moment = rc.collect_second_moment(layer, maps(), batch_size=3, progress=False)
+    prints = [moment.fingerprint]
+    generator.device, generator.at = torch.device("cuda"), "cpu"
+    for count in (1, 2, 3):
+        generator(maps()[:count])
+        assert layer.fingerprint(maps()) == prints[0] == rc.bind(generator, "conv").fingerprint(maps())
+    for name, value in (("power", 2), ("pair", (1, (3.0, "a"))), ("mode", "minus"), ("plain", torch.zeros(1))):
+        before = layer.keys(maps())
+        setattr(generator, name, value)
+        prints.append(layer.fingerprint(maps()))
+        assert not torch.equal(layer.keys(maps()), before), "the test itself"
+    generator.first.padding_mode = "circular"
+    prints.append(layer.fingerprint(maps()))
+    assert len(set(prints)) == 6
+    with pytest.raises(rc.MismatchError, match="weights"):
+        moment.check(layer, maps())
 
 
 def test_the_fingerprint_of_stylegan2():
@@ -622,6 +704,36 @@ def test_opaque_generators_are_refused_with_advice():
     assert [info.name for info in rc.list_layers(partly, maps())] == ["0"]
 
 
+def test_a_generator_with_a_scripted_part_is_edited():
+    # the trace of a part that takes no hooks
+    generator = nn.Sequential(nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())), nn.Conv2d(8, 3, 1))
+    layer = rc.bind(generator, "2")
+    moment = rc.collect_second_moment(layer, maps(), progress=False)
+    moment.check(layer, maps())
+    with torch.no_grad():
+        generator[2].weight.mul_(2)
+    moment.check(layer, maps())
+    with torch.no_grad():
+        next(generator[1].parameters()).mul_(2)
+    with pytest.raises(rc.MismatchError, match="weights"):
+        moment.check(layer, maps())
+    assert not any(module._forward_pre_hooks for module in generator if not isinstance(module, torch.jit.ScriptModule))
+    assert all(module.training for module in generator.modules())
+
+
+def test_a_train_method_of_the_users_own_is_not_called():
+    class Merging(nn.Linear):  # as a LoRA layer that merges its weights for inference, and takes them apart again
+        def train(self, mode=True):
+            self.weight.data += 1 if not mode else -1
+            return super().train(mode)
+
+    generator = nn.Sequential(Merging(6, 6), nn.Dropout(), nn.Linear(6, 4)).requires_grad_(False)
+    before, keys = copy.deepcopy(generator.state_dict()), generator[0](maps())
+    assert torch.equal(rc.bind(generator, "2").keys(maps()), keys.movedim(-1, 1))  # eval mode: nothing drops out
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    assert all(module.training for module in generator.modules())
+
+
 def test_noise_is_repeated_and_the_random_state_left_alone():
     class Noisy(nn.Module):
         def __init__(self):
@@ -629,14 +741,16 @@ def test_noise_is_repeated_and_the_random_state_left_alone():
             self.conv = nn.Conv2d(5, 8, 3, padding=1)
 
         def forward(self, x):
-            return self.conv(x + torch.randn_like(x))
+            noise = torch.randn_like(x) + torch.from_numpy(np.random.randn(*x.shape)) + random.random()
+            return self.conv(x + noise.to(x))
 
     generator = Noisy()
     layer = rc.bind(generator, "conv")
-    state = torch.get_rng_state()
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     keys = layer.keys(maps())
     assert torch.equal(keys, layer.keys(maps())) and torch.equal(layer.render(maps()), layer.render(maps()))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert (np.random.get_state()[1] == numpy[1]).all() and np.random.get_state()[2] == numpy[2]
     assert not torch.equal(generator(maps()), generator(maps()))
 
 

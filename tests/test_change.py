@@ -250,6 +250,20 @@ def test_forced_revert_of_a_weight_that_something_else_changed(generator, layer,
     assert same_bits(before, state_bits(generator))
 
 
+def test_a_weight_that_became_computed_is_not_reverted(generator, layer, changes):
+    before = state_bits(generator)
+    changes[0].apply()
+    torch.nn.utils.parametrizations.spectral_norm(generator.layer5.conv)
+    used = layer.weight.clone()
+    for force in False, True:  # what would be written to a computed weight is lost
+        with pytest.raises(rc.MismatchError, match="take that off first"):
+            changes[0].revert(force=force)
+    assert torch.equal(layer.weight, used) and changes[0].applied
+    torch.nn.utils.parametrize.remove_parametrizations(generator.layer5.conv, "weight", leave_parametrized=False)
+    changes[0].revert()
+    assert same_bits(before, state_bits(generator))
+
+
 def test_forced_apply_on_a_weight_that_something_else_changed(generator, layer, changes):
     changes[0].apply()
     with torch.no_grad():
@@ -336,6 +350,8 @@ def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
     with pytest.raises(rc.MismatchError, match="force=True"):
         rc.load_rewrite(path).apply(generator)
     assert torch.equal(generator.layer5.conv.weight, weight)
+    with pytest.raises(rc.MismatchError, match="float16 now.*another precision"):
+        rc.load_rewrite(path).apply(copy.deepcopy(generator).half())
     rc.load_rewrite(path).apply(generator, force=True)
     assert not torch.equal(generator.layer5.conv.weight, weight)
     with pytest.raises(rc.UnknownLayerError):
@@ -364,6 +380,7 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
     "wrong",
     [
         {"loss": 3}, {"loss": ["a"]}, {"layer": 5}, {"fitted_to": None}, {"solver": ["lm"]}, {"edit": 3}, {"edit": "{bad"},
+        {"groups": "2"},
     ],
 )  # fmt: skip
 def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):

@@ -484,8 +484,22 @@ def test_a_pickled_network_is_opened_only_where_asked_to(capsys, user_generator,
     assert code == 2 and "holds more than tensors" in err
     code, out, _ = run(capsys, "layers", "--allow-pickle", "--checkpoint", "network.pkl", "--latent-size", "6")
     assert code == 0 and out == run(capsys, "layers", *MINE)[1]
+    code, _, err = run(capsys, "layers", "--generator", "mine:make", "--allow-pickle", "--checkpoint", "network.pkl")
+    assert code == 2 and "--allow-pickle: not allowed with argument --generator" in err
     code, _, err = run(capsys, "layers", "--allow-pickle", "--latent-size", "6")
     assert code == 2 and "--allow-pickle needs the pickled network, --checkpoint FILE" in err
+
+
+def test_a_pickled_networks_code_is_found_beside_it(capsys, tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("import torch\nclass Net(torch.nn.ConvTranspose2d):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    torch.save(importlib.import_module("beside").Net(6, 3, 4), tmp_path / "net.pt")
+    monkeypatch.setattr(sys, "path", sys.path[1:])
+    monkeypatch.delitem(sys.modules, "beside")
+    code, out, err = run(capsys, "layers", "--allow-pickle", "--checkpoint", "net.pt", "--latent-size", "6x1x1")
+    assert code == 0, err
+    monkeypatch.delitem(sys.modules, "beside")
 
 
 def test_layers_of_other_dimensions_are_listed(capsys, user_generator, tmp_path):

@@ -16,6 +16,7 @@ PLACES = [
     ("dcgan", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan1", "progression.2.conv1"),
     ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
     ("weight_norm", "4"), ("pruned", "10"), ("grouped", "conv"), ("volume", "conv"), ("language", "fc2"), ("unet", "mid.conv1"),
+    ("gpt2", "h.0.c_fc"),
 ]  # fmt: skip
 
 
@@ -59,6 +60,29 @@ def test_a_state_dict_of_a_loaded_change_needs_a_generator():
         copy.copy(change).parametrize()
 
 
+class Noted(nn.Sequential):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
+
+@pytest.mark.parametrize("kind, name, part", [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")])
+def test_a_state_dict_with_a_compiled_part_and_extra_state(kind, name, part):
+    generator, layer, change, z = changed(kind, name)
+    names = [info.name for info in rc.list_layers(generator, z)]
+    plain = change.state_dict()
+    before, _, last = part.rpartition(".")
+    setattr(generator.get_submodule(before), last, torch.compile(generator.get_submodule(part), backend="eager"))
+    generator.noted = Noted()
+    state = change.state_dict()
+    assert list(state) == list(generator.state_dict()) and state.pop("noted._extra_state") == {"version": 1}
+    assert torch.equal(state[f"{part}._orig_mod.{name.removeprefix(part + '.')}.weight"], plain[f"{name}.weight"])
+    if kind == "stylegan2":  # Sequential calls all of its modules
+        assert len(rc.list_layers(generator, z)) == len(names)
+
+
 @pytest.mark.parametrize("kind, name", PLACES)
 def test_a_parametrization_is_switched_on_and_off(kind, name):
     generator, layer, change, z = changed(kind, name)
@@ -73,6 +97,8 @@ def test_a_parametrization_is_switched_on_and_off(kind, name):
         return
     switch = change.parametrize()
     assert torch.equal(output(kind, generator, z), after) and not torch.equal(after, before)
+    again = rc.bind(generator, name, KINDS[kind][1])  # its class has another name now
+    assert again.family == layer.family and torch.equal(again.weight, layer.weight)
     switch.enabled = False
     assert torch.equal(output(kind, generator, z), before)
     switch.enabled = True
@@ -130,6 +156,23 @@ def test_a_parametrized_layer_is_rewritten_further():
     assert torch.equal(layer.weight, weight) and switch.enabled
 
 
+def test_a_parametrization_over_an_applied_change():
+    """The weight is computed again, from what was folded; the change under it waits until it is off."""
+    generator, layer, change, z = changed("weight_norm", "4")
+    before = output("weight_norm", generator, z)
+    with change:
+        once = layer.weight.clone()
+        twice = rc.Rewrite(layer.name, change.directions, 2 * change.coefficients, "", "lm")
+        switch = twice.parametrize(generator, force=True)
+        assert torch.equal(layer.weight, layer._layer.canonical(layer.module.weight.detach()))
+        assert not torch.equal(layer.weight, once)
+        with pytest.raises(rc.MismatchError, match="take that off first"):
+            change.revert(force=True)
+        switch.remove()
+        assert torch.equal(layer.weight, once)
+    assert torch.equal(output("weight_norm", generator, z), before)
+
+
 @pytest.mark.parametrize("kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")])
 def test_lora_factors(kind, name):
     """The factors as modules: the layer's own kind of operation to R channels, then one by one, is what the change adds."""
@@ -154,9 +197,12 @@ def test_lora_of_a_linear_layer_as_its_users_write_it():
     assert torch.allclose(linear(x) + F.linear(F.linear(x, a), b), edited, atol=1e-5)
 
 
-def test_lora_of_a_grouped_layer_is_refused():
-    with pytest.raises(rc.SolverError, match="grouped"):
-        changed("grouped", "conv")[2].lora()
+def test_lora_of_a_grouped_layer_is_refused(tmp_path):
+    change = changed("grouped", "conv")[2]
+    change.save(tmp_path / "rule.safetensors")
+    for each in (change, copy.copy(change), rc.load_rewrite(tmp_path / "rule.safetensors")):
+        with pytest.raises(rc.SolverError, match="grouped"):
+            each.lora()
 
 
 @pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("dcgan", "4"), ("weight_norm", "4"),

@@ -194,6 +194,62 @@ def test_a_change_folds_the_norm_and_reverting_unfolds_it(norm, training):
     assert any(not torch.equal(value, state[key]) for key, value in generator.state_dict().items() if "conv2" in key)
 
 
+def test_a_hook_that_was_removed_while_the_weight_was_folded_stays_away():
+    generator = make("hook").eval()
+    layer, calls = rc.bind(generator, "block.conv2", forward=labelled), []
+    first, last = (layer.module.register_forward_pre_hook(lambda module, args, n=n: calls.append(n)) for n in range(2))
+    hooks = list(layer.module._forward_pre_hooks)
+    change, z = some_edit(layer)
+    with change:
+        first.remove()
+        third = layer.module.register_forward_pre_hook(lambda module, args: calls.append(2))
+    assert list(layer.module._forward_pre_hooks) == [key for key in hooks if key != first.id] + [third.id]
+    calls.clear()
+    labelled(generator, z[:1])
+    assert calls == [1, 2]
+
+
+class RestlessSpectralNorm:
+    """By hook, as a SAGAN port has it: the power iteration goes on in eval mode, and replaces its buffer."""
+
+    name = "weight"
+
+    def __call__(self, module, args):
+        matrix = module.weight_bar.flatten(1)
+        v = nn.functional.normalize(matrix.T @ module.weight_u, dim=0)
+        module.weight_u = nn.functional.normalize(matrix @ v, dim=0)
+        module.weight = module.weight_bar / (module.weight_u @ matrix @ v)
+
+
+def test_a_hook_that_changes_the_weight_at_every_pass_is_refused_until_it_rests():
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 8)
+    layer.weight_bar = nn.Parameter(layer.weight.detach())
+    del layer.weight
+    layer.register_buffer("weight_u", torch.randn(8))
+    layer.register_forward_pre_hook(RestlessSpectralNorm())
+    generator, z = nn.Sequential(layer).eval(), rc.sample_latents(12, 3)
+    generator(z)
+    u, weight = layer.weight_u, layer.weight
+    before = u.clone()
+    with pytest.raises(rc.UnknownLayerError, match="at every pass.*until the weight rests"):
+        rc.bind(generator, "0")
+    assert layer.weight_u is u and layer.weight is weight and torch.equal(u, before)
+    layer.weight_bar.data = torch.eye(8, 12)[[0] * 8]  # of rank one, where the iteration ends at once
+    for _ in range(3):
+        generator(z)
+    assert torch.allclose(rc.bind(generator, "0").values(z)[:, :, 0], generator(z), atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_folding_a_frozen_generator_leaves_it_frozen(norm):
+    generator = make(norm).eval().requires_grad_(False)
+    change, z = some_edit(rc.bind(generator, "block.conv2", forward=labelled))
+    with change:
+        assert not labelled(generator, z).requires_grad
+    assert not any(parameter.requires_grad for parameter in generator.parameters())
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_folded_generator_is_moved_and_cast(norm):
     generator = make(norm).eval()

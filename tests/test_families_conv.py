@@ -251,6 +251,28 @@ def test_groups_are_convolutions_of_their_own(name, options):
         assert found.any() or (name == "out" and "loss" not in options), "the l1 optimum can be no change at all"
 
 
+@pytest.mark.parametrize("size", [12, 11])
+def test_an_output_size_is_the_layers_own_or_refused(size):
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(5, 8, 3, 2, 1), nn.ConvTranspose2d(8, 3, 3, 2, 1)
+
+        def forward(self, x):
+            return self.up(self.down(x), output_size=x.shape[-2:])
+
+    generator, x = UNet(), torch.randn(2, 5, size, size)
+    layer = rc.bind(generator, "up")
+    if size == 11:  # as the layer makes it by itself
+        assert torch.allclose(layer.values(x), generator(x), atol=1e-6)
+        assert [info.name for info in rc.list_layers(generator, x)] == ["down", "up"]
+        return
+    with pytest.raises(rc.RewriteCoreError, match=r"output_size=\[12, 12\] and makes maps of \[11, 11\]"):
+        layer.keys(x)
+    with pytest.warns(UserWarning, match="'up' is left out.*output_padding"):
+        assert [info.name for info in rc.list_layers(generator, x)] == ["down"]
+
+
 @pytest.mark.parametrize("kind, name", [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")])
 def test_tight_edits_of_other_dimensions(kind, name):
     """A tight region is what it is on the whole map with zeros outside."""

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 import rewrite_core as rc
@@ -34,6 +34,25 @@ def test_a_state_dict(tmp_path, network, suffix, prefix):
     loaded = rc.load_generator(path, make)
     assert not loaded.training
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.middle, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_weight_under_one_of_its_names(tmp_path):
+    network = Tied()
+    save_model(network, tmp_path / "tied.safetensors")
+    loaded = rc.load_generator(tmp_path / "tied.safetensors", Tied)
+    assert torch.equal(loaded.head.weight, network.head.weight) and loaded.embed.weight is loaded.head.weight
+    state = network.state_dict()
+    del state["middle.weight"]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(rc.FileFormatError, match="Missing key.*middle.weight"):
+        rc.load_generator(tmp_path / "w.pt", Tied)
 
 
 def test_a_state_dict_that_does_not_fit(tmp_path, network):

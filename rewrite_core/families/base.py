@@ -87,14 +87,22 @@ class LayerFamily(abc.ABC):
 
     def refusal(self) -> str | None:
         """Why this layer, though of this family, cannot be edited; None where it can."""
-        if self.computed is None:
-            weight = getattr(self.module, self.weight_name, None)
-            if not isinstance(weight, nn.Parameter):
-                return "its weight is computed by something unknown, not used as stored; fold it into a parameter first"
-            if is_lazy(weight):
-                return "its weight has no shape before the generator's first run; run it once"
-            if not weight.is_floating_point():
-                return f"its weight is {weight.dtype}; bind a generator that is not quantised"
+        if any(parameter.is_meta for parameter in self.module.parameters(recurse=False)):
+            return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
+        computed = self.computed
+        if computed is not None:
+            return computed.refusal()
+        weight = getattr(self.module, self.weight_name, None)
+        if self.weight_name in self.module._buffers:
+            return "its weight is a buffer, which this library does not edit; register it as a parameter"
+        if not isinstance(weight, nn.Parameter):
+            return "its weight is computed by something unknown, not used as stored; fold it into a parameter first"
+        if is_lazy(weight):
+            return "its weight has no shape before the generator's first run; run it once"
+        if weight.is_complex():
+            return f"its weight is {weight.dtype}, and keys and weights here are real"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}; bind a generator that is not quantised"
         return None
 
     @property
@@ -143,5 +151,6 @@ class LayerFamily(abc.ABC):
         return Capture(capture.key[window(key_box)], dict(capture.extra))
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        """The output of the intercepted call with its value replaced (to render an edited feature map)."""
-        return value.to(output)
+        """The output of the intercepted call with its value replaced (to render an edited feature map). A copy, as what
+        follows may write to it."""
+        return value.to(output, copy=True)

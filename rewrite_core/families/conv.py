@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import RewriteCoreError
 from .base import Capture, LayerFamily, PostOperation, per_channel
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -111,7 +112,7 @@ class ConvLayer(PlainLayer):
         return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.to(output).reshape(output.shape)
+        return value.to(output, copy=True).reshape(output.shape)
 
 
 class TransposedConvLayer(ConvLayer):
@@ -128,6 +129,23 @@ class TransposedConvLayer(ConvLayer):
 
     def native(self, weight: Tensor) -> Tensor:
         return super().native(weight.transpose(0, 1))
+
+    def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
+        """Raises RewriteCoreError where an ``output_size`` asks for more than the layer's own output padding."""
+        capture, module = super().capture(args[:1], kwargs), self.module
+        wanted = args[1] if len(args) > 1 else kwargs.get("output_size")
+        if wanted is not None:
+            settings = zip(
+                capture.key.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size,
+                module.output_padding, strict=True,
+            )  # fmt: skip
+            usual = [(n - 1) * step - 2 * pad + gap * (k - 1) + extra + 1 for n, step, pad, gap, k, extra in settings]
+            if list(wanted)[-len(usual) :] != usual:
+                raise RewriteCoreError(
+                    f"Layer {self.path!r} is called with output_size={list(wanted)} and makes maps of {usual} by itself, so "
+                    "its output padding is not its own; give the layer that output_padding instead."
+                )
+        return capture
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
         return self._convolve(key, weight.transpose(0, 1), groups=1)
@@ -161,4 +179,4 @@ class LinearLayer(PlainLayer):
         return F.linear(key.movedim(1, -1), weight).movedim(-1, 1)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.movedim(1, -1).to(output).reshape(output.shape)
+        return value.movedim(1, -1).to(output, copy=True).reshape(output.shape)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .base import LayerFamily
 from .conv import ConvLayer
+from .weights import class_name
 
 BLOCKS = ("ResnetBlock2D", "ResnetBlockCondNorm2D", "Upsample2D", "Downsample2D")
 
@@ -26,7 +27,7 @@ class DiffusersLayer(ConvLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
-        if type(generator.get_submodule(path.rpartition(".")[0])).__name__ not in BLOCKS:
+        if class_name(generator.get_submodule(path.rpartition(".")[0])) not in BLOCKS:
             return None
         layer = ConvLayer.recognise(generator, path)
         return cls(path, layer.module) if type(layer) is ConvLayer else None

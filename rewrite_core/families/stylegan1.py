@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import Capture, LayerFamily, has
 from .conv import ConvLayer, LinearLayer, PlainLayer, kind_of
+from .weights import class_name
 
 
 def _equalising_hook(module: nn.Module) -> Any | None:
@@ -78,7 +79,7 @@ class FusedUpsampleLayer(PlainLayer):
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        known = type(module).__name__ == "FusedUpsample" and has(module, "weight", "bias", "multiplier", "pad")
+        known = class_name(module) == "FusedUpsample" and has(module, "weight", "bias", "multiplier", "pad")
         return cls(path, module) if known else None
 
     def refusal(self) -> str | None:

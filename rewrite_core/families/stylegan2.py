@@ -21,6 +21,7 @@ from ..files import read_state_dict
 from .base import Capture, LayerFamily, PostOperation, has, per_channel
 from .modulated import ModulatedLayer, as_drawn_next, resample
 from .proggan import PixelNorm, build
+from .weights import class_name
 
 BLUR_TAPS = (1.0, 3.0, 3.0, 1.0)
 NOISE_KINDS = ("fixed", "random", "none")
@@ -424,7 +425,7 @@ class StyleGAN2Layer(ModulatedLayer):
         style = self.module.modulation(latent)
         capture = Capture(x * style[:, :, None, None], {"style": style})
         if self._styled is not None:
-            if noise is None and type(self._styled.noise).__name__ == "NoiseInjection":  # draws its own
+            if noise is None and class_name(self._styled.noise) == "NoiseInjection":  # draws its own
                 shape = [side * (2 if self.module.upsample else 1) for side in x.shape[2:]]
                 with as_drawn_next(x.device):
                     noise = x.new_empty(len(x), 1, *shape).normal_()

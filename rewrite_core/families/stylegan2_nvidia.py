@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import Capture, LayerFamily, PostOperation, has, per_channel
 from .modulated import ModulatedLayer, as_drawn_next, resample
+from .weights import class_name
 
 SLOPES = {"linear": 1.0, "lrelu": 0.2, "relu": 0.0}
 
@@ -29,7 +30,7 @@ class NvidiaStyleGAN2Layer(ModulatedLayer):
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
         kinds = {"SynthesisLayer": ("act_gain", "resample_filter", "up"), "ToRGBLayer": ("weight_gain",)}
-        needed = ("affine", "weight", "bias", "conv_clamp", *kinds.get(type(module).__name__, ("not a layer",)))
+        needed = ("affine", "weight", "bias", "conv_clamp", *kinds.get(class_name(module), ("not a layer",)))
         return cls(path, module) if has(module, *needed) else None
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .base import Capture, LayerFamily, has, per_channel
 from .modulated import ModulatedLayer, resample
+from .weights import class_name
 
 
 class StyleGAN3Layer(ModulatedLayer):
@@ -31,7 +32,7 @@ class StyleGAN3Layer(ModulatedLayer):
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        known = type(module).__name__ == "SynthesisLayer" and has(module, *cls._ATTRIBUTES)
+        known = class_name(module) == "SynthesisLayer" and has(module, *cls._ATTRIBUTES)
         return cls(path, module) if known else None
 
     @property

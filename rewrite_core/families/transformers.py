@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import LayerFamily, has
 from .conv import LinearLayer
+from .weights import class_name
 
 
 class Conv1DLayer(LinearLayer):
@@ -19,7 +20,7 @@ class Conv1DLayer(LinearLayer):
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
-        return cls(path, module) if type(module).__name__ == "Conv1D" and has(module, "weight", "bias", "nf") else None
+        return cls(path, module) if class_name(module) == "Conv1D" and has(module, "weight", "bias", "nf") else None
 
     def refusal(self) -> str | None:
         return LayerFamily.refusal(self)

@@ -9,7 +9,9 @@ is the plain one of its kind, so its state dict loads where the norm was left ou
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,9 +39,15 @@ def computed_weight(module: nn.Module, name: str = NAME) -> ComputedWeight | Non
     return Hooked(module) if NAME not in module._parameters and _hook(module) is not None else None
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, which torch renames as it parametrizes the module."""
+    kind = type(module)
+    return (kind.__bases__[0] if parametrize.is_parametrized(module) else kind).__name__
+
+
 def _method(module: nn.Module) -> str | None:
     """The method that computes the weight of an SNConv2d or SNLinear."""
-    named = type(module).__name__.startswith("SN")
+    named = class_name(module).startswith("SN")
     return next((name for name in METHODS if named and callable(getattr(type(module), name, None))), None)
 
 
@@ -77,8 +85,13 @@ class ComputedWeight(abc.ABC):
     def fold(self) -> None:
         """Make what is computed a parameter."""
         if not self.folded:
-            value = nn.Parameter(self.read().clone(), requires_grad=True)
+            trains = any(parameter.requires_grad for parameter in self.module.parameters())
+            value = nn.Parameter(self.read().clone(), requires_grad=trains)
             self._fold(value)
+
+    def refusal(self) -> str | None:
+        """Why such a weight cannot be folded; None where it can."""
+        return None
 
     def unfold(self) -> None:
         """Put the module back as it was, on the device and in the precision that the weight has now."""
@@ -108,7 +121,8 @@ class Folded(nn.Module):
 
 
 class Parametrized(ComputedWeight):
-    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay."""
+    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay. One that is put
+    on top of it later computes the weight again."""
 
     @property
     def _stages(self) -> parametrize.ParametrizationList:
@@ -116,11 +130,11 @@ class Parametrized(ComputedWeight):
 
     @property
     def folded(self) -> bool:
-        return any(isinstance(stage, Folded) for stage in self._stages)
+        return isinstance(self._stages[-1], Folded)
 
     @property
     def parameter(self) -> nn.Parameter:
-        return next(stage.value for stage in self._stages if isinstance(stage, Folded))
+        return self._stages[-1].value
 
     def compute(self) -> Tensor:
         return getattr(self.module, self.name)
@@ -130,8 +144,24 @@ class Parametrized(ComputedWeight):
             parametrize.register_parametrization(self.module, self.name, Folded(value))
 
     def _unfold(self) -> None:
-        place = next(i for i, stage in enumerate(self._stages) if isinstance(stage, Folded))
-        del self._stages[place]
+        del self._stages[len(self._stages) - 1]
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Buffers and attributes of the module are put back afterwards: a hook may write to them."""
+    places = vars(module), module._buffers
+    before = [dict(place) for place in places]
+    tensors = [(value, value.clone()) for held in before for value in held.values() if isinstance(value, Tensor)]
+    try:
+        yield
+    finally:
+        for place, held in zip(places, before, strict=True):
+            place.clear()
+            place.update(held)
+        for tensor, value in tensors:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
 
 
 class _Detached(ComputedWeight):
@@ -180,8 +210,23 @@ class Hooked(_Detached):
     _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
     def compute(self) -> Tensor:
+        with _kept(self.module):
+            return self._run()
+
+    def refusal(self) -> str | None:
+        if self.folded:
+            return None
+        with torch.no_grad(), evaluating(self.module), _kept(self.module):
+            if torch.equal(self._run(), self._run()):
+                return None
+        return (
+            "its hook changes the weight at every pass, in eval mode too; call the generator until the weight rests, or "
+            "take the hook off and make what it computes a parameter"
+        )
+
+    def _run(self) -> Tensor:
         self.module._forward_pre_hooks[_hook(self.module)](self.module, ())
-        return self.module.weight
+        return self.module.weight.clone()
 
     def _fold(self, value: nn.Parameter) -> None:
         module, number = self.module, _hook(self.module)
@@ -189,19 +234,20 @@ class Hooked(_Detached):
         tensors = [*module._parameters, *module._buffers]
         record = self._take(value, [name for name in tensors if name.startswith(f"{NAME}_")])
         for kind in self._HOOKS:  # torch's spectral norm also watches the state dict
-            hooks = getattr(module, kind)
-            record[kind] = dict(hooks)
+            hooks, taken = getattr(module, kind), {}
+            record[kind] = list(hooks), taken
             for key, other in list(hooks.items()):
-                other = getattr(other, "hook", other)
-                if other is hook or getattr(other, "fn", None) is hook:
-                    del hooks[key]
+                inner = getattr(other, "hook", other)
+                if inner is hook or getattr(inner, "fn", None) is hook:
+                    taken[key] = hooks.pop(key)
 
     def _restore(self, record: dict[str, Any]) -> None:
         for kind in self._HOOKS:
             hooks = getattr(self.module, kind)
-            later = {key: hook for key, hook in hooks.items() if key not in record[kind]}
+            order, taken = record[kind]
+            back = hooks | taken
             hooks.clear()
-            hooks.update(record[kind] | later)
+            hooks.update({key: back[key] for key in [*order, *back] if key in back})
 
 
 class Normalised(_Detached):
