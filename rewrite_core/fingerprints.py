@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import enum
 import hashlib
 import inspect
@@ -120,6 +119,10 @@ class Trace(TorchDispatchMode):
     tensors that operations take.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import torch._dynamo for it at the first operation, more than a second
+
     def __init__(self, layers: Sequence[BoundLayer], latents: Tensor):
         super().__init__()
         self._layers = layers
@@ -153,7 +156,7 @@ class Trace(TorchDispatchMode):
 
     def reached(self, number: int) -> None:
         started = self._started - {self._layers[number]._layer.site}  # whose call the key is read from
-        self._parts[number] = _Part(self._layers[number], started, self._read)
+        self._parts[number] = _Part(self._generator, started, self._read)
 
     def fingerprint(self, number: int) -> str:
         """That of ``layers[number]``, after the pass; the layer remembers what it found."""
@@ -163,48 +166,20 @@ class Trace(TorchDispatchMode):
         return text
 
 
-_STORED: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
 _PLACE = re.compile(r"[/\\]|^(cpu|cuda|mps|xpu)\b")  # strings that say where something is, not what it does
+_ARGUMENTS: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
 
 
-def _stored(function: object) -> set[str]:
-    """The names of attributes that a function of Python's assigns, of whatever object."""
-    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-    names, todo = set(), [code] if code is not None else []
-    while todo:
-        code = todo.pop()
-        if dis.opmap["STORE_ATTR"] in code.co_code[::2]:
-            names.update(each.argval for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
-        todo += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return names
-
-
-def _stored_by(kind: type) -> set[str]:
-    """Those that the methods of a class assign, but for those that make it."""
-    if kind not in _STORED:
-        _STORED[kind] = set()
-        for base in set(kind.__mro__) - {nn.Module, torch.jit.ScriptModule, torch.jit.RecursiveScriptModule, object}:
-            for name, member in vars(base).items():
-                if name not in ("__init__", "__setstate__"):
-                    _STORED[kind] |= _stored(getattr(member, "fget", None) or getattr(member, "__func__", member))
-    return _STORED[kind]
-
-
-def _written(layer: BoundLayer) -> set[str]:
-    """Attributes that a pass may write, by the code of the modules, their hooks and `forward`: counters and caches, which
-    differ from pass to pass though the keys do not. Read off the code, as a cache is only written where it is missing."""
-    functions: list[object] = [layer._forward]
-    names: set[str] = set()
-    for module in layer.generator.modules():
-        names |= _stored_by(type(module))
-        if not isinstance(module, torch.jit.ScriptModule):
-            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-            functions += [*hooks, module.forward]
-            weights = [getattr(hook, each, None) for hook in hooks for each in ("name", "_tensor_name")]
-            names |= {f"{weight}{end}" for weight in weights for end in ("", "_u", "_v")}  # set by setattr
-    for function in functions:
-        names |= _stored(function) if inspect.isroutine(function) else _stored_by(type(function))
-    return names
+def _arguments(kind: type) -> set[str]:
+    """What the constructors of a class are given, by name: attributes of those names are settings, where others may be
+    counters and caches, which differ from pass to pass though the keys do not."""
+    if kind not in _ARGUMENTS:
+        constructors = (vars(base).get("__init__") for base in kind.__mro__)
+        codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each is not None)
+        _ARGUMENTS[kind] = {
+            name for code in codes if code for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        }
+    return _ARGUMENTS[kind]
 
 
 def _is_setting(value: object) -> bool:
@@ -214,31 +189,25 @@ def _is_setting(value: object) -> bool:
     return value is None or (isinstance(value, _PLAIN) and not where)
 
 
-def _settings(module: nn.Module, written: set[str]) -> Iterable[tuple[str, object]]:
-    """The module's settings: its floats, and other plain values that no pass writes."""
+def _settings(module: nn.Module) -> Iterable[tuple[str, object]]:
+    """The module's settings: its floats, and other plain values that are named as its constructor's arguments are."""
     for key, value in sorted(vars(module).items()):
         if isinstance(value, float):
             yield key, float(value)
-        elif value is not None and key != "training" and key[0] != "_" and key not in written and _is_setting(value):
+        elif value is not None and key in _arguments(type(module)) and _is_setting(value):
             yield key, value
 
 
 class _Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
-    def __init__(self, layer: BoundLayer, started: set[nn.Module], read: set[int]):
-        generator, self._written = layer.generator, _written(layer)
+    def __init__(self, generator: nn.Module, started: set[nn.Module], read: set[int]):
         self._started: set[str] = set()
         self._tensors: dict[str, list[str]] = {}
         for name, module in sorted(generator.named_modules()):
             if module in started:
                 self._started.add(name)
             keys = [key for key, tensor in _own(module) if module in started or id(tensor) in read]
-            keys += [
-                key
-                for key, value in sorted(vars(module).items())
-                if isinstance(value, Tensor) and id(value) in read and key not in self._written
-            ]
             if keys or module in started:
                 self._tensors[name] = keys
 
@@ -246,11 +215,11 @@ class _Part:
         modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
         for name, keys in self._tensors.items():
-            tensors = vars(modules[name]) | dict(_own(modules[name]))
+            tensors = dict(_own(modules[name]))
             for key in keys:
                 _hash_tensor(digest, f"{name}.{key}", tensors[key])
             if name in self._started:
-                digest.update(f"{name}|{[*_settings(modules[name], self._written)]}|".encode())
+                digest.update(f"{name}|{[*_settings(modules[name])]}|".encode())
         return KIND + digest.hexdigest()
 
 
