@@ -1,5 +1,8 @@
 import importlib
 import math
+import os
+import subprocess
+import sys
 import types
 import warnings
 from pathlib import Path
@@ -333,3 +336,19 @@ def test_on_a_gpu_it_says_why_torch_linalg_solves():
     cpp = next(record for record in backends_of("spd_solve") if record.name == "cpp")
     reason = cpp.supports(types.SimpleNamespace(device=torch.device("cuda:0")))
     assert "on cuda:0" in reason and "torch.linalg (cuSOLVER)" in reason and "faster" in reason
+
+
+def test_fewer_threads_than_asked_for(tmp_path):
+    """OpenMP may give a call fewer: what the missing ones would have written is then not read (here it would be 1e306)."""
+    code = """
+import torch
+from rewrite_core.ops.spd_solve import spd_factor
+torch.set_num_threads(4)
+factor = spd_factor(4 * torch.eye(300, dtype=torch.float64))
+assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
+"""
+    variables = {"OMP_THREAD_LIMIT": "1", "MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
