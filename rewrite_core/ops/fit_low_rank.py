@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..backends import (
+    Backend, dispatched, extension, extension_reason, select, transformed, triton_interpreted, triton_reason,
+)  # fmt: skip
 from ..errors import NonFiniteError, RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -159,7 +161,8 @@ def fit_low_rank(
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
     Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
     an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity. Tensors on a GPU are not looked into, as
-    that would wait for it: NaN, infinity and wrong signs then make the status of the channels concerned "nonfinite".
+    that would wait for it, and tensors that ``torch.func`` transforms cannot be: NaN, infinity and wrong signs then make
+    the status of the channels concerned "nonfinite" (or "degenerate", where no weight is positive).
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
     problem = _check(
@@ -230,7 +233,8 @@ def _check(
             sizes["G"] = constant.shape[-2]
         if not sizes.get("G"):
             raise RewriteCoreError("with segments demodulation's constant must be [B, G, O], G at least 1.")
-    here = base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
+    known = not transformed()
+    here = known and base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
 
     def take(name: str, data: Tensor | None, axes: str, dtype: torch.dtype) -> Tensor | None:
         if data is None:
@@ -270,7 +274,7 @@ def _check(
     linear = take("demodulation's linear", linear, f"B{several}OJ", wide)
     quadratic = take("demodulation's quadratic", quadratic, f"B{several}JJ", wide)
     segments = take("segments", segments, "BP", torch.int64)
-    if segments is not None and not ((segments >= 0) & (segments < sizes["G"])).all():
+    if known and segments is not None and not ((segments >= 0) & (segments < sizes["G"])).all():
         raise RewriteCoreError(f"segments must be from 0 to {sizes['G'] - 1}, as there are {sizes['G']} demodulations.")
     if here and constant is not None and not (constant > 0).all():
         raise RewriteCoreError("demodulation's constant must be positive: it is a squared norm plus epsilon.")

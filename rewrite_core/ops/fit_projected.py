@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..backends import Backend, extension, extension_reason, select, transformed, triton_interpreted, triton_reason
 from ..errors import RewriteCoreError
 
 LOSSES = ("l1", "l2")
@@ -111,6 +111,8 @@ def fit_projected(
 
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
     """
+    if transformed() or torch.jit.is_tracing():
+        raise RewriteCoreError("fit_projected is no operator of torch: call it outside torch.func and torch.jit.trace.")
     if not isinstance(operator, Tensor) or operator.dtype not in (torch.float32, torch.float64):
         raise TypeError("operator must be a float32 or float64 tensor: convert it with .float().")
     if operator.ndim != 5 or not operator.numel():
