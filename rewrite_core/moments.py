@@ -791,14 +791,17 @@ def collect_second_moment(
         tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar,
         ahead,
     ):
-        for first in range(start, len(latents), batch_size):
-            # each part has a file of its own: a crash may have left some of them further than others
+        first = start
+        while first < len(latents):
+            # each part has a file of its own, which a crash or `until` may have left further than others: the batch ends
+            # where the next of them goes on
             behind = [part for part in parts if part.done <= first]
+            end = min([first + batch_size, *(part.done for part in parts if part.done > first)])
             if until is not None and len(behind) == len(parts) and (not beside or _looked_at(first // batch_size)):
                 gather()
                 if all(part.error <= until for part in parts):
                     break
-            batch = latents[first : first + batch_size]
+            batch = latents[first:end]
             left = len(behind)
 
             def consume(number: int, capture: Capture) -> None:
@@ -833,6 +836,7 @@ def collect_second_moment(
             if progress and (due or not beside) and not math.isnan(error := max(part.error for part in parts)):
                 bar.set_postfix_str(f"error {error:.2%}", refresh=False)
             bar.update(len(batch))
+            first += len(batch)
         gather()
     moments = [part.finish() for part in parts]
     return moments[0] if single else moments

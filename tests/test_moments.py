@@ -658,6 +658,24 @@ def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, l
     assert torch.equal(whole.matrix(), straight.matrix()) and whole.standard_error == straight.standard_error
 
 
+def test_several_layers_go_on_from_where_each_stopped(tmp_path):
+    """Places that no common batch begins at: no latent is left out, and none counts twice."""
+    torch.manual_seed(0)
+    generator = torch.nn.Sequential(torch.nn.Unflatten(1, (4, 1, 1)), torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(6, 3, 1))
+    layers, z = [rc.bind(generator, name) for name in "12"], rc.sample_latents(4, 200, seed=1)
+    paths = [tmp_path / name for name in "12"]
+    for layer, path, batch_size, until in zip(layers, paths, (16, 5), (0.2, 0.9), strict=True):
+        rc.collect_second_moment(layer, z, batch_size, path, progress=False, until=until)
+    used = [rc.SecondMoment.load(path).latents["used"] for path in paths]
+    assert used[0] != used[1] and 64 not in used and max(used) < 200
+    for moment, layer in zip(
+        rc.collect_second_moment(layers=layers, latents=z, batch_size=64, checkpoint=paths, progress=False), layers
+    ):
+        whole = rc.collect_second_moment(layer, z, progress=False)
+        assert moment.count == 200 and moment.latents == whole.latents
+        assert relative(moment.matrix(), whole.matrix()) < 1e-6
+
+
 class Scaled(torch.nn.Module):
     """Latents [N, 6] -> maps [N, 6, 4, 4] of correlated keys, whose size differs from image to image."""
 
