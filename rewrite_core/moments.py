@@ -235,8 +235,11 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
         warns where both were collected from the same latents, whose keys then count twice."""
-        self._join([self._facts(), other._facts()])
+        if not isinstance(other, SecondMoment):
+            raise TypeError(f"A second moment merges with another, not with {type(other).__name__}; update it with features.")
+        joined = self._joined([self._facts(), other._facts()])
         self._sum += other._sum.to(self._sum.device)
+        vars(self).update(joined)
         return self
 
     def all_reduce(self, group=None) -> SecondMoment:
@@ -248,10 +251,11 @@ class SecondMoment:
             raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
         facts: list[dict] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(facts, self._facts(), group=group)
-        self._join(facts)
+        joined = self._joined(facts)
         total = self._sum.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
         dist.all_reduce(total, group=group)
         self._sum.copy_(total)
+        vars(self).update(joined)
         return self
 
     def _facts(self) -> dict:
@@ -262,8 +266,10 @@ class SecondMoment:
             "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread,
         }  # fmt: skip
 
-    def _join(self, facts: list[dict]) -> None:
-        """Become the sum of the moments that `facts` tell of, but for the sum itself."""
+    @staticmethod
+    def _joined(facts: list[dict]) -> dict:
+        """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
+        joined = {"_factor": None, "key_errors": None}
         for name in ("channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
@@ -271,7 +277,7 @@ class SecondMoment:
                     f"These second moments differ in {name} ({values[0]!r}, {values[1]!r}) and do not add up."
                 )
             if name != "channels":
-                setattr(self, name, values[0] if values else None)
+                joined[name] = values[0] if values else None
         known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
         if sum(map(len, known)) > len(set().union(*known)):
             warnings.warn(
@@ -280,11 +286,10 @@ class SecondMoment:
                 stacklevel=3,
             )
         sets = [part for fact in facts for part in fact["latents"]]
-        self.latents = sets[0] if len(sets) == 1 else {"merged": sets}
-        self.count, self.skipped, self._groups, self._spread = (
-            sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")
-        )
-        self._factor = self.key_errors = None
+        joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
+        for name, attribute in (("count",) * 2, ("skipped",) * 2, ("groups", "_groups"), ("spread", "_spread")):
+            joined[attribute] = sum(fact[name] for fact in facts)
+        return joined
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``sum`` and its metadata as safetensors, all or nothing."""

@@ -267,6 +267,41 @@ def test_merging_the_same_latents_twice_warns(generator, latents):
         shards[2].merge(shards[2])
 
 
+def test_a_merge_that_fails_changes_nothing(monkeypatch):
+    def moment(layer, fingerprint):
+        made = rc.SecondMoment(3, layer, fingerprint)
+        made.update(torch.ones(2, 3))
+        made.latents = {"fingerprint": "same"}
+        return made
+
+    def parts(of):
+        return of.layer, of.fingerprint, of.latents, of.count, of._groups, of._spread, of.matrix().tolist()
+
+    one, before = moment(None, "A"), parts(moment(None, "A"))
+    with pytest.raises(rc.MismatchError, match="differ in fingerprint"):
+        one.merge(moment("x", "B"))
+    assert parts(one) == before
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="count twice"):
+        warnings.simplefilter("error")
+        one.merge(moment("x", "A"))
+    assert parts(one) == before
+    with pytest.raises(TypeError, match="merges with another, not with Tensor"):
+        one.merge(torch.eye(3))
+
+    def lost(*args, **kwargs):
+        raise RuntimeError("connection lost")
+
+    for name, value in {
+        "is_initialized": lambda: True, "get_world_size": lambda group: 1, "get_backend": lambda group: "gloo",
+        "all_gather_object": lambda facts, own, group: facts.__setitem__(slice(None), [own, own | {"latents": []}]),
+        "all_reduce": lost,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.distributed, name, value)
+    with pytest.raises(RuntimeError, match="connection lost"):
+        one.all_reduce()
+    assert parts(one) == before
+
+
 def test_inference_mode_inside_and_outside(layer, latents, moment):
     with torch.inference_mode():
         total = rc.collect_second_moment(layer, latents[:100], batch_size=10, progress=False)
