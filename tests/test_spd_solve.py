@@ -352,3 +352,16 @@ assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_one_thread_finds_is_not_lost_among_others():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        for place in (0, 63, 64, 150, 256, 299) * 5:
+            matrix = torch.eye(300, dtype=torch.float64)
+            matrix[place, 299] = math.nan  # above the diagonal, where Cholesky does not look, or on it
+            with pytest.raises(NonFiniteError):
+                spd_factor(matrix)
+    finally:
+        torch.set_num_threads(threads)
