@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from . import ops
 from .binding import BoundLayer, check_together, run_to
-from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
+from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, warn, whole_number
 from .families import Capture
-from .files import is_npz, load_record, save_record
+from .files import is_npz, load_record, save_record, writable_path
 from .fingerprints import KIND, Trace, tensor_fingerprint
 from .latents import check_latents
 from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
@@ -80,8 +80,7 @@ class SecondMoment:
     """
 
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
-        if channels < 1:
-            raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
+        channels = whole_number("A second moment's number of channels", channels)
         with torch.inference_mode(False):  # or it could not be written in place outside
             self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
@@ -129,6 +128,8 @@ class SecondMoment:
         """The features as the operation reads them, which takes rows and images."""
         if not isinstance(features, Tensor):
             raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
+        if features.is_nested:
+            raise TypeError("Features must be a plain tensor, not a nested one; update with its parts, one at a time.")
         if features.ndim < 2 or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, *map] or [N, {self.channels}], "
@@ -202,6 +203,9 @@ class SecondMoment:
 
     def solve(self, keys: Tensor) -> Tensor:
         """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
+        if not isinstance(keys, Tensor) or keys.is_nested:
+            what = "a nested one" if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"Keys must be a plain torch tensor, not {what}; use torch.as_tensor, or torch.stack.")
         rows = torch.atleast_2d(keys).to(torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.channels:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
@@ -280,10 +284,9 @@ class SecondMoment:
                 joined[name] = values[0] if values else None
         known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
         if sum(map(len, known)) > len(set().union(*known)):
-            warnings.warn(
+            warn(
                 "These second moments were collected from the same latents, whose keys now count twice; "
-                "merge moments of different latents.",
-                stacklevel=3,
+                "merge moments of different latents."
             )
         sets = [part for fact in facts for part in fact["latents"]]
         joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
@@ -760,6 +763,7 @@ def collect_second_moment(
     Raises:
         NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
         MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents or set of `keys`.
+        OSError: the checkpoint cannot be written there; found before anything runs.
     """
     single = isinstance(layer, BoundLayer) and layers is None
     several = layer is None and isinstance(layers, list | tuple) and all(isinstance(one, BoundLayer) for one in layers)
@@ -777,6 +781,9 @@ def collect_second_moment(
     check_together(layers)
     if several:
         paths, targets = _one_each("checkpoint", checkpoint, layers), _one_each("keys", keys, layers)
+    files = [writable_path(path) for path in paths if path is not None]
+    if len(set(files)) < len(files):
+        raise RewriteCoreError("Two of the layers have the same checkpoint file: give each its own.")
     parts = [
         _Collection(one, latents, batch_size, latent_seed, path, few)
         for one, path, few in zip(layers, paths, targets, strict=True)

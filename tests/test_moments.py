@@ -441,6 +441,24 @@ def test_maps_of_any_number_of_axes(shape):
     assert torch.allclose(moment._sum, rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [0, -1, 2.5, "3", None])
+def test_channels_are_a_number(channels):
+    with pytest.raises(rc.RewriteCoreError, match="number of channels must be an integer of at least 1"):
+        rc.SecondMoment(channels)
+    assert rc.SecondMoment(np.int64(3)).channels == 3
+
+
+def test_keys_and_features_that_are_no_plain_tensor():
+    moment = rc.SecondMoment(2)
+    nested = torch.nested.nested_tensor([torch.ones(2, 2), torch.ones(3, 2)])
+    moment.update(torch.eye(2))
+    for keys, words in (([1.0, 2.0], "not list"), (np.ones(2), "not ndarray"), (nested, "not a nested one")):
+        with pytest.raises(TypeError, match=f"Keys must be a plain torch tensor, {words}"):
+            moment.solve(keys)
+    with pytest.raises(TypeError, match="not a nested one"):
+        moment.update(nested)
+
+
 def test_an_empty_moment_says_so():
     with pytest.raises(rc.RewriteCoreError, match="no keys yet"):
         rc.SecondMoment(3).matrix()
@@ -677,6 +695,18 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
         saved._save(path, progress, state)
         with pytest.raises(rc.FileFormatError):
             collect(bad, keys=keys)
+
+
+def test_checkpoints_that_cannot_be(tmp_path, layer, generator, latents, monkeypatch):
+    """Said before anything is computed."""
+    monkeypatch.setattr(generator, "forward", None)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        rc.collect_second_moment(layer, latents, checkpoint=tmp_path / "none" / "checkpoint", progress=False)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    layers = [layer, rc.bind(generator, "layer4.conv")]
+    for other in (tmp_path / "one", os.path.relpath(tmp_path / "one"), tmp_path / "link"):
+        with pytest.raises(rc.RewriteCoreError, match="give each its own"):
+            rc.collect_second_moment(layers=layers, latents=latents, checkpoint=[tmp_path / "one", other])
 
 
 def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, latents):

@@ -16,7 +16,8 @@ The algorithm ("lm"), the same in ``_reference``, csrc/fit_low_rank*.cpp and ker
   same within 0.2 %.
 - Demodulation divides the size of the weight out again, so that many a channel has its infimum at infinity,
   where nothing of W0 is left. Steps are therefore shortened to keep x^T quadratic x <= REACH^2 constant.
-- The best iterate by the true objective is returned, so the result is never worse than no change.
+- The best iterate by the true objective is returned, so the result is never worse than no change (before its
+  coefficients are rounded to the type of the data).
 - Damped normal equations are solved over unknowns, or over pixels where these are fewer.
 
 A problem that is linear (slope 1, no demodulation) with the l2 loss has its exact solution from one factor.
@@ -33,7 +34,7 @@ from torch import Tensor
 from ..backends import (
     Backend, dispatched, extension, extension_reason, select, transformed, triton_interpreted, triton_reason,
 )  # fmt: skip
-from ..errors import NonFiniteError, RewriteCoreError
+from ..errors import NonFiniteError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 
@@ -182,23 +183,24 @@ def _check(
     basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
     max_iterations, tolerance, segments=None,
 ) -> Problem:  # fmt: skip
-    for name, data in (("basis", basis), ("base", base), ("target", target), ("shift", shift)):
-        if data is None and name == "shift":
-            continue
+    given = {"basis": basis, "base": base, "target": target} | ({} if shift is None else {"shift": shift})
+    for name, data in given.items():
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+        if data.is_nested:
+            raise TypeError(f"{name} is a nested tensor: pad the edits with pixels of weight 0.")
         if data.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{name} is {data.dtype} and must be float32 or float64: convert it with .float()."
             )
+    for name, data in given.items():
         if data.dtype != base.dtype:
             raise TypeError(
                 f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type."
             )
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise RewriteCoreError(f"max_iterations must be an integer of at least 1, not {max_iterations!r}.")
+    max_iterations = whole_number("max_iterations", max_iterations)
     for name, number in (("slope", slope), ("gain", gain), ("tolerance", tolerance)):
         if not math.isfinite(number) or (name == "tolerance" and number < 0):
             raise RewriteCoreError(

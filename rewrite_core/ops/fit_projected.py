@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Backend, extension, extension_reason, select, transformed, triton_interpreted, triton_reason
-from ..errors import RewriteCoreError
+from ..errors import RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's; shared with csrc/fit_projected_isa.h
@@ -122,7 +122,7 @@ def fit_projected(
         raise RewriteCoreError("base must be a tensor [O, H, W].")
     maps = (len(base), *operator.shape[3:])
     weight, style, eps = demodulation or (None, None, 0.0)
-    if shift is not None:
+    if isinstance(shift, Tensor):  # anything else is refused below
         try:
             shift = shift.expand(maps)
         except RuntimeError:
@@ -141,8 +141,7 @@ def fit_projected(
             raise RewriteCoreError(f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}.")
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
-    if steps < 1 or project_every < 1:
-        raise RewriteCoreError(f"steps and project_every must be at least 1, not {steps} and {project_every}.")
+    steps, project_every = whole_number("steps", steps), whole_number("project_every", project_every)
     if project_gradient and not rank:
         raise RewriteCoreError("project_gradient needs directions.")
     if not all(map(math.isfinite, (slope, gain, eps, lr))):
