@@ -598,7 +598,7 @@ void check_all_projected(bool smallest, Isa isa) {
       {0, 1, 1, 1, 1, 0, true, false, false},  {0, 3, 4, 2, 3, 1, false, true, false},
       {2, 2, 9, 3, 3, 0, true, true, false},   {0, 0, 4, 5, 4, 2, true, true, false},
       {0, 17, 9, 5, 4, 2, true, true, false},  {0, 33, 9, 3, 11, 2, false, true, true},
-      {0, 33, 64, 6, 9, 0, false, false, false}, {0, 17, 64, 2, 4, 2, true, false, true},
+      {0, 33, 64, 2, 9, 0, false, false, false}, {0, 17, 64, 2, 4, 2, true, false, true},
       {2, 33, 9, 5, 4, 2, true, true, false},  {2, 17, 9, 1, 1, 2, false, true, true},
       {4, 33, 9, 3, 11, 0, true, true, false}, {4, 1, 9, 6, 9, 2, false, false, true},
       {5, 17, 9, 5, 4, 2, false, true, false}, {5, 33, 9, 6, 11, 2, true, false, false},
