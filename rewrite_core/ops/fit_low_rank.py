@@ -183,8 +183,9 @@ def _check(
     basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
     max_iterations, tolerance, segments=None,
 ) -> Problem:  # fmt: skip
-    given = {"basis": basis, "base": base, "target": target} | ({} if shift is None else {"shift": shift})
-    for name, data in given.items():
+    for name, data in (("base", base), ("basis", basis), ("target", target), ("shift", shift)):
+        if data is None and name == "shift":
+            continue
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.is_nested:
@@ -193,7 +194,6 @@ def _check(
             raise TypeError(
                 f"{name} is {data.dtype} and must be float32 or float64: convert it with .float()."
             )
-    for name, data in given.items():
         if data.dtype != base.dtype:
             raise TypeError(
                 f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type."
