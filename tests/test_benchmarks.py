@@ -19,7 +19,7 @@ from rewrite_core.benchmarks import harness, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
-CASES = {"second-moment": 2, "solve": 2, "edit": 4, "collect": 2}  # of a quick run
+CASES = {"second-moment": 2, "solve": 2, "edit": 5, "collect": 2}  # of a quick run
 TIMES = {
     "p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float, "paired": float,
     "part": float, "aside": bool,
