@@ -79,9 +79,19 @@ def environment() -> Record:
     }
 
 
+def _finite(value: Any) -> Any:
+    """`value` with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append(path: Path, record: Record) -> None:
-    """One more line, in one write, on the disk when this returns; one that a crash cut off is ended first."""
-    line = json.dumps(record, allow_nan=False) + "\n"
+    """One more line, in one write, on the disk when this returns; one that a crash cut off is ended first. NaN and
+    infinity, such as the error of a contender that failed, become null."""
+    line = json.dumps(_finite(record), allow_nan=False) + "\n"
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

@@ -130,7 +130,9 @@ class Team {
     }
   }
 
-  // Runs work(team) on `threads` threads, the caller among them, or on as many as can be started.
+  // Runs work(team) on up to `threads` threads, the caller among them: team.size() says on how many. OpenMP gives fewer
+  // where its settings say so (OMP_THREAD_LIMIT, OMP_DYNAMIC, a call from a parallel region), but libgomp ends the
+  // process where the system starts no more; without OpenMP as many as can be started do the work.
   // OpenMP's threads, because torch's own are the same ones where it uses the same runtime (libgomp, as its Linux
   // builds do): they are awake already, and after torch's last operation they spin for milliseconds on the very
   // cores that other threads would want. Plain threads where the compiler has no OpenMP.

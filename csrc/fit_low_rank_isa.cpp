@@ -546,7 +546,13 @@ void follow(const Model& model, const double* lin, const double* new_lin, const 
   }
 }
 
-// matrix, gradient and their mean curvature at the current point.
+// matrix, gradient and their mean curvature at the current point. With the Jacobian's rows [unknowns, pixels],
+//   rows_jp = m basis_jp + dm_j lin_p, m and dm those of pixel p's style,
+// and c the curvature the matrix is rows diag(c) rows^T + 2 scale penalty. In dual form (fewer pixels than unknowns, no
+// penalty) it is over pixels, S rows^T rows S with S = sqrt(diag(c)), and
+//   step = -rows S (S rows^T rows S + mu I)^-1 S^-1 slopes, gradient = rows slopes;
+// (rows^T rows)_ip = m m' gram_ip + m' lin_i turned_p + (m turned'_i + dm.dm' lin_i) lin_p, with gram = basis^T basis
+// and turned = basis^T dm, what has a prime being of p's style and the rest of i's.
 double assemble(const Model& model, const double* lin, const double* m, const double* x, const double* dm) {
   const FitEdit& edit = model.edit;
   const FitScratch& scratch = model.scratch;

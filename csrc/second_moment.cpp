@@ -240,6 +240,16 @@ void add_mirrored(const Block& block, double* part, int64_t n, double* sums) {
   }
 }
 
+// The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the team.
+// With three chunks A, B, C in [first, end) and D the first from `then` on, which is of a later call:
+//
+//   multiplied, from `packed`           A             B             C
+//   packed meanwhile, into `spare`      B by ahead    C by ahead    D by ahead
+//
+// The buffers are swapped after each column, so that D ends in `packed`, and that call finds it `ready`. Where A is not
+// ready, `begin` packs it into `packed` first of all; or, for a worker alone with chunks of one run, the panels of its
+// first block only, and the others between the tiles, before B.
+//
 // Adds the products of runs [first, end) to the lower triangle of `sums`, and to the upper one when `mirror`. The first
 // chunk of them is in `packed` already when `ready`, and the first of those from `then` on is left in it. Channels up
 // to `padded` are zeros in both buffers.

@@ -116,7 +116,9 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
           sum += entry;
           top = std::max(top, std::abs(entry));
         }
-        for (int t = 0; t < threads; ++t) difference = difference >= worst[t] ? difference : worst[t];
+        for (int64_t t = 0; t < team.size(); ++t) {
+          difference = std::max(difference, worst[t]) + (worst[t] - worst[t]);  // one NaN is enough, and stays
+        }
         double* const out = found + 3 * b;
         out[0] = sum / static_cast<double>(n);
         out[1] = top;

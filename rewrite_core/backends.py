@@ -111,10 +111,22 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
 
 
 def dispatched(tensor: Tensor) -> bool:
-    """Whether torch is to see a call as an operator of its own: while it compiles or traces, and for tensors of other
-    kinds or without numbers. Elsewhere its dispatcher would only cost a small call a few percent."""
+    """Whether torch is to see a call as an operator of its own: while it compiles, traces or transforms (``torch.func``),
+    and for tensors of other kinds or without numbers. Elsewhere its dispatcher would only cost a small call a few
+    percent."""
     plain = type(tensor) is Tensor and not tensor.is_meta
-    return not plain or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return (
+        not plain
+        or torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` (vmap, grad, jvp) transforms the caller, whose tensors' numbers cannot be looked at."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _passed_over(chosen: str) -> str:

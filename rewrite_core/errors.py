@@ -1,6 +1,12 @@
-"""Every exception and warning the library raises on its input. Each message is one sentence that says what to do."""
+"""Every exception and warning the library raises on its input. Each message is one sentence that says what to do.
+
+And two helpers: :func:`warn`, which names the user's line, and :func:`whole_number`, which checks one."""
 
 from __future__ import annotations
+
+import operator
+import sys
+import warnings
 
 
 class RewriteCoreError(ValueError):
@@ -41,3 +47,22 @@ class SolverError(RewriteCoreError):
 
 class UnderdeterminedWarning(UserWarning):
     """The fit has at least as many unknowns as pixels, so it meets the goal and may ruin everything else."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that names the line outside this package, and outside torch where that came between, that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rewrite_core", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def whole_number(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> int:
+    """`value` as an int, numpy's whole numbers too; raises RewriteCoreError for anything else or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise RewriteCoreError(f"{name} must be an integer of at least {least}, and at most {most}, not {value!r}.")
+    return number

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from . import ops
 from .binding import BoundLayer, check_together, run_to
-from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError
+from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, warn, whole_number
 from .families import Capture
-from .files import is_npz, load_record, save_record
+from .files import is_npz, load_record, save_record, writable_path
 from .fingerprints import KIND, Trace, tensor_fingerprint
 from .latents import check_latents
 from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
@@ -81,8 +81,7 @@ class SecondMoment:
     """
 
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
-        if channels < 1:
-            raise RewriteCoreError(f"A second moment needs at least one channel, not {channels}.")
+        channels = whole_number("A second moment's number of channels", channels)
         with torch.inference_mode(False):  # or it could not be written in place outside
             self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
@@ -130,6 +129,8 @@ class SecondMoment:
         """The features as the operation reads them, which takes rows and images."""
         if not isinstance(features, Tensor):
             raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
+        if features.is_nested:
+            raise TypeError("Features must be a plain tensor, not a nested one; update with its parts, one at a time.")
         if features.ndim < 2 or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, *map] or [N, {self.channels}], "
@@ -204,6 +205,9 @@ class SecondMoment:
 
     def solve(self, keys: Tensor) -> Tensor:
         """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
+        if not isinstance(keys, Tensor) or keys.is_nested:
+            what = "a nested one" if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"Keys must be a plain torch tensor, not {what}; use torch.as_tensor, or torch.stack.")
         rows = torch.atleast_2d(keys).to(torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.channels:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
@@ -237,8 +241,11 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
         warns where both were collected from the same latents, whose keys then count twice."""
-        self._join([self._facts(), other._facts()])
+        if not isinstance(other, SecondMoment):
+            raise TypeError(f"A second moment merges with another, not with {type(other).__name__}; update it with features.")
+        joined = self._joined([self._facts(), other._facts()])
         self._sum += other._sum.to(self._sum.device)
+        vars(self).update(joined)
         return self
 
     def all_reduce(self, group=None) -> SecondMoment:
@@ -250,10 +257,11 @@ class SecondMoment:
             raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
         facts: list[dict] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(facts, self._facts(), group=group)
-        self._join(facts)
+        joined = self._joined(facts)
         total = self._sum.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
         dist.all_reduce(total, group=group)
         self._sum.copy_(total)
+        vars(self).update(joined)
         return self
 
     def _facts(self) -> dict:
@@ -264,8 +272,10 @@ class SecondMoment:
             "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread,
         }  # fmt: skip
 
-    def _join(self, facts: list[dict]) -> None:
-        """Become the sum of the moments that `facts` tell of, but for the sum itself."""
+    @staticmethod
+    def _joined(facts: list[dict]) -> dict:
+        """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
+        joined = {"_factor": None, "key_errors": None}
         for name in ("channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
@@ -273,20 +283,18 @@ class SecondMoment:
                     f"These second moments differ in {name} ({values[0]!r}, {values[1]!r}) and do not add up."
                 )
             if name != "channels":
-                setattr(self, name, values[0] if values else None)
+                joined[name] = values[0] if values else None
         known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
         if sum(map(len, known)) > len(set().union(*known)):
-            warnings.warn(
+            warn(
                 "These second moments were collected from the same latents, whose keys now count twice; "
-                "merge moments of different latents.",
-                stacklevel=3,
+                "merge moments of different latents."
             )
         sets = [part for fact in facts for part in fact["latents"]]
-        self.latents = sets[0] if len(sets) == 1 else {"merged": sets}
-        self.count, self.skipped, self._groups, self._spread = (
-            sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")
-        )
-        self._factor = self.key_errors = None
+        joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
+        for name, attribute in (("count",) * 2, ("skipped",) * 2, ("groups", "_groups"), ("spread", "_spread")):
+            joined[attribute] = sum(fact[name] for fact in facts)
+        return joined
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``sum`` and its metadata as safetensors, all or nothing."""
@@ -757,6 +765,7 @@ def collect_second_moment(
     Raises:
         NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
         MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents or set of `keys`.
+        OSError: the checkpoint cannot be written there; found before anything runs.
     """
     single = isinstance(layer, BoundLayer) and layers is None
     several = layer is None and isinstance(layers, list | tuple) and all(isinstance(one, BoundLayer) for one in layers)
@@ -774,6 +783,9 @@ def collect_second_moment(
     check_together(layers)
     if several:
         paths, targets = _one_each("checkpoint", checkpoint, layers), _one_each("keys", keys, layers)
+    files = [writable_path(path) for path in paths if path is not None]
+    if len(set(files)) < len(files):
+        raise RewriteCoreError("Two of the layers have the same checkpoint file: give each its own.")
     parts = [
         _Collection(one, latents, batch_size, latent_seed, path, few)
         for one, path, few in zip(layers, paths, targets, strict=True)
@@ -793,14 +805,17 @@ def collect_second_moment(
         tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar,
         ahead,
     ):
-        for first in range(start, len(latents), batch_size):
-            # each part has a file of its own: a crash may have left some of them further than others
+        first = start
+        while first < len(latents):
+            # each part has a file of its own, which a crash or `until` may have left further than others: the batch ends
+            # where the next of them goes on
             behind = [part for part in parts if part.done <= first]
+            end = min([first + batch_size, *(part.done for part in parts if part.done > first)])
             if until is not None and len(behind) == len(parts) and (not beside or _looked_at(first // batch_size)):
                 gather()
                 if all(part.error <= until for part in parts):
                     break
-            batch = latents[first : first + batch_size]
+            batch = latents[first:end]
             left = len(behind)
 
             def consume(number: int, capture: Capture) -> None:
@@ -835,6 +850,7 @@ def collect_second_moment(
             if progress and (due or not beside) and not math.isnan(error := max(part.error for part in parts)):
                 bar.set_postfix_str(f"error {error:.2%}", refresh=False)
             bar.update(len(batch))
+            first += len(batch)
         gather()
     moments = [part.finish() for part in parts]
     return moments[0] if single else moments

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from . import ops
 from .backends import select
 from .binding import BoundLayer
-from .errors import NonFiniteError, RewriteCoreError, SolverError, UnderdeterminedWarning
+from .errors import NonFiniteError, RewriteCoreError, SolverError, UnderdeterminedWarning, warn
 from .families import Capture
 from .ops.fit_low_rank import STATUS
 
@@ -218,11 +217,10 @@ def _warn_underdetermined(problem: Problem) -> None:
     rank, taps = len(problem.directions), math.prod(problem.coefficient_shape[2:])
     pixels = sum(math.prod(target.shape[2:]) for _, target in problem.regions)
     if rank * taps >= pixels and not problem.preserve:
-        warnings.warn(
+        warn(
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
             "other images: use tight=False (the whole map), a lower rank, or preserve=0.3.",
             UnderdeterminedWarning,
-            stacklevel=2,
         )
 
 

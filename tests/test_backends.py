@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 
-from rewrite_core import backends
+from rewrite_core import backends, ops
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
 from rewrite_core.cli import main
 from rewrite_core.errors import RewriteCoreError
@@ -236,3 +236,63 @@ assert "torch._dynamo" not in sys.modules
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
+
+
+def solvable(generator):
+    rows = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    return rows.T @ rows, torch.randn(4, generator=generator, dtype=torch.float64)
+
+
+def fittable(generator):
+    return [torch.randn(*shape, generator=generator) for shape in ((2, 7), (3, 7), (3, 7))]
+
+
+def added_to(features):
+    return ops.second_moment(features, out=torch.ones(features.shape[1], features.shape[1], dtype=torch.float64))
+
+
+CALLS = {  # a function of tensors, and what makes them
+    "second_moment": (ops.second_moment, lambda generator: [torch.randn(5, 3, 2, 2, generator=generator)]),
+    "second_moment, out": (added_to, lambda generator: [torch.randn(5, 3, generator=generator)]),
+    "spd_solve": (ops.spd_solve, solvable),
+    "fit_low_rank": (lambda *given: ops.fit_low_rank(*given, slope=0.2).coefficients, fittable),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_sees_ops_it_traces(name):
+    """A trace that held the numbers of the call it was made of would answer them for ever."""
+    call, make = CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    traced = torch.jit.trace(call, tuple(make(generator)), check_trace=False)
+    others = make(generator)
+    assert torch.equal(traced(*others), call(*others))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in CALLS if "out" not in name])
+def test_torch_sees_ops_it_transforms(name):
+    call, make = CALLS[name]
+    generator = torch.Generator().manual_seed(1)
+    several = [make(generator) for _ in range(3)]
+    one, *_ = wanted = [call(*given) for given in several]
+    assert torch.equal(torch.vmap(call)(*map(torch.stack, zip(*several))), torch.stack(wanted))
+    partly = torch.vmap(lambda last: call(*several[0][:-1], last))(torch.stack([given[-1] for given in several]))
+    assert torch.equal(partly[0], one)
+    assert torch.equal(torch.func.functionalize(call)(*several[0]), one)
+    value, tangent = torch.func.jvp(call, tuple(several[0]), tuple(several[1]))
+    assert torch.equal(value, one) and not tangent.any()
+    assert not torch.func.grad(lambda *given: call(*given).sum())(*several[0]).any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_no_op_refuses_to_be_one():
+    operator, base = torch.ones(2, 1, 1, 1, 3), torch.ones(4, 1, 3)
+
+    def losses(target):
+        return ops.fit_projected(operator, base, target, steps=2).losses
+
+    for change in (torch.vmap, lambda call: torch.jit.trace(call, (base,))):
+        with pytest.raises(RewriteCoreError, match="call it outside torch.func and torch.jit.trace"):
+            change(losses)(torch.zeros(1, *base.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -206,6 +207,8 @@ def test_append_keeps_history_and_closes_a_cut_line(tmp_path):
     report.append(path, {"a": 3})
     assert path.read_text() == '{"a": 1}\n{"a": 2, "cut\n{"a": 3}\n'
     assert report.read(path) == [{"a": 1}, {"a": 3}]
+    report.append(path, {"contenders": {"failed": {"error": math.inf, "times": (1.0, math.nan)}}})
+    assert report.read(path)[-1] == {"contenders": {"failed": {"error": None, "times": [1.0, None]}}}
 
 
 @pytest.mark.parametrize(

@@ -993,6 +993,9 @@ SEGMENTED = {
     "change, error, words",
     [
         ({"basis": [1.0]}, TypeError, "basis must be a torch tensor"),
+        ({"base": [1.0]}, TypeError, "base must be a torch tensor, not list"),
+        ({"base": GOOD["base"].numpy()}, TypeError, "base must be a torch tensor, not ndarray"),
+        ({"target": torch.nested.nested_tensor([torch.ones(40)])}, TypeError, "target is a nested tensor"),
         ({"base": GOOD["base"].half()}, TypeError, "base is torch.float16"),
         ({"target": GOOD["target"].float()}, TypeError, "convert one to the other"),
         ({"basis": GOOD["basis"][0]}, ValueError, r"basis must be \[B, J, P\]"),
@@ -1004,6 +1007,8 @@ SEGMENTED = {
         ({"shift": torch.zeros(6, 40, dtype=torch.float64)}, ValueError, "shift must be"),
         ({"loss": "huber"}, ValueError, "no loss 'huber'"),
         ({"max_iterations": 0}, ValueError, "max_iterations"),
+        ({"max_iterations": 2**40}, ValueError, "max_iterations must be an integer of at least 1, and at most 2147483647"),
+        ({"max_iterations": 5.0}, ValueError, "max_iterations must be an integer"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"slope": float("nan")}, ValueError, "slope"),
         ({"pixel_weights": -torch.ones(40)}, ValueError, "pixel_weights has a negative"),
@@ -1029,6 +1034,11 @@ def test_bad_input(change, error, words):
     with pytest.raises(error, match=words) as caught:
         ops.fit_low_rank(**{**GOOD, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_numpy():
+    one, other = (ops.fit_low_rank(**GOOD, max_iterations=number) for number in (np.int64(5), 5))
+    assert torch.equal(one.coefficients, other.coefficients)
 
 
 def test_explained():

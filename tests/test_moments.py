@@ -268,6 +268,41 @@ def test_merging_the_same_latents_twice_warns(generator, latents):
         shards[2].merge(shards[2])
 
 
+def test_a_merge_that_fails_changes_nothing(monkeypatch):
+    def moment(layer, fingerprint):
+        made = rc.SecondMoment(3, layer, fingerprint)
+        made.update(torch.ones(2, 3))
+        made.latents = {"fingerprint": "same"}
+        return made
+
+    def parts(of):
+        return of.layer, of.fingerprint, of.latents, of.count, of._groups, of._spread, of.matrix().tolist()
+
+    one, before = moment(None, "A"), parts(moment(None, "A"))
+    with pytest.raises(rc.MismatchError, match="differ in fingerprint"):
+        one.merge(moment("x", "B"))
+    assert parts(one) == before
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="count twice"):
+        warnings.simplefilter("error")
+        one.merge(moment("x", "A"))
+    assert parts(one) == before
+    with pytest.raises(TypeError, match="merges with another, not with Tensor"):
+        one.merge(torch.eye(3))
+
+    def lost(*args, **kwargs):
+        raise RuntimeError("connection lost")
+
+    for name, value in {
+        "is_initialized": lambda: True, "get_world_size": lambda group: 1, "get_backend": lambda group: "gloo",
+        "all_gather_object": lambda facts, own, group: facts.__setitem__(slice(None), [own, own | {"latents": []}]),
+        "all_reduce": lost,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.distributed, name, value)
+    with pytest.raises(RuntimeError, match="connection lost"):
+        one.all_reduce()
+    assert parts(one) == before
+
+
 def test_inference_mode_inside_and_outside(layer, latents, moment):
     with torch.inference_mode():
         total = rc.collect_second_moment(layer, latents[:100], batch_size=10, progress=False)
@@ -405,6 +440,24 @@ def test_maps_of_any_number_of_axes(shape):
     rows = features.movedim(1, -1).reshape(-1, 3).double()
     assert moment.count == len(rows)
     assert torch.allclose(moment._sum, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [0, -1, 2.5, "3", None])
+def test_channels_are_a_number(channels):
+    with pytest.raises(rc.RewriteCoreError, match="number of channels must be an integer of at least 1"):
+        rc.SecondMoment(channels)
+    assert rc.SecondMoment(np.int64(3)).channels == 3
+
+
+def test_keys_and_features_that_are_no_plain_tensor():
+    moment = rc.SecondMoment(2)
+    nested = torch.nested.nested_tensor([torch.ones(2, 2), torch.ones(3, 2)])
+    moment.update(torch.eye(2))
+    for keys, words in (([1.0, 2.0], "not list"), (np.ones(2), "not ndarray"), (nested, "not a nested one")):
+        with pytest.raises(TypeError, match=f"Keys must be a plain torch tensor, {words}"):
+            moment.solve(keys)
+    with pytest.raises(TypeError, match="not a nested one"):
+        moment.update(nested)
 
 
 def test_an_empty_moment_says_so():
@@ -645,6 +698,18 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
             collect(bad, keys=keys)
 
 
+def test_checkpoints_that_cannot_be(tmp_path, layer, generator, latents, monkeypatch):
+    """Said before anything is computed."""
+    monkeypatch.setattr(generator, "forward", None)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        rc.collect_second_moment(layer, latents, checkpoint=tmp_path / "none" / "checkpoint", progress=False)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    layers = [layer, rc.bind(generator, "layer4.conv")]
+    for other in (tmp_path / "one", os.path.relpath(tmp_path / "one"), tmp_path / "link"):
+        with pytest.raises(rc.RewriteCoreError, match="give each its own"):
+            rc.collect_second_moment(layers=layers, latents=latents, checkpoint=[tmp_path / "one", other])
+
+
 def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, latents):
     path = tmp_path / "checkpoint.safetensors"
     collect = functools.partial(rc.collect_second_moment, layer, latents, 4, path, progress=False)
@@ -657,6 +722,24 @@ def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, l
     assert whole.count == 200 * 256 and "used" not in whole.latents
     straight = rc.collect_second_moment(layer, latents, 4, progress=False)
     assert torch.equal(whole.matrix(), straight.matrix()) and whole.standard_error == straight.standard_error
+
+
+def test_several_layers_go_on_from_where_each_stopped(tmp_path):
+    """Places that no common batch begins at: no latent is left out, and none counts twice."""
+    torch.manual_seed(0)
+    generator = torch.nn.Sequential(torch.nn.Unflatten(1, (4, 1, 1)), torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(6, 3, 1))
+    layers, z = [rc.bind(generator, name) for name in "12"], rc.sample_latents(4, 200, seed=1)
+    paths = [tmp_path / name for name in "12"]
+    for layer, path, batch_size, until in zip(layers, paths, (16, 5), (0.2, 0.9), strict=True):
+        rc.collect_second_moment(layer, z, batch_size, path, progress=False, until=until)
+    used = [rc.SecondMoment.load(path).latents["used"] for path in paths]
+    assert used[0] != used[1] and 64 not in used and max(used) < 200
+    for moment, layer in zip(
+        rc.collect_second_moment(layers=layers, latents=z, batch_size=64, checkpoint=paths, progress=False), layers
+    ):
+        whole = rc.collect_second_moment(layer, z, progress=False)
+        assert moment.count == 200 and moment.latents == whole.latents
+        assert relative(moment.matrix(), whole.matrix()) < 1e-6
 
 
 class Scaled(torch.nn.Module):

@@ -254,6 +254,7 @@ def test_lazily_negated_features():
         (torch.ones(3), None, RewriteCoreError, r"\[N, C, H, W\].*\[3\]"),
         (torch.ones(2, 3, 4), None, RewriteCoreError, r"\[2, 3, 4\]"),
         (torch.ones(2, 0), None, RewriteCoreError, "at least one channel"),
+        (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), None, TypeError, "nested tensor"),
         (torch.ones(2, 3), torch.zeros(3, 3), TypeError, "float64.*float32"),
         (torch.ones(2, 3), prefilled(4), RewriteCoreError, r"\[3, 3\].*\[4, 4\]"),
         (torch.ones(2, 3), prefilled(6)[::2, ::2], RewriteCoreError, "contiguous"),

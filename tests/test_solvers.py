@@ -51,8 +51,9 @@ def problem(pixels: int, preserve: float = 0.0) -> Problem:
 
 @pytest.mark.parametrize("solve", [lambda p: solve_lm([p]), lambda p: solve_adam(p, steps=1)], ids=["lm", "adam"])
 def test_more_unknowns_than_pixels_warn(solve):
-    with pytest.warns(rc.UnderdeterminedWarning, match="9 unknowns for 3 pixels"):
+    with pytest.warns(rc.UnderdeterminedWarning, match="9 unknowns for 3 pixels") as caught:
         solve(problem(3))
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(problem(3, preserve=0.3))

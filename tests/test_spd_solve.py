@@ -1,5 +1,8 @@
 import importlib
 import math
+import os
+import subprocess
+import sys
 import types
 import warnings
 from pathlib import Path
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import rewrite_core as rc
 from rewrite_core.backends import backends_of, extension
 from rewrite_core.errors import NonFiniteError, RewriteCoreError
 
@@ -211,6 +215,22 @@ def test_solve_warns_as_factor_does(backend):
 
 
 @backends
+def test_the_shift_is_warned_of_at_the_users_line(backend):
+    dead = torch.ones(3, 3, dtype=torch.float64)
+    moment = rc.SecondMoment(3)
+    moment.update(torch.ones(2, 3))
+    for call in (
+        lambda: spd_factor(dead, backend=backend),
+        lambda: spd_solve(dead, torch.ones(3), backend=backend),
+        lambda: spd_solve(torch.nn.Parameter(dead), torch.ones(3), backend=backend),  # by way of torch's dispatcher
+        lambda: moment.merge(rc.SecondMoment(3)).solve(torch.ones(3)),
+    ):
+        with pytest.warns(DiagonalShiftWarning) as caught:
+            call()
+        assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+
+
+@backends
 @pytest.mark.parametrize("condition", [1e0, 1e3, 1e9])
 def test_condition_estimate(condition, backend):
     q = torch.linalg.qr(right_sides(60, 60))[0]
@@ -220,6 +240,7 @@ def test_condition_estimate(condition, backend):
     exact = np.linalg.cond(matrix.numpy(), 1)
     assert exact / 3 <= factor.condition[0] <= exact * (1 + 1e-6)
     assert factor.condition[1] == pytest.approx(1)
+    assert spd_factor(matrix[None][:0], backend=backend).condition.shape == (0,)
     assert spd_factor(matrix, backend=backend).condition == factor.condition[0]
 
 
@@ -244,6 +265,7 @@ SMALL = second_moment(5)
         (-SMALL, torch.ones(5), RewriteCoreError, "mean diagonal.*positive"),
         (0 * SMALL, torch.ones(5), RewriteCoreError, "collect keys"),
         (with_entry(SMALL, 3, 3, -1.0), torch.ones(5), RewriteCoreError, "not positive semidefinite"),
+        (1e-315 * SMALL, torch.ones(5), RewriteCoreError, "scale the keys up"),
         (torch.stack([SMALL, 0 * SMALL]), torch.ones(2, 5), RewriteCoreError, "matrix 1 of the batch"),
         (SMALL[:4], torch.ones(4), RewriteCoreError, r"\[n, n\].*\[4, 5\]"),
         (SMALL[0], torch.ones(5), RewriteCoreError, r"\[5\]"),
@@ -333,3 +355,32 @@ def test_on_a_gpu_it_says_why_torch_linalg_solves():
     cpp = next(record for record in backends_of("spd_solve") if record.name == "cpp")
     reason = cpp.supports(types.SimpleNamespace(device=torch.device("cuda:0")))
     assert "on cuda:0" in reason and "torch.linalg (cuSOLVER)" in reason and "faster" in reason
+
+
+def test_fewer_threads_than_asked_for(tmp_path):
+    """OpenMP may give a call fewer: what the missing ones would have written is then not read (here it would be 1e306)."""
+    code = """
+import torch
+from rewrite_core.ops.spd_solve import spd_factor
+torch.set_num_threads(4)
+factor = spd_factor(4 * torch.eye(300, dtype=torch.float64))
+assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
+"""
+    variables = {"OMP_THREAD_LIMIT": "1", "MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_one_thread_finds_is_not_lost_among_others():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        for place in (0, 63, 64, 150, 256, 299) * 5:
+            matrix = torch.eye(300, dtype=torch.float64)
+            matrix[place, 299] = math.nan  # above the diagonal, where Cholesky does not look, or on it
+            with pytest.raises(NonFiniteError):
+                spd_factor(matrix)
+    finally:
+        torch.set_num_threads(threads)

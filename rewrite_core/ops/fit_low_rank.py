@@ -16,7 +16,8 @@ The algorithm ("lm"), the same in ``_reference``, csrc/fit_low_rank*.cpp and ker
   same within 0.2 %.
 - Demodulation divides the size of the weight out again, so that many a channel has its infimum at infinity,
   where nothing of W0 is left. Steps are therefore shortened to keep x^T quadratic x <= REACH^2 constant.
-- The best iterate by the true objective is returned, so the result is never worse than no change.
+- The best iterate by the true objective is returned, so the result is never worse than no change (before its
+  coefficients are rounded to the type of the data).
 - Damped normal equations are solved over unknowns, or over pixels where these are fewer.
 
 A problem that is linear (slope 1, no demodulation) with the l2 loss has its exact solution from one factor.
@@ -30,8 +31,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
-from ..errors import NonFiniteError, RewriteCoreError
+from ..backends import (
+    Backend, dispatched, extension, extension_reason, select, transformed, triton_interpreted, triton_reason,
+)  # fmt: skip
+from ..errors import NonFiniteError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 
@@ -159,7 +162,8 @@ def fit_low_rank(
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
     Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
     an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity. Tensors on a GPU are not looked into, as
-    that would wait for it: NaN, infinity and wrong signs then make the status of the channels concerned "nonfinite".
+    that would wait for it, and tensors that ``torch.func`` transforms cannot be: NaN, infinity and wrong signs then make
+    the status of the channels concerned "nonfinite" (or "degenerate", where no weight is positive).
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
     problem = _check(
@@ -179,11 +183,13 @@ def _check(
     basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
     max_iterations, tolerance, segments=None,
 ) -> Problem:  # fmt: skip
-    for name, data in (("basis", basis), ("base", base), ("target", target), ("shift", shift)):
+    for name, data in (("base", base), ("basis", basis), ("target", target), ("shift", shift)):
         if data is None and name == "shift":
             continue
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+        if data.is_nested:
+            raise TypeError(f"{name} is a nested tensor: pad the edits with pixels of weight 0.")
         if data.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{name} is {data.dtype} and must be float32 or float64: convert it with .float()."
@@ -194,8 +200,7 @@ def _check(
             )
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise RewriteCoreError(f"max_iterations must be an integer of at least 1, not {max_iterations!r}.")
+    max_iterations = whole_number("max_iterations", max_iterations)
     for name, number in (("slope", slope), ("gain", gain), ("tolerance", tolerance)):
         if not math.isfinite(number) or (name == "tolerance" and number < 0):
             raise RewriteCoreError(
@@ -230,7 +235,8 @@ def _check(
             sizes["G"] = constant.shape[-2]
         if not sizes.get("G"):
             raise RewriteCoreError("with segments demodulation's constant must be [B, G, O], G at least 1.")
-    here = base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
+    known = not transformed()
+    here = known and base.device.type == "cpu"  # elsewhere a look at the numbers waits for everything before them
 
     def take(name: str, data: Tensor | None, axes: str, dtype: torch.dtype) -> Tensor | None:
         if data is None:
@@ -270,7 +276,7 @@ def _check(
     linear = take("demodulation's linear", linear, f"B{several}OJ", wide)
     quadratic = take("demodulation's quadratic", quadratic, f"B{several}JJ", wide)
     segments = take("segments", segments, "BP", torch.int64)
-    if segments is not None and not ((segments >= 0) & (segments < sizes["G"])).all():
+    if known and segments is not None and not ((segments >= 0) & (segments < sizes["G"])).all():
         raise RewriteCoreError(f"segments must be from 0 to {sizes['G'] - 1}, as there are {sizes['G']} demodulations.")
     if here and constant is not None and not (constant > 0).all():
         raise RewriteCoreError("demodulation's constant must be positive: it is a squared norm plus epsilon.")

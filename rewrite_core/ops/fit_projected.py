@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select, triton_interpreted, triton_reason
-from ..errors import RewriteCoreError
+from ..backends import Backend, extension, extension_reason, select, transformed, triton_interpreted, triton_reason
+from ..errors import RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's; shared with csrc/fit_projected_isa.h
@@ -111,6 +111,8 @@ def fit_projected(
 
     Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
     """
+    if transformed() or torch.jit.is_tracing():
+        raise RewriteCoreError("fit_projected is no operator of torch: call it outside torch.func and torch.jit.trace.")
     if not isinstance(operator, Tensor) or operator.dtype not in (torch.float32, torch.float64):
         raise TypeError("operator must be a float32 or float64 tensor: convert it with .float().")
     if operator.ndim != 5 or not operator.numel():
@@ -120,7 +122,7 @@ def fit_projected(
         raise RewriteCoreError("base must be a tensor [O, H, W].")
     maps = (len(base), *operator.shape[3:])
     weight, style, eps = demodulation or (None, None, 0.0)
-    if shift is not None:
+    if isinstance(shift, Tensor):  # anything else is refused below
         try:
             shift = shift.expand(maps)
         except RuntimeError:
@@ -139,8 +141,7 @@ def fit_projected(
             raise RewriteCoreError(f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}.")
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
-    if steps < 1 or project_every < 1:
-        raise RewriteCoreError(f"steps and project_every must be at least 1, not {steps} and {project_every}.")
+    steps, project_every = whole_number("steps", steps), whole_number("project_every", project_every)
     if project_gradient and not rank:
         raise RewriteCoreError("project_gradient needs directions.")
     if not all(map(math.isfinite, (slope, gain, eps, lr))):

@@ -62,6 +62,8 @@ def second_moment(
 def _check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+    if features.is_nested:
+        raise TypeError("features are a nested tensor, and must be a plain one: add up the moments of its parts.")
     if out is not None and not isinstance(out, Tensor):
         raise TypeError(f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width.")
     if precision not in PRECISIONS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, dispatched, extension, extension_reason, select
-from ..errors import NonFiniteError, RewriteCoreError
+from ..errors import NonFiniteError, RewriteCoreError, warn
 
 EPSILON = torch.finfo(torch.float64).eps
+SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
 LARGEST_SHIFT = 1e-2  # of the mean diagonal: a matrix that needs more is no second moment
 
 
@@ -57,6 +57,8 @@ class SPDFactor:
         """An estimate of the condition number in the 1-norm, scalar or [B]: a lower bound, seldom below a
         third of it (Hager 1984; SciPy: ``scipy.linalg.lapack.dpocon``)."""
         if self.matrix.ndim == 3:
+            if not len(self.matrix):
+                return self.matrix.new_empty(0)
             return torch.stack(
                 [
                     SPDFactor(*parts, self.backend).condition
@@ -98,7 +100,7 @@ def spd_factor(
     is all that any factor has there: no shift below `noise` times the mean diagonal will do.
 
     Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
-    an asymmetric matrix, a zero matrix, or one with a clearly negative eigenvalue.
+    an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), or one with a clearly negative eigenvalue.
     SciPy: ``scipy.linalg.cho_factor``.
     """
     _check_matrix(matrix)
@@ -132,6 +134,11 @@ def spd_factor(
             raise RewriteCoreError(
                 f"The mean diagonal of the matrix{which} is {mean:.3g}, and a second moment's is positive: collect keys "
                 "that are not all zero first."
+            )
+        if mean < SMALLEST:
+            raise RewriteCoreError(
+                f"The mean diagonal of the matrix{which} is {mean:.3g}, too close to float64's smallest number to solve "
+                "with: scale the keys up."
             )
         means.append(mean)
     shift = full.new_zeros(len(full))
@@ -171,11 +178,10 @@ def _shift(
     relative = [size / mean for size, mean in zip(shift.tolist(), means)]
     worst = max(range(len(means)), key=relative.__getitem__)
     where = f" {worst} of the batch" if batched else ""
-    warnings.warn(
+    warn(
         f"The matrix{where} is rank-deficient: solved with {shift[worst]:.3e} added to its diagonal "
         f"({relative[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
         DiagonalShiftWarning,
-        stacklevel=3,
     )
 
 

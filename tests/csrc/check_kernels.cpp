@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "fit_low_rank.h"
+#include "fit_projected.h"
 #include "second_moment.h"
 #include "spd_solve.h"
 
@@ -234,6 +235,37 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   check(worst < 1e-12 * static_cast<double>(n + 10), "the solve's residual");
 }
 
+// `examine` has one variant for all instruction sets.
+void check_examine(int64_t batch, int64_t n) {
+  what = "examine, " + std::to_string(batch) + " of " + std::to_string(n);
+  std::vector<double> matrices = positive_definite(batch, n);
+  for (double& entry : matrices) entry += 1e-3 * normal();
+  for (bool finite : {true, false}) {
+    if (!finite) matrices[batch * n * n - n] = INFINITY;  // the last row's first entry
+    for (int threads : {1, 5}) {
+      std::vector<double> found(3 * batch, -1);
+      check(examine(matrices.data(), batch, n, found.data(), threads) == Status::ok, "its status");
+      bool right = true;
+      for (int64_t b = 0; b < batch; ++b) {
+        const double* const a = matrices.data() + b * n * n;
+        double mean = 0, largest = 0, difference = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          mean += a[i * n + i] / static_cast<double>(n);
+          largest = std::max(largest, std::abs(a[i * n + i]));
+          for (int64_t j = 0; j < i; ++j) difference = std::max(difference, std::abs(a[i * n + j] - a[j * n + i]));
+        }
+        const double* const mine = found.data() + 3 * b;
+        if (!finite && b == batch - 1) {
+          right &= std::isnan(mine[2]);
+        } else {
+          right &= std::abs(mine[0] - mean) <= 1e-12 * std::abs(mean) && mine[1] == largest && mine[2] == difference;
+        }
+      }
+      check(right, "what it finds");
+    }
+  }
+}
+
 void check_choleskys(bool smallest, Isa isa) {
   for (int64_t n : smallest ? std::vector<int64_t>{1, 3, 9} : std::vector<int64_t>{1, 2, 7, 31, 63, 64, 65, 130, 201}) {
     check_cholesky(1, n, 1, isa);
@@ -416,6 +448,166 @@ void check_fits(bool smallest, Isa isa) {
   }
 }
 
+// --- projected fits ------------------------------------------------------------------------------------------------
+
+struct ProjectedCase {
+  int tile;
+  int64_t channels, taps, height, width, rank;
+  bool absolute, demodulated, project_gradient;
+};
+
+// The maps are random: without a transform they are the operator itself, and plain loops follow all steps; with one no
+// more than the first loss is compared.
+void check_projected(const ProjectedCase& given, Isa isa) {
+  const int64_t channels = given.channels, taps = given.taps, pixels = given.height * given.width, rank = given.rank;
+  const int64_t inputs = 2 * projected_group, tile = given.tile, steps = 4, every = 2;
+  what = "fit_projected, tile " + std::to_string(tile) + ", " + std::to_string(channels) + " channels, " +
+         std::to_string(taps) + " taps, rank " + std::to_string(rank) + ", " + isa_name(isa);
+  const auto random = [](int64_t count, float scale) {
+    std::vector<float> values(count);
+    for (float& value : values) value = scale * static_cast<float>(normal());
+    return values;
+  };
+  ProjectedProblem problem{};
+  problem.tile = given.tile;
+  problem.inputs = inputs;
+  problem.taps = taps;
+  problem.height = given.height;
+  problem.width = given.width;
+  problem.pixels = pixels;
+  problem.channels = channels;
+  problem.rank = rank;
+  problem.products = tile ? (tile + 2) * (tile + 2) : taps;
+  problem.slots = tile ? (given.height + tile - 1) / tile * ((given.width + tile - 1) / tile) : pixels;
+  const std::vector<float> maps = random(inputs * problem.products * problem.slots, 1);
+  const std::vector<float> base = random(channels * pixels, 1);
+  const std::vector<float> target = random(channels * pixels, 1), value = random(channels * pixels, 1);
+  const std::vector<float> shift = random(channels, 1), weight = random(channels * inputs * taps, 0.3f);
+  const std::vector<float> directions = random(rank * inputs, 0.25f);
+  std::vector<float> square = random(inputs, 1), basis(rank * taps * pixels);
+  for (float& number : square) number *= number;
+  const auto operate = [&](int64_t i, int64_t t, int64_t p) {
+    return maps[((i / projected_group * taps + t) * pixels + p) * projected_group + i % projected_group];
+  };
+  for (int64_t k = 0; !tile && k < rank * taps * pixels; ++k) {
+    double sum = 0;
+    for (int64_t i = 0; i < inputs; ++i) {
+      sum += directions[k / (taps * pixels) * inputs + i] * operate(i, k / pixels % taps, k % pixels);
+    }
+    basis[k] = static_cast<float>(sum);
+  }
+  std::vector<float> rates(2 * steps);
+  for (int64_t step = 0; step < steps; ++step) {
+    rates[2 * step] = static_cast<float>(0.01 / (1 - std::pow(0.9, step + 1)));
+    rates[2 * step + 1] = static_cast<float>(1 / std::sqrt(1 - std::pow(0.999, step + 1)));
+  }
+  problem.maps = maps.data();
+  problem.base = base.data();
+  problem.target = target.data();
+  problem.value = value.data();
+  problem.shift = shift.data();
+  problem.shift_strides[0] = 1;
+  if (given.demodulated) {
+    problem.weight = weight.data();
+    problem.square = square.data();
+  }
+  problem.directions = directions.data();
+  problem.basis = basis.data();
+  problem.eps = 1e-8f;
+  problem.slope = 0.2f;
+  problem.gain = 1.5f;
+  problem.absolute = given.absolute;
+  problem.steps = steps;
+  problem.project_every = every;
+  problem.project_gradient = given.project_gradient;
+  problem.rates = rates.data();
+
+  const int64_t lanes = projected_lanes(isa), blocks = (channels + lanes - 1) / lanes, kept = rank ? rank : inputs;
+  std::vector<double> losses[2];
+  std::vector<float> coefficients[2];
+  for (int each : {0, 1}) {  // all blocks by one thread; the first block, then the others by several
+    problem.losses = (losses[each] = std::vector<double>(blocks * steps, NAN)).data();
+    problem.coefficients = (coefficients[each] = std::vector<float>(channels * kept * taps, NAN)).data();
+    const int64_t first = each ? std::min<int64_t>(blocks, 1) : blocks;
+    check(fit_projected(problem, 0, first, 1, isa) == Status::ok, "its status");
+    check(fit_projected(problem, first, blocks - first, 5, isa) == Status::ok, "its status");
+  }
+  check(same_bits(losses[0], losses[1]) && coefficients[0] == coefficients[1], "threads or ranges change its bits");
+  check(fit_projected(problem, 0, blocks + 1, 1, isa) == Status::bad_argument, "more blocks than there are");
+
+  bool starts = true, follows = true, ends = true, finite = true;
+  for (double loss : losses[0]) finite &= std::isfinite(loss);
+  for (float number : coefficients[0]) finite &= std::isfinite(number);
+  check(finite, "a number that is not finite");
+  std::vector<double> want(blocks * steps), result(channels * kept * taps);
+  for (int64_t o = 0; o < channels; ++o) {
+    std::vector<double> change(inputs * taps), mean(inputs * taps), power(inputs * taps), gradient(inputs * taps);
+    const auto project = [&](std::vector<double>& rows, double* out) {  // in place, and the coefficients
+      std::vector<double> part(rank * taps);
+      for (int64_t k = 0; k < rank * inputs * taps; ++k) {
+        part[k / (inputs * taps) * taps + k % taps] += directions[k / taps] * rows[k % (inputs * taps)];
+      }
+      std::fill(rows.begin(), rows.end(), 0.0);
+      for (int64_t k = 0; k < rank * inputs * taps; ++k) {
+        rows[k % (inputs * taps)] += directions[k / taps] * part[k / (inputs * taps) * taps + k % taps];
+      }
+      if (out) std::copy(part.begin(), part.end(), out);
+    };
+    for (int64_t step = 0; step < (tile ? 1 : steps); ++step) {
+      const auto whole = [&](int64_t k) { return weight[o * inputs * taps + k] + change[k]; };
+      double norm = problem.eps, along = 0;
+      for (int64_t k = 0; k < inputs * taps; ++k) norm += square[k / taps] * whole(k) * whole(k);
+      const double m = given.demodulated ? 1 / std::sqrt(norm) : 1;
+      std::fill(gradient.begin(), gradient.end(), 0.0);
+      for (int64_t p = 0; p < pixels; ++p) {
+        double lin = base[o * pixels + p];
+        for (int64_t k = 0; step && k < inputs * taps; ++k) lin += change[k] * operate(k / taps, k % taps, p);
+        const double pre = m * lin + shift[o], steep = pre > 0 ? 1.5 : 1.5 * problem.slope;
+        const double r = steep * pre - target[o * pixels + p];
+        want[o / lanes * steps + step] += given.absolute ? std::abs(r) : r * r;
+        const double by_value = given.absolute ? (r > 0 ? 1 : -1) : 2 * r;
+        const double slope = steep * by_value / static_cast<double>(channels * pixels);
+        along += slope * lin;
+        for (int64_t k = 0; !tile && k < inputs * taps; ++k) gradient[k] += slope * m * operate(k / taps, k % taps, p);
+      }
+      for (int64_t k = 0; given.demodulated && k < inputs * taps; ++k) {
+        gradient[k] -= along * m * m * m * square[k / taps] * whole(k);
+      }
+      if (given.project_gradient) project(gradient, nullptr);
+      for (int64_t k = 0; k < inputs * taps; ++k) {
+        mean[k] += 0.1 * (gradient[k] - mean[k]);
+        power[k] += 0.001 * (gradient[k] * gradient[k] - power[k]);
+        change[k] -= rates[2 * step] * mean[k] / (std::sqrt(power[k]) * rates[2 * step + 1] + 1e-8);
+      }
+      if (rank && (step % every == 0 || step == steps - 1)) project(change, result.data() + o * kept * taps);
+    }
+    if (!rank) std::copy(change.begin(), change.end(), result.data() + o * kept * taps);
+  }
+  for (int64_t k = 0; k < blocks * steps; ++k) {
+    const bool close = std::abs(losses[0][k] - want[k]) <= 1e-4 * want[k];
+    (k % steps ? follows : starts) &= close;
+  }
+  for (int64_t k = 0; k < channels * kept * taps; ++k) ends &= std::abs(coefficients[0][k] - result[k]) <= 1e-3;
+  check(starts, "its first loss");
+  check(tile || follows, "its losses");
+  check(tile || ends, "its coefficients");
+}
+
+void check_all_projected(bool smallest, Isa isa) {
+  const std::vector<ProjectedCase> cases = {
+      {0, 1, 1, 1, 1, 0, true, false, false},  {0, 3, 4, 2, 3, 1, false, true, false},
+      {2, 2, 9, 3, 3, 0, true, true, false},   {0, 0, 4, 5, 4, 2, true, true, false},
+      {0, 17, 9, 5, 4, 2, true, true, false},  {0, 33, 9, 3, 11, 2, false, true, true},
+      {0, 33, 64, 2, 9, 0, false, false, false}, {0, 17, 64, 2, 4, 2, true, false, true},
+      {2, 33, 9, 5, 4, 2, true, true, false},  {2, 17, 9, 1, 1, 2, false, true, true},
+      {4, 33, 9, 3, 11, 0, true, true, false}, {4, 1, 9, 6, 9, 2, false, false, true},
+      {5, 17, 9, 5, 4, 2, false, true, false}, {5, 33, 9, 6, 11, 2, true, false, false},
+  };
+  for (const ProjectedCase& one : cases) {
+    if (!smallest || one.channels * one.taps * one.height * one.width <= 200) check_projected(one, isa);
+  }
+}
+
 // --- mistakes ------------------------------------------------------------------------------------------------------
 
 int make(const std::string& mistake) {
@@ -456,12 +648,14 @@ int main(int count, char** arguments) {
     }
   }
   std::string ran;
+  for (int64_t n : smallest ? std::vector<int64_t>{1, 9} : std::vector<int64_t>{1, 9, 64, 65, 300}) check_examine(2, n);
   for (int number = 0; number <= static_cast<int>(detect_isa()); ++number) {
     const Isa isa = static_cast<Isa>(number);
     if (!named.empty() && std::find(named.begin(), named.end(), isa_name(isa)) == named.end()) continue;
     check_second_moments(smallest, isa);
     check_choleskys(smallest, isa);
     check_fits(smallest, isa);
+    check_all_projected(smallest, isa);
     ran += std::string(" ") + isa_name(isa);
   }
   std::printf("%d checks, %d wrong, on%s\n", checks, failures, ran.empty() ? " nothing" : ran.c_str());
