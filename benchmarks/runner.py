@@ -45,7 +45,7 @@ def run_tests(op: str) -> str:
     if not tests.is_file():
         raise Refused(f"{op} has no tests/{tests.name}, and the speed of an untested op is not reported.")
     if importlib.util.find_spec("pytest") is None:
-        raise Refused("pytest is not installed to test with: run `pip install 'rewrite_core[test]'`.")
+        raise Refused("pytest is not installed to test with: run `pip install '.[test]'` in a checkout.")
     # The tests must meet the very library that is measured, whatever else is on the path; cwd, because
     # `python -m` puts it there first. The tests name their backends, and run in full.
     dropped = ("REWRITE_CORE_BACKEND", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")

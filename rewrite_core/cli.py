@@ -41,6 +41,7 @@ from .search import search
 from .solvers import LOSSES, SOLVERS
 from .version import __version__
 
+MOST_PICTURES, MOST_LATENTS = 10_000, 1_000_000  # in one file; for one, as all before the last are drawn too
 CHAPELS, PICKLED = "chapels", "the pickled network"
 _GENERATOR_HELP = """
 generators:
@@ -214,16 +215,20 @@ _positive = _whole(1)
 
 def _numbers(text: str) -> list[int]:
     """"3,5,8-11" -> [3, 5, 8, 9, 10, 11]."""
-    numbers: list[int] = []
+    ranges: list[range] = []
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+            ranges.append(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0-15 or 3,5,8") from None
-    if not numbers:
+    if not any(ranges):
         raise argparse.ArgumentTypeError(f"{text!r} names no picture")
-    return numbers
+    if sum(max(0, each.stop - each.start) for each in ranges) > MOST_PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} names more than the {MOST_PICTURES} pictures that one file may hold")
+    if max(each.stop for each in ranges) > MOST_LATENTS:
+        raise argparse.ArgumentTypeError(f"{text!r} goes beyond the {MOST_LATENTS} latents that are drawn at most")
+    return [number for each in ranges for number in each]
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -257,6 +262,20 @@ def _file(suffix: str = "") -> Callable[[str], str]:
     return parse
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """A file that is written is no file that is read, nor another that is written."""
+    def files(*names: str) -> list[str]:
+        given = (getattr(options, name, None) for name in names)
+        return [file for each in given if each for file in (each if isinstance(each, list) else [each])]
+
+    seen = {os.path.realpath(file): file for file in files("edit", "moment", "rewrite", "checkpoint")}
+    for file in files("out", "state_dict", "resume"):
+        place = os.path.realpath(file)
+        if place in seen:
+            raise UsageError(f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name.")
+        seen[place] = file
+
+
 # --- commands --------------------------------------------------------------------------------------------
 
 
@@ -287,7 +306,7 @@ def _layers(options: argparse.Namespace) -> None:
 def _collect(options: argparse.Namespace) -> None:
     names = options.layer
     for option, files in (("--out", options.out), ("--resume", options.resume)):
-        if files is not None and (len(files) != len(names) or len({os.path.realpath(file) for file in files}) < len(names)):
+        if files is not None and len(files) != len(names):
             raise UsageError(f"Each --layer takes one {option} of its own, in the same order.")
     generator, latents = _setup(options, options.count)
     layers = [bind(generator, name) for name in names]
@@ -418,7 +437,9 @@ def _eval(options: argparse.Namespace) -> None:
         "most_changed": change.argsort(descending=True)[:8].tolist(),
     }
     if options.rule:
-        report |= {"rule": options.rule, **vars(score(RULES[options.rule], before, after, latents))}
+        scores = vars(score(RULES[options.rule], before, after, latents))
+        known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in scores.items()}
+        report |= {"rule": options.rule, **known}  # NaN, where no picture is concerned, is no JSON
     print(json.dumps(report, indent=2))
 
 
@@ -456,7 +477,7 @@ def _bench(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("rewrite_core.benchmarks", "pytest", "pytest_benchmark"):
             raise
-        raise UsageError(f"{error.name} is not installed; run pip install 'rewrite_core[test]' to benchmark.") from error
+        raise UsageError(f"{error.name} is not installed; run pip install '.[test]' in a checkout to benchmark.") from error
     return run(options.names or ["all"], Path(options.out), options.quick)
 
 
@@ -648,8 +669,11 @@ def _problem(error: Exception) -> str:
 
 def _how_to_go_on(options: argparse.Namespace) -> str:
     """What to do after an interrupt, for what takes long."""
+    kept = [file for file in getattr(options, "resume", None) or [] if os.path.exists(file)]
+    if kept:
+        return f"; run the same command again to go on from {', '.join(kept)}"
     if getattr(options, "resume", None):
-        return f"; run the same command again to go on from {', '.join(options.resume)}"
+        return "; that was before the first checkpoint, so nothing was written"
     if "resume" in options:
         return "; nothing was written, but with --resume FILE it can go on where it was"
     if getattr(options, "moment", "") is None:
@@ -663,6 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            _check_files(options)
             return options.run(options) or 0
         except BrokenPipeError:  # the reader (head, less) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,24 @@ def test_every_option_has_help():
             assert action.help, f"rewrite {command} {action.option_strings or action.dest}"
 
 
+@pytest.mark.parametrize(
+    "images, words",
+    [("0-9999999999", "10000 pictures"), ("99999999999999", "1000000 latents"), ("5-3", "names no picture")],
+)
+def test_pictures_that_cannot_be(images, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["render", "--images", images, "--out", str(tmp_path / "x.png")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_score_of_no_scene_is_json(tmp_path, capsys, monkeypatch):
+    change = tmp_path / "spire.safetensors"
+    assert run(capsys, "edit", "spire", "--layer", LAYER, "--out", change, "--count", 1000)[0] == 0
+    monkeypatch.setattr(cli, "score", lambda *_: SimpleNamespace(efficacy=float("nan"), scenes=0))
+    code, out, _ = run(capsys, "eval", "--rewrite", change, "--rule", "spire", "--count", 1)
+    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["efficacy"] is None
+
+
 def test_every_command_has_help(capsys):
     for command in ("demo", "layers", "collect", "edit", "render", "eval", "search", "bench", "info"):
         with pytest.raises(SystemExit) as stop:
@@ -178,12 +197,13 @@ def test_collecting_several_layers_in_one_pass(tmp_path, capsys, user_generator)
     one = ["collect", "--layer", "3", "--layer", "1", "--out", "m.safetensors"]
     for more, named in (
         ([], "--out"),
-        (["--out", "./m.safetensors"], "--out"),
         (["--out", "n.safetensors", "--resume", "r"], "--resume"),
     ):
         code, _, err = run(capsys, *one, *more, *words)
         assert code == 2 and err == f"rewrite collect: Each --layer takes one {named} of its own, in the same order.\n"
         assert not Path("m.safetensors").exists()
+    code, _, err = run(capsys, *one, "--out", "./m.safetensors", *words)
+    assert code == 2 and "./m.safetensors is named twice" in err
 
 
 def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
@@ -235,7 +255,10 @@ BAD = [
     (["layers", "--range", "1,0"], "the lower first"),
     (["layers", "--seed", "-1"], "from 0 to 4294967295"),
     (["layers", "--seed", "4294967296"], "4294967295"),
-    (["render", "--images", "99999999999999", "--out", "g.png"], "Out of memory"),
+    (["collect", "--layer", LAYER, "--count", "99999999999999", "--out", "m.safetensors"], "Out of memory"),
+    (["edit", "spire", "--layer", LAYER, "--out", "a.safetensors", "--state-dict", "./a.safetensors"], "named twice"),
+    (["edit", "spire", "--layer", LAYER, "--moment", "m.safetensors", "--out", "m.safetensors"], "would lose m.safetensors"),
+    (["collect", "--layer", LAYER, "--out", "m.safetensors", "--resume", "m.safetensors"], "named twice"),
     (["layers", "--generator", "mine:nothing", "--latent-size", "6"], "no function"),
     (["layers", "--generator", "mine:not_a_module", "--latent-size", "6"], "torch.nn.Module"),
     (["layers", "--generator", "mine:make"], "--latent-size"),
@@ -444,9 +467,11 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, user_generator, monkey
 
     monkeypatch.setattr(cli, "collect_second_moment", interrupt)
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
+    Path("c.safetensors").touch()
     collect = ("collect", "--layer", "3", "--out", "m.safetensors", *MINE)
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", *MINE)
     for command, words in (
+        ((*collect, "--resume", "none.safetensors"), "before the first checkpoint"),
         ((*collect, "--resume", "c.safetensors"), "the same command again to go on from c.safetensors"),
         (collect, "with --resume FILE"),
         (edit, "rewrite collect --resume FILE"),
