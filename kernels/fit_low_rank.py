@@ -1002,7 +1002,7 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
         common = {
             "PENALISED": problem.penalty is not None, "SHIFT": problem.shift is not None, "BLOCK": config.block,
             "TILE": config.tile, "PIXELS": config.pixels, "num_warps": config.warps, "num_stages": 1,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": False,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
         }  # fmt: skip
         if problem.exact:
             exact_kernel[(programs,)](

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,6 +349,17 @@ def test_triton_interpreted(tmp_path):
 
 
 @needs_triton
+def test_all_threads_have_read_a_change_before_one_writes_it():
+    """128 numbers of a tile on 256 threads: each is held twice, and a late thread must not read what the other wrote."""
+    from rewrite_core.kernels import fit_projected as kernels
+
+    source = Path(kernels.__file__).read_text()
+    read = source.index("before = tl.load(_change_rows(change,")
+    write = source.index("tl.store(_change_rows(mean_at, start, ROWS, CHANNELS), mean)")
+    assert "tl.debug_barrier()" in source[read:write] and "tl.store" not in source[read:write]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
 )
@@ -367,7 +379,7 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
         "ONE_TILE": one, "CHANNELS": config.channels, "ROWS": config.rows, "PIXELS": config.pixels,
         "PRECISION": kernels.PRECISION,
     }  # fmt: skip
-    compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages, False)
+    compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages)
     ptx = compiled.asm["ptx"]
     registers, stack, local = triton_resources(compiled, tmp_path)
     assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
