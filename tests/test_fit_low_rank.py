@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter
 from PIL import Image
 
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
@@ -26,11 +27,12 @@ ISAS = ("portable", "avx2", "avx512")
 CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
 
 
+NO_GPU = triton_reason(ops.TRITON) if torch.cuda.is_available() else "there is no GPU here"
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+
+
 def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")(test))
-
-
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+    return ON_GPU[0](ON_GPU[1](test))
 
 
 def to(problem, device):
@@ -1051,8 +1053,6 @@ def test_explained():
 # The GPU kernel: in Triton's interpreter, compiled for GPUs this machine lacks, and on one
 
 
-needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
-
 
 def few(problem, channels):
     """The first channels of a problem."""
@@ -1166,7 +1166,7 @@ print("all of it ran")
 CHECKED = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1", "max_iterations": 2, "tolerance": 1e-5}
 
 
-@needs_triton
+@needs_triton_interpreter
 def test_triton_interpreted(tmp_path):
     """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernels."""
     done = subprocess.run(
@@ -1215,7 +1215,7 @@ def triton_compile(kernel, capability, types, constants, warps, stages):
     )
 
 
-@needs_triton
+@needs_triton_compiler
 @pytest.mark.parametrize(
     ("capability", "kind"),
     [(80, "over unknowns"), (90, "over unknowns"), (90, "over pixels"), (90, "exact"), (100, "over pixels")],

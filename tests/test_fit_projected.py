@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_npz
+from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter, read_npz
 
 import rewrite_core as rc
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 from rewrite_core.ops import fit_projected
-from rewrite_core.ops.fit_projected import _cpp, transformed_maps, winograd_tile
+from rewrite_core.ops.fit_projected import TRITON, _cpp, transformed_maps, winograd_tile
 
 ISAS = ["portable", "avx2", "avx512"]
 
@@ -260,8 +260,6 @@ def test_golden_curve_of_the_reference(name, golden_moment, layer, edit, latents
         assert change.solver == "projected" and change.status == {status: 48}
 
 
-needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
-
 INTERPRETED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -336,7 +334,7 @@ def problem_of(*arguments, **options):
     return given[0]
 
 
-@needs_triton
+@needs_triton_interpreter
 def test_triton_interpreted(tmp_path):
     """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel. The interpreter multiplies
     in float32, where a GPU takes three TF32 products."""
@@ -359,7 +357,7 @@ def test_all_threads_have_read_a_change_before_one_writes_it():
     assert "tl.debug_barrier()" in source[read:write] and "tl.store" not in source[read:write]
 
 
-@needs_triton
+@needs_triton_compiler
 @pytest.mark.parametrize(
     ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
 )
@@ -416,7 +414,8 @@ def on_gpu(*arguments, **options):
     return type(found)(*(part.cpu() for part in found))
 
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+NO_GPU = triton_reason(TRITON) if torch.cuda.is_available() else "there is no GPU here"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
 
 
 @pytest.mark.parametrize("demodulated", [pytest.param(False, marks=needs_gpu), pytest.param(True, marks=needs_gpu)])
