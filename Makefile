@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+RESULTS := $(if $(filter undefined,$(origin OUT)),benchmarks/results,$(OUT))
 OUT ?= demo_out
 
 SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
@@ -18,10 +19,38 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all
 
-# Needs an NVIDIA GPU and a torch that sees it (TORCH, PIP_ARGS). csrc/*.cu are compiled where there are any.
+# Needs an NVIDIA GPU and a torch that sees it: TORCH and PIP_ARGS choose one to download. With SYSTEM=1 everything is
+# PYTHON's own, and nothing is downloaded. OUT is where results go, MINUTES how long it may take (8).
+# csrc/*.cu are compiled where there are any. sys.path: not the checkout, where nothing is compiled.
+SYSTEM_LIBRARY := .system
+NEEDED := torch triton numpy safetensors PIL tqdm matplotlib xxhash pytest pip setuptools pybind11
+define SYSTEM_CHECK
+import importlib.metadata, importlib.util, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+if "setuptools" not in missing and int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+    missing.append("setuptools 77 or newer")
+if missing:
+    sys.exit(f"make gpu-check SYSTEM=1 needs what {sys.executable} lacks: {', '.join(missing)}.")
+endef
+export SYSTEM_CHECK
+
+ifdef SYSTEM
+GPU_CHECK := $(SYSTEM_LIBRARY)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_CHECK := $(VENV)
+GPU_PYTHON := $(VENV)/bin/python
+endif
+
 gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
-gpu-check: $(VENV)/.installed
-	$(VENV)/bin/python -m rewrite_core.benchmarks.gpu_check --out benchmarks/results
+gpu-check: $(GPU_CHECK)/.installed
+	$(GPU_PYTHON) -c 'import sys; sys.path[0] = "$(abspath $(GPU_CHECK))"; from rewrite_core.benchmarks.gpu_check import main; sys.exit(main())' --out '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
+
+$(SYSTEM_LIBRARY)/.installed: setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
+	@$(PYTHON) -c "$$SYSTEM_CHECK" $(NEEDED)
+	rm -rf $(SYSTEM_LIBRARY)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target $(SYSTEM_LIBRARY) .
+	touch $@
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rewrite_core needs Python 3.10 or newer")'
@@ -34,4 +63,4 @@ $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml CMakeLists.txt rewrit
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo_out bench_out *.egg-info
+	rm -rf $(VENV) $(SYSTEM_LIBRARY) build demo_out bench_out *.egg-info

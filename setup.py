@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -20,6 +19,11 @@ if not (sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")):
         f"rewrite_core builds on Linux x86-64 only, and this is {platform.system()} {platform.machine()}: "
         "use such a machine, or run the pure-Python package from the source tree (reference backend)."
     )
+
+try:
+    import pybind11
+except ModuleNotFoundError:
+    sys.exit("rewrite_core needs pybind11 to build: install it, or run `pip install .` with build isolation on.")
 
 source_digest = runpy.run_path(str(Path(__file__).resolve().parent / "rewrite_core" / "version.py"))["source_digest"]
 for stale in Path(__file__).resolve().parent.glob("build/lib*"):  # else modules deleted since would be packed too
@@ -34,7 +38,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            *("cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh"),
+            *("cmake", "-S", source, "-B", build, "--fresh"),
+            *(("-G", "Ninja") if shutil.which("ninja") else ()),  # an isolated build has it
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -46,9 +51,9 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run([str(word) for word in step], check=True)
             except FileNotFoundError:
-                sys.exit("rewrite_core needs cmake to build: run `pip install .` with build isolation on.")
+                sys.exit("rewrite_core needs CMake 3.24 or newer to build: install it, or run `pip install .` with build isolation on.")
             except subprocess.CalledProcessError:
-                sys.exit("rewrite_core's C++ extension did not build: the compiler's message is above.")
+                sys.exit("rewrite_core's C++ extension did not build: CMake's or the compiler's message is above.")
 
 
 setup(

@@ -11,7 +11,8 @@ neither rank nor region has a limit but that memory.
 
 **Linear systems** are over unknowns, or over pixels where these are fewer (and there is no penalty): L D L^T by blocks,
 left-looking. A block on the diagonal is eliminated in registers together with the identity, which becomes L^-1, so that
-everything else is products of tiles. These are float64 tensor-core products where the GPU has them.
+everything else is products of tiles. These are float64 tensor-core products where the GPU has them and Triton makes them:
+3.9 does for sm_80, sm_90 and sm_100, 3.6 does not for sm_90, and multiplies in registers.
 
 **Floor**, J unknowns, P pixels, O channels, S the smaller of J and P: P J (S + 5) + S^3 / 3 + 2 S^2 operations per step
 and channel, 4 bytes per number read and written. At 512 channels, 3x3, 10x10 and rank 1 that is 0.3 GFLOP for 40
@@ -1002,7 +1003,7 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
         common = {
             "PENALISED": problem.penalty is not None, "SHIFT": problem.shift is not None, "BLOCK": config.block,
             "TILE": config.tile, "PIXELS": config.pixels, "num_warps": config.warps, "num_stages": 1,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": False,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
         }  # fmt: skip
         if problem.exact:
             exact_kernel[(programs,)](

@@ -162,6 +162,7 @@ def fit_kernel(
                 mean += _REST1 * (gradient - mean)
                 power = _BETA2 * power + _REST2 * gradient * gradient
                 after = before - rate * mean / (tl.sqrt_rn(power) * correction + _EPSILON)
+                tl.debug_barrier()  # a number may be held by several threads: all have read it before one writes
                 tl.store(_change_rows(mean_at, start, ROWS, CHANNELS), mean)
                 tl.store(_change_rows(power_at, start, ROWS, CHANNELS), power)
                 tl.store(_change_rows(change, start, ROWS, CHANNELS), after)

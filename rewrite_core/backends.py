@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -183,8 +185,28 @@ def extension_reason() -> str | None:
 
 
 @functools.cache
-def triton_reason() -> str | None:
-    """None where Triton and this package's kernels can be imported, else why not."""
+def triton_version() -> tuple[int, int] | None:
+    """(3, 9) for 3.9.0; None where Triton is missing, or came with no name that says it."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def triton_reason(least: tuple[int, int] = (0, 0)) -> str | None:
+    """None where Triton, in version `least` or newer, and this package's kernels can be imported, else why not."""
+    version = triton_version()
+    if version is not None and version < least:
+        return (
+            f"it needs Triton {'.'.join(map(str, least))} or newer, and {'.'.join(map(str, version))} is installed: Triton "
+            "comes with torch, so use a newer torch"
+        )
+    return _triton_missing()
+
+
+@functools.cache
+def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: run `pip install triton`"
     if importlib.util.find_spec("rewrite_core.kernels") is None:

@@ -312,3 +312,19 @@ def test_what_is_no_op_refuses_to_be_one():
     for change in (torch.vmap, lambda call: torch.jit.trace(call, (base,))):
         with pytest.raises(RewriteCoreError, match="call it outside torch.func and torch.jit.trace"):
             change(losses)(torch.zeros(1, *base.shape))
+
+
+@pytest.mark.parametrize("version, fits", [((3, 4), False), ((3, 5), True), ((3, 10), True), (None, True)])
+def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, version, fits):
+    """"auto" must not choose it: the failure would come from the compiler, in the middle of an edit."""
+    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    monkeypatch.setattr(backends, "_triton_missing", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for op in ("fit_low_rank", "fit_projected", "second_moment"):
+        example = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+        record = next(record for record in backends_of(op) if record.name == "triton")
+        reason = record.supports(*example)
+        if fits or op == "second_moment":
+            assert reason is None
+        else:
+            assert reason.startswith("it needs Triton 3.5 or newer, and 3.4 is installed")

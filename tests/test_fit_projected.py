@@ -6,16 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_npz
+from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter, read_npz
 
 import rewrite_core as rc
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 from rewrite_core.ops import fit_projected
-from rewrite_core.ops.fit_projected import _cpp, transformed_maps, winograd_tile
+from rewrite_core.ops.fit_projected import TRITON, _cpp, transformed_maps, winograd_tile
 
 ISAS = ["portable", "avx2", "avx512"]
 
@@ -262,8 +263,6 @@ def test_golden_curve_of_the_reference(name, golden_moment, layer, edit, latents
         assert change.solver == "projected" and change.status == {status: 48}
 
 
-needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
-
 INTERPRETED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -338,7 +337,7 @@ def problem_of(*arguments, **options):
     return given[0]
 
 
-@needs_triton
+@needs_triton_interpreter
 def test_triton_interpreted(tmp_path):
     """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel. The interpreter multiplies
     in float32, where a GPU takes three TF32 products."""
@@ -351,6 +350,17 @@ def test_triton_interpreted(tmp_path):
 
 
 @needs_triton
+def test_all_threads_have_read_a_change_before_one_writes_it():
+    """128 numbers of a tile on 256 threads: each is held twice, and a late thread must not read what the other wrote."""
+    from rewrite_core.kernels import fit_projected as kernels
+
+    source = Path(kernels.__file__).read_text()
+    read = source.index("before = tl.load(_change_rows(change,")
+    write = source.index("tl.store(_change_rows(mean_at, start, ROWS, CHANNELS), mean)")
+    assert "tl.debug_barrier()" in source[read:write] and "tl.store" not in source[read:write]
+
+
+@needs_triton_compiler
 @pytest.mark.parametrize(
     ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
 )
@@ -370,7 +380,7 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
         "ONE_TILE": one, "CHANNELS": config.channels, "ROWS": config.rows, "PIXELS": config.pixels,
         "PRECISION": kernels.PRECISION,
     }  # fmt: skip
-    compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages, False)
+    compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages)
     ptx = compiled.asm["ptx"]
     registers, stack, local = triton_resources(compiled, tmp_path)
     assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
@@ -407,7 +417,8 @@ def on_gpu(*arguments, **options):
     return type(found)(*(part.cpu() for part in found))
 
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+NO_GPU = triton_reason(TRITON) if torch.cuda.is_available() else "there is no GPU here"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
 
 
 @pytest.mark.parametrize("demodulated", [pytest.param(False, marks=needs_gpu), pytest.param(True, marks=needs_gpu)])

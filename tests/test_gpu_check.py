@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,29 +100,160 @@ def test_what_is_wrong_is_refused(monkeypatch):
         gpu_check.check(case, kind, "cpp", "passed")
 
 
-def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path):
-    (tmp_path / "tests").mkdir()
-    file, *others = (tmp_path / "tests" / name for name in gpu_check.TESTED)
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@needs_make
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_line_of_the_makefile(tmp_path):
+    """From the checkout, whose own rewrite_core/ has neither benchmarks nor a compiled extension."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    words = ["make", "-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", f"OUT={tmp_path}/out", "gpu-check"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "needs an NVIDIA GPU and a torch that sees it" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "Error 2" in done.stderr
+
+
+@needs_make
+def test_with_what_the_system_has_nothing_is_downloaded(tmp_path):
+    words = ["make", "-n", "-B", "gpu-check", "SYSTEM=1", "PYTHON=somewhere/python"]
+    lines = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    (install,) = (line for line in lines if "-m pip install" in line)
+    assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(install.split())
+    assert not any("venv" in line for line in lines)
+    assert lines[-1].startswith("somewhere/python") and "--out 'benchmarks/results'" in lines[-1]
+    bare = tmp_path / "python"  # has nothing installed
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    bare.chmod(0o755)
+    words = ["make", "-B", "gpu-check", "SYSTEM=1", f"PYTHON={bare}", f"SYSTEM_LIBRARY={tmp_path}/library"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert re.match(r"make gpu-check SYSTEM=1 needs what .* lacks: torch, .*pybind11.*\.\n", done.stderr), done.stderr
+    assert done.returncode and not (tmp_path / "library").exists()
+
+
+def write_tests(folder, body):
+    (folder / "tests").mkdir(exist_ok=True)
+    file, *others = (folder / "tests" / name for name in gpu_check.TESTED)
     for other in others:
         other.write_text("")
-    for body, said in (
-        ("assert True", None),
-        ("assert False", "FAILED.*test_it"),
-        ("import pytest; pytest.skip('no GPU')", "skipped"),
-        ("import time; time.sleep(60)", "stopped after 5 s"),
+    file.write_text(f"def test_it():\n    {body}\n")
+    return file.name
+
+
+def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path, capsys):
+    log, everything = tmp_path / "log", set(gpu_check.TESTED)
+    for body, said, wrong in (
+        ("assert True", None, set()),
+        ("assert False", r"FAILED.*test_it.*log\)", None),
+        ("import pytest; pytest.skip('no GPU')", "skipped", everything),
+        ("import time; time.sleep(60)", "stopped after 2 s", everything),
     ):
-        file.write_text(f"def test_it():\n    {body}\n")
-        problem = gpu_check.run_tests(tmp_path, [], timeout=5 if "sleep" in body else 60)
+        name = write_tests(tmp_path, body)
+        problem, failed = gpu_check.run_tests(tmp_path, [], log, timeout=2 if "sleep" in body else 60)
+        assert failed == ({name} if wrong is None else wrong)
         if said is None:
             assert problem is None
         else:
             assert problem is not None and re.search(said, problem), problem
+        assert ("FAILED" in capsys.readouterr().out) == (wrong is None)
+
+
+def test_a_run_that_is_stopped_leaves_no_process(tmp_path):
+    """A tool around pytest is a process that starts others."""
+    pid = tmp_path / "pid"
+    write_tests(tmp_path, "assert True")
+    before = ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]
+    problem, _ = gpu_check.run_tests(tmp_path, [], tmp_path / "log", before, timeout=0.3)
+    assert problem is not None and "stopped" in problem
+    stat = Path(f"/proc/{pid.read_text().strip()}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("it still runs")
+
+
+def test_the_path_is_added_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    write_tests(tmp_path, "import os; assert os.environ['PYTHONPATH'].split(os.pathsep)[1:] == ['/some/where']")
+    assert gpu_check.run_tests(tmp_path, [], tmp_path / "log") == (None, set())
+
+
+def test_what_compute_sanitizer_finds(tmp_path, monkeypatch, capsys):
+    """A race is told of, and a false alarm there stops nothing; memory that is not the kernel's is an error."""
+    said = tmp_path / "said"
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$1 $*" >> {tmp_path}/words\ncat {said}.${{1#--tool=}}\necho "1 passed in 0.01s"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    write_tests(tmp_path, "assert True")
+
+    def log(name):
+        return tmp_path / f"{name}.log"
+
+    api = "========= Program hit cudaErrorNotSupported on CUDA API call\n"
+    race = "========= Error: Race reported between Write access at fit_kernel+0x10 and Write access at fit_kernel+0x10\n"
+    read = "========= Invalid __global__ read of size 4 bytes\n"
+    for memory, races, found in ((api, "", None), ("", race, None), (read, "", "Invalid")):
+        Path(f"{said}.memcheck").write_text(memory)
+        Path(f"{said}.racecheck").write_text(races)
+        result = gpu_check.sanitise(tmp_path, log)
+        assert result is None if found is None else found in result
+        assert ("Race reported" in capsys.readouterr().out) == bool(races)
+    words = (tmp_path / "words").read_text()
+    assert "--report-api-errors=no" in words and gpu_check.SANITISED in words
 
 
 def test_the_tests_of_every_kernel_are_run():
     tests = gpu_check.checkout() / "tests"
-    marked = {path.name for path in tests.glob("test_*.py") if re.search(r"pytest\.mark\.gpu", path.read_text(), re.M)}
-    assert marked == set(gpu_check.TESTED)
+    marked = {path.name: path.read_text() for path in tests.glob("test_*.py") if path.name != Path(__file__).name}
+    marked = {name: text for name, text in marked.items() if re.search(r"pytest\.mark\.gpu", text, re.M)}
+    assert set(marked) == set(gpu_check.TESTED)
+    for name in [*gpu_check.ALONE.split(" or "), gpu_check.SANITISED]:
+        assert any(f"def {name}" in text for text in marked.values()), name
+    groups = {case.group for case in (*gpu_check.cases(FLOORS), *gpu_check.collection_cases(FLOORS), *gpu_edit.cases())}
+    assert set().union(*gpu_check.TESTED.values()) == groups - {"spd_solve"}  # torch.linalg's own kernels
+
+
+def test_one_case_that_fails_does_not_end_the_others(capsys):
+    cases = [harness.Case(name, None) for name in ("right", "wrong", "broken", "right again", "late")]
+
+    def measure(case):
+        if case.name == "wrong":
+            raise harness.Refused("It is wrong here.")
+        if case.name == "broken":
+            raise RuntimeError("CUDA error")
+        if case.name == "right again":
+            time.sleep(0.05)
+
+    assert gpu_check.each(cases, time.monotonic() + 0.05, measure) == (2, 2)
+    assert [case.name for case in cases] == ["late"]
+    said = capsys.readouterr().err
+    assert "It is wrong here." in said and "broken: RuntimeError" in said and "Traceback" in said
+
+
+@pytest.mark.parametrize("failed, measured, status", [(set(), 3, 0), (set(), 0, 1), ({"test_fit_low_rank.py"}, 3, 1)])
+def test_what_fails_is_not_timed(tmp_path, monkeypatch, capsys, failed, measured, status):
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_check, "run_all_tests", lambda *args: (["FAILED it"] if failed else [], failed))
+    monkeypatch.setattr(gpu_check, "sanitise", lambda *args: None)
+    monkeypatch.setattr(gpu_check, "measure", lambda *args: given.append(args) or (measured, 0, []))
+    assert gpu_check.main(["--out", str(tmp_path)]) == status
+    ((sheet, _, closed, _),) = given
+    assert closed == ({"fit_low_rank"} if failed else set()) and sheet.path == tmp_path / "nvidia-h200.jsonl"
+    said = capsys.readouterr().err
+    assert ("fit_low_rank are not timed: FAILED it" in said) == bool(failed)
+    assert ("Nothing was timed" in said) == (not measured)
 
 
 def test_edit_cases_on_the_cpu():

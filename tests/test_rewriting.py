@@ -1,4 +1,6 @@
 import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +233,56 @@ def test_the_callers_modes_change_nothing(generator, moment, layer, edit, latent
     with again.apply(made):
         assert again.applied
     assert same_bits(before, state_bits(made))
+
+
+def test_no_tf32_while_an_edit_on_a_gpu_is_solved():
+    """Whichever names of torch's settings the caller used, both can be read within, and come out as they were."""
+    from rewrite_core import rewriting
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    newer = hasattr(matmul, "fp32_precision")
+    on = {place: SimpleNamespace(parameter=SimpleNamespace(device=torch.device(place))) for place in ("cpu", "cuda")}
+
+    def state():
+        return (matmul.fp32_precision, cudnn.conv.fp32_precision) if newer else (matmul.allow_tf32, cudnn.allow_tf32)
+
+    def older():
+        try:
+            return matmul.allow_tf32, cudnn.allow_tf32
+        except RuntimeError:  # they cannot say what the newer names were set to
+            return None
+
+    def settings():
+        yield "as they are"
+        for matrices, maps in ((True, True), (False, True), (True, False)):
+            matmul.allow_tf32, cudnn.allow_tf32 = matrices, maps
+            yield "older names"
+        if newer:
+            matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32", "tf32"
+            yield "newer names"
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "ieee"
+            assert older() is None
+            yield "newer names alone"
+
+    was = matmul.allow_tf32, cudnn.allow_tf32, state()
+    try:
+        for names in settings():
+            before, said = state(), older()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")  # there is none here
+                with rewriting._plain_arithmetic(on["cuda"]):
+                    assert state() in ([("ieee", "ieee"), ("ieee", "none")] if newer else [(False, False)]), names
+                    assert older() == (None if said is None else (False, False)), names
+            assert (state(), older()) == (before, said), names
+            with rewriting._plain_arithmetic(on["cpu"]):
+                assert state() == before, names
+    finally:
+        if newer:
+            cudnn.rnn.fp32_precision = cudnn.conv.fp32_precision = matmul.fp32_precision = "ieee"
+        matmul.allow_tf32, cudnn.allow_tf32 = was[:2]
+        if newer:
+            matmul.fp32_precision, cudnn.conv.fp32_precision = was[2]
+
 
 
 @pytest.mark.parametrize("solver", ["lm", "adam", "projected", "unconstrained"])

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter
 
-from rewrite_core.backends import BackendUnavailable, extension, triton_reason
+from rewrite_core.backends import BackendUnavailable, extension
 from rewrite_core.errors import RewriteCoreError
 
 # the module; rewrite_core.ops.second_moment is the function of the same name
@@ -317,8 +318,6 @@ def test_shape_without_computing():
     assert result.shape == (5, 5) and result.dtype == torch.float64 and result.device.type == "meta"
 
 
-needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
-
 INTERPRETED = """
 import importlib, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -381,7 +380,7 @@ print("all of it ran")
 """
 
 
-@needs_triton
+@needs_triton_interpreter
 def test_triton_interpreted(tmp_path):
     """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel.
 
@@ -536,7 +535,7 @@ SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB per multiprocessor and, but 
 TENSOR_CORES = {80: "mma.sync.aligned", 90: "wgmma.mma_async.sync", 100: "tcgen05.mma"}
 
 
-@needs_triton
+@needs_triton_compiler
 @pytest.mark.parametrize("mode", ["x3", "tf32", "half", "ieee"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_ahead_of_time(capability, mode, tmp_path, monkeypatch):

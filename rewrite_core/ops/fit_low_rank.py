@@ -49,6 +49,7 @@ STATUS = {
     SHIFTED: "shifted",  # exact solution of a rank-deficient problem, with the smallest diagonal shift
 }
 
+TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no float64 products of tiles
 MOST_UNKNOWNS = 1024  # of "triton", whose programs each keep two square matrices of that size: rank 64 takes 576 at 3x3
 
 # Shared with csrc/fit_low_rank_isa.cpp and kernels/fit_low_rank.py.
@@ -648,7 +649,7 @@ def _triton(problem: Problem) -> Outputs:
 
 
 def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str | None:
-    reason = triton_reason()
+    reason = triton_reason(TRITON)
     if reason is None and Problem(basis, *args).segments is not None:
         reason = "it has one demodulation per edit, and segments ask for several"
     if reason is None and basis.device.type != "cuda" and not triton_interpreted():

@@ -31,6 +31,7 @@ from ..backends import Backend, extension, extension_reason, select, transformed
 from ..errors import RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
+TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no products of tiles this small
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's; shared with csrc/fit_projected_isa.h
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 1.0, -1.0, 2.0, -2.0), 5: (0.0, 1.0, -1.0, 2.0, -2.0, 0.5)}  # and infinity
 GROUP = 8  # inputs that the kernel handles together
@@ -330,7 +331,7 @@ def _cpp_supports(operator: Tensor, *args: object) -> str | None:
 
 
 def _triton_supports(operator: Tensor, *args: object) -> str | None:
-    reason = triton_reason()
+    reason = triton_reason(TRITON)
     if reason is None and operator.device.type != "cuda" and not triton_interpreted():
         reason = f"it reads CUDA tensors, and the operator is on {operator.device}"
     return reason or _kernels_support(operator)
