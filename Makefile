@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+TORCH_STAMP = $(VENV)/.$(subst =,_,$(firstword $(TORCH)))
 RESULTS := $(if $(filter undefined,$(origin OUT)),benchmarks/results,$(OUT))
 OUT ?= demo_out
 
@@ -52,13 +53,13 @@ $(SYSTEM_LIBRARY)/.installed: setup.py pyproject.toml CMakeLists.txt rewrite_cor
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target $(SYSTEM_LIBRARY) .
 	touch $@
 
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rewrite_core needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
+$(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '.[test]'
 	touch $@
 
