@@ -1,4 +1,5 @@
-"""Every exception and warning the library raises on its input. Each message is one sentence that says what to do.
+"""The exceptions and warnings that the library raises on its input, but for ``ops.DiagonalShiftWarning`` and
+``BackendUnavailable``. Each message is one sentence that says what to do.
 
 And two helpers: :func:`warn`, which names the user's line, and :func:`whole_number`, which checks one."""
 

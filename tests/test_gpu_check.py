@@ -104,6 +104,13 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def make(*words):
+    """As from a shell, also where these tests were started by make."""
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "OUT", "VENV", "PYTHON", "TORCH", "TESTS"}
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 @needs_make
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_line_of_the_makefile(tmp_path):
@@ -113,16 +120,14 @@ def test_the_line_of_the_makefile(tmp_path):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
-    words = ["make", "-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", f"OUT={tmp_path}/out", "gpu-check"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", f"OUT={tmp_path}/out", "gpu-check")
     assert "needs an NVIDIA GPU and a torch that sees it" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert "Error 2" in done.stderr
 
 
 @needs_make
 def test_with_what_the_system_has_nothing_is_downloaded(tmp_path):
-    words = ["make", "-n", "-B", "gpu-check", "SYSTEM=1", "PYTHON=somewhere/python"]
-    lines = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = make("-n", "-B", "gpu-check", "SYSTEM=1", "PYTHON=somewhere/python").stdout.splitlines()
     (install,) = (line for line in lines if "-m pip install" in line)
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(install.split())
     assert not any("venv" in line for line in lines)
@@ -130,8 +135,7 @@ def test_with_what_the_system_has_nothing_is_downloaded(tmp_path):
     bare = tmp_path / "python"  # has nothing installed
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
     bare.chmod(0o755)
-    words = ["make", "-B", "gpu-check", "SYSTEM=1", f"PYTHON={bare}", f"SYSTEM_LIBRARY={tmp_path}/library"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = make("-B", "gpu-check", "SYSTEM=1", f"PYTHON={bare}", f"SYSTEM_LIBRARY={tmp_path}/library")
     assert re.match(r"make gpu-check SYSTEM=1 needs what .* lacks: torch, .*pybind11.*\.\n", done.stderr), done.stderr
     assert done.returncode and not (tmp_path / "library").exists()
 
