@@ -14,8 +14,9 @@ SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
 
+# Side by side; passive, as OpenMP's spinning threads would take the others' cores.
 test: $(VENV)/.installed
-	$(VENV)/bin/pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all

@@ -492,8 +492,9 @@ def test_the_module_runs(tmp_path):
 def test_an_interrupt_while_torch_is_imported(tmp_path):
     script = "import sys; from rewrite_core_command import main; print('started', flush=True); sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "info"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", script, "info"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
+    )  # fmt: skip
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
