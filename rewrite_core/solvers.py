@@ -219,7 +219,7 @@ def _warn_underdetermined(problem: Problem) -> None:
     if rank * taps >= pixels and not problem.preserve:
         warn(
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
-            "other images: use tight=False (the whole map), a lower rank, or preserve=0.3.",
+            "other images: use tight=False where only a part of the map is fitted, a lower rank, or preserve=0.3.",
             UnderdeterminedWarning,
         )
 
