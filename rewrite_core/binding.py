@@ -153,7 +153,7 @@ class BoundLayer:
 
             handle = self._layer.site.register_forward_hook(swap)
         try:
-            with torch.no_grad(), repeatable(self.generator):
+            with torch.no_grad(), repeatable(self.generator, id(self._forward)):
                 return self._forward(self.generator, for_generator(latents, self.generator))
         finally:
             if handle is not None:
@@ -225,7 +225,8 @@ def run_to(
         handles.append(layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True))
     first = layers[0]
     try:
-        with torch.no_grad(), repeatable(first.generator):
+        kind = (id(first._forward), *(layer.name for layer in layers))
+        with torch.no_grad(), repeatable(first.generator, kind):
             first._forward(first.generator, for_generator(latents, first.generator))
     except _Stop:
         pass

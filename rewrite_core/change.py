@@ -305,6 +305,8 @@ class Rewrite:
             raise MismatchError("This rewrite was loaded or copied; name the generator: state_dict(G).")
         bound = self._bind(self._layers[-1] if generator is None else generator)
         on, places = self._is_on(bound), list(self._layers)
+        stack = getattr(bound.module, _STACK, None)
+        before = None if stack is None else bound.parameter.detach().clone()
         if not on:
             self.apply(bound, force)
         try:
@@ -314,9 +316,12 @@ class Rewrite:
             }
             name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
         finally:
-            if not on:
+            if not on and stack is None:
                 self.revert(bound)
-                self._layers = places
+            elif before is not None and not on:  # forced, apply() has made others' rewrites part of what is below
+                _write(bound, before)
+                setattr(bound.module, _STACK, stack)
+            self._layers = places
         path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
         prefix = f"{path}." if path else ""  # in a compiled part not the layer's name
         state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -263,13 +264,16 @@ def _file(suffix: str = "") -> Callable[[str], str]:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """A file that is written is no file that is read, nor another that is written."""
+    """A file that is written is no file that is read, nor another that is written; but a checkpoint may end as the
+    moment."""
     def files(*names: str) -> list[str]:
         given = (getattr(options, name, None) for name in names)
         return [file for each in given if each for file in (each if isinstance(each, list) else [each])]
 
     seen = {os.path.realpath(file): file for file in files("edit", "moment", "rewrite", "checkpoint")}
-    for file in files("out", "state_dict", "resume"):
+    checkpoints = itertools.zip_longest(files("resume"), files("out"))
+    others = [file for file, out in checkpoints if file and not (out and os.path.realpath(file) == os.path.realpath(out))]
+    for file in [*files("out", "state_dict"), *others]:
         place = os.path.realpath(file)
         if place in seen:
             raise UsageError(f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import hashlib
 import inspect
@@ -19,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from .binding import BoundLayer
+    from .families import Layer
 
 # Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
 # version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.
-KIND = "xxh3-2:"
+KIND = "xxh3-3:"
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
@@ -155,8 +157,9 @@ class Trace(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
     def reached(self, number: int) -> None:
-        started = self._started - {self._layers[number]._layer.site}  # whose call the key is read from
-        self._parts[number] = _Part(self._generator, started, self._read)
+        layer = self._layers[number]._layer
+        started = self._started - {layer.site}  # whose call the key is read from
+        self._parts[number] = _Part(self._generator, started, self._read - _computing(layer))
 
     def fingerprint(self, number: int) -> str:
         """That of ``layers[number]``, after the pass; the layer remembers what it found."""
@@ -166,20 +169,37 @@ class Trace(TorchDispatchMode):
         return text
 
 
+def _computing(layer: Layer) -> set[int]:
+    """The ids of the tensors that a hook of the layer's own module has computed its weight from: no key depends on them."""
+    if layer.computed is None:
+        return set()
+    return {id(tensor) for name, tensor in _own(layer.module) if name.startswith(f"{layer.weight_name}_")}
+
+
 _PLACE = re.compile(r"[/\\]|^(cpu|cuda|mps|xpu)\b")  # strings that say where something is, not what it does
-_ARGUMENTS: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
+_NO_SETTINGS = {"training", "inplace"}  # passes run in eval mode; where a result is written does not change it
+_NAMES: weakref.WeakKeyDictionary[type, tuple[set[str], set[str]]] = weakref.WeakKeyDictionary()
 
 
-def _arguments(kind: type) -> set[str]:
+def _names(kind: type) -> tuple[set[str], set[str]]:
     """What the constructors of a class are given, by name: attributes of those names are settings, where others may be
-    counters and caches, which differ from pass to pass though the keys do not."""
-    if kind not in _ARGUMENTS:
-        constructors = (vars(base).get("__init__") for base in kind.__mro__)
-        codes = (getattr(inspect.unwrap(each), "__code__", None) for each in constructors if each is not None)
-        _ARGUMENTS[kind] = {
-            name for code in codes if code for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        }
-    return _ARGUMENTS[kind]
+    counters and caches, which differ from pass to pass though the keys do not. And the names of attributes that other
+    methods write, which may be such whatever they are called."""
+    if kind not in _NAMES:
+        arguments, written = set(), set(_NO_SETTINGS)
+        for base in kind.__mro__:
+            for name, function in vars(base).items():
+                function = inspect.unwrap(function) if isinstance(function, types.FunctionType) else None
+                code = getattr(function, "__code__", None)
+                if code is None:
+                    continue
+                if name == "__init__":
+                    arguments.update(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+                elif base is not nn.Module and not name.startswith("__"):  # __setstate__ reads old pickles
+                    stores = (each for each in dis.get_instructions(code) if each.opname == "STORE_ATTR")
+                    written.update(each.argval for each in stores)
+        _NAMES[kind] = arguments, written
+    return _NAMES[kind]
 
 
 def _is_setting(value: object) -> bool:
@@ -190,11 +210,15 @@ def _is_setting(value: object) -> bool:
 
 
 def _settings(module: nn.Module) -> Iterable[tuple[str, object]]:
-    """The module's settings: its floats, and other plain values that are named as its constructor's arguments are."""
+    """The module's settings: its floats, and other plain values that are named as its constructor's arguments are, as
+    long as only constructors write them."""
+    arguments, written = _names(type(module))
     for key, value in sorted(vars(module).items()):
+        if key in written:
+            continue
         if isinstance(value, float):
             yield key, float(value)
-        elif value is not None and key in _arguments(type(module)) and _is_setting(value):
+        elif value is not None and key in arguments and _is_setting(value):
             yield key, value
 
 
@@ -205,7 +229,7 @@ class _Part:
         self._started: set[str] = set()
         self._tensors: dict[str, list[str]] = {}
         for name, module in sorted(generator.named_modules()):
-            if module in started:
+            if module in started and "_orig_mod" not in module._modules:  # a compiled part is what is in it
                 self._started.add(name)
             keys = [key for key, tensor in _own(module) if module in started or id(tensor) in read]
             if keys or module in started:
@@ -215,11 +239,11 @@ class _Part:
         modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
         for name, keys in self._tensors.items():
-            tensors = dict(_own(modules[name]))
+            tensors, plain = dict(_own(modules[name])), name.replace("_orig_mod.", "").removesuffix("._orig_mod")
             for key in keys:
-                _hash_tensor(digest, f"{name}.{key}", tensors[key])
+                _hash_tensor(digest, f"{plain}.{key}", tensors[key])
             if name in self._started:
-                digest.update(f"{name}|{[*_settings(modules[name])]}|".encode())
+                digest.update(f"{plain}|{[*_settings(modules[name])]}|".encode())
         return KIND + digest.hexdigest()
 
 

@@ -93,6 +93,8 @@ class SecondMoment:
         self._groups = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
         self._spread = 0.0
         self._factor: SPDFactor | None = None
+        self._wide = True  # all keys were float64
+        self._blocks = 1  # of channels, with zeros between them: see within_groups
 
     @property
     def channels(self) -> int:
@@ -156,6 +158,7 @@ class SecondMoment:
         if count:
             self._groups += 1
             self._spread += square / count
+            self._wide = self._wide and about.dtype == torch.float64
         self._factor = self.key_errors = None
         return count
 
@@ -177,7 +180,7 @@ class SecondMoment:
         moment = SecondMoment(self.channels, self.layer, self.fingerprint)
         blocks = (rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))
         moment._sum.copy_(torch.block_diag(*blocks))
-        moment.count = self.count
+        moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
         return moment
 
     @property
@@ -197,11 +200,16 @@ class SecondMoment:
     @property
     def factor(self) -> SPDFactor:
         """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
-        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. C is a sum of float32 products, so
-        what is below their rounding counts as rank-deficient."""
+        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. Unless all keys were float64, C is
+        a sum of float32 products, and what is below their rounding counts as rank-deficient."""
         if self._factor is None:
-            self._factor = spd_factor(self.matrix(), noise=_NOISE, rank=self.count)
+            self._factor = spd_factor(self.matrix(), noise=self._noise, rank=self.count * self._blocks)
         return self._factor
+
+    @property
+    def _noise(self) -> float:
+        """How exact an entry C_ij is, relative to sqrt(C_ii C_jj)."""
+        return 0.0 if self._wide else _NOISE
 
     def solve(self, keys: Tensor) -> Tensor:
         """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
@@ -269,13 +277,13 @@ class SecondMoment:
         return {
             "channels": self.channels, "layer": self.layer, "fingerprint": self.fingerprint,
             "latents": self.latents.get("merged", [self.latents] if self.count else []),
-            "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread,
+            "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread, "wide": self._wide,
         }  # fmt: skip
 
     @staticmethod
     def _joined(facts: list[dict]) -> dict:
         """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
-        joined = {"_factor": None, "key_errors": None}
+        joined = {"_factor": None, "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
         for name in ("channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
@@ -309,6 +317,7 @@ class SecondMoment:
             "latents": self.latents,
             "groups": self._groups,
             "spread": None if math.isnan(self._spread) else self._spread,
+            "wide": self._wide,
             "key_errors": None if self.key_errors is None else self.key_errors.tolist(),
             "progress": progress,
         }
@@ -349,11 +358,12 @@ class SecondMoment:
             raise FileFormatError(f"{path} holds no finite sum with its counts.")
         layer, fingerprint = metadata.get("layer"), metadata.get("fingerprint")
         latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
-        spread, errors = metadata.get("spread"), metadata.get("key_errors")
+        spread, errors, wide = metadata.get("spread"), metadata.get("key_errors"), metadata.get("wide", False)
         if not (
             all(isinstance(text, str | None) for text in (layer, fingerprint))
             and all(isinstance(record, dict) for record in (latents, progress))
             and isinstance(spread, float | None)
+            and isinstance(wide, bool)
             and (errors is None or isinstance(errors, list) and all(isinstance(error, float) for error in errors))
             and sorted((name, type(value)) for name, value in progress.items())
             in ([], [("batch_size", int), ("done", int)])
@@ -362,7 +372,7 @@ class SecondMoment:
         moment = cls(1, layer, fingerprint)
         moment._sum = total.clone()  # what was read may be the file itself, mapped into memory
         moment.count, moment.skipped, moment.latents = count, skipped, latents
-        moment._groups, moment._spread = groups, math.nan if spread is None else spread
+        moment._groups, moment._spread, moment._wide = groups, math.nan if spread is None else spread, wide
         moment.key_errors = None if errors is None else torch.tensor(errors, dtype=torch.float64, device="cpu")
         return moment, progress, tensors
 
@@ -378,7 +388,7 @@ class SecondMoment:
             raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
         moment = cls(len(total))
         moment._sum.copy_(torch.from_numpy((total + total.T) / 2))  # a float32 sum's triangles differ
-        moment.count, moment._spread = count, math.nan
+        moment.count, moment._spread, moment._wide = count, math.nan, False
         return moment
 
 
@@ -492,7 +502,7 @@ class _KeyErrors:
     def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
             warnings.simplefilter("ignore", DiagonalShiftWarning)
-            factor = spd_factor(moment._sum, noise=_NOISE)  # N C, as a copy to divide by N would be one matrix more
+            factor = spd_factor(moment._sum, noise=moment._noise)  # N C, as a copy to divide by N would be one matrix more
 
         def solve(rhs: Tensor) -> Tensor:
             return factor.solve(rhs).mul_(moment.count)

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from .binding import BoundLayer
 from .errors import MismatchError
-from .families.weights import Parametrized
+from .families.weights import Folded, Parametrized
 from .modes import evaluating
 
 
@@ -35,12 +35,15 @@ class LowRankChange(nn.Module):
         return (weight + self._layer.native(delta.to(self.coefficients.dtype))).to(weight.dtype)
 
     def remove(self) -> None:
-        """Take it off the module, whose weight is then as it was, bit for bit."""
+        """Take it off the module, whose weight is then as it was, bit for bit. Raises MismatchError where it is not on
+        the module any more, or under a rewrite that is applied."""
         module, name = self._layer.module, self._layer.weight_name
         stages = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
         place = next((i for i, stage in enumerate(stages) if stage is self), None)
         if place is None:
             raise MismatchError("This parametrization is not on the module any more, so there is nothing to remove.")
+        if any(isinstance(stage, Folded) for stage in [*stages][place:]):
+            raise MismatchError("A rewrite was applied on top of this parametrization; revert that first, then remove this.")
         if len(stages) == 1:
             # torch takes the weight's property off the class, which a deep copy shares with the original
             kind = type(module)

@@ -1,6 +1,8 @@
 import copy
 import gc
 import random
+import threading
+import time
 import weakref
 from collections import OrderedDict
 
@@ -566,6 +568,49 @@ def test_the_fingerprint_sees_plain_settings_and_no_counters():
         moment.check(layer, maps())
 
 
+class Writing(nn.Module):
+    """Its forward pass and train() write attributes that are named as its constructor's arguments."""
+
+    def __init__(self, batch_size=None, training=True, inplace=False):
+        super().__init__()
+        self.batch_size, self.training, self.inplace = batch_size, training, inplace
+        self.act, self.norm, self.conv = nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(5, 6, 3, padding=1)), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        self.batch_size = len(x)
+        return self.conv(self.act(self.norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_fingerprint_does_not_see_what_passes_write():
+    generator = Writing().eval()
+    prints = set()
+    for change in (
+        lambda: None, generator.train, lambda: setattr(generator.act, "inplace", True),
+        lambda: setattr(generator, "norm", torch.compile(generator.norm, backend="eager")),
+    ):  # fmt: skip
+        change()
+        for count in (1, 3):
+            generator(maps()[:count])
+            prints.add(rc.bind(generator, "conv").fingerprint(maps()))
+    assert len(prints) == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_hooked_layer_is_rewritten_twice_and_left_with_its_weight(norm):
+    generator = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), norm(nn.Conv2d(6, 6, 1))).eval()
+    generator(maps())
+    weight = generator[1].weight.detach().clone()
+    layer = rc.bind(generator, "1")
+    before = layer.fingerprint(maps())
+    moment = rc.collect_second_moment(layer, maps(), progress=False)
+    with rc.insert(layer, moment, torch.randn(2, 6), torch.randn(2, 6), rank=1):
+        assert rc.bind(generator, "1").fingerprint(maps()) == before
+        moment.check(rc.bind(generator, "1"), maps())
+    assert torch.equal(generator[1].weight, weight)  # before any pass
+
+
 def test_the_fingerprint_of_stylegan2():
     generator = make("stylegan2").eval()
     generator.latent_avg = generator.style(latents()).mean(0).detach()
@@ -732,6 +777,40 @@ def test_a_train_method_of_the_users_own_is_not_called():
     assert torch.equal(rc.bind(generator, "2").keys(maps()), keys.movedim(-1, 1))  # eval mode: nothing drops out
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
     assert all(module.training for module in generator.modules())
+
+
+def test_passes_in_two_threads_leave_the_random_state_alone():
+    class Slow(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.conv, self.seconds = nn.Conv2d(5, 8, 3, padding=1), seconds
+
+        def forward(self, x):
+            time.sleep(self.seconds)
+            return self.conv(x + random.random() + np.random.rand() + torch.rand(()))
+
+    layers = [rc.bind(Slow(seconds), "conv") for seconds in (0.02, 0.05)]
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
+    for layer in layers:
+        layer.keys(maps())  # how far it draws is known from now on
+    threads = [threading.Thread(target=layer.keys, args=(maps(),)) for layer in layers]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python
+    assert (np.random.get_state(legacy=False)["state"]["key"] == numpy["state"]["key"]).all()
+
+
+def test_threads_draw_their_own_numbers_where_a_generator_draws_none():
+    """nn.Sequential cannot draw from Python's generator, so it is not seeded for its passes."""
+    generator = nn.Sequential(nn.Conv2d(5, 6, 1), nn.Conv2d(6, 6, 1))
+    drawn = []
+    generator[0].register_forward_pre_hook(lambda module, args: drawn.append((random.random(), np.random.rand())))
+    for _ in range(3):
+        rc.bind(generator, "1").keys(maps())
+    assert len(set(drawn)) == 3
 
 
 def test_noise_is_repeated_and_the_random_state_left_alone():

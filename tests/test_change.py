@@ -396,3 +396,14 @@ def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):
     save_record(path, "rewrite", 1, {name: part.long() for name, part in tensors.items()}, good)
     with pytest.raises(rc.FileFormatError, match="floating-point"):
         rc.load_rewrite(path)
+
+
+def test_a_forced_state_dict_leaves_other_changes_on_record(generator, layer, changes):
+    before = state_bits(generator)
+    changes[0].apply()
+    layer.parameter.data.add_(1e-3)
+    touched = state_bits(generator)
+    changes[1].state_dict(generator, force=True)
+    assert same_bits(touched, state_bits(generator))
+    changes[0].revert(force=True)
+    assert same_bits(before, state_bits(generator))

@@ -204,6 +204,12 @@ def test_collecting_several_layers_in_one_pass(tmp_path, capsys, user_generator)
         assert not Path("m.safetensors").exists()
     code, _, err = run(capsys, *one, "--out", "./m.safetensors", *words)
     assert code == 2 and "./m.safetensors is named twice" in err
+    code, _, err = run(capsys, *one, "--out", "n.safetensors", *("--resume", "m.safetensors") * 2, *words)
+    assert code == 2 and "m.safetensors is named twice" in err
+    own = ["collect", "--layer", "1", "--out", "own.safetensors", "--resume", "own.safetensors"]  # a checkpoint may end as it
+    for _ in range(2):
+        assert run(capsys, *own, *words)[0] == 0
+        assert torch.equal(rc.SecondMoment.load("own.safetensors", rc.bind(user_generator, "1")).matrix(), alone.matrix())
 
 
 def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
@@ -258,7 +264,6 @@ BAD = [
     (["collect", "--layer", LAYER, "--count", "99999999999999", "--out", "m.safetensors"], "Out of memory"),
     (["edit", "spire", "--layer", LAYER, "--out", "a.safetensors", "--state-dict", "./a.safetensors"], "named twice"),
     (["edit", "spire", "--layer", LAYER, "--moment", "m.safetensors", "--out", "m.safetensors"], "would lose m.safetensors"),
-    (["collect", "--layer", LAYER, "--out", "m.safetensors", "--resume", "m.safetensors"], "named twice"),
     (["layers", "--generator", "mine:nothing", "--latent-size", "6"], "no function"),
     (["layers", "--generator", "mine:not_a_module", "--latent-size", "6"], "torch.nn.Module"),
     (["layers", "--generator", "mine:make"], "--latent-size"),

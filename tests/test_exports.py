@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same_bits, state_bits
 from test_families import KINDS, bound, latents, output, simple_edit, untouched
 from torch import nn
 from torch.nn.utils import parametrize
@@ -222,3 +223,15 @@ def test_an_edited_generator_goes_through_torch_export(kind, name, how):
     assert torch.allclose(exported, after, atol=1e-5) and not torch.allclose(exported, before, atol=1e-4)
     with pytest.raises(rc.UnknownLayerError, match="bind the module that this graph was exported from"):
         rc.bind(program.module(), name)
+
+
+def test_a_parametrization_under_an_applied_change_stays():
+    generator, layer, change, z = changed("proggan", "layer5.conv")
+    before = state_bits(generator)
+    switch = change.parametrize()
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    with rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd"):
+        with pytest.raises(rc.MismatchError, match="revert that first"):
+            switch.remove()
+    switch.remove()
+    assert same_bits(before, state_bits(generator))

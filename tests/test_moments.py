@@ -925,6 +925,33 @@ def test_a_channel_that_is_the_sum_of_others_is_noticed():
     assert noticed >= 6
 
 
+def test_float64_keys_are_as_good_as_their_own_rounding(tmp_path):
+    """Nothing of float32's rounding is in their sum: neither where it is saved nor where such sums are merged."""
+    keys = torch.randn(4000, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys[:, 1] = keys[:, 0] + 1e-4 * keys[:, 1]
+    moment = rc.SecondMoment(16)
+    moment.update(keys)
+    moment.save(tmp_path / "moment.safetensors")
+    for same in (moment, rc.SecondMoment.load(tmp_path / "moment.safetensors"), rc.SecondMoment(16).merge(moment)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert same.factor.shift == 0
+    rough = rc.SecondMoment(16)
+    rough.update(keys.float())
+    with pytest.warns(DiagonalShiftWarning):
+        assert rough.merge(moment).factor.shift > 0
+
+
+def test_groups_have_the_rank_of_all_their_keys():
+    moment = rc.SecondMoment(64)
+    moment.update(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moment.within_groups(16).factor.shift == 0
+    with pytest.warns(DiagonalShiftWarning):
+        assert moment.factor.shift > 0
+
+
 def test_a_large_mean_needs_no_shift():
     moment = rc.SecondMoment(32)
     moment.update(1000 + torch.randn(4000, 32, generator=torch.Generator().manual_seed(0)))

@@ -185,13 +185,29 @@ def test_rank_deficient_gets_the_smallest_shift_that_serves(kind, backend):
     assert abs(steps - round(steps)) < 1e-9 and -1e-9 < steps < 6, "not on the ladder, or far up"
     assert (factor.lower.diagonal() ** 2 > n * EPSILON * factor.matrix.diagonal()).all(), "a pivot is noise"
     if steps > 0.5:  # a step lower the smallest pivot was rounding error
-        lower = torch.linalg.cholesky_ex(matrix + 0.1 * factor.shift * torch.eye(n, dtype=torch.float64))[0]
+        lower = torch.linalg.cholesky_ex(matrix + 0.1 * (factor.matrix - matrix))[0]
         assert not (lower.diagonal() ** 2 > n * EPSILON * matrix.diagonal()).all()
     x = factor.solve(matrix @ right_sides(n, 3))
     assert x.isfinite().all()
-    shifted = matrix + factor.shift * torch.eye(n, dtype=torch.float64)
-    torch.testing.assert_close(factor.matrix, shifted, rtol=0, atol=0)
+    diagonal, mean = matrix.diagonal(), matrix.diagonal().mean()
+    shifted = matrix + torch.diag(factor.shift / mean * torch.where(diagonal > 0, diagonal, mean))
+    torch.testing.assert_close(factor.matrix, shifted, rtol=1e-15, atol=0)
     assert residual(shifted, x, matrix @ right_sides(n, 3)) < 1e-6
+
+
+@backends
+def test_a_shift_keeps_the_digits_of_small_channels(backend):
+    rows = right_sides(2000, 24)
+    rows[:, :3] *= 1e4
+    rows[:, 2] = rows[:, 0]
+    kept = [i for i in range(24) if i != 2]
+    b = right_sides(24)
+    b[:3] = 0
+    matrix = rows.T @ rows / 2000
+    with pytest.warns(DiagonalShiftWarning):
+        x = spd_factor(matrix, backend=backend, noise=2**-24).solve(b)
+    wanted = torch.linalg.solve(matrix[kept][:, kept], b[kept])
+    assert (x[3:] - wanted[2:]).norm() < 1e-5 * wanted[2:].norm()
 
 
 @backends

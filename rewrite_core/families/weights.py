@@ -170,7 +170,11 @@ class _Detached(ComputedWeight):
 
     def _take(self, value: nn.Parameter, names: list[str]) -> dict[str, Any]:
         module = self.module
-        record = {"parameters": dict(module._parameters), "buffers": dict(module._buffers), "dtype": value.dtype}
+        computed = module.__dict__.get(NAME)  # of the last pass; without its graph, which nothing can copy
+        record = {
+            "parameters": dict(module._parameters), "buffers": dict(module._buffers), "dtype": value.dtype,
+            "computed": computed.detach() if isinstance(computed, Tensor) else None,
+        }  # fmt: skip
         for name in names:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
@@ -199,6 +203,9 @@ class _Detached(ComputedWeight):
         restore(module._buffers, record["buffers"])
         delattr(module, _RECORD)
         self._restore(record)
+        if record["computed"] is not None:  # for whoever reads it before the next pass
+            cast = weight.dtype if weight.dtype != record["dtype"] else None
+            setattr(module, NAME, record["computed"].to(weight.device, cast))
 
     @abc.abstractmethod
     def _restore(self, record: dict[str, Any]) -> None: ...

@@ -29,7 +29,8 @@ class SPDFactor:
 
     matrix  [n, n] or [B, n, n] float64: the matrix solved with, ``shift`` included
     lower   the same shape: matrix = lower @ lower.T
-    shift   scalar or [B], float64: what was added to the diagonal, 0 where nothing was
+    shift   scalar or [B], float64: what was added to a diagonal entry of mean size, 0 where nothing was; to each in
+            proportion, so that channels of small scale keep their digits, and to a dead one as if it were of mean size
     """
 
     matrix: Tensor
@@ -95,9 +96,9 @@ def spd_factor(
 
     A rank-deficient matrix (dead or duplicated channels, fewer keys than channels) gets the smallest of
     0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times
-    the mean diagonal, and a DiagonalShiftWarning tells the size. "Fit" means that every pivot is above n eps and
-    above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is below n, rounding error
-    is all that any factor has there: no shift below `noise` times the mean diagonal will do.
+    each entry (of a dead channel: the mean one), and a DiagonalShiftWarning tells the size. "Fit" means that every pivot
+    is above n eps and above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is below n,
+    rounding error is all that any factor has there: no shift below n eps or `noise` times an entry will do.
 
     Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
     an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), or one with a clearly negative eigenvalue.
@@ -145,7 +146,7 @@ def spd_factor(
     deficient = rank is not None and rank < n
     if any(info) or deficient:
         full = full.clone()
-        _shift(kernels, full, lower, info, means, shift, least, noise if deficient else 0.0, batched=matrix.ndim == 3)
+        _shift(kernels, full, lower, info, means, shift, least, least if deficient else 0.0, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
         return SPDFactor(full, lower, shift, backend)
     return SPDFactor(full[0], lower[0], shift[0], backend)
@@ -156,22 +157,23 @@ def _shift(
     smallest: float, batched: bool,
 ) -> None:  # fmt: skip
     """Factors those matrices whose info is not 0 (or all, if `smallest` is not) again, in place, with ever larger shifts
-    from `smallest` times the mean diagonal on; warns or raises."""
+    from `smallest` times each diagonal entry on; warns or raises."""
     for b, mean in enumerate(means):
         if not info[b] and not smallest:
             continue
         diagonal = full[b].diagonal()
         plain = diagonal.clone()
-        step, bad = max(EPSILON, smallest) * mean, True
+        sizes = torch.where(plain > 0, plain, mean)
+        step, bad = max(EPSILON, smallest), True
         while bad:
-            if step > LARGEST_SHIFT * mean:
+            if step > LARGEST_SHIFT:
                 which = f" {b} of the batch" if batched else ""
                 raise RewriteCoreError(
                     f"The matrix{which} is not positive semidefinite, even with {LARGEST_SHIFT:.0e} of its mean diagonal "
                     "added: a second moment has no negative eigenvalues, so pass sums of k k^T."
                 )
-            shift[b] = step
-            diagonal.copy_(plain + step)
+            shift[b] = step * mean
+            diagonal.copy_(plain + step * sizes)
             part, again = kernels.factor(full[b : b + 1], least)
             lower[b], bad = part[0], bool(again[0])
             step = 10 * step
