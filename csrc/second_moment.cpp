@@ -54,7 +54,7 @@ constexpr int64_t chunk_bytes = 256 << 10;  // packed keys at a time, at least o
 constexpr int64_t group_bytes = 2 << 20;    // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;   // of packed keys, where each thread packs its own, or one matrix
-constexpr int64_t block_rows = 96, block_columns = 32;  // channels of one task, by channels
+constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
 
 int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
@@ -224,22 +224,6 @@ class Ahead {
   int64_t offsets_[2][most_steps], lines_[most_steps], packed_lines_[most_steps];
 };
 
-// Adds the products of one block, rows of block_columns in `part`, to sums and to their mirror image, while they are at
-// hand: the rows of a matrix of a power of two of channels share the cache's sets.
-void add_mirrored(const Block& block, double* part, int64_t n, double* sums) {
-  for (int64_t i = block.row; i < block.row_end; ++i) {
-    const int64_t columns = std::min(block.column_end, i + 1) - block.column;
-    double *row = sums + i * n + block.column, *products = part + (i - block.row) * block_columns;
-    for (int64_t j = 0; j < columns; ++j) products[j] = row[j] += products[j];
-  }
-  for (int64_t j = block.column; j < std::min(block.column_end, n); ++j) {
-    const int64_t first = std::max(block.row, j + 1), rows = block.row_end - first;
-    double turned[block_rows];  // a row of the image at once: it goes to lines that are not in the cache
-    for (int64_t i = 0; i < rows; ++i) turned[i] = part[(first + i - block.row) * block_columns + j - block.column];
-    if (rows > 0) std::memcpy(sums + j * n + first, turned, rows * sizeof(double));
-  }
-}
-
 // The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the team.
 // With three chunks A, B, C in [first, end) and D the first from `then` on, which is of a later call:
 //
@@ -306,7 +290,10 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
           }
         }
       }
-      if (to_part) add_mirrored(block, part, n, sums);
+      if (to_part) {
+        const int64_t rows[2] = {block.row, block.row_end}, columns[2] = {block.column, std::min(block.column_end, n)};
+        p.kernels.add_mirrored(part, block_columns, rows, columns, n, sums);
+      }
     }
     ahead.finish();
     std::swap(packed, spare);

@@ -79,33 +79,53 @@ inline V shuffle(V a, V b, Places places) {
 #endif
 }
 
-// Vectors of lanes / group groups each, and the sums of their groups wanted: adds the halves of every group. The
-// result holds a's groups, then b's, of half the size.
+// Vectors of lanes / group groups each, and the sums of their groups wanted: adds the halves of every group. Where a
+// group was, the result holds a's, then b's, of half the size: every lane of one term stays where it is, which costs a
+// blend in place of a shuffle.
 template <class Real, int group>
 inline Vec<Real> add_halves(Vec<Real> a, Vec<Real> b) {
+  constexpr int n = lanes<Real>, half = group / 2;
+  typename Vector<typename Integer<sizeof(Real)>::type, vector_bytes>::type lower, other;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < n; ++lane) {
+    lower[lane] = lane % group < half ? -1 : 0;
+    other[lane] = lane % group < half ? lane + half : n + lane - half;  // lanes of b count from n on
+  }
+  return (lower ? a : b) + shuffle(a, b, other);
+}
+
+// The same for one vector: its groups move up to fill the first half.
+template <class Real, int group>
+inline Vec<Real> add_halves(Vec<Real> a) {
   constexpr int n = lanes<Real>, half = group / 2;
   typename Vector<typename Integer<sizeof(Real)>::type, vector_bytes>::type first, second;
 #pragma GCC unroll 16
   for (int lane = 0; lane < n; ++lane) {
-    first[lane] = lane / half * group + lane % half;  // lanes of b count from n on
+    first[lane] = lane / half * group % n + lane % half;
     second[lane] = first[lane] + half;
   }
-  return shuffle(a, b, first) + shuffle(a, b, second);
+  return shuffle(a, a, first) + shuffle(a, a, second);
 }
 
 // out[i] += the sum over the lanes of vectors[i], for i < wanted; count and group are how far the sums are.
 template <class Real, int wanted, int count = wanted, int group = lanes<Real>>
 inline void add_lanes(Vec<Real>* vectors, double* out) {
-  if constexpr (group == 1) {
-    Real sums[count * lanes<Real>];
+  constexpr int n = lanes<Real>;
+  if constexpr (count > n) {  // a vector holds no more sums than lanes
+    add_lanes<Real, n>(vectors, out);
+    add_lanes<Real, wanted - n>(vectors + n, out + n);
+  } else if constexpr (group == 1) {
+    Real sums[n];
     __builtin_memcpy(sums, vectors, sizeof(sums));
     for (int i = 0; i < wanted; ++i) out[i] += static_cast<double>(sums[i]);
+  } else if constexpr (count == 1) {
+    vectors[0] = add_halves<Real, group>(vectors[0]);
+    add_lanes<Real, wanted, 1, group / 2>(vectors, out);
   } else {
-    constexpr int pairs = (count + 1) / 2;
+    static_assert(count % 2 == 0, "pairs of vectors");
+    constexpr int pairs = count / 2;  // i and i + pairs: in the end the sums are in order
 #pragma GCC unroll 4
-    for (int i = 0; i < pairs; ++i) {
-      vectors[i] = add_halves<Real, group>(vectors[2 * i], vectors[count == 1 ? 0 : 2 * i + 1]);
-    }
+    for (int i = 0; i < pairs; ++i) vectors[i] = add_halves<Real, group>(vectors[i], vectors[i + pairs]);
     add_lanes<Real, wanted, pairs, group / 2>(vectors, out);
   }
 }
@@ -362,10 +382,37 @@ void pack_same(const void* from, int, int64_t channel_stride, int64_t position_s
                             static_cast<char*>(to));
 }
 
+// SecondMomentKernels::add_mirrored. Rows of the image are turned in a small buffer and written at once, to lines that
+// are not in the cache; a column of the matrix at a time, the rows of a power of two of channels share the cache's sets.
+void add_mirrored(double* __restrict part, int64_t part_stride, const int64_t rows[2], const int64_t columns[2],
+                  int64_t n, double* __restrict sums) {
+  constexpr int some = 8;
+  double turned[some * most_block_rows];
+  for (int64_t i = rows[0]; i < rows[1]; ++i) {
+    const int64_t count = (columns[1] < i + 1 ? columns[1] : i + 1) - columns[0];
+    double* __restrict products = part + (i - rows[0]) * part_stride;
+    double* __restrict row = sums + i * n + columns[0];
+    for (int64_t j = 0; j < count; ++j) products[j] = row[j] += products[j];
+  }
+  for (int64_t column = columns[0]; column < columns[1]; column += some) {
+    const int64_t end = columns[1] - column < some ? columns[1] : column + some;
+    const int64_t from = rows[0] < column ? column : rows[0];  // what lies above the diagonal is turned, not written
+    if (from >= rows[1]) continue;
+    transpose(part + (from - rows[0]) * part_stride + column - columns[0], part_stride, static_cast<int>(end - column),
+              static_cast<int>(rows[1] - from), turned, most_block_rows);
+    for (int64_t j = column; j < end; ++j) {
+      const int64_t first = from < j + 1 ? j + 1 : from;
+      if (first >= rows[1]) continue;
+      __builtin_memcpy(sums + j * n + first, turned + (j - column) * most_block_rows + first - from,
+                       static_cast<__SIZE_TYPE__>(rows[1] - first) * sizeof(double));
+    }
+  }
+}
+
 template <class Element>
 constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) {
   return {sizeof(Element), vector_bytes / static_cast<int>(sizeof(Element)), tile_rows, tile_columns, panel_channels,
-          pack, tile<Element>, diagonal<Element>};
+          pack, tile<Element>, diagonal<Element>, add_mirrored};
 }
 
 }  // namespace

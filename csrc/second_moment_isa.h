@@ -11,6 +11,7 @@ namespace rewrite_core {
 // different sets of the cache, and with a constant all of a tile's addresses are one register and a number.
 constexpr int run_bytes = 2048;
 constexpr int key_stride = run_bytes + 64;
+constexpr int most_block_rows = 96;  // of add_mirrored
 
 // What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
 // `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
@@ -48,6 +49,11 @@ struct SecondMomentKernels {
 
   // The same for the products j <= i of the first `channels` <= columns channels from `block`.
   void (*diagonal)(const void* block, int channels, int steps, double* out, int64_t out_stride);
+
+  // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <= j
+  // < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes `part`.
+  void (*add_mirrored)(double* part, int64_t part_stride, const int64_t rows[2], const int64_t columns[2], int64_t n,
+                       double* sums);
 };
 
 struct SecondMomentTable {
