@@ -131,6 +131,11 @@ class BoundLayer:
         """What the layer does per channel after its linear operator; None where unknown."""
         return self._layer.post_operation(capture)
 
+    @property
+    def known(self) -> bool:
+        """Whether what the layer does with its weight is known, so that :meth:`linear` runs on any channels."""
+        return self._layer.known
+
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
         """A capture restricted to a box of the map (DESIGN: the convolution zero-pads at its edge)."""
         return self._layer.crop(capture, key_box, value_box)
@@ -276,7 +281,8 @@ def _unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
     return generator, name
 
 
-def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
+def _bindable(generator: nn.Module, general: bool = False) -> dict[str, LayerFamily]:
+    """The layers of known families by name, and those of family "general" too if `general`."""
     found: dict[str, LayerFamily] = {}
     for path, module in generator.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -285,7 +291,8 @@ def _bindable(generator: nn.Module) -> dict[str, LayerFamily]:
             layer = family.recognise(generator, path)
             if layer is not None:
                 # a compiled part lends its attributes: what is in it is found under two names
-                if layer.refusal() is None and all(layer.module is not other.module for other in found.values()):
+                able = layer.refusal() is None and (general or layer.known)
+                if able and all(layer.module is not other.module for other in found.values()):
                     found[layer.path] = layer
                 break
     return found
@@ -373,40 +380,82 @@ class LayerInfo:
     solver: str
 
 
-def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None = None) -> list[LayerInfo]:
+def _is_made_of(layer: BoundLayer, output: object, value: Tensor) -> bool:
+    """Whether a layer's output is what its family makes of `value`, but for rounding."""
+    if not isinstance(output, Tensor):
+        return True
+    made = layer._layer.replace_value(output, value).double()
+    rough = torch.finfo(output.dtype).eps > 1e-5 if output.is_floating_point() else True
+    return bool((made - output).norm() <= (3e-2 if rough else 1e-3) * output.norm())
+
+
+def list_layers(
+    generator: nn.Module, latents: Tensor, forward: Forward | None = None, general: bool = False
+) -> list[LayerInfo]:
     """Every layer that can be bound, in the order the generator runs them.
 
-    `latents` [N, ...]: one is enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
-    L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown, and "lm" is refused. A layer that
-    runs more than once in a forward pass, or shares its weight with another module, is left out, with a warning.
+    `latents` [N, ...]: two are enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
+    L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown. With `general`, also other modules that own a
+    weight (equalised layers of mapping networks, convolutions with a forward of their own): of these only what they put
+    out is known, so they are rewritten by solver "adam", through autograd and on the whole map. Left out, with
+    a warning that says why, is a layer that runs more than once in a forward pass, shares its weight with another module,
+    sees more or fewer maps than latents, or puts out what its family does not explain.
     """
     generator, _ = _unwrapped(generator)
-    layers = {path: BoundLayer(generator, layer, forward) for path, layer in _bindable(generator).items()}
+    bindable = _bindable(generator, general)
+    layers = {path: BoundLayer(generator, layer, forward) for path, layer in bindable.items()}
     if not layers:
         return []
+    few = for_generator(latents, generator)[:2]
     captures: dict[str, Capture] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     runs = dict.fromkeys(layers, 0)
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
+    busy: set[str] = set()  # whose value is being computed, which may run the module
     handles = []
     for path, layer in layers.items():
 
         def catch(module, args, kwargs, path=path, layer=layer):
+            if path in busy:
+                return
             runs[path] += 1
             if runs[path] == 1:
                 try:
                     captures[path] = layer._layer.capture(args, kwargs)
                 except RewriteCoreError as error:
-                    unknown.append(f"Layer {path!r} is left out: {error}")
+                    unknown[path] = str(error)
+
+        def compare(module, args, output, path=path, layer=layer):
+            if path in busy or path in sizes or path not in captures:
+                return
+            busy.add(path)
+            try:
+                value = layer.value(captures[path])
+                sizes[path] = tuple(value.shape[2:])
+                if not _is_made_of(layer, output, value):
+                    unknown[path] = (
+                        f"what it puts out is not what a layer of family {layer.family!r} makes of its keys, so an edit would "
+                        "miss its goal; look for a hook on it, or for a forward that runs it in its own way"
+                    )
+            except RewriteCoreError as error:
+                unknown[path] = str(error)
+            finally:
+                busy.discard(path)
 
         handles.append(layer._layer.site.register_forward_pre_hook(catch, with_kwargs=True))
+        handles.append(layer._layer.site.register_forward_hook(compare))
     try:
         with torch.no_grad(), repeatable(generator):
-            (forward or _call)(generator, for_generator(latents, generator)[:1])
+            (forward or _call)(generator, few)
     finally:
         for handle in handles:
             handle.remove()
-    for message in unknown:
-        warnings.warn(message, stacklevel=2)
+    for path, capture in captures.items():
+        if runs[path] == 1 and len(capture.key) != len(few):
+            unknown.setdefault(path, f"it sees {len(capture.key)} maps for {len(few)} latents, so whose is whose is not known")
+    for path, reason in unknown.items():
+        captures.pop(path, None)
+        warnings.warn(f"Layer {path!r} is left out: {reason}", stacklevel=2)
     infos = []
     for path, capture in captures.items():
         layer = layers[path]
@@ -425,7 +474,6 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
             )
             continue
         with torch.no_grad():
-            value = layer.value(capture)
             after = layer.post_operation(capture)
         exact = after is not None and after.style is None and after.slope == 1.0
         infos.append(
@@ -436,7 +484,7 @@ def list_layers(generator: nn.Module, latents: Tensor, forward: Forward | None =
                 out_channels=layer.out_channels,
                 kernel_size=tuple(layer.kernel_size),
                 key_size=tuple(capture.key.shape[2:]),
-                value_size=tuple(value.shape[2:]),
+                value_size=sizes[path],
                 solver="adam" if after is None else "closed_form" if exact else "lm",
             )
         )

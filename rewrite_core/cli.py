@@ -291,7 +291,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _layers(options: argparse.Namespace) -> None:
-    infos = list_layers(*_setup(options, 1))
+    infos = list_layers(*_setup(options, 2), general=True)
     if options.json:
         print(json.dumps([vars(info) for info in infos], indent=2))
         return

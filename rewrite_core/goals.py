@@ -61,8 +61,11 @@ def _probe(layer: BoundLayer, key: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(1, 1, *key.shape[2:], **options), kernel
 
 
-def _value_size(layer: BoundLayer, key: Tensor) -> tuple[int, ...]:
-    return tuple(layer.linear(*_probe(layer, key)).shape[2:])
+def _value_size(layer: BoundLayer, capture: Capture) -> tuple[int, ...]:
+    if layer.known:
+        return tuple(layer.linear(*_probe(layer, capture.key)).shape[2:])
+    with torch.no_grad():
+        return tuple(layer.value(capture).shape[2:])
 
 
 def _agrees(layer: BoundLayer, whole: Tensor, kernel: Tensor, key_box: Box, wanted: Tensor, inner: Box | None) -> bool:
@@ -195,7 +198,7 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tr
         capture = _capture_one(layer, pastes[0], latents)
         if patch is None:
             source = _capture_one(layer, edit.copy, latents)
-            size = _value_size(layer, capture.key)
+            size = _value_size(layer, capture)
             area, axes = edit.copy.area(size), len(size)
             copy_box = bounding_box(area)
             patch = _value(layer, source, size, copy_box)
@@ -234,7 +237,7 @@ def erase_goals(
     goals = []
     for pastes in _by_picture(edit):
         capture = _capture_one(layer, pastes[0], latents)
-        size = _value_size(layer, capture.key)
+        size = _value_size(layer, capture)
         without = capture.key.clone()
         without[:, gone.to(without.device)] = 0
         without = dataclasses.replace(capture, key=without)

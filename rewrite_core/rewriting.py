@@ -17,7 +17,7 @@ from .change import Rewrite
 from .checks import check_inputs, check_keys
 from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys
 from .editing import Edit
-from .errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning
+from .errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning, warn
 from .families import Capture
 from .goals import erase_goals, paste_goals
 from .moments import SecondMoment
@@ -159,6 +159,9 @@ def _solve_goals(
         raise RewriteCoreError(f"preserve is a finite weight of 0 or more, not {preserve!r}.")
     check_inputs(layer, moment, latents)
     edits = _checked(edits)
+    if solver == "lm" and not layer.known:
+        warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', through autograd.")
+        solver = "adam"
     clock = _Clock()
     problems, boxes = [], []
     bound, layer = layer, clock.watch(layer)

@@ -1105,7 +1105,7 @@ def agree(problem, channels=2, tolerance=1e-7, config=None, max_iterations=5, **
     return t.agree(run, problem, tolerance, max_iterations=max_iterations, **options)
 
 penalty = t.linear_problem(3, unknowns=18)["basis"]
-penalty = {"penalty": 1e-3 * penalty @ penalty.T, "penalty_scale": torch.linspace(0, 1, 32).double()}
+penalty = {"penalty": 1e-3 * penalty @ penalty.T, "penalty_scale": torch.linspace(1, 0, 32).double()}
 weights = torch.arange(48.0).remainder(5)
 for loss in ("l1", "l2"):  # every mode; tiles and blocks that are not whole
     for slope in (0.2, 1.0):

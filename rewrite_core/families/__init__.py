@@ -6,6 +6,7 @@ from .base import Box, Capture, LayerFamily, PostOperation, window
 from .biggan import BigGANLayer
 from .conv import ConvLayer
 from .diffusers import DiffusersLayer
+from .general import GeneralLayer
 from .proggan import ProgGAN, ProgGANLayer, load_proggan
 from .stylegan1 import EqualisedConvLayer, FusedUpsampleLayer
 from .stylegan2 import StyleGAN2, StyleGAN2Layer, load_stylegan2
@@ -15,7 +16,7 @@ from .transformers import Conv1DLayer
 
 FAMILIES: tuple[type[LayerFamily], ...] = (
     StyleGAN2Layer, NvidiaStyleGAN2Layer, StyleGAN3Layer, EqualisedConvLayer, FusedUpsampleLayer, BigGANLayer,
-    ProgGANLayer, DiffusersLayer, Conv1DLayer, ConvLayer,
+    ProgGANLayer, DiffusersLayer, Conv1DLayer, ConvLayer, GeneralLayer,
 )  # fmt: skip
 
 

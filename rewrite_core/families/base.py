@@ -73,6 +73,7 @@ class LayerFamily(abc.ABC):
     name: ClassVar[str]
     weight_name: ClassVar[str] = "weight"  # of the module's tensor that is edited
     pointwise: bool = False  # whether the value at a position follows from the key there alone, and nothing else
+    known: bool = True  # whether linear() can be run on any channels, so on a crop and on one map at a time
     groups: int = 1  # input and output channels fall into as many, each with its own keys and weights
 
     def __init__(self, path: str, module: nn.Module):

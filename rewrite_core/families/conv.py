@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import RewriteCoreError
 from .base import Capture, LayerFamily, PostOperation, per_channel
@@ -28,14 +29,18 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) if isinstance(module, kind)), None)
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a subclass's method, or a forward that was put on this one module, takes the place of torch's."""
+    kind = kind_of(module)
+    methods = getattr(module.forward, "__func__", None), getattr(type(module), "_conv_forward", None)
+    return methods != (kind.forward, getattr(kind, "_conv_forward", None))
+
+
 class PlainLayer(LayerFamily):
     """What convolutions and linear layers share: a linear operator and a bias."""
 
     def refusal(self) -> str | None:
-        kind = kind_of(self.module)
-        # a subclass's methods, and a forward that was put on this one module
-        methods = getattr(self.module.forward, "__func__", None), getattr(type(self.module), "_conv_forward", None)
-        if methods != (kind.forward, getattr(kind, "_conv_forward", None)):
+        if _has_own_forward(self.module):
             return f"{type(self.module).__name__} has a forward of its own, and what it computes is not known"
         return super().refusal()
 
@@ -64,8 +69,8 @@ class ConvLayer(PlainLayer):
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
         module = generator.get_submodule(path)
         kind = kind_of(module)
-        if kind is None:
-            return None
+        if kind is None or (_has_own_forward(module) and "weight" in module._parameters and not is_lazy(module.weight)):
+            return None  # the latter is GeneralLayer's
         family = LinearLayer if kind is nn.Linear else TransposedConvLayer if kind in TRANSPOSED else ConvLayer
         return family(path, module)
 

@@ -1,0 +1,132 @@
+"""Any other module with a weight, by running it: what it does with its weight is not known, so a rewrite of it is found
+through autograd (solver "adam" or "projected") and on the whole map.
+
+The *key* is the module's input, the *value* its output, computed by ``torch.func.functional_call`` with another weight
+in the place of its own: an equalised convolution, a subclass of nn.Conv2d with a forward of its own, a modulated
+convolution of an unknown generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+
+from ..errors import RewriteCoreError, SolverError
+from ..modes import evaluating
+from .base import Box, Capture, LayerFamily, PostOperation
+from .conv import TRANSPOSED, kind_of
+
+
+class GeneralLayer(LayerFamily):
+    """A module that owns a weight [O, I, *kernel] (or [1, O, I, *kernel]; [I, O, *kernel] in a subclass of a transposed
+    convolution) and is given maps [N, I, *map], or for a weight [O, I] also [N, ..., I]. Other tensors that it is given
+    are taken along, one row per latent."""
+
+    name = "general"
+    known = False
+
+    @classmethod
+    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+        module = generator.get_submodule(path)
+        weight = module._parameters.get(cls.weight_name)
+        of_torch = type(module).__module__.split(".")[0] == "torch" and "forward" not in vars(module)
+        if weight is None or of_torch or is_lazy(weight) or weight.ndim < 2:
+            return None
+        return cls(path, module)
+
+    def refusal(self) -> str | None:
+        if getattr(self.module, "groups", 1) != 1:
+            return f"{type(self.module).__name__} has a forward and groups of its own, and what it computes is not known"
+        return super().refusal()
+
+    @property
+    def _boxed(self) -> bool:
+        """Whether the weight has a leading axis of 1, as grouped convolutions of one picture each want it."""
+        weight = self.module._parameters[self.weight_name]
+        return weight.ndim > 3 and len(weight) == 1 and kind_of(self.module) is None
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        return weight[0] if self._boxed else weight.transpose(0, 1) if kind_of(self.module) in TRANSPOSED else weight
+
+    def native(self, weight: Tensor) -> Tensor:
+        return weight[None] if self._boxed else weight.transpose(0, 1) if kind_of(self.module) in TRANSPOSED else weight
+
+    def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
+        given = [*enumerate(args), *kwargs.items()]
+        place, key = next(
+            ((place, part) for place, part in given if isinstance(part, Tensor) and part.is_floating_point()), (None, None)
+        )
+        channels = self.canonical(self.weight).shape[1]
+        self._ndim = 0 if key is None else key.ndim
+        self._last = self.canonical(self.weight).ndim == 2 and self._ndim > 1 and key.shape[-1] == channels
+        if self._ndim < 2 or key.shape[-1 if self._last else 1] != channels:
+            shape = None if key is None else list(key.shape)
+            raise RewriteCoreError(
+                f"Layer {self.path!r} is given {shape} and its weight takes {channels} channels, so what its keys are is "
+                "not known"
+            )
+        extra = {str(name): part for name, part in given if isinstance(part, Tensor) and name != place}
+        for name, part in extra.items():
+            if not part.is_floating_point() or part.ndim == 0 or len(part) not in (1, len(key)):
+                raise RewriteCoreError(
+                    f"Layer {self.path!r} is given a {part.dtype} tensor {list(part.shape)} besides its maps, which "
+                    "cannot be taken along"
+                )
+        self._place = place
+        self._call = [name if isinstance(part, Tensor) else (part,) for name, part in given], [*kwargs]
+        return Capture(self._inwards(key), extra)
+
+    def _inwards(self, rows: Tensor) -> Tensor:
+        rows = rows.movedim(-1, 1) if self._last else rows
+        return rows[..., None] if self._ndim == 2 else rows
+
+    def _outwards(self, maps: Tensor) -> Tensor:
+        maps = maps[..., 0] if self._ndim == 2 else maps
+        return maps.movedim(1, -1) if self._last else maps
+
+    def value(self, capture: Capture, weight: Tensor) -> Tensor:
+        held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        tensors = {
+            name: tensor.detach().to(weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()
+        }
+        tensors[self.weight_name] = self.native(weight)
+        tensor_of = {self._place: self._outwards(capture.key), **capture.extra}
+        order, names = self._call
+        parts = [part[0] if isinstance(part, tuple) else tensor_of[part if part == self._place else str(part)] for part in order]
+        count = len(parts) - len(names)
+        with evaluating(self.module):
+            output = functional_call(self.module, tensors, tuple(parts[:count]), dict(zip(names, parts[count:])))
+        out_channels = self.canonical(self.weight).shape[0]
+        if isinstance(output, Tensor) and output.ndim == self._ndim:
+            value = self._inwards(output)
+            if len(value) == len(capture.key) and value.shape[1] == out_channels:
+                return value
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise RewriteCoreError(
+            f"Layer {self.path!r} puts out {found} and its weight has {out_channels} output channels, so what its values "
+            "are is not known"
+        )
+
+    def linear(self, key: Tensor, weight: Tensor) -> Tensor:
+        """The value without what it is at a weight of zeros; for the layer's own numbers of channels only."""
+        alone = sum(not isinstance(part, tuple) for part in self._call[0]) == 1
+        if weight.shape != self.canonical(self.weight).shape or not alone:
+            raise SolverError(
+                f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, and "
+                "tight=False."
+            )
+        capture = Capture(key)
+        return self.value(capture, weight) - self.value(capture, torch.zeros_like(weight))
+
+    def post_operation(self, capture: Capture) -> PostOperation | None:
+        return None
+
+    def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
+        raise SolverError(f"Layer {self.path!r} cannot be run on a crop of its map; use tight=False.")
+
+    def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
+        return self._outwards(value).to(output, copy=True).reshape(output.shape)
