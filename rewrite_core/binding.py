@@ -164,12 +164,17 @@ class BoundLayer:
             if handle is not None:
                 handle.remove()
 
+    @property
+    def own_forward(self) -> Forward | None:
+        """How the generator is called, where the user said so."""
+        return None if self._forward is _call else self._forward
+
     def fingerprint(self, latents: Tensor) -> str:
         """A fingerprint of all that the key depends on in the generator: every parameter and buffer that an
         operation before the layer takes, and the parameters, buffers and plain attributes (slopes, strides, modes, a
         truncation; not those that a pass writes, nor lists) of every module that starts before it. An edit of this
-        layer, or of a later one, leaves it as it is, unless the weight is tied to one that is used earlier. What
-        `forward` does by itself is not seen.
+        layer, or of a later one, leaves it as it is, unless the weight is tied to one that is used earlier. Of a
+        `forward` of your own the tensors, numbers and strings that it holds are seen (a label, a truncation).
 
         The first call runs the generator on one latent; later ones only read the weights, every bit of them, as long
         as the generator's modules and their attributes are the same."""

@@ -106,7 +106,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`.
 
     A crash or an exception never leaves half a file, nor harms the one that was there. A symbolic link stays, and
-    the file it points to is replaced. Raises what :func:`writable_path` does.
+    the file it points to is replaced. Raises what :func:`writable_path` does, and OSError where the disk is full.
     """
     path = writable_path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -121,6 +121,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{path} cannot be written ({error}); what was there is as it was.") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import enum
+import functools
 import hashlib
 import inspect
 import re
@@ -164,7 +166,7 @@ class Trace(TorchDispatchMode):
     def fingerprint(self, number: int) -> str:
         """That of ``layers[number]``, after the pass; the layer remembers what it found."""
         layer, part = self._layers[number], self._parts[number]
-        text = part.fingerprint(self._generator)
+        text = part.fingerprint(layer)
         layer._traced = Traced(_surroundings(layer, self._latents), part, text)
         return text
 
@@ -222,6 +224,27 @@ def _settings(module: nn.Module) -> Iterable[tuple[str, object]]:
             yield key, value
 
 
+def _held(forward: object, depth: int = 0) -> list[object]:
+    """The tensors and settings (a label, a truncation) that a `forward` of the user's own holds: its constants, defaults,
+    and what it takes from around it."""
+    if isinstance(forward, functools.partial):
+        values = [*forward.args, *(forward.keywords[name] for name in sorted(forward.keywords))]
+        values += _held(forward.func, depth + 1)
+    elif isinstance(forward, types.FunctionType):
+        code, around = forward.__code__, forward.__globals__
+        values = [value for value in code.co_consts if isinstance(value, bool | int | float | str | tuple)]
+        values += [around[name] for name in sorted(set(code.co_names)) if name in around]
+        values += [*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values()]
+        for cell in forward.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                values.append(cell.cell_contents)
+        if depth < 3:
+            values += [each for value in values for each in _held(value, depth + 1)]
+    else:
+        values = []
+    return [value for value in values if value is not None and (isinstance(value, Tensor) or _is_setting(value))]
+
+
 class _Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
@@ -235,9 +258,14 @@ class _Part:
             if keys or module in started:
                 self._tensors[name] = keys
 
-    def fingerprint(self, generator: nn.Module) -> str:
-        modules = dict(generator.named_modules())
+    def fingerprint(self, layer: BoundLayer) -> str:
+        modules = dict(layer.generator.named_modules())
         digest = xxhash.xxh3_128()
+        for number, value in enumerate(_held(layer.own_forward)):
+            if isinstance(value, Tensor):
+                _hash_tensor(digest, f"forward {number}", value)
+            else:
+                digest.update(f"forward {number}|{value!r}|".encode())
         for name, keys in self._tensors.items():
             tensors, plain = dict(_own(modules[name])), name.replace("_orig_mod.", "").removesuffix("._orig_mod")
             for key in keys:
@@ -266,4 +294,4 @@ class Traced:
         weights that it was made of (which it can branch on, too). Otherwise None: trace again."""
         if self._surroundings is None or self._surroundings != _surroundings(layer, latents[:1]):
             return None
-        return self._fingerprint if self._part.fingerprint(layer.generator) == self._fingerprint else None
+        return self._fingerprint if self._part.fingerprint(layer) == self._fingerprint else None

@@ -1,4 +1,5 @@
 import copy
+import functools
 import gc
 import random
 import threading
@@ -611,6 +612,25 @@ def test_a_hooked_layer_is_rewritten_twice_and_left_with_its_weight(norm):
         assert rc.bind(generator, "1").fingerprint(maps()) == before
         moment.check(rc.bind(generator, "1"), maps())
     assert torch.equal(generator[1].weight, weight)  # before any pass
+
+
+def test_the_fingerprint_sees_what_a_forward_holds():
+    generator, label = make("stylegan2"), torch.ones(12)
+
+    def bent(by, more=None):
+        return rc.bind(generator, "convs.1", forward=lambda g, z: g(z * by if more is None else z * by + more))
+
+    layers = [
+        rc.bind(generator, "convs.1"), bent(1.0), bent(0.7), bent(1.0, label), bent(1.0, 2 * label),
+        rc.bind(generator, "convs.1", forward=lambda g, z: g(z * 0.5)),
+        rc.bind(generator, "convs.1", forward=functools.partial(lambda by, g, z: g(z * by), 0.3)),
+    ]  # fmt: skip
+    prints = [layer.fingerprint(latents()) for layer in layers]
+    assert len(set(prints)) == len(prints)
+    assert prints == [layer.fingerprint(latents()) for layer in layers] and bent(0.7).fingerprint(latents()) == prints[2]
+    moment = rc.collect_second_moment(layers[1], latents(), progress=False)
+    with pytest.raises(rc.MismatchError, match="truncation"):
+        moment.check(layers[2], latents())
 
 
 def test_the_fingerprint_of_stylegan2():

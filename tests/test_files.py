@@ -1,5 +1,7 @@
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +64,24 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(tmp_path
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="choose another"):
         writable_path(tmp_path / "a.txt")
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """A limit on a file's size stands in for the disk's."""
+    path = tmp_path / "m.safetensors"
+    path.write_text("old")
+    script = f"""
+import resource, signal, torch
+from rewrite_core import SecondMoment
+moment = SecondMoment(64)
+moment.update(torch.randn(100, 64))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    moment.save({str(path)!r})
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("OSError") and "m.safetensors cannot be written" in done.stdout
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["m.safetensors"]
