@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter
 from PIL import Image
+from torch import library
 
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 
@@ -968,7 +969,7 @@ def test_custom_op_contract():
     keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
     defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
     args = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.rewrite_core.fit_low_rank, args, test_utils=("test_schema", "test_faketensor")
     )
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter
+from torch import library
 
 from rewrite_core.backends import BackendUnavailable, extension
 from rewrite_core.errors import RewriteCoreError
@@ -309,8 +310,8 @@ def test_subnormal_halves_survive_flushing_to_zero():
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_is_a_well_behaved_torch_op(backend):
     features = normal(2, 5, 3, 4)
-    torch.library.opcheck(torch.ops.rewrite_core.second_moment, (features, backend))
-    torch.library.opcheck(torch.ops.rewrite_core.second_moment_, (prefilled(5), features, backend))
+    library.opcheck(torch.ops.rewrite_core.second_moment, (features, backend))
+    library.opcheck(torch.ops.rewrite_core.second_moment_, (prefilled(5), features, backend))
 
 
 def test_shape_without_computing():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 import rewrite_core as rc
 from rewrite_core.backends import backends_of, extension
@@ -316,8 +317,8 @@ def test_input_is_not_written_and_gradients_stop():
 
 @backends
 def test_is_a_well_behaved_torch_op(backend):
-    torch.library.opcheck(torch.ops.rewrite_core.spd_solve, (SMALL, right_sides(5, 2), backend))
-    torch.library.opcheck(
+    library.opcheck(torch.ops.rewrite_core.spd_solve, (SMALL, right_sides(5, 2), backend))
+    library.opcheck(
         torch.ops.rewrite_core.spd_solve, (SMALL.expand(2, 5, 5), right_sides(2, 5), backend)
     )
 

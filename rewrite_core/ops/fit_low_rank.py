@@ -29,7 +29,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..backends import (
     Backend, dispatched, extension, extension_reason, select, transformed, triton_interpreted, triton_reason,
@@ -678,7 +678,7 @@ def example(device: str) -> Problem:
 
 
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
-torch.library.define(
+library.define(
     "rewrite_core::fit_low_rank",
     "(Tensor basis, Tensor base, Tensor target, Tensor? shift, Tensor? constant, Tensor? linear, "
     "Tensor? quadratic, float slope, float gain, Tensor? pixel_weights, Tensor? penalty, Tensor? penalty_scale, "
@@ -727,7 +727,7 @@ def _verify(problem: Problem) -> None:
         raise RewriteCoreError("an empty basis, an unknown loss or no iterations: call rewrite_core.ops.fit_low_rank.")
 
 
-@torch.library.impl("rewrite_core::fit_low_rank", "CompositeExplicitAutograd")
+@library.impl("rewrite_core::fit_low_rank", "CompositeExplicitAutograd")
 def _op(*args: Any) -> Outputs:
     arguments = list(args)
     backend = arguments.pop() if len(arguments) > len(Problem._fields) else "auto"
@@ -736,6 +736,6 @@ def _op(*args: Any) -> Outputs:
     return select("fit_low_rank", backend, *problem).load()(problem)
 
 
-@torch.library.register_fake("rewrite_core::fit_low_rank")
+@library.register_fake("rewrite_core::fit_low_rank")
 def _(basis: Tensor, base: Tensor, *args: Any) -> Outputs:
     return _empty(basis, base)

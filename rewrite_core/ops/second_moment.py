@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
 from ..errors import RewriteCoreError
@@ -190,12 +190,12 @@ def example(device: str) -> tuple[Tensor]:
 
 
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
-torch.library.define(
+library.define(
     "rewrite_core::second_moment",
     "(Tensor features, str backend='auto', str precision='x3') -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.define(
+library.define(
     "rewrite_core::second_moment_",
     "(Tensor(a!) out, Tensor features, str backend='auto', str precision='x3') -> ()",
     tags=torch.Tag.pt2_compliant_tag,
@@ -209,10 +209,10 @@ def _add_up(features: Tensor, backend: str = "auto", precision: str = "x3") -> T
     return out
 
 
-torch.library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd", _add_up)
+library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd", _add_up)
 
 
-@torch.library.register_fake("rewrite_core::second_moment")
+@library.register_fake("rewrite_core::second_moment")
 def _(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
     _check(features, None, precision)
     return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
@@ -226,9 +226,9 @@ def _add_to(out: Tensor, features: Tensor, backend: str = "auto", precision: str
     torch.autograd.graph.increment_version(out)  # so that autograd notices the write, as custom_op would
 
 
-torch.library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd", _add_to)
+library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd", _add_to)
 
 
-@torch.library.register_fake("rewrite_core::second_moment_")
+@library.register_fake("rewrite_core::second_moment_")
 def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
     _check(features, out, precision)
