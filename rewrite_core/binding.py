@@ -400,11 +400,13 @@ def list_layers(
     """Every layer that can be bound, in the order the generator runs them.
 
     `latents` [N, ...]: two are enough. ``solver`` is what ``rewrite(solver="lm")`` would use there: "closed_form" (for
-    L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown. With `general`, also other modules that own a
-    weight (equalised layers of mapping networks, convolutions with a forward of their own): of these only what they put
-    out is known, so they are rewritten by solver "adam", through autograd and on the whole map. Left out, with
-    a warning that says why, is a layer that runs more than once in a forward pass, shares its weight with another module,
-    sees more or fewer maps than latents, or puts out what its family does not explain.
+    L2; "lm" for L1) or "lm"; it is "adam" where what follows the layer is unknown. Left out, with a warning that says
+    why, is a layer that runs more than once in a forward pass, shares its weight with another module, sees more or fewer
+    maps than latents, or puts out what its family does not explain.
+
+    With `general`, also other modules that own a weight (equalised layers of mapping networks, convolutions with a
+    forward of their own): of these only what they put out is known, so they are rewritten by solver "adam", through
+    autograd and on the whole map.
     """
     generator, _ = _unwrapped(generator)
     bindable = _bindable(generator, general)

@@ -316,12 +316,13 @@ class Rewrite:
             }
             name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
         finally:
-            if not on and stack is None:
-                self.revert(bound)
-            elif before is not None and not on:  # forced, apply() has made others' rewrites part of what is below
-                _write(bound, before)
-                setattr(bound.module, _STACK, stack)
-            self._layers = places
+            if not on:
+                if stack is None:
+                    self.revert(bound)
+                else:  # forced, apply() has made others' rewrites part of what is below
+                    _write(bound, before)
+                    setattr(bound.module, _STACK, stack)
+                self._layers = places
         path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
         prefix = f"{path}." if path else ""  # in a compiled part not the layer's name
         state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from .binding import BoundLayer
-    from .families import Layer
+    from .families import LayerFamily
 
 # Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
 # version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.
@@ -171,7 +171,7 @@ class Trace(TorchDispatchMode):
         return text
 
 
-def _computing(layer: Layer) -> set[int]:
+def _computing(layer: LayerFamily) -> set[int]:
     """The ids of the tensors that a hook of the layer's own module has computed its weight from: no key depends on them."""
     if layer.computed is None:
         return set()

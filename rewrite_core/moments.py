@@ -304,9 +304,10 @@ class SecondMoment:
             )
         sets = [part for fact in facts for part in fact["latents"]]
         joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
-        for name, attribute in (("count",) * 2, ("skipped",) * 2, ("groups", "_groups"), ("spread", "_spread")):
-            joined[attribute] = sum(fact[name] for fact in facts)
-        return joined
+        sums = {name: sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")}
+        return joined | {
+            "count": sums["count"], "skipped": sums["skipped"], "_groups": sums["groups"], "_spread": sums["spread"],
+        }  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``sum`` and its metadata as safetensors, all or nothing."""

@@ -56,10 +56,10 @@ class GeneralLayer(LayerFamily):
         return weight[None] if self._boxed else weight.transpose(0, 1) if kind_of(self.module) in TRANSPOSED else weight
 
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
-        given = [*enumerate(args), *kwargs.items()]
-        place, key = next(
-            ((place, part) for place, part in given if isinstance(part, Tensor) and part.is_floating_point()), (None, None)
-        )
+        given = {str(i): part for i, part in enumerate(args)} | kwargs
+        extra = {name: part for name, part in given.items() if isinstance(part, Tensor)}
+        place = next((name for name, part in extra.items() if part.is_floating_point()), None)
+        key = extra.pop(place, None)
         channels = self.canonical(self.weight).shape[1]
         self._ndim = 0 if key is None else key.ndim
         self._last = self.canonical(self.weight).ndim == 2 and self._ndim > 1 and key.shape[-1] == channels
@@ -69,15 +69,14 @@ class GeneralLayer(LayerFamily):
                 f"Layer {self.path!r} is given {shape} and its weight takes {channels} channels, so what its keys are is "
                 "not known"
             )
-        extra = {str(name): part for name, part in given if isinstance(part, Tensor) and name != place}
         for name, part in extra.items():
             if not part.is_floating_point() or part.ndim == 0 or len(part) not in (1, len(key)):
                 raise RewriteCoreError(
                     f"Layer {self.path!r} is given a {part.dtype} tensor {list(part.shape)} besides its maps, which "
                     "cannot be taken along"
                 )
-        self._place = place
-        self._call = [name if isinstance(part, Tensor) else (part,) for name, part in given], [*kwargs]
+        self._place, self._positional, self._alone = place, len(args), not extra
+        self._given = {name: None if isinstance(part, Tensor) else part for name, part in given.items()}  # in order
         return Capture(self._inwards(key), extra)
 
     def _inwards(self, rows: Tensor) -> Tensor:
@@ -94,12 +93,10 @@ class GeneralLayer(LayerFamily):
             name: tensor.detach().to(weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()
         }
         tensors[self.weight_name] = self.native(weight)
-        tensor_of = {self._place: self._outwards(capture.key), **capture.extra}
-        order, names = self._call
-        parts = [part[0] if isinstance(part, tuple) else tensor_of[part if part == self._place else str(part)] for part in order]
-        count = len(parts) - len(names)
+        parts = [*(self._given | capture.extra | {self._place: self._outwards(capture.key)}).items()]
+        args, kwargs = (part for _, part in parts[: self._positional]), dict(parts[self._positional :])
         with evaluating(self.module):
-            output = functional_call(self.module, tensors, tuple(parts[:count]), dict(zip(names, parts[count:])))
+            output = functional_call(self.module, tensors, tuple(args), kwargs)
         out_channels = self.canonical(self.weight).shape[0]
         if isinstance(output, Tensor) and output.ndim == self._ndim:
             value = self._inwards(output)
@@ -113,8 +110,7 @@ class GeneralLayer(LayerFamily):
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
         """The value without what it is at a weight of zeros; for the layer's own numbers of channels only."""
-        alone = sum(not isinstance(part, tuple) for part in self._call[0]) == 1
-        if weight.shape != self.canonical(self.weight).shape or not alone:
+        if weight.shape != self.canonical(self.weight).shape or not self._alone:
             raise SolverError(
                 f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, and "
                 "tight=False."

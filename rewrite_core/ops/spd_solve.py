@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..backends import Backend, dispatched, extension, extension_reason, select
 from ..errors import NonFiniteError, RewriteCoreError, warn
 
 EPSILON = torch.finfo(torch.float64).eps
 SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
-LARGEST_SHIFT = 1e-2  # of the mean diagonal: a matrix that needs more is no second moment
+LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
 
 class DiagonalShiftWarning(UserWarning):
@@ -146,7 +146,7 @@ def spd_factor(
     deficient = rank is not None and rank < n
     if any(info) or deficient:
         full = full.clone()
-        _shift(kernels, full, lower, info, means, shift, least, least if deficient else 0.0, batched=matrix.ndim == 3)
+        _shift(kernels, full, lower, info, means, shift, least, deficient, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
         return SPDFactor(full, lower, shift, backend)
     return SPDFactor(full[0], lower[0], shift[0], backend)
@@ -154,22 +154,22 @@ def spd_factor(
 
 def _shift(
     kernels: Cholesky, full: Tensor, lower: Tensor, info: list[int], means: list[float], shift: Tensor, least: float,
-    smallest: float, batched: bool,
+    deficient: bool, batched: bool,
 ) -> None:  # fmt: skip
-    """Factors those matrices whose info is not 0 (or all, if `smallest` is not) again, in place, with ever larger shifts
-    from `smallest` times each diagonal entry on; warns or raises."""
+    """Factors those matrices whose info is not 0 (or all, if they are known to be rank-deficient) again, in place, with
+    ever larger shifts from eps (or `least`) times each diagonal entry on; warns or raises."""
     for b, mean in enumerate(means):
-        if not info[b] and not smallest:
+        if not info[b] and not deficient:
             continue
         diagonal = full[b].diagonal()
         plain = diagonal.clone()
         sizes = torch.where(plain > 0, plain, mean)
-        step, bad = max(EPSILON, smallest), True
+        step, bad = least if deficient else EPSILON, True
         while bad:
             if step > LARGEST_SHIFT:
                 which = f" {b} of the batch" if batched else ""
                 raise RewriteCoreError(
-                    f"The matrix{which} is not positive semidefinite, even with {LARGEST_SHIFT:.0e} of its mean diagonal "
+                    f"The matrix{which} is not positive semidefinite, even with {LARGEST_SHIFT:.0e} of its diagonal "
                     "added: a second moment has no negative eigenvalues, so pass sums of k k^T."
                 )
             shift[b] = step * mean
@@ -306,7 +306,7 @@ def example(device: str) -> tuple[Tensor, Tensor]:
 
 
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
-torch.library.define(
+library.define(
     "rewrite_core::spd_solve",
     "(Tensor matrix, Tensor rhs, str backend='auto') -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -317,9 +317,9 @@ def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return spd_factor(matrix, backend).solve(rhs).contiguous()
 
 
-torch.library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
+library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
 
 
-@torch.library.register_fake("rewrite_core::spd_solve")
+@library.register_fake("rewrite_core::spd_solve")
 def _(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return rhs.new_empty(rhs.shape, dtype=torch.float64)
