@@ -25,8 +25,16 @@ from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
 from rewrite_core.ops import fit_low_rank
 from rewrite_core.ops.fit_low_rank import FitResult
 from rewrite_core.solvers import (
-    Problem as EditProblem, Solution, _fit_inputs, combine, solve_adam, solve_lm, solve_projected,
-)  # fmt: skip
+    Problem as EditProblem,
+)
+from rewrite_core.solvers import (
+    Solution,
+    _fit_inputs,
+    combine,
+    solve_adam,
+    solve_lm,
+    solve_projected,
+)
 
 from .harness import Case, Contender, Problem
 
@@ -65,19 +73,35 @@ def cases(quick: bool) -> list[Case]:
 
     if quick:
         return [
-            fit("stylegan2", 16, 6, 1, 40, 40), l2(16, 6, 1), many(2, 16, 6), whole(16, 8, 4, 40),
+            fit("stylegan2", 16, 6, 1, 40, 40),
+            l2(16, 6, 1),
+            many(2, 16, 6),
+            whole(16, 8, 4, 40),
             click(8, "convs.1.conv"),
-        ]  # fmt: skip
+        ]
     sizes = [
-        (64, 10, 1), (256, 10, 1), (1024, 10, 1), (512, 4, 1), (512, 32, 1), (512, 64, 1), (512, 10, 4), (512, 32, 16),
+        (64, 10, 1),
+        (256, 10, 1),
+        (1024, 10, 1),
+        (512, 4, 1),
+        (512, 32, 1),
+        (512, 64, 1),
+        (512, 10, 4),
+        (512, 32, 16),
         (512, 10, 64),
-    ]  # fmt: skip
+    ]
     return [
         *(fit(kind, 512, 10, 1, STEPS, STEPS) for kind in KINDS),
         *(fit(kind, *size, *_few_steps(*size[:2])) for size in sizes for kind in KINDS),
-        l2(512, 10, 1), l2(512, 10, 4), many(1, 512, 10), many(8, 512, 10), many(64, 512, 10),
-        whole(512, 32, 10, STEPS), click(256, "convs.5.conv"), click(256, "convs.6.conv"),
-    ]  # fmt: skip
+        l2(512, 10, 1),
+        l2(512, 10, 4),
+        many(1, 512, 10),
+        many(8, 512, 10),
+        many(64, 512, 10),
+        whole(512, 32, 10, STEPS),
+        click(256, "convs.5.conv"),
+        click(256, "convs.6.conv"),
+    ]
 
 
 # --- problems --------------------------------------------------------------------------------------------
@@ -168,6 +192,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
         coefficients = fit.coefficients.reshape(problem.coefficient_shape)
         losses = [fit.initial_loss.mean().item(), fit.loss.mean().item()]
         return Solution(coefficients, losses, "fit_low_rank", losses[-1])
+
     unknowns, pixels = 9 * rank, side * side
     system = min(unknowns, pixels)  # the normal equations are over the fewer of the two
 
@@ -191,7 +216,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
         error_kind="l1 above the float64 reference fit's, relative",
         tolerance=1e-2,
         details=details,
-    )  # fmt: skip
+    )
 
 
 def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
@@ -230,9 +255,7 @@ def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
         ],
         shapes={"basis": list(basis.shape), "base": list(base.shape)},
         dtype="float32",
-        operations=pixels * unknowns * (unknowns + 1)
-        + unknowns**3 / 3
-        + 2 * channels * unknowns * (pixels + unknowns),
+        operations=pixels * unknowns * (unknowns + 1) + unknowns**3 / 3 + 2 * channels * unknowns * (pixels + unknowns),
         traffic=4 * (basis.numel() + 2 * base.numel() + exact.numel()),
         error=error,
         error_kind="relative error of the coefficients",

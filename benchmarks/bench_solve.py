@@ -18,9 +18,17 @@ OP = "solve"
 KERNEL = TESTS = "spd_solve"
 # batch, n, right-hand sides
 COLD = (
-    (1, 64, 1), (1, 64, 64), (1, 128, 1), (1, 256, 16), (1, 512, 1), (1, 512, 64), (1, 1024, 1), (1, 2048, 1), (1, 4096, 16),
+    (1, 64, 1),
+    (1, 64, 64),
+    (1, 128, 1),
+    (1, 256, 16),
+    (1, 512, 1),
+    (1, 512, 64),
+    (1, 1024, 1),
+    (1, 2048, 1),
+    (1, 4096, 16),
     (8, 256, 1),
-)  # fmt: skip
+)
 WARM = ((1, 64, 1), (1, 128, 4), (1, 512, 1), (1, 512, 16), (1, 512, 64), (1, 1024, 1), (1, 2048, 16), (1, 4096, 1))
 DIRECTIONS = ((512, 1), (512, 4), (2048, 1))  # n, rank
 
@@ -31,7 +39,10 @@ def cases(quick: bool) -> list[Case]:
         *(Case(f"solve {_name(*sizes)}", functools.partial(make_cold, *sizes)) for sizes in cold),
         *(Case(f"factored {_name(*sizes)}", functools.partial(make_warm, *sizes)) for sizes in warm),
         *(
-            Case(f"directions n {n}, rank {rank}{', factor at hand' * warm}", functools.partial(make_directions, n, rank, warm))
+            Case(
+                f"directions n {n}, rank {rank}{', factor at hand' * warm}",
+                functools.partial(make_directions, n, rank, warm),
+            )
             for n, rank in directions
             for warm in (False, True)
         ),
@@ -52,9 +63,7 @@ def _data(batch: int, n: int, sides: int) -> tuple[Tensor, Tensor]:
     return (matrix, rhs) if batch > 1 else (matrix[0], rhs[0])
 
 
-def _problem(
-    ours: Contender, stock: list[Contender], matrix: Tensor, rhs: Tensor, factoring: bool
-) -> Problem:
+def _problem(ours: Contender, stock: list[Contender], matrix: Tensor, rhs: Tensor, factoring: bool) -> Problem:
     n, sides = rhs.shape[-2:]
     batch = rhs.numel() // (n * sides)
     triangle = n * (n + 1) // 2
@@ -79,9 +88,7 @@ def make_cold(batch: int, n: int, sides: int, backend: str) -> Problem:
         Contender("linalg.solve", lambda: torch.linalg.solve(matrix, rhs), rounds=rounds),
         Contender("linalg.inv @ b", lambda: torch.linalg.inv(matrix) @ rhs, rounds=rounds),
         Contender("linalg.lstsq", lambda: torch.linalg.lstsq(matrix, rhs).solution, rounds=rounds and 1),
-        Contender(
-            "cholesky, cholesky_solve", lambda: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))
-        ),
+        Contender("cholesky, cholesky_solve", lambda: torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))),
     ]
     ours = Contender("rewrite_core", lambda: spd_solve(matrix, rhs, backend=backend))
     return _problem(ours, stock, matrix, rhs, factoring=True)

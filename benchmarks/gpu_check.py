@@ -50,7 +50,10 @@ PROCESSES = 8  # at most, that test side by side (pytest-xdist): most of the tim
 ALONE = "test_memory_is_constant or test_no_host_synchronisation or test_gpu_more_than_2_31_numbers"
 SANITISED = "test_gpu_small"  # the tests that compute-sanitizer watches
 SANITISING = 60.0  # seconds for each of its tools
-TOOLS = {"memcheck": ("--report-api-errors=no",), "racecheck": ()}  # torch asks for what may fail, and looks whether it did
+TOOLS = {
+    "memcheck": ("--report-api-errors=no",),
+    "racecheck": (),
+}  # torch asks for what may fail, and looks whether it did
 COLLECTED = ("convs.6.conv", "convs.11.conv")  # of a StyleGAN2-256: 512 channels at 32x32, 128 at 256x256
 COLLECTED_BATCH = 32
 
@@ -181,9 +184,14 @@ def collection_cases(floors: Floors, device: str = "cuda", batch_size: int = COL
 
 
 def make_collection(
-    name: str, floors: Floors, device: str, batch_size: int, backend: str,
-    build: Callable[[], torch.nn.Module] = bench_collect.stylegan2_256, size: int = 512,
-) -> Problem:  # fmt: skip
+    name: str,
+    floors: Floors,
+    device: str,
+    batch_size: int,
+    backend: str,
+    build: Callable[[], torch.nn.Module] = bench_collect.stylegan2_256,
+    size: int = 512,
+) -> Problem:
     """Its floor is that of all the updates, which is what comes on top of the forward passes."""
     problem = bench_collect.make(build, name, size, backend, device, batch_size)
     floor = floors.seconds(KINDS[0], problem.operations, problem.traffic)
@@ -194,8 +202,7 @@ def make_collection(
 def overhead(race: Race) -> float:
     """By how much a collection takes longer than the bare forward passes, in the median over the rounds."""
     return statistics.median(
-        ours / bare - 1
-        for ours, bare in zip(race.times["rewrite_core"], race.times["bare forward pass"], strict=True)
+        ours / bare - 1 for ours, bare in zip(race.times["rewrite_core"], race.times["bare forward pass"], strict=True)
     )
 
 
@@ -292,9 +299,13 @@ def run_tests(
     command += ["-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=30", "--durations=10", "-p", "no:cacheprovider"]
     with open(log, "w", encoding="utf-8") as file:
         run = subprocess.Popen(
-            [*command, *files, *words], cwd=folder / "tests", env=variables, stdout=file, stderr=subprocess.STDOUT,
+            [*command, *files, *words],
+            cwd=folder / "tests",
+            env=variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             status = run.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -413,7 +424,10 @@ def main(words: Sequence[str] | None = None) -> int:
     problems, failed = run_all_tests(folder, log)
     closed = {group for name in failed for group in TESTED[name]}
     for problem in problems:
-        print(f"The kernels are wrong on this GPU, so {', '.join(sorted(closed))} are not timed: {problem}", file=sys.stderr)
+        print(
+            f"The kernels are wrong on this GPU, so {', '.join(sorted(closed))} are not timed: {problem}",
+            file=sys.stderr,
+        )
     reserved = len(TOOLS) * SANITISING if shutil.which("compute-sanitizer") else 60.0
     done, wrong, left = measure(sheet, gpu, closed, started + 60 * given.minutes - reserved)
     torch.cuda.empty_cache()
@@ -431,7 +445,7 @@ def measure(sheet: GPUReport, gpu: str, closed: set[str], deadline: float) -> tu
     """Every case but those of closed groups: how many were measured, how many were wrong, and those left for want of time."""
     kinds = {f"gpu {kind.name}": kind for kind in KINDS} | {"gpu collect": KINDS[0]}
     edits = [case for case in gpu_edit.cases() if case.group not in closed]
-    if time.monotonic() >= deadline or not edits and closed >= set(kinds):
+    if time.monotonic() >= deadline or (not edits and closed >= set(kinds)):
         return 0, 0, []
     floors = measure_floors()
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in floors.rates.items())

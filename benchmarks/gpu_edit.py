@@ -19,7 +19,15 @@ from .report import Report
 
 CHANNELS, SIDE = 512, 10
 FITS = tuple((kind, rank, edits) for kind in ("linear", "stylegan2") for rank in (1, 4) for edits in (1, 64))
-SOLVES = ((1, 64, 1), (1, 256, 8), (1, 512, 8), (1, 512, 64), (1, 1024, 8), (1, 2048, 8), (8, 512, 8))  # batch, n, sides
+SOLVES = (
+    (1, 64, 1),
+    (1, 256, 8),
+    (1, 512, 8),
+    (1, 512, 64),
+    (1, 1024, 8),
+    (1, 2048, 8),
+    (8, 512, 8),
+)  # batch, n, sides
 FEW = 21  # of the reference's steps, for contenders that would take seconds
 
 
@@ -29,19 +37,25 @@ def cases(device: str = "cuda", channels: int = CHANNELS, side: int = SIDE, step
     fits = [
         Case(
             f"fit {kind}, {size}, rank {rank}, {edits} edit{'s' * (edits > 1)} gpu",
-            functools.partial(make_fit, kind, channels, side, rank, edits, device), "fit_low_rank",
+            functools.partial(make_fit, kind, channels, side, rank, edits, device),
+            "fit_low_rank",
         )
         for kind, rank, edits in FITS
-    ]  # fmt: skip
+    ]
     projected = [
         Case(
             f"projected {kind}, {size}, rank 1, {steps} steps gpu",
-            functools.partial(make_projected, kind, channels, side, steps, device), "fit_projected",
+            functools.partial(make_projected, kind, channels, side, steps, device),
+            "fit_projected",
         )
         for kind in ("linear", "stylegan2")
-    ]  # fmt: skip
+    ]
     solves = [
-        Case(f"solve {batch}x n {n}, {sides} rhs gpu", functools.partial(make_solve, batch, n, sides, device), "spd_solve")
+        Case(
+            f"solve {batch}x n {n}, {sides} rhs gpu",
+            functools.partial(make_solve, batch, n, sides, device),
+            "spd_solve",
+        )
         for batch, n, sides in SOLVES
     ]
     return [*fits, *projected, *solves]
@@ -161,7 +175,9 @@ def make_projected(kind: str, channels: int, side: int, steps: int, device: str,
     arguments, options = _projected_arguments(problem, device)
     few = min(FEW, steps)
     # step few - 1 projects either way
-    curve = fit_projected(*(part.double() for part in arguments), **_double(options), steps=few, backend="reference").losses
+    curve = fit_projected(
+        *(part.double() for part in arguments), **_double(options), steps=few, backend="reference"
+    ).losses
 
     def error(result: object) -> float:
         losses = result if isinstance(result, Tensor) else result.losses

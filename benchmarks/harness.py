@@ -207,10 +207,16 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         p20, p50, p80 = (float(value) for value in np.percentile(times, QUANTILES))
         own = race.times[problem.ours.name]
         contenders[contender.name] = {
-            "p20": p20, "p50": p50, "p80": p80, "rounds": len(times), "part": part, "aside": contender.aside,
-            "gflops": part * problem.operations / p50 / 1e9, "error": checked.errors[contender.name],
+            "p20": p20,
+            "p50": p50,
+            "p80": p80,
+            "rounds": len(times),
+            "part": part,
+            "aside": contender.aside,
+            "gflops": part * problem.operations / p50 / 1e9,
+            "error": checked.errors[contender.name],
             "paired": float(np.median([time / part / ours for time, ours in zip(times, own)])),
-        }  # fmt: skip
+        }
     ours = contenders[problem.ours.name]
     rivals = [contender.name for contender in problem.stock if not contender.aside]
     rivals = rivals or [contender.name for contender in problem.stock]
@@ -221,12 +227,24 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
 
     best = min(able or rivals, key=time_of)
     return {
-        "op": op, "case": checked.case.name, "group": checked.case.group, "quick": quick, "backend": checked.backend,
-        "shapes": problem.shapes, "dtype": problem.dtype, "details": problem.details,
+        "op": op,
+        "case": checked.case.name,
+        "group": checked.case.group,
+        "quick": quick,
+        "backend": checked.backend,
+        "shapes": problem.shapes,
+        "dtype": problem.dtype,
+        "details": problem.details,
         "stages": problem.stages,
-        **ours, "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
-        "operations": problem.operations, "bytes": problem.traffic,
-        "error_kind": problem.error_kind, "tolerance": problem.tolerance, "tests": checked.tests,
-        "best_stock": best, "ratio": time_of(best) / ours["p50"], "yardstick": yardstick,
+        **ours,
+        "gbytes_per_second": problem.traffic / ours["p50"] / 1e9,
+        "operations": problem.operations,
+        "bytes": problem.traffic,
+        "error_kind": problem.error_kind,
+        "tolerance": problem.tolerance,
+        "tests": checked.tests,
+        "best_stock": best,
+        "ratio": time_of(best) / ours["p50"],
+        "yardstick": yardstick,
         "contenders": contenders,
-    }  # fmt: skip
+    }

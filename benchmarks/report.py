@@ -220,9 +220,14 @@ def draw(op: str, records: list[Record], path: Path) -> None:
         for name, times in record["contenders"].items():
             p20, p50, p80 = times["p20"], times["p50"], times["p80"]
             axes.barh(
-                row, p50, height=0.85, color=f"C{names.index(name) % 10}", label=name,
-                xerr=[[p50 - p20], [p80 - p50]], error_kw={"elinewidth": 1, "capsize": 2},
-            )  # fmt: skip
+                row,
+                p50,
+                height=0.85,
+                color=f"C{names.index(name) % 10}",
+                label=name,
+                xerr=[[p50 - p20], [p80 - p50]],
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
             ratio = f" {p50 / times['part'] / record['p50']:.2f}x{part_of(times)}"
             mark = "" if name == next(iter(record["contenders"])) else ratio
             axes.text(p80, row, f" {duration(p50)}{mark}", va="center", fontsize=7)

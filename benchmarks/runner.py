@@ -53,9 +53,7 @@ def run_tests(op: str) -> str:
     library = str(Path(rewrite_core.__file__).resolve().parent.parent)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [library, variables.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(
-        command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         cause = lines[0] if lines else (done.stderr.strip().splitlines() or ["pytest said nothing"])[-1]

@@ -47,8 +47,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "rewrite_core's CPU kernels; called through rewrite_core.ops.";
   m.def("isa", [] { return isa_name(detect_isa()); }, "The instruction set the kernels use on this CPU.");
 
-  m.def("source", [] { return std::string(REWRITE_CORE_SOURCE); },
-        "Digest of the sources this was built with (rewrite_core.version.source_digest).");
+  m.def(
+      "source", [] { return std::string(REWRITE_CORE_SOURCE); },
+      "Digest of the sources this was built with (rewrite_core.version.source_digest).");
 
   m.def(
       "second_moment",
@@ -58,13 +59,13 @@ PYBIND11_MODULE(_C, m) {
         Status status;
         {
           py::gil_scoped_release release;
-          status = second_moment(pointer<const void>(features), static_cast<DType>(dtype), sizes.data(),
-                                 strides.data(), pointer<double>(out), threads, use);
+          status = second_moment(pointer<const void>(features), static_cast<DType>(dtype), sizes.data(), strides.data(),
+                                 pointer<double>(out), threads, use);
         }
         check(status, "second_moment");
       },
-      py::arg("features"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("out"),
-      py::arg("threads"), py::arg("isa") = "",
+      py::arg("features"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("out"), py::arg("threads"),
+      py::arg("isa") = "",
       "out [c, c] += the second moment of features (n, c, h, w); dtype 0 float32, 1 float64, 2 bfloat16, "
       "3 float16.");
 
@@ -109,8 +110,7 @@ PYBIND11_MODULE(_C, m) {
         Status status;
         {
           py::gil_scoped_release release;
-          status =
-              cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
+          status = cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
         }
         check(status, "cholesky_solve");
       },
@@ -120,8 +120,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fit_low_rank",
       [](std::array<std::uintptr_t, 11> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
-         std::array<int64_t, 5> sizes, double slope, double gain, bool absolute, int max_iterations,
-         double tolerance, std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
+         std::array<int64_t, 5> sizes, double slope, double gain, bool absolute, int max_iterations, double tolerance,
+         std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
         const Isa use = isa_of(isa);
         FitProblem problem{};
         problem.basis = pointer<const void>(inputs[0]);
@@ -160,15 +160,16 @@ PYBIND11_MODULE(_C, m) {
         check(status, "fit_low_rank");
       },
       py::arg("inputs"), py::arg("shift_strides"), py::arg("is_double"), py::arg("sizes"), py::arg("slope"),
-      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"),
-      py::arg("outputs"), py::arg("threads"), py::arg("isa") = "",
+      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"), py::arg("outputs"),
+      py::arg("threads"), py::arg("isa") = "",
       "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, "
       "penalty, penalty_scale (double), segments (int64), 0 where absent; sizes: edits, channels, unknowns, pixels, "
       "styles; outputs: "
       "coefficients, loss, initial_loss, iterations (int32), status (int32).");
 
-  m.def("projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",
-        "Channels in one block of fit_projected.");
+  m.def(
+      "projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",
+      "Channels in one block of fit_projected.");
 
   m.def(
       "fit_projected",

@@ -28,11 +28,16 @@ enum class Status : int {
 
 inline const char* status_message(Status status) {
   switch (status) {
-    case Status::ok: return "ok";
-    case Status::bad_argument: return "a size, stride or pointer is out of range";
-    case Status::out_of_memory: return "not enough memory for the work buffers";
-    case Status::not_positive_definite: return "the matrix is not positive definite";
-    case Status::not_supported: return "this build does not support the call";
+    case Status::ok:
+      return "ok";
+    case Status::bad_argument:
+      return "a size, stride or pointer is out of range";
+    case Status::out_of_memory:
+      return "not enough memory for the work buffers";
+    case Status::not_positive_definite:
+      return "the matrix is not positive definite";
+    case Status::not_supported:
+      return "this build does not support the call";
   }
   return "unknown status";
 }
@@ -43,18 +48,15 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
 // The best instruction set of this CPU among those CMakeLists.txt compiles.
 inline Isa detect_isa() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
     return Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
   return Isa::portable;
 }
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
 
 // A 64-byte aligned block, freed with its owner; data() is null where there was no memory.
 template <class T>

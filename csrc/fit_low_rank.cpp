@@ -65,10 +65,9 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
 
 FitScratch take_scratch(Arena& arena, const FitEdit& largest, int64_t styles) {
   FitScratch scratch;
-  double** const pixels[] = {&scratch.base,    &scratch.target, &scratch.shift,     &scratch.lin,
-                             &scratch.new_lin, &scratch.r,      &scratch.inverse,   &scratch.steep,
-                             &scratch.dual,    &scratch.slopes, &scratch.curvature, &scratch.root,
-                             &scratch.spare};
+  double** const pixels[] = {&scratch.base,      &scratch.target,  &scratch.shift, &scratch.lin,  &scratch.new_lin,
+                             &scratch.r,         &scratch.inverse, &scratch.steep, &scratch.dual, &scratch.slopes,
+                             &scratch.curvature, &scratch.root,    &scratch.spare};
   double** const unknowns[] = {&scratch.x, &scratch.new_x, &scratch.best_x, &scratch.gradient, &scratch.step};
   static_assert(sizeof(pixels) / sizeof(*pixels) == fit_pixel_buffers);
   static_assert(sizeof(unknowns) / sizeof(*unknowns) == fit_unknown_buffers);
@@ -87,8 +86,8 @@ FitScratch take_scratch(Arena& arena, const FitEdit& largest, int64_t styles) {
 }  // namespace
 
 Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
-  if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 ||
-      problem.styles < 1 || problem.max_iterations < 1 || isa > detect_isa()) {
+  if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 || problem.styles < 1 ||
+      problem.max_iterations < 1 || isa > detect_isa()) {
     return Status::bad_argument;
   }
   if (problem.edits == 0 || problem.channels == 0) return Status::ok;
@@ -96,8 +95,8 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
                           : isa == Isa::avx2 ? avx2::fit_table
                                              : portable::fit_table;
   const bool convex = problem.slope == 1.0 && !problem.constant;
-  problem.slow_rate = convex ? fit_smoothing_rate
-                             : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
+  problem.slow_rate =
+      convex ? fit_smoothing_rate : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
   problem.slow_rate_well = convex ? fit_smoothing_rate : problem.slow_rate * problem.slow_rate;
   problem.fast_rate_well = convex ? fit_smoothing_rate : fit_smoothing_fast;
 
@@ -110,8 +109,7 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
   const int64_t edit_doubles = edit_count.used() + largest.rows * (largest.leading + largest.single_stride);
   take_scratch(scratch_count, largest, problem.styles);
   const int64_t scratch_doubles = scratch_count.used();
-  const int64_t group =
-      std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
+  const int64_t group = std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
 
   // A thread costs some microseconds to wake: give each at least a million multiply-adds.
   const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;

@@ -87,14 +87,19 @@ void multiply(const double* matrix, int64_t leading, int64_t n, const double* x,
 // A vector of floats, of a numbers type chosen for the normal equations.
 typedef float FloatVec __attribute__((vector_size(sizeof(Vec))));
 typedef float HalfVec __attribute__((vector_size(sizeof(Vec) / 2)));
-template <class Real> struct VecOf;
-template <> struct VecOf<double> { typedef Vec type; };
-template <> struct VecOf<float> { typedef FloatVec type; };
+template <class Real>
+struct VecOf;
+template <>
+struct VecOf<double> {
+  typedef Vec type;
+};
+template <>
+struct VecOf<float> {
+  typedef FloatVec type;
+};
 
 inline void store_as(double* a, Vec v) { store(a, v); }
-inline void store_as(float* a, Vec v) {
-  *reinterpret_cast<HalfVec*>(a) = __builtin_convertvector(v, HalfVec);
-}
+inline void store_as(float* a, Vec v) { *reinterpret_cast<HalfVec*>(a) = __builtin_convertvector(v, HalfVec); }
 
 // out[i * leading + j] += total(sum[i][j]) for rows i and columns j; where there are instructions for it, by adding
 // pairs of vectors crosswise instead of each one's lanes.
@@ -116,12 +121,11 @@ inline void add_totals(const FloatVec sum[rows][columns], double* out, int64_t l
       part[j] = FloatVec{};
     }
   }
-  const FloatVec x = _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0x44) +
-                     _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0xee);
-  const FloatVec y = _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0x44) +
-                     _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0xee);
-  const FloatVec all =
-      _mm512_maskz_shuffle_ps(0xffff, x, y, 0x88) + _mm512_maskz_shuffle_ps(0xffff, x, y, 0xdd);
+  const FloatVec x =
+      _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0x44) + _mm512_maskz_shuffle_ps(0xffff, part[0], part[1], 0xee);
+  const FloatVec y =
+      _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0x44) + _mm512_maskz_shuffle_ps(0xffff, part[2], part[3], 0xee);
+  const FloatVec all = _mm512_maskz_shuffle_ps(0xffff, x, y, 0x88) + _mm512_maskz_shuffle_ps(0xffff, x, y, 0xdd);
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < columns; ++j) out[i * leading + j] += static_cast<double>(all[4 * i + j]);
   }
@@ -163,8 +167,8 @@ inline void add_totals(const Wide sum[rows][columns], double* out, int64_t leadi
 
 // One register block of the weighted Gram matrix: out[i, j] += sum_p weighted[i, p] plain[j, p].
 template <int block, class Real>
-inline void gram_block(const Real* weighted, int64_t weighted_stride, const Real* plain,
-                       int64_t plain_stride, int64_t count, double* out, int64_t leading) {
+inline void gram_block(const Real* weighted, int64_t weighted_stride, const Real* plain, int64_t plain_stride,
+                       int64_t count, double* out, int64_t leading) {
   typedef typename VecOf<Real>::type Wide;
   constexpr int width = sizeof(Wide) / sizeof(Real);
   Wide sum[block][block] = {};
@@ -280,8 +284,8 @@ inline void take_rows(const double* others, const double* scales, int64_t count,
 // Where `right` is given, its forward substitution rides along in column n. False where a pivot is not above
 // `least`. Four rows at a time: what the rows above take from them stays in registers, and every load of those
 // serves all four.
-bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least,
-               const double* right, double* factor) {
+bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, double least, const double* right,
+               double* factor) {
   typedef double Four __attribute__((vector_size(32), aligned(8)));
   constexpr int64_t block = 4, chunk = 64;
   double scales[chunk * block];
@@ -349,8 +353,7 @@ void substitute(const double* factor, int64_t n, int64_t leading, double* x) {
 
 // x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step`
 // apart. A vector's worth of unknowns at a time: their sums over the unknowns after them do not wait for each other.
-void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step,
-                    double* x) {
+void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step, double* x) {
   clear(x, leading);
   for (int64_t first = (n - 1) & ~int64_t{lanes - 1}; first >= 0; first -= lanes) {
     const int64_t count = n - first < lanes ? n - first : lanes, after = first + lanes;
@@ -375,9 +378,7 @@ struct Model {
   int64_t channel;
   double scale = 0.0;  // penalty_scale
 
-  int64_t place(int64_t style) const {
-    return (edit.number * problem.styles + style) * problem.channels + channel;
-  }
+  int64_t place(int64_t style) const { return (edit.number * problem.styles + style) * problem.channels + channel; }
 
   // lin [pixels]; m [styles]; dm [styles, unknowns], nothing without demodulation. Returns x^T quadratic x over its
   // largest allowed value, of the style where that is most; 0 without demodulation.
@@ -594,8 +595,7 @@ double assemble(const Model& model, const double* lin, const double* m, const do
           const double* gram_row = edit.gram + i * edit.order_leading;
           const double by_basis = m[mine] * m[other] * root[i];
           const double by_turned = demodulated ? m[other] * root[i] * lin[i] : 0.0;
-          const double by_lin =
-              demodulated ? root[i] * (m[mine] * turned[other * stride + i] + product * lin[i]) : 0.0;
+          const double by_lin = demodulated ? root[i] * (m[mine] * turned[other * stride + i] + product * lin[i]) : 0.0;
           const int64_t first = i & ~int64_t{lanes - 1};
           for (int64_t p = first > starts[other] ? first : starts[other]; p < starts[other + 1]; p += lanes) {
             Vec sum = by_basis * load(gram_row + p);
@@ -666,8 +666,7 @@ bool damped_step(const Model& model, const double* lin, const double* m, const d
       y[p] = scratch.root[p] > 0.0 ? scratch.slopes[p] / scratch.root[p] : 0.0;
     }
     if (!factorise(scratch.matrix, edit.order, edit.order_leading, mu, 0.0, y, scratch.factor)) return false;
-    solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order,
-                   edit.order_leading, y);
+    solve_negative(scratch.factor, edit.order, edit.order_leading, scratch.factor + edit.order, edit.order_leading, y);
     for (int64_t p = 0; p < stride; ++p) y[p] *= scratch.root[p];
     clear(step, edit.leading);
     for (int64_t style = 0; style < model.problem.styles; ++style) {
@@ -813,8 +812,7 @@ Outcome fit_channel(const Model& model) {
 }
 
 // The factor of gram + scale * penalty, with no diagonal shift or the smallest that is enough.
-int factor_exact(const FitProblem& problem, const FitEdit& edit, double scale, double* matrix,
-                 double* factor) {
+int factor_exact(const FitProblem& problem, const FitEdit& edit, double scale, double* matrix, double* factor) {
   const int64_t unknowns = problem.unknowns, leading = edit.leading;
   double size = 0.0;
   for (int64_t i = 0; i < unknowns; ++i) {
@@ -908,8 +906,7 @@ void prepare_of(const FitProblem& problem, FitEdit& edit, const FitScratch& scra
       clear(row, stride);
       continue;
     }
-    gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1,
-           row);
+    gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1, row);
     double square = 0.0;
     for (int64_t p = 0; p < stride; ++p) square += edit.weights[p] * row[p] * row[p];
     edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
@@ -967,18 +964,17 @@ void fit_of(const FitProblem& problem, const FitEdit& edit, int64_t channel, con
   gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
   if (problem.shift) {
     const int64_t* strides = problem.shift_strides;
-    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1],
-           strides[2], scratch.shift);
+    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1], strides[2],
+           scratch.shift);
   } else {
     clear(scratch.shift, edit.stride);
   }
   if (problem.penalty) model.scale = problem.penalty_scale[at];
 
   const bool rounded = problem.slope != 1.0;
-  Outcome result = edit.exact ? fit_exactly(model)
-                   : problem.absolute
-                       ? (rounded ? fit_channel<true, true>(model) : fit_channel<true, false>(model))
-                       : (rounded ? fit_channel<false, true>(model) : fit_channel<false, false>(model));
+  Outcome result = edit.exact         ? fit_exactly(model)
+                   : problem.absolute ? (rounded ? fit_channel<true, true>(model) : fit_channel<true, false>(model))
+                                      : (rounded ? fit_channel<false, true>(model) : fit_channel<false, false>(model));
   Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
   bool fits = true;  // in the output's type
   for (int64_t j = 0; j < unknowns; ++j) {

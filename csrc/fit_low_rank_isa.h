@@ -13,13 +13,13 @@ struct FitProblem {
   const void* target;  // [edits, channels, pixels]
   const void* shift;   // [edits, channels, pixels] with strides
   int64_t shift_strides[3];
-  int is_double;               // the four above: float or double
-  const double* constant;      // [edits, styles, channels]; linear and quadratic come with it
-  const double* linear;        // [edits, styles, channels, unknowns]
-  const double* quadratic;     // [edits, styles, unknowns, unknowns], symmetric
-  const int64_t* segments;     // [edits, pixels], which style demodulates a pixel; null where there is one
+  int is_double;                // the four above: float or double
+  const double* constant;       // [edits, styles, channels]; linear and quadratic come with it
+  const double* linear;         // [edits, styles, channels, unknowns]
+  const double* quadratic;      // [edits, styles, unknowns, unknowns], symmetric
+  const int64_t* segments;      // [edits, pixels], which style demodulates a pixel; null where there is one
   const double* pixel_weights;  // [edits, pixels]
-  const double* penalty;       // [edits, unknowns, unknowns], symmetric; penalty_scale comes with it
+  const double* penalty;        // [edits, unknowns, unknowns], symmetric; penalty_scale comes with it
   const double* penalty_scale;  // [edits, channels]
   int64_t edits, unknowns, pixels, channels, styles;
   double slope, gain;
@@ -39,26 +39,26 @@ struct FitProblem {
 // What the channels of one edit share. Pixels of weight 0 are gone, the others lie style by style; unknowns are scaled.
 struct FitEdit {
   int64_t number;
-  int64_t pixels;      // kept, with what pads the styles before the last
-  int64_t stride;      // pixels, padded with weight 0 to whole vectors
-  int64_t rows;        // unknowns, padded with zero rows to whole register blocks
-  int64_t leading;     // row length of [unknowns, unknowns] arrays
-  int64_t order;       // of the linear systems: unknowns, or pixels in dual form
+  int64_t pixels;   // kept, with what pads the styles before the last
+  int64_t stride;   // pixels, padded with weight 0 to whole vectors
+  int64_t rows;     // unknowns, padded with zero rows to whole register blocks
+  int64_t leading;  // row length of [unknowns, unknowns] arrays
+  int64_t order;    // of the linear systems: unknowns, or pixels in dual form
   int64_t order_leading;
-  int exact;           // linear l2 problem: closed form
-  int dual_form;       // solve over pixels: there are fewer of them
-  int64_t* kept;       // [stride] their places in the input, -1 for padding
-  int64_t* starts;     // [styles + 1] where each style's pixels begin; the last is stride
-  double* basis;       // [rows, stride]
-  float* single;       // [rows, single_stride] the same, or null: the normal equations' matrix in float products
+  int exact;        // linear l2 problem: closed form
+  int dual_form;    // solve over pixels: there are fewer of them
+  int64_t* kept;    // [stride] their places in the input, -1 for padding
+  int64_t* starts;  // [styles + 1] where each style's pixels begin; the last is stride
+  double* basis;    // [rows, stride]
+  float* single;    // [rows, single_stride] the same, or null: the normal equations' matrix in float products
   int64_t single_stride;
-  double* weights;     // [stride], sum 1
-  double* size;        // [unknowns] root mean square of the basis rows
-  double* quadratic;   // [styles, unknowns, leading] or null
-  double* penalty;     // [unknowns, leading] or null
-  double* gram;        // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
-  double* factor;      // exact: of the first channel's matrix
-  double factor_scale; // exact: that channel's penalty_scale
+  double* weights;      // [stride], sum 1
+  double* size;         // [unknowns] root mean square of the basis rows
+  double* quadratic;    // [styles, unknowns, leading] or null
+  double* penalty;      // [unknowns, leading] or null
+  double* gram;         // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
+  double* factor;       // exact: of the first channel's matrix
+  double factor_scale;  // exact: that channel's penalty_scale
   int factor_status;
 };
 
@@ -72,12 +72,12 @@ struct FitScratch {
   double *dm, *new_dm, *half;
   double* turned;
   double *matrix, *factor;
-  double *weighted;
+  double* weighted;
 };
 
-constexpr int64_t fit_padding = 8;   // vectors of any instruction set
-constexpr int64_t fit_rows = 12;     // register blocks of 3 and of 4 rows
-constexpr int64_t fit_panel = 128;   // pixels per pass of the weighted Gram matrix
+constexpr int64_t fit_padding = 8;  // vectors of any instruction set
+constexpr int64_t fit_rows = 12;    // register blocks of 3 and of 4 rows
+constexpr int64_t fit_panel = 128;  // pixels per pass of the weighted Gram matrix
 
 // The algorithm's constants; rewrite_core/ops/fit_low_rank.py explains them.
 constexpr double fit_damping_start = 1e-2, fit_damping_min = 1e-6, fit_damping_stall = 1e6;
@@ -94,9 +94,15 @@ struct FitTable {
   void (*fit)(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch);
 };
 
-namespace portable { extern const FitTable fit_table; }
-namespace avx2 { extern const FitTable fit_table; }
-namespace avx512 { extern const FitTable fit_table; }
+namespace portable {
+extern const FitTable fit_table;
+}
+namespace avx2 {
+extern const FitTable fit_table;
+}
+namespace avx512 {
+extern const FitTable fit_table;
+}
 
 // Status codes of a channel; rewrite_core/ops/fit_low_rank.py explains them.
 enum FitStatus {

@@ -45,9 +45,10 @@ int64_t projected_lanes(Isa isa) { return kernel_for(isa).lanes; }
 
 Status fit_projected(const ProjectedProblem& problem, int64_t first, int64_t count, int threads, Isa isa) {
   const int64_t tile = problem.tile;
-  if (isa > detect_isa() || problem.inputs < 1 || problem.inputs % projected_group || problem.taps < 1 || problem.taps > projected_taps ||
-      problem.pixels < 1 || problem.channels < 0 || problem.rank < 0 || problem.steps < 1 ||
-      problem.project_every < 1 || (tile && (problem.taps != 9 || (tile != 2 && tile != 4 && tile != 5))) ||
+  if (isa > detect_isa() || problem.inputs < 1 || problem.inputs % projected_group || problem.taps < 1 ||
+      problem.taps > projected_taps || problem.pixels < 1 || problem.channels < 0 || problem.rank < 0 ||
+      problem.steps < 1 || problem.project_every < 1 ||
+      (tile && (problem.taps != 9 || (tile != 2 && tile != 4 && tile != 5))) ||
       problem.height * problem.width != problem.pixels || first < 0 || count < 0) {
     return Status::bad_argument;
   }

@@ -67,10 +67,20 @@ struct FlushToZero {
 
 // Winograd's algorithm for tile x tile outputs of a 3x3 kernel: all are polynomials evaluated at tile + 2 points: 0,
 // +-1, (+-2), (1/2), infinity. rewrite_core/ops/fit_projected.py holds the transform of the maps.
-template <int tile> struct Points;
-template <> struct Points<2> { static constexpr int pairs = 1, singles = 0; };
-template <> struct Points<4> { static constexpr int pairs = 2, singles = 0; };
-template <> struct Points<5> { static constexpr int pairs = 2, singles = 1; };
+template <int tile>
+struct Points;
+template <>
+struct Points<2> {
+  static constexpr int pairs = 1, singles = 0;
+};
+template <>
+struct Points<4> {
+  static constexpr int pairs = 2, singles = 0;
+};
+template <>
+struct Points<5> {
+  static constexpr int pairs = 2, singles = 1;
+};
 
 // out[n * step] = the polynomial a + b x + c x^2 at the points
 template <int tile>
@@ -267,8 +277,8 @@ struct Descent {
   const ProjectedScratch& scratch;
   const int64_t taps = tile ? 9 : problem.taps;
   int64_t count = 0;  // channels of this block
-  Vec bend = {};   // demodulation: the gradient by the squared norm, twice
-  Vec norm = {};   // and that norm, of the weight as it is
+  Vec bend = {};      // demodulation: the gradient by the squared norm, twice
+  Vec norm = {};      // and that norm, of the weight as it is
 
   // Channel c of this block in lane c; absent ones are zero. `columns` numbers each.
   static void gather(const float* rows, int64_t row_stride, int64_t column_stride, int64_t count, int64_t columns,
@@ -465,8 +475,8 @@ struct Descent {
     count = left < lanes ? left : lanes;
     gather(problem.base + first * pixels, pixels, 1, count, pixels, scratch.base);
     gather(problem.target + first * pixels, pixels, 1, count, pixels, scratch.target);
-    gather(problem.shift + first * problem.shift_strides[0], problem.shift_strides[0], problem.shift_strides[1],
-           count, pixels, scratch.shift);
+    gather(problem.shift + first * problem.shift_strides[0], problem.shift_strides[0], problem.shift_strides[1], count,
+           pixels, scratch.shift);
     if (problem.weight) gather(problem.weight + first * weights, weights, 1, count, weights, scratch.weight);
     for (int64_t k = 0; k < weights * lanes; k += lanes) {
       store(scratch.change + k, Vec{});
@@ -504,10 +514,14 @@ struct Descent {
 
 void descend(const ProjectedProblem& problem, int64_t block, const ProjectedScratch& scratch) {
   switch (problem.tile) {
-    case 2: return Descent<2>{problem, scratch}.run(block);
-    case 4: return Descent<4>{problem, scratch}.run(block);
-    case 5: return Descent<5>{problem, scratch}.run(block);
-    default: return Descent<0>{problem, scratch}.run(block);
+    case 2:
+      return Descent<2>{problem, scratch}.run(block);
+    case 4:
+      return Descent<4>{problem, scratch}.run(block);
+    case 5:
+      return Descent<5>{problem, scratch}.run(block);
+    default:
+      return Descent<0>{problem, scratch}.run(block);
   }
 }
 

@@ -52,8 +52,14 @@ struct ProjectedKernel {
   void (*descend)(const ProjectedProblem& problem, int64_t block, const ProjectedScratch& scratch);
 };
 
-namespace portable { extern const ProjectedKernel projected_kernel; }
-namespace avx2 { extern const ProjectedKernel projected_kernel; }
-namespace avx512 { extern const ProjectedKernel projected_kernel; }
+namespace portable {
+extern const ProjectedKernel projected_kernel;
+}
+namespace avx2 {
+extern const ProjectedKernel projected_kernel;
+}
+namespace avx512 {
+extern const ProjectedKernel projected_kernel;
+}
 
 }  // namespace rewrite_core

@@ -53,7 +53,7 @@ struct Positions {
 constexpr int64_t chunk_bytes = 256 << 10;  // packed keys at a time, at least one run; the next are packed meanwhile
 constexpr int64_t group_bytes = 2 << 20;    // all groups' sums
 constexpr int64_t most_groups = 16;
-constexpr int64_t alone_bytes = 16 << 20;   // of packed keys, where each thread packs its own, or one matrix
+constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
 
 int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
@@ -71,13 +71,11 @@ struct Problem {
   int64_t padded = (channels + kernels.columns - 1) / kernels.columns * kernels.columns;
   int64_t chunk_runs = std::max<int64_t>(1, std::min(runs, chunk_bytes / (padded * key_stride)));
 
-  int length(int64_t run) const {
-    return static_cast<int>(std::min(run_length, positions.total - run * run_length));
-  }
+  int length(int64_t run) const { return static_cast<int>(std::min(run_length, positions.total - run * run_length)); }
 };
 
-// Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made of
-// the first `panels` panels of its share.
+// Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
+// of the first `panels` panels of its share.
 struct Block {
   int64_t row, row_end, column, column_end, panels;
 };
@@ -116,8 +114,14 @@ class Ahead {
  public:
   Ahead(const Problem& p, const Share& share, int64_t first_run, int64_t runs, int64_t self, int64_t workers,
         char* packed)
-      : p_(p), order_(share.panels.data()), panels_(share.panels.size()), first_run_(first_run),
-        tasks_(std::max<int64_t>(runs, 0) * panels_), task_(self), workers_(workers), packed_(packed) {
+      : p_(p),
+        order_(share.panels.data()),
+        panels_(share.panels.size()),
+        first_run_(first_run),
+        tasks_(std::max<int64_t>(runs, 0) * panels_),
+        task_(self),
+        workers_(workers),
+        packed_(packed) {
     steps_ = p.run_length / p.kernels.vector;
     step_bytes_ = run_bytes / steps_;
     const bool maps = p.positions.stride[2] == 1;
@@ -224,8 +228,8 @@ class Ahead {
   int64_t offsets_[2][most_steps], lines_[most_steps], packed_lines_[most_steps];
 };
 
-// The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the team.
-// With three chunks A, B, C in [first, end) and D the first from `then` on, which is of a later call:
+// The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the
+// team. With three chunks A, B, C in [first, end) and D the first from `then` on, which is of a later call:
 //
 //   multiplied, from `packed`           A             B             C
 //   packed meanwhile, into `spare`      B by ahead    C by ahead    D by ahead
@@ -388,8 +392,8 @@ Status run(const Problem& p, double* out, int threads) {
   // each thread has tiles enough to pack all channels meanwhile
   const bool tiles = n >= 2 * p.kernels.rows * p.kernels.columns * threads;
   const Sharing sharing = groups && (groups >= threads || most == most_groups) ? Sharing::groups
-                          : tiles && room                                 ? Sharing::blocks
-                                                                          : Sharing::none;
+                          : tiles && room                                      ? Sharing::blocks
+                                                                               : Sharing::none;
   if (sharing == Sharing::groups) threads = static_cast<int>(std::min<int64_t>(threads, groups));
 
   std::vector<Block> blocks;
@@ -460,8 +464,8 @@ Status run(const Problem& p, double* out, int threads) {
 
 }  // namespace
 
-Status second_moment(const void* features, DType dtype, const int64_t sizes[4], const int64_t strides[4],
-                     double* out, int threads, Isa isa) {
+Status second_moment(const void* features, DType dtype, const int64_t sizes[4], const int64_t strides[4], double* out,
+                     int threads, Isa isa) {
   for (int i = 0; i < 4; ++i) {
     if (sizes[i] < 0 || strides[i] < 0) return Status::bad_argument;
   }

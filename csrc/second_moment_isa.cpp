@@ -189,8 +189,8 @@ void tile_of(const char* row, const char* column, int steps, double* out, int64_
 }
 
 template <class Element, Besides besides>
-void tile_rows_of(const char* row, int row_count, const char* column, int steps, double* out,
-                  int64_t out_stride, const Meanwhile* meanwhile) {
+void tile_rows_of(const char* row, int row_count, const char* column, int steps, double* out, int64_t out_stride,
+                  const Meanwhile* meanwhile) {
   constexpr int columns = tile_columns;
   if (row_count == 3) return tile_of<Element, 3, columns, besides>(row, column, steps, out, out_stride, meanwhile);
   if (row_count == 2) return tile_of<Element, 2, columns, besides>(row, column, steps, out, out_stride, meanwhile);
@@ -198,8 +198,8 @@ void tile_rows_of(const char* row, int row_count, const char* column, int steps,
 }
 
 template <class Element>
-void tile(const void* rows, int row_count, const void* columns, int steps, double* out,
-          int64_t out_stride, const Meanwhile* meanwhile) {
+void tile(const void* rows, int row_count, const void* columns, int steps, double* out, int64_t out_stride,
+          const Meanwhile* meanwhile) {
   const char *row = static_cast<const char*>(rows), *column = static_cast<const char*>(columns);
   if (!meanwhile) {
     tile_rows_of<Element, Besides::nothing>(row, row_count, column, steps, out, out_stride, nullptr);
@@ -332,8 +332,7 @@ void transpose(const Element* from, int64_t from_stride, int channels, int count
 // SecondMomentKernels::pack for one pair of types. Strides say which copy is fast: along positions (NCHW), or, where
 // channels are neighbours (rows, channels_last), a transposition in registers; anything else goes element by element.
 template <class Element, class Packed>
-void pack_of(const Element* from, int64_t channel_stride, int64_t position_stride, int channels, int count,
-             char* to) {
+void pack_of(const Element* from, int64_t channel_stride, int64_t position_stride, int channels, int count, char* to) {
   if (position_stride == 1 || channel_stride != 1) {
     for (int c = 0; c < channels; ++c) {
       const Element* source = from + c * channel_stride;
@@ -383,7 +382,8 @@ void pack_same(const void* from, int, int64_t channel_stride, int64_t position_s
 }
 
 // SecondMomentKernels::add_mirrored. Rows of the image are turned in a small buffer and written at once, to lines that
-// are not in the cache; a column of the matrix at a time, the rows of a power of two of channels share the cache's sets.
+// are not in the cache; a column of the matrix at a time, the rows of a power of two of channels share the cache's
+// sets.
 void add_mirrored(double* __restrict part, int64_t part_stride, const int64_t rows[2], const int64_t columns[2],
                   int64_t n, double* __restrict sums) {
   constexpr int some = 8;
@@ -411,8 +411,11 @@ void add_mirrored(double* __restrict part, int64_t part_stride, const int64_t ro
 
 template <class Element>
 constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) {
-  return {sizeof(Element), vector_bytes / static_cast<int>(sizeof(Element)), tile_rows, tile_columns, panel_channels,
-          pack, tile<Element>, diagonal<Element>, add_mirrored};
+  return {sizeof(Element), vector_bytes / static_cast<int>(sizeof(Element)),
+          tile_rows,       tile_columns,
+          panel_channels,  pack,
+          tile<Element>,   diagonal<Element>,
+          add_mirrored};
 }
 
 }  // namespace

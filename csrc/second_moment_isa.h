@@ -44,14 +44,15 @@ struct SecondMomentKernels {
 
   // out[i][j] += sum over the run of row i times column j, for `row_count` <= rows and all columns. `meanwhile` may
   // be null.
-  void (*tile)(const void* rows, int row_count, const void* columns, int steps, double* out,
-               int64_t out_stride, const Meanwhile* meanwhile);
+  void (*tile)(const void* rows, int row_count, const void* columns, int steps, double* out, int64_t out_stride,
+               const Meanwhile* meanwhile);
 
   // The same for the products j <= i of the first `channels` <= columns channels from `block`.
   void (*diagonal)(const void* block, int channels, int steps, double* out, int64_t out_stride);
 
-  // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <= j
-  // < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes `part`.
+  // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <=
+  // j < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes
+  // `part`.
   void (*add_mirrored)(double* part, int64_t part_stride, const int64_t rows[2], const int64_t columns[2], int64_t n,
                        double* sums);
 };

@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t block_size = 64;  // columns factored before the rest of the matrix is updated
 
 const SPDSolveKernels& kernels_for(Isa isa) {
-  return isa == Isa::avx512 ? avx512::spd_solve_kernels : isa == Isa::avx2 ? avx2::spd_solve_kernels
-                                                                           : portable::spd_solve_kernels;
+  return isa == Isa::avx512 ? avx512::spd_solve_kernels
+         : isa == Isa::avx2 ? avx2::spd_solve_kernels
+                            : portable::spd_solve_kernels;
 }
 
 // Work space of one matrix; `sums` has one part per thread.
@@ -24,9 +25,7 @@ struct Space {
   bool ok() const { return packed.data() && transposed.data() && column.data(); }
 };
 
-int64_t tile_size(const SPDSolveKernels& kernels) {
-  return kernels.rows * kernels.panels * kernels.width;
-}
+int64_t tile_size(const SPDSolveKernels& kernels) { return kernels.rows * kernels.panels * kernels.width; }
 
 // Right-looking blocked factorisation: factor a diagonal block, solve for the rows below it, subtract their
 // products (a second moment of the rows!) from the rest.
@@ -65,8 +64,8 @@ void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n,
         const int64_t count = std::min<int64_t>(row / width + 1 - panel, kernels.panels);
         std::fill(sums, sums + kernels.rows * count * width, 0.0);
         kernels.tile(space.packed.data() + row / width * panel_size + row % width,
-                      space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
-                      static_cast<int>(size), sums);
+                     space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
+                     static_cast<int>(size), sums);
         for (int64_t i = row; i < std::min(row + kernels.rows, rest); ++i) {
           const int64_t end = std::min(count * width, i + 1 - panel * width);  // up to the diagonal
           double* target = a + (below + i) * n + below + panel * width;
@@ -76,8 +75,7 @@ void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n,
     }
     team.meet();
   }
-  for (int64_t row = team.next(); row < n; row = team.next())
-    std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
+  for (int64_t row = team.next(); row < n; row = team.next()) std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
   team.meet();
 }
 
@@ -164,11 +162,9 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
     for (int64_t b = 0; b < batch; ++b) {
       std::atomic<int64_t> failed{0};
       Team::run(threads, [&](Team& team) {
-        factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels),
-               failed);
+        factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels), failed);
       });
-      info[b] =
-          failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
     }
     return Status::ok;
   }
@@ -183,15 +179,13 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
       std::atomic<int64_t> failed{0};
       Solo solo;
       factor(solo, kernels, matrices + b * n * n, n, space, sums.data(), failed);
-      info[b] =
-          failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
     }
   });
   return out_of_memory ? Status::out_of_memory : Status::ok;
 }
 
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads,
-                      Isa isa) {
+Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa) {
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!lower || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }
@@ -203,7 +197,7 @@ Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, 
     for (int64_t task = team.next(); task < batch * groups; task = team.next()) {
       const int64_t b = task / groups, first = task % groups * solve_rows;
       kernels.solve(lower + b * n * n, n, x + (b * m + first) * n,
-                        static_cast<int>(std::min<int64_t>(solve_rows, m - first)));
+                    static_cast<int>(std::min<int64_t>(solve_rows, m - first)));
     }
   });
   return Status::ok;

@@ -19,7 +19,6 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
 Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa);
 
 // Solves L L^T x = b in place. lower [batch, n, n]; x [batch, m, n], one right-hand side a row.
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads,
-                      Isa isa);
+Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa);
 
 }  // namespace rewrite_core

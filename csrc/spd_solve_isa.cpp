@@ -141,8 +141,7 @@ void solve_of(const double* lower, int64_t n, double* x) {
       for (int r = 0; r < rows; ++r) {
         Vec rest = *reinterpret_cast<const Unaligned*>(x + r * n + k);
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q)
-          rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * n + k);
+        for (int q = 0; q < 4; ++q) rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * n + k);
         *reinterpret_cast<Unaligned*>(x + r * n + k) = rest;
       }
     }

@@ -33,8 +33,14 @@ struct SPDSolveKernels {
 
 constexpr int solve_rows = 4;
 
-namespace portable { extern const SPDSolveKernels spd_solve_kernels; }
-namespace avx2 { extern const SPDSolveKernels spd_solve_kernels; }
-namespace avx512 { extern const SPDSolveKernels spd_solve_kernels; }
+namespace portable {
+extern const SPDSolveKernels spd_solve_kernels;
+}
+namespace avx2 {
+extern const SPDSolveKernels spd_solve_kernels;
+}
+namespace avx512 {
+extern const SPDSolveKernels spd_solve_kernels;
+}
 
 }  // namespace rewrite_core

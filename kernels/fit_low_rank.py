@@ -30,10 +30,33 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.fit_low_rank import (
-    BOUNDED, CONVERGED, DAMPING_DOWN, DAMPING_MIN, DAMPING_STALL, DAMPING_START, DAMPING_UP, DEGENERATE, GOOD, KINK,
-    MAX_ITERATIONS, NONFINITE, PIVOT, POOR, REACH, REACHED, SHIFTED, SLOW_SHARE, SMOOTHING_END, SMOOTHING_FAST,
-    SMOOTHING_RATE, SMOOTHING_SLOW, ZERO_RESIDUAL, Outputs, Problem, _empty,
-)  # fmt: skip
+    BOUNDED,
+    CONVERGED,
+    DAMPING_DOWN,
+    DAMPING_MIN,
+    DAMPING_STALL,
+    DAMPING_START,
+    DAMPING_UP,
+    DEGENERATE,
+    GOOD,
+    KINK,
+    MAX_ITERATIONS,
+    NONFINITE,
+    PIVOT,
+    POOR,
+    REACH,
+    REACHED,
+    SHIFTED,
+    SLOW_SHARE,
+    SMOOTHING_END,
+    SMOOTHING_FAST,
+    SMOOTHING_RATE,
+    SMOOTHING_SLOW,
+    ZERO_RESIDUAL,
+    Outputs,
+    Problem,
+    _empty,
+)
 from .tuning import choose, multiprocessors_of
 
 # What a kernel reads from outside must be wrapped.
@@ -201,7 +224,9 @@ def _loss(lin, m, shift, target, weight, slope, gain, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit
-def _objective(lin, m, shift, target, weight, smoothing, kink, slope, gain, ABSOLUTE: tl.constexpr, ROUNDED: tl.constexpr):
+def _objective(
+    lin, m, shift, target, weight, smoothing, kink, slope, gain, ABSOLUTE: tl.constexpr, ROUNDED: tl.constexpr
+):
     """Of a tile of pixels, kink and absolute value rounded."""
     value, _, _ = _value(lin, m, shift, kink, slope, gain, ROUNDED)
     r = value - target
@@ -216,7 +241,7 @@ def _objective(lin, m, shift, target, weight, smoothing, kink, slope, gain, ABSO
 @triton.jit
 def _derive(
     lin, m, shift, target, weight, dual, smoothing, kink, slope, gain, ABSOLUTE: tl.constexpr, ROUNDED: tl.constexpr
-):  # fmt: skip
+):
     """Of a tile of pixels: r, 1 / eta (l1), steep, slopes and curvature at the present point; the rounded objective."""
     value, steep, bend = _value(lin, m, shift, kink, slope, gain, ROUNDED)
     r = value - target
@@ -273,9 +298,29 @@ def _gram_tile(basis, curvature, i, k, inverse_size, unknowns, pixels, BLOCK: tl
 
 @triton.jit
 def _assemble(
-    basis, inverse_size, penalty, matrix, slopes, curvature, lin, dm, penalised, gradient, leaning, m, along, bent, scale,
-    unknowns, pixels, blocks, DEMODULATED: tl.constexpr, PENALISED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    basis,
+    inverse_size,
+    penalty,
+    matrix,
+    slopes,
+    curvature,
+    lin,
+    dm,
+    penalised,
+    gradient,
+    leaning,
+    m,
+    along,
+    bent,
+    scale,
+    unknowns,
+    pixels,
+    blocks,
+    DEMODULATED: tl.constexpr,
+    PENALISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Matrix and gradient over unknowns; returns the matrix's trace. The Jacobian m basis + dm lin^T is never formed."""
     index = tl.arange(0, BLOCK)
     for i in range(0, blocks):
@@ -319,9 +364,27 @@ def _assemble(
 
 @triton.jit
 def _assemble_over_pixels(
-    basis, inverse_size, products, matrix, right, slopes, curvature, lin, turned, dm, gradient, m, along,
-    unknowns, pixels, blocks, order_blocks, DEMODULATED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    basis,
+    inverse_size,
+    products,
+    matrix,
+    right,
+    slopes,
+    curvature,
+    lin,
+    turned,
+    dm,
+    gradient,
+    m,
+    along,
+    unknowns,
+    pixels,
+    blocks,
+    order_blocks,
+    DEMODULATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """The same over pixels: S rows^T rows S with S = sqrt(curvature), right-hand side S^-1 slopes; rows = m basis +
     dm lin^T, and products [pixels, pixels] = basis^T basis in scaled unknowns."""
     index = tl.arange(0, BLOCK)
@@ -361,7 +424,9 @@ def _assemble_over_pixels(
             if DEMODULATED:
                 mine = tl.load(lin + p)[:, None]
                 other = tl.load(lin + q)[None, :]
-                tile += m * mine * tl.load(turned + q)[None, :] + (m * tl.load(turned + p)[:, None] + length * mine) * other
+                tile += (
+                    m * mine * tl.load(turned + q)[None, :] + (m * tl.load(turned + p)[:, None] + length * mine) * other
+                )
             tile *= tl.sqrt(tl.load(curvature + p))[:, None] * tl.sqrt(tl.load(curvature + q))[None, :]
             tl.store(matrix + _tile_at(i, k, order_blocks, BLOCK), tile)
             trace += tl.sum(tl.sum(tl.where(p[:, None] == q[None, :], tile, 0.0), 1), 0)
@@ -390,26 +455,65 @@ def _write(best, inverse_size, coefficients, unknowns, blocks, BLOCK: tl.constex
     return fits
 
 
-@triton.jit(do_not_specialize=[
-    "tasks", "channels", "unknowns", "pixels", "weight_stride", "shift_edit", "shift_channel", "shift_pixel",
-    "max_iterations", "stride",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "tasks",
+        "channels",
+        "unknowns",
+        "pixels",
+        "weight_stride",
+        "shift_edit",
+        "shift_channel",
+        "shift_pixel",
+        "max_iterations",
+        "stride",
+    ]
+)
 def fit_kernel(
-    basis, base, target, shift,  # pointers, as rewrite_core/ops/fit_low_rank.py names and shapes them
-    constant, linear, quadratic,  # quadratic in scaled unknowns
+    basis,
+    base,
+    target,
+    shift,  # pointers, as rewrite_core/ops/fit_low_rank.py names and shapes them
+    constant,
+    linear,
+    quadratic,  # quadratic in scaled unknowns
     weights,  # float64 [edits, pixels], sum 1
-    penalty, penalty_scale,  # penalty in scaled unknowns
+    penalty,
+    penalty_scale,  # penalty in scaled unknowns
     inverse_size,  # float64 [edits, blocks * BLOCK]
     products,  # float64 [edits, pixels, pixels], with OVER_PIXELS
     scratch,  # float64 [programs, stride]
-    coefficients, losses, initials, iterations, statuses,
-    tasks, channels, unknowns, pixels, weight_stride, shift_edit, shift_channel, shift_pixel,
-    slope: tl.float64, gain: tl.float64, tolerance: tl.float64, slow_rate: tl.float64,
-    slow_rate_well: tl.float64, fast_rate_well: tl.float64,
-    max_iterations, stride,
-    ABSOLUTE: tl.constexpr, ROUNDED: tl.constexpr, DEMODULATED: tl.constexpr, PENALISED: tl.constexpr,
-    SHIFT: tl.constexpr, OVER_PIXELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    coefficients,
+    losses,
+    initials,
+    iterations,
+    statuses,
+    tasks,
+    channels,
+    unknowns,
+    pixels,
+    weight_stride,
+    shift_edit,
+    shift_channel,
+    shift_pixel,
+    slope: tl.float64,
+    gain: tl.float64,
+    tolerance: tl.float64,
+    slow_rate: tl.float64,
+    slow_rate_well: tl.float64,
+    fast_rate_well: tl.float64,
+    max_iterations,
+    stride,
+    ABSOLUTE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    DEMODULATED: tl.constexpr,
+    PENALISED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    OVER_PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     index = tl.arange(0, BLOCK)
     none = tl.zeros((), tl.float64)
     slope = none + slope
@@ -546,7 +650,18 @@ def fit_kernel(
                     lin = tl.load(lin_at + p)
                     goal, weight, moved_by = _pixels(target_at, weight_at, shift_at, shift_pixel, p, pixels, SHIFT)
                     _, _, _, slopes, curvature, smooth = _derive(
-                        lin, m, moved_by, goal, weight, tl.load(duals + p), smoothing, kink, slope, gain, ABSOLUTE, ROUNDED
+                        lin,
+                        m,
+                        moved_by,
+                        goal,
+                        weight,
+                        tl.load(duals + p),
+                        smoothing,
+                        kink,
+                        slope,
+                        gain,
+                        ABSOLUTE,
+                        ROUNDED,
                     )
                     now += smooth
                     if DEMODULATED:
@@ -557,15 +672,52 @@ def fit_kernel(
                 tl.debug_barrier()
                 if OVER_PIXELS:
                     trace = _assemble_over_pixels(
-                        maps, sizes, products_at, matrix, right, slopes_at, curvature_at, lin_at, turned, dm, gradient, m,
-                        along, unknowns, pixels, blocks, order_blocks, DEMODULATED, BLOCK, TILE,
-                    )  # fmt: skip
+                        maps,
+                        sizes,
+                        products_at,
+                        matrix,
+                        right,
+                        slopes_at,
+                        curvature_at,
+                        lin_at,
+                        turned,
+                        dm,
+                        gradient,
+                        m,
+                        along,
+                        unknowns,
+                        pixels,
+                        blocks,
+                        order_blocks,
+                        DEMODULATED,
+                        BLOCK,
+                        TILE,
+                    )
                 else:
                     trace = _assemble(
-                        maps, sizes, penalty_at, matrix, slopes_at, curvature_at, lin_at, dm, penaliseds + flip * size,
-                        gradient, leaning, m, along, bent, scale, unknowns, pixels, blocks, DEMODULATED, PENALISED, BLOCK,
+                        maps,
+                        sizes,
+                        penalty_at,
+                        matrix,
+                        slopes_at,
+                        curvature_at,
+                        lin_at,
+                        dm,
+                        penaliseds + flip * size,
+                        gradient,
+                        leaning,
+                        m,
+                        along,
+                        bent,
+                        scale,
+                        unknowns,
+                        pixels,
+                        blocks,
+                        DEMODULATED,
+                        PENALISED,
+                        BLOCK,
                         TILE,
-                    )  # fmt: skip
+                    )
                 mean = trace / unknowns
                 tl.debug_barrier()
                 finite = (mean - mean == 0.0) & (now - now == 0.0)
@@ -678,7 +830,9 @@ def fit_kernel(
                         for tile in range(0, tiles):
                             p = tile * PIXELS + tl.arange(0, PIXELS)
                             lin = tl.load(lin_at + p)
-                            goal, weight, moved_by = _pixels(target_at, weight_at, shift_at, shift_pixel, p, pixels, SHIFT)
+                            goal, weight, moved_by = _pixels(
+                                target_at, weight_at, shift_at, shift_pixel, p, pixels, SHIFT
+                            )
                             dual = tl.load(duals + p)
                             r, inverse, steep, _, _, _ = _derive(
                                 lin, m, moved_by, goal, weight, dual, smoothing, kink, slope, gain, ABSOLUTE, ROUNDED
@@ -723,19 +877,51 @@ def fit_kernel(
         tl.debug_barrier()  # the next channel writes what this one still reads
 
 
-@triton.jit(do_not_specialize=[
-    "tasks", "channels", "unknowns", "pixels", "weight_stride", "shift_edit", "shift_channel", "shift_pixel", "stride",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "tasks",
+        "channels",
+        "unknowns",
+        "pixels",
+        "weight_stride",
+        "shift_edit",
+        "shift_channel",
+        "shift_pixel",
+        "stride",
+    ]
+)
 def exact_kernel(
-    basis, base, target, shift, weights, penalty, penalty_scale, inverse_size,  # as in fit_kernel
+    basis,
+    base,
+    target,
+    shift,
+    weights,
+    penalty,
+    penalty_scale,
+    inverse_size,  # as in fit_kernel
     gram,  # float64 [edits, unknowns, unknowns]: gain^2 sum_p weight_p basis_p basis_p^T in scaled unknowns
     scratch,
-    coefficients, losses, initials, iterations, statuses,
-    tasks, channels, unknowns, pixels, weight_stride, shift_edit, shift_channel, shift_pixel,
+    coefficients,
+    losses,
+    initials,
+    iterations,
+    statuses,
+    tasks,
+    channels,
+    unknowns,
+    pixels,
+    weight_stride,
+    shift_edit,
+    shift_channel,
+    shift_pixel,
     gain: tl.float64,
     stride,
-    PENALISED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    PENALISED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     """The linear problem with the l2 loss: one factor, and three solves with what is left over."""
     index = tl.arange(0, BLOCK)
     none = tl.zeros((), tl.float64)
@@ -1001,23 +1187,64 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
         inverse_size = torch.nn.functional.pad(shared["inverse_size"], (0, -unknowns % config.block))
         sizes = (edits * channels, channels, unknowns, pixels, pixels if len(shared["weights"]) > 1 else 0, *shift)
         common = {
-            "PENALISED": problem.penalty is not None, "SHIFT": problem.shift is not None, "BLOCK": config.block,
-            "TILE": config.tile, "PIXELS": config.pixels, "num_warps": config.warps, "num_stages": 1,
+            "PENALISED": problem.penalty is not None,
+            "SHIFT": problem.shift is not None,
+            "BLOCK": config.block,
+            "TILE": config.tile,
+            "PIXELS": config.pixels,
+            "num_warps": config.warps,
+            "num_stages": 1,
             "enable_fp_fusion": False,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
-        }  # fmt: skip
+        }
         if problem.exact:
             exact_kernel[(programs,)](
-                basis, base, target, problem.shift, shared["weights"], shared["penalty"], shared["penalty_scale"],
-                inverse_size, shared["products"], scratch, *outputs, *sizes, problem.gain, stride, **common,
-            )  # fmt: skip
+                basis,
+                base,
+                target,
+                problem.shift,
+                shared["weights"],
+                shared["penalty"],
+                shared["penalty_scale"],
+                inverse_size,
+                shared["products"],
+                scratch,
+                *outputs,
+                *sizes,
+                problem.gain,
+                stride,
+                **common,
+            )
             return
         fit_kernel[(programs,)](
-            basis, base, target, problem.shift, shared["constant"], linear, shared["quadratic"], shared["weights"],
-            shared["penalty"], shared["penalty_scale"], inverse_size, shared["products"], scratch, *outputs, *sizes,
-            problem.slope, problem.gain, problem.tolerance, slow_rate, slow_rate_well, fast_rate_well, steps, stride,
-            ABSOLUTE=problem.loss == "l1", ROUNDED=problem.slope != 1.0, DEMODULATED=linear is not None,
-            OVER_PIXELS=over_pixels, **common,
-        )  # fmt: skip
+            basis,
+            base,
+            target,
+            problem.shift,
+            shared["constant"],
+            linear,
+            shared["quadratic"],
+            shared["weights"],
+            shared["penalty"],
+            shared["penalty_scale"],
+            inverse_size,
+            shared["products"],
+            scratch,
+            *outputs,
+            *sizes,
+            problem.slope,
+            problem.gain,
+            problem.tolerance,
+            slow_rate,
+            slow_rate_well,
+            fast_rate_well,
+            steps,
+            stride,
+            ABSOLUTE=problem.loss == "l1",
+            ROUNDED=problem.slope != 1.0,
+            DEMODULATED=linear is not None,
+            OVER_PIXELS=over_pixels,
+            **common,
+        )
 
     with torch.cuda.device_of(base):  # Triton launches on the current device
         shared = _prepare(problem, over_pixels)

@@ -44,9 +44,16 @@ def _change_rows(scratch, first, COUNT: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _outputs(
-    maps, change, rows, first, width,
-    COUNT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    maps,
+    change,
+    rows,
+    first,
+    width,
+    COUNT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """sum over rows of maps[row, p] change[row, c] for a tile of pixels from `first` on."""
     total = tl.zeros((PIXELS, CHANNELS), tl.float32)
     p = first + tl.arange(0, PIXELS)
@@ -58,13 +65,27 @@ def _outputs(
     return total
 
 
-@triton.jit(do_not_specialize=[
-    "channels", "inputs", "taps", "ranks", "pixels", "width", "shift_channel", "shift_pixel", "steps", "project_every",
-    "stride",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "channels",
+        "inputs",
+        "taps",
+        "ranks",
+        "pixels",
+        "width",
+        "shift_channel",
+        "shift_pixel",
+        "steps",
+        "project_every",
+        "stride",
+    ]
+)
 def fit_kernel(
     maps,  # [taps, inputs, width]: the operator; inputs and pixels padded with zeros to whole tiles
-    base, target, value, shift,  # [channels, pixels]
+    base,
+    target,
+    value,
+    shift,  # [channels, pixels]
     weight,  # [taps, inputs, channels], with DEMODULATED
     square,  # [inputs]: the squared style
     directions,  # [ranks, inputs], padded to whole tiles
@@ -73,13 +94,32 @@ def fit_kernel(
     scratch,  # [programs, stride]
     losses,  # float64 [programs, steps]
     coefficients,  # [channels, taps, ranks], or without directions [channels, taps, inputs]
-    channels, inputs, taps, ranks, pixels, width, shift_channel, shift_pixel, steps, project_every, stride,
+    channels,
+    inputs,
+    taps,
+    ranks,
+    pixels,
+    width,
+    shift_channel,
+    shift_pixel,
+    steps,
+    project_every,
+    stride,
     share,  # what a pixel counts in the loss
-    eps, slope, gain,
-    ABSOLUTE: tl.constexpr, DEMODULATED: tl.constexpr, SHIFT: tl.constexpr, PROJECTS: tl.constexpr,
-    PROJECTS_GRADIENT: tl.constexpr, ONE_TILE: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-    PIXELS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    eps,
+    slope,
+    gain,
+    ABSOLUTE: tl.constexpr,
+    DEMODULATED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PROJECTS: tl.constexpr,
+    PROJECTS_GRADIENT: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     rows = taps * inputs
     first_channel = tl.program_id(0) * CHANNELS
     channel = first_channel + tl.arange(0, CHANNELS)
@@ -122,11 +162,10 @@ def fit_kernel(
                             tile = tl.load(directions + rank[:, None] * inputs + i[None, :])
                             whole = tl.load(
                                 weight + (tap * inputs + i)[:, None].to(tl.int64) * channels + channel[None, :],
-                                mask=there[None, :], other=0.0,
-                            ) + tl.load(_change_rows(change, tap * inputs + start, ROWS, CHANNELS))  # fmt: skip
-                            lean = tl.dot(
-                                tile, tl.load(square + i)[:, None] * whole, lean, input_precision=PRECISION
-                            )
+                                mask=there[None, :],
+                                other=0.0,
+                            ) + tl.load(_change_rows(change, tap * inputs + start, ROWS, CHANNELS))
+                            lean = tl.dot(tile, tl.load(square + i)[:, None] * whole, lean, input_precision=PRECISION)
                         turn += bend[None, :] * lean
                     tl.store(_change_rows(leaning, part, _RANKS, CHANNELS), turn)
                 tl.debug_barrier()
@@ -154,7 +193,9 @@ def fit_kernel(
                 if DEMODULATED:
                     if not PROJECTS_GRADIENT:
                         whole = before + tl.load(
-                            weight + row[:, None].to(tl.int64) * channels + channel[None, :], mask=there[None, :], other=0.0
+                            weight + row[:, None].to(tl.int64) * channels + channel[None, :],
+                            mask=there[None, :],
+                            other=0.0,
                         )
                         gradient += bend[None, :] * tl.load(square + i)[:, None] * whole
                 mean = tl.load(_change_rows(mean_at, start, ROWS, CHANNELS))
@@ -255,8 +296,9 @@ def fit_kernel(
         row = start + tl.arange(0, _RANKS)
         tl.store(
             coefficients + channel[None, :].to(tl.int64) * count + row[:, None],
-            tl.load(_change_rows(result, start, _RANKS, CHANNELS)), mask=there[None, :] & (row < count)[:, None],
-        )  # fmt: skip
+            tl.load(_change_rows(result, start, _RANKS, CHANNELS)),
+            mask=there[None, :] & (row < count)[:, None],
+        )
 
 
 @dataclass(frozen=True)
@@ -317,19 +359,47 @@ def fit_projected(problem: Problem, progress=None, config: Config | None = None)
         losses = torch.empty(programs, steps, **wide)
         coefficients = base.new_empty(channels, taps, ranks if rank else size)
         fit_kernel[(programs,)](
-            F.pad(operator.transpose(0, 1), (0, beyond, 0, more)).contiguous(), base, target, value, shift,
+            F.pad(operator.transpose(0, 1), (0, beyond, 0, more)).contiguous(),
+            base,
+            target,
+            value,
+            shift,
             None if weight is None else F.pad(weight, (0, 0, 0, more)).contiguous(),
             None if problem.style is None else F.pad(problem.style.square(), (0, more)).contiguous(),
             F.pad(directions, (0, more, 0, ranks - rank)).contiguous() if rank else None,
             F.pad(basis, (0, beyond, 0, ranks - rank)).contiguous() if rank else None,
-            rates, scratch, losses, coefficients,
-            channels, size, taps, ranks, pixels, extent, *((0, 0) if shift is None else shift.stride()), steps,
-            problem.project_every, stride, 1 / base.numel(), float(problem.eps), float(problem.slope), float(problem.gain),
-            ABSOLUTE=problem.loss == "l1", DEMODULATED=weight is not None, SHIFT=shift is not None, PROJECTS=rank > 0,
-            PROJECTS_GRADIENT=problem.project_gradient, ONE_TILE=extent == tile, CHANNELS=config.channels, ROWS=config.rows,
-            PIXELS=tile, PRECISION=PRECISION, num_warps=config.warps, num_stages=config.stages,
+            rates,
+            scratch,
+            losses,
+            coefficients,
+            channels,
+            size,
+            taps,
+            ranks,
+            pixels,
+            extent,
+            *((0, 0) if shift is None else shift.stride()),
+            steps,
+            problem.project_every,
+            stride,
+            1 / base.numel(),
+            float(problem.eps),
+            float(problem.slope),
+            float(problem.gain),
+            ABSOLUTE=problem.loss == "l1",
+            DEMODULATED=weight is not None,
+            SHIFT=shift is not None,
+            PROJECTS=rank > 0,
+            PROJECTS_GRADIENT=problem.project_gradient,
+            ONE_TILE=extent == tile,
+            CHANNELS=config.channels,
+            ROWS=config.rows,
+            PIXELS=tile,
+            PRECISION=PRECISION,
+            num_warps=config.warps,
+            num_stages=config.stages,
             enable_fp_fusion=False,  # a value and the goal that is equal to it must leave nothing
-        )  # fmt: skip
+        )
         return coefficients, losses
 
     with torch.cuda.device_of(base):  # Triton launches on the current device

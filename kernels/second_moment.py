@@ -138,7 +138,9 @@ def second_moment_kernel(
             b = tl.trans(a)
         else:
             b = tl.load(
-                block + (column_starts[None, :] + offset[:, None]), mask=(columns < channels)[None, :] & valid[:, None], other=0.0
+                block + (column_starts[None, :] + offset[:, None]),
+                mask=(columns < channels)[None, :] & valid[:, None],
+                other=0.0,
             )
             if WIDEN:
                 b = b.to(tl.float32)
@@ -330,13 +332,28 @@ def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -
     partials = torch.empty(slices, tiles, block, block, dtype=torch.float32, device=features.device)
     stride_n, stride_h, stride_w = layout.strides
     second_moment_kernel[(tiles, slices)](
-        features, partials, channels, positions, layout.pixels, layout.width,
-        stride_n, features.stride(1), stride_h, stride_w,
-        BLOCK_C=block, BLOCK_P=config.positions, RUN=config.run, MODE="ieee" if mode == "half" else mode,
-        SINGLE=tiles == 1, FLAT=layout.flat, LONG=layout.pixels + config.positions >= 2**31,
-        NEAR=layout.near(features.stride(1), channels + block, config.positions), WIDEN=triton_interpreted(),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        features,
+        partials,
+        channels,
+        positions,
+        layout.pixels,
+        layout.width,
+        stride_n,
+        features.stride(1),
+        stride_h,
+        stride_w,
+        BLOCK_C=block,
+        BLOCK_P=config.positions,
+        RUN=config.run,
+        MODE="ieee" if mode == "half" else mode,
+        SINGLE=tiles == 1,
+        FLAT=layout.flat,
+        LONG=layout.pixels + config.positions >= 2**31,
+        NEAR=layout.near(features.stride(1), channels + block, config.positions),
+        WIDEN=triton_interpreted(),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return partials, block, mode == "x3" and tiles == 1
 
 
@@ -356,9 +373,12 @@ def configuration(features: Tensor, mode: str) -> Config:
         f"{min(triton.next_power_of_2(channels), 4096)}x{4**size}"
     )
     return choose(
-        features.device, "second_moment", name, choices,
+        features.device,
+        "second_moment",
+        name,
+        choices,
         lambda config: _launch(features, mode, config, properties.multi_processor_count),
-    )  # fmt: skip
+    )
 
 
 def second_moment(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
@@ -377,6 +397,13 @@ def second_moment(features: Tensor, out: Tensor, precision: str, config: Config 
         # a program of the interpreter takes the same time whatever its size
         entries = block * block // 2 if triton_interpreted() else REDUCED
         add_partials_kernel[(tiles, block * block // entries)](
-            partials, out, features.shape[1], slices,
-            BLOCK_C=block, SYMMETRISE=symmetrise, ENTRIES=entries, TOGETHER=TOGETHER, num_warps=4,
-        )  # fmt: skip
+            partials,
+            out,
+            features.shape[1],
+            slices,
+            BLOCK_C=block,
+            SYMMETRISE=symmetrise,
+            ENTRIES=entries,
+            TOGETHER=TOGETHER,
+            num_warps=4,
+        )

@@ -111,8 +111,7 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
         have = ", ".join(record.name for record in backends_of(op))
         raise BackendUnavailable(f"{source}{asked!r}: {op} has no such backend; it has {have}.")
     raise BackendUnavailable(
-        f"{source}{asked!r} cannot run this call of {op} ({'; '.join(reasons)}); "
-        'backend="auto" picks one that can.'
+        f'{source}{asked!r} cannot run this call of {op} ({"; ".join(reasons)}); backend="auto" picks one that can.'
     )
 
 

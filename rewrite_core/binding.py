@@ -273,8 +273,10 @@ def _unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
         raise RewriteCoreError(f"bind needs a torch.nn.Module, not {type(generator).__name__}.")
     while True:
         wrapped = {
-            "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
-        }.get(type(generator).__name__)  # fmt: skip
+            "OptimizedModule": "_orig_mod",
+            "DataParallel": "module",
+            "DistributedDataParallel": "module",
+        }.get(type(generator).__name__)
         if not isinstance(getattr(generator, wrapped or "", None), nn.Module):
             break
         generator, name = getattr(generator, wrapped), name.removeprefix(f"{wrapped}.")
@@ -459,7 +461,9 @@ def list_layers(
             handle.remove()
     for path, capture in captures.items():
         if runs[path] == 1 and len(capture.key) != len(few):
-            unknown.setdefault(path, f"it sees {len(capture.key)} maps for {len(few)} latents, so whose is whose is not known")
+            unknown.setdefault(
+                path, f"it sees {len(capture.key)} maps for {len(few)} latents, so whose is whose is not known"
+            )
     for path, reason in unknown.items():
         captures.pop(path, None)
         warnings.warn(f"Layer {path!r} is left out: {reason}", stacklevel=2)

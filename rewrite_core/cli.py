@@ -154,7 +154,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"Device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from error
+        raise UsageError(
+            f"Device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu."
+        ) from error
     return device
 
 
@@ -215,7 +217,7 @@ _positive = _whole(1)
 
 
 def _numbers(text: str) -> list[int]:
-    """"3,5,8-11" -> [3, 5, 8, 9, 10, 11]."""
+    """ "3,5,8-11" -> [3, 5, 8, 9, 10, 11]."""
     ranges: list[range] = []
     try:
         for part in text.split(","):
@@ -226,21 +228,23 @@ def _numbers(text: str) -> list[int]:
     if not any(ranges):
         raise argparse.ArgumentTypeError(f"{text!r} names no picture")
     if sum(max(0, each.stop - each.start) for each in ranges) > MOST_PICTURES:
-        raise argparse.ArgumentTypeError(f"{text!r} names more than the {MOST_PICTURES} pictures that one file may hold")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names more than the {MOST_PICTURES} pictures that one file may hold"
+        )
     if max(each.stop for each in ranges) > MOST_LATENTS:
         raise argparse.ArgumentTypeError(f"{text!r} goes beyond the {MOST_LATENTS} latents that are drawn at most")
     return [number for each in ranges for number in each]
 
 
 def _size(text: str) -> tuple[int, ...]:
-    """"512" -> (512,); "100x1x1" -> (100, 1, 1)."""
+    """ "512" -> (512,); "100x1x1" -> (100, 1, 1)."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512 or 100x1x1")
     return tuple(map(int, text.split("x")))
 
 
 def _range(text: str) -> tuple[float, float]:
-    """"0,1" -> (0.0, 1.0)."""
+    """ "0,1" -> (0.0, 1.0)."""
     with contextlib.suppress(ValueError):
         low, high = map(float, text.split(","))
         if -math.inf < low < high < math.inf:
@@ -266,17 +270,22 @@ def _file(suffix: str = "") -> Callable[[str], str]:
 def _check_files(options: argparse.Namespace) -> None:
     """A file that is written is no file that is read, nor another that is written; but a checkpoint may end as the
     moment."""
+
     def files(*names: str) -> list[str]:
         given = (getattr(options, name, None) for name in names)
         return [file for each in given if each for file in (each if isinstance(each, list) else [each])]
 
     seen = {os.path.realpath(file): file for file in files("edit", "moment", "rewrite", "checkpoint")}
     checkpoints = itertools.zip_longest(files("resume"), files("out"))
-    others = [file for file, out in checkpoints if file and not (out and os.path.realpath(file) == os.path.realpath(out))]
+    others = [
+        file for file, out in checkpoints if file and not (out and os.path.realpath(file) == os.path.realpath(out))
+    ]
     for file in [*files("out", "state_dict"), *others]:
         place = os.path.realpath(file)
         if place in seen:
-            raise UsageError(f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name.")
+            raise UsageError(
+                f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name."
+            )
         seen[place] = file
 
 
@@ -315,9 +324,15 @@ def _collect(options: argparse.Namespace) -> None:
     generator, latents = _setup(options, options.count)
     layers = [bind(generator, name) for name in names]
     moments = collect_second_moment(
-        layers=layers, latents=latents, batch_size=options.batch_size, checkpoint=options.resume,
-        progress=not options.quiet, latent_seed=options.seed, skip_nonfinite=options.skip_nonfinite, until=options.until,
-    )  # fmt: skip
+        layers=layers,
+        latents=latents,
+        batch_size=options.batch_size,
+        checkpoint=options.resume,
+        progress=not options.quiet,
+        latent_seed=options.seed,
+        skip_nonfinite=options.skip_nonfinite,
+        until=options.until,
+    )
     for layer, moment, out in zip(layers, moments, options.out, strict=True):
         moment.save(out)
         error = "" if math.isnan(moment.standard_error) else f", standard error {moment.standard_error:.2%}"
@@ -442,7 +457,9 @@ def _eval(options: argparse.Namespace) -> None:
     }
     if options.rule:
         scores = vars(score(RULES[options.rule], before, after, latents))
-        known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in scores.items()}
+        known = {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in scores.items()
+        }
         report |= {"rule": options.rule, **known}  # NaN, where no picture is concerned, is no JSON
     print(json.dumps(report, indent=2))
 
@@ -481,7 +498,9 @@ def _bench(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("rewrite_core.benchmarks", "pytest", "pytest_benchmark"):
             raise
-        raise UsageError(f"{error.name} is not installed; run pip install '.[test]' in a checkout to benchmark.") from error
+        raise UsageError(
+            f"{error.name} is not installed; run pip install '.[test]' in a checkout to benchmark."
+        ) from error
     return run(options.names or ["all"], Path(options.out), options.quick)
 
 
@@ -506,15 +525,23 @@ def _add_generator(parser: argparse.ArgumentParser, count: int | None) -> None:
     whose.add_argument("--generator", default=CHAPELS, metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
     group.add_argument("--checkpoint", metavar="FILE", help="state dict to load into it")
     whose.add_argument(
-        "--allow-pickle", dest="generator", action="store_const", const=PICKLED,
+        "--allow-pickle",
+        dest="generator",
+        action="store_const",
+        const=PICKLED,
         help="instead of --generator: the checkpoint is a pickled network, which runs any code in it as it is opened",
-    )  # fmt: skip
-    group.add_argument("--latent-size", type=_size, metavar="SIZE", help="of one latent: 512, or 100x1x1 for [N, 100, 1, 1]")
+    )
+    group.add_argument(
+        "--latent-size", type=_size, metavar="SIZE", help="of one latent: 512, or 100x1x1 for [N, 100, 1, 1]"
+    )
     group.add_argument("--latents", choices=("normal", "uniform"), default="normal", help="uniform means -1..1")
     group.add_argument(
-        "--range", type=_range, default=(-1.0, 1.0), metavar="LOW,HIGH",
+        "--range",
+        type=_range,
+        default=(-1.0, 1.0),
+        metavar="LOW,HIGH",
         help="what its images lie in, such as 0,1 (default -1,1)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--seed", type=_whole(0, 2**32 - 1), default=1, help="of the latents that selections index (default 1)"
     )
@@ -530,12 +557,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable, help: str, generator: int | None | bool = False) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, help: str, generator: int | bool | None = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".",
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=_GENERATOR_HELP if generator is not False else None,
-        )  # fmt: skip
+        )
         sub.set_defaults(run=run)
         if generator is not False:
             _add_generator(sub, generator)
@@ -545,38 +574,50 @@ def build_parser() -> argparse.ArgumentParser:
 
     def edit_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "edit", metavar="EDIT",
+            "edit",
+            metavar="EDIT",
             help=f"JSON file, in the reference implementation's format; or for the embedded generator {', '.join(RULES)}",
-        )  # fmt: skip
+        )
         sub.add_argument("--layer", required=True, help="its name, one of those that rewrite layers lists")
         sub.add_argument("--moment", metavar="FILE", help="from rewrite collect; collected afresh where not given")
 
     def rewrite_arguments(sub: argparse.ArgumentParser, required: bool) -> None:
         sub.add_argument(
-            "--rewrite", action="append", default=[], required=required, metavar="FILE",
+            "--rewrite",
+            action="append",
+            default=[],
+            required=required,
+            metavar="FILE",
             help="from rewrite edit; repeat to stack several",
-        )  # fmt: skip
+        )
         sub.add_argument("--force", action="store_true", help="apply to weights the rewrite was not fitted to")
 
     sub = command("demo", _demo, "change three rules of the embedded generator and measure the result")
-    sub.add_argument("--out", default="demo_out", metavar="DIR", help="for the pictures and report.json (default demo_out)")
+    sub.add_argument(
+        "--out", default="demo_out", metavar="DIR", help="for the pictures and report.json (default demo_out)"
+    )
 
     sub = command("layers", _layers, "list every layer that can be rewritten", generator=None)
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
 
     sub = command("collect", _collect, "collect the second moment of one or several layers in one pass", generator=1000)
     sub.add_argument(
-        "--layer", required=True, action="append",
+        "--layer",
+        required=True,
+        action="append",
         help="its name, one of those that rewrite layers lists; repeat, with an --out each, for several",
-    )  # fmt: skip
+    )
     sub.add_argument(
         "--out", required=True, action="append", type=_file(), metavar="FILE", help="safetensors file to write"
     )
     sub.add_argument("--batch-size", type=_positive, default=16, help="latents at a time (default 16)")
     sub.add_argument(
-        "--resume", action="append", type=_file(), metavar="FILE",
+        "--resume",
+        action="append",
+        type=_file(),
+        metavar="FILE",
         help="keep a checkpoint here and resume from it; one for each --layer",
-    )  # fmt: skip
+    )
     sub.add_argument("--until", type=float, metavar="ERROR", help="stop at this relative standard error, such as 0.01")
     sub.add_argument("--skip-nonfinite", action="store_true", help="leave out pictures whose keys hold NaN or infinity")
 
@@ -592,25 +633,34 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_positive, help="of the other solvers than lm (default 2001)")
     where = sub.add_mutually_exclusive_group()
     where.add_argument(
-        "--tight", action="store_true", default=None,
+        "--tight",
+        action="store_true",
+        default=None,
         help="fit the pasted box, as if nothing were around it (default, but for --erase)",
-    )  # fmt: skip
+    )
     where.add_argument(
-        "--whole-map", dest="tight", action="store_false", default=None,
+        "--whole-map",
+        dest="tight",
+        action="store_false",
+        default=None,
         help="fit the whole map (default for --erase)",
-    )  # fmt: skip
+    )
     sub.add_argument("--box", action="store_true", default=None, help="paste the copy's bounding box, not its mask")
     kind = sub.add_mutually_exclusive_group()
     kind.add_argument("--erase", type=_positive, metavar="UNITS", help="erase: silence so many units in the paste")
     kind.add_argument("--zero", action="store_true", help="remove the weight's projection on the context")
     sub.add_argument(
-        "--state-dict", type=_file(".safetensors"), metavar="FILE.safetensors",
+        "--state-dict",
+        type=_file(".safetensors"),
+        metavar="FILE.safetensors",
         help="also write the generator's whole edited state dict",
-    )  # fmt: skip
+    )
 
     sub = command("render", _render, "render pictures, before and after rewrites", generator=None)
     rewrite_arguments(sub, required=False)
-    sub.add_argument("--images", type=_numbers, default=list(range(16)), help="rows of the latents, e.g. 3,5,8 (default 0-15)")
+    sub.add_argument(
+        "--images", type=_numbers, default=list(range(16)), help="rows of the latents, e.g. 3,5,8 (default 0-15)"
+    )
     sub.add_argument("--size", type=_positive, default=128, help="side of each picture in the grid (default 128)")
     sub.add_argument("--out", required=True, type=_file(".png"), metavar="FILE.png", help="picture to write")
 
@@ -621,17 +671,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("search", _search, "find the pictures that hold what an edit's selection shows", generator=1000)
     edit_arguments(sub)
     sub.add_argument(
-        "--selection", choices=("query", "context", "copy", "paste"), default="context",
+        "--selection",
+        choices=("query", "context", "copy", "paste"),
+        default="context",
         help="which of the edit's selections to look for (default: the first of its context; of several pastes the first)",
-    )  # fmt: skip
+    )
     sub.add_argument("--top", type=_positive, default=12, help="how many matches to show (default 12)")
     sub.add_argument("--size", type=_positive, default=128, help="side of each picture in the grid (default 128)")
     sub.add_argument("--out", required=True, type=_file(".png"), metavar="FILE.png", help="picture to write")
 
     sub = command("bench", _bench, "time the kernels against stock PyTorch")
-    sub.add_argument("names", nargs="*", metavar="SUITE", help="second-moment, solve, edit, collect or all (default all)")
+    sub.add_argument(
+        "names", nargs="*", metavar="SUITE", help="second-moment, solve, edit, collect or all (default all)"
+    )
     sub.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
-    sub.add_argument("--out", default="bench_out", metavar="DIR", help="for the numbers and pictures (default bench_out)")
+    sub.add_argument(
+        "--out", default="bench_out", metavar="DIR", help="for the numbers and pictures (default bench_out)"
+    )
 
     command("info", _info, "say which backend each operation uses here, and why")
     return parser

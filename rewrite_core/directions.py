@@ -212,7 +212,9 @@ def context_keys(
     """
     check_layer(layer)
     if not isinstance(selections, Sequence):
-        raise TypeError(f"selections is a list of rc.Selection (edit.keys has an edit's), not {type(selections).__name__}.")
+        raise TypeError(
+            f"selections is a list of rc.Selection (edit.keys has an edit's), not {type(selections).__name__}."
+        )
     if not selections:
         raise SelectionError("There is no selection to read keys at; mark at least one place.")
     rows, weights = [], []

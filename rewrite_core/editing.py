@@ -124,8 +124,13 @@ class Selection:
             image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
             pixels = np.asarray(image.convert("RGB"))[:, :, 0]  # the reference reads the first channel
         except (
-            binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError,
-        ) as error:  # fmt: skip
+            binascii.Error,
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            ValueError,
+            SyntaxError,
+        ) as error:
             raise FileFormatError(f"The mask of {field!r} cannot be decoded ({error}).") from error
         if slices:
             if type(slices[0]) is not int or slices[0] < 1 or len(pixels) % slices[0]:
@@ -183,9 +188,7 @@ class Edit:
         return [part for part in (self.copy, *self.pastes, *(self.context or ()), self.query) if part is not None]
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Edit) and all(
-            getattr(self, name) == getattr(other, name) for name in _FIELDS.values()
-        )
+        return isinstance(other, Edit) and all(getattr(self, name) == getattr(other, name) for name in _FIELDS.values())
 
     def __repr__(self) -> str:
         return f"Edit(copy={self.copy}, paste={self.paste}, context={self.context}, query={self.query})"
@@ -214,8 +217,7 @@ class Edit:
         foreign = sorted(set(record) - set(_FIELDS))
         if foreign or not record:
             raise FileFormatError(
-                f"Not an edit: it holds {foreign[:3] or 'nothing'}, "
-                f"where an edit has some of {list(_FIELDS)}."
+                f"Not an edit: it holds {foreign[:3] or 'nothing'}, where an edit has some of {list(_FIELDS)}."
             )
         parts = {}
         for field, value in record.items():

@@ -50,8 +50,19 @@ class _Opaque(Exception):
 
 
 _PLAIN = (
-    bool, int, float, complex, str, bytes, range, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 
 class _Surroundings:

@@ -231,7 +231,9 @@ def erase_goals(
     if not edit.pastes:
         raise SelectionError("This edit has no paste selection; an erasure needs one to say what goes.")
     if not isinstance(units, int) or not 1 <= units <= layer.in_channels:
-        raise RewriteCoreError(f"units is a whole number from 1 to the {layer.in_channels} key channels, not {units!r}.")
+        raise RewriteCoreError(
+            f"units is a whole number from 1 to the {layer.in_channels} key channels, not {units!r}."
+        )
     keys, weights = context_keys(layer, edit.keys, latents)
     gone = rank_units(moment, keys, weights)[:units]
     goals = []

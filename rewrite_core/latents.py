@@ -38,8 +38,6 @@ def sample_latents(channels: int, count: int, seed: int = 1) -> Tensor:
     with the same seed point at the same pictures.
     """
     if channels < 1 or count < 1:
-        raise RewriteCoreError(
-            f"sample_latents needs at least one channel and one latent, not ({channels}, {count})."
-        )
+        raise RewriteCoreError(f"sample_latents needs at least one channel and one latent, not ({channels}, {count}).")
     rows = np.random.RandomState(seed).standard_normal(channels * count).reshape(count, channels)
     return torch.from_numpy(rows).float()

@@ -250,7 +250,9 @@ class SecondMoment:
         """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
         warns where both were collected from the same latents, whose keys then count twice."""
         if not isinstance(other, SecondMoment):
-            raise TypeError(f"A second moment merges with another, not with {type(other).__name__}; update it with features.")
+            raise TypeError(
+                f"A second moment merges with another, not with {type(other).__name__}; update it with features."
+            )
         joined = self._joined([self._facts(), other._facts()])
         self._sum += other._sum.to(self._sum.device)
         vars(self).update(joined)
@@ -279,10 +281,16 @@ class SecondMoment:
     def _facts(self) -> dict:
         """All there is to a moment but its sum; ``latents`` is a list of what is known of each set of them."""
         return {
-            "channels": self.channels, "layer": self.layer, "fingerprint": self.fingerprint,
+            "channels": self.channels,
+            "layer": self.layer,
+            "fingerprint": self.fingerprint,
             "latents": self.latents.get("merged", [self.latents] if self.count else []),
-            "count": self.count, "skipped": self.skipped, "groups": self._groups, "spread": self._spread, "wide": self._wide,
-        }  # fmt: skip
+            "count": self.count,
+            "skipped": self.skipped,
+            "groups": self._groups,
+            "spread": self._spread,
+            "wide": self._wide,
+        }
 
     @staticmethod
     def _joined(facts: list[dict]) -> dict:
@@ -306,8 +314,11 @@ class SecondMoment:
         joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
         sums = {name: sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")}
         return joined | {
-            "count": sums["count"], "skipped": sums["skipped"], "_groups": sums["groups"], "_spread": sums["spread"],
-        }  # fmt: skip
+            "count": sums["count"],
+            "skipped": sums["skipped"],
+            "_groups": sums["groups"],
+            "_spread": sums["spread"],
+        }
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``sum`` and its metadata as safetensors, all or nothing."""
@@ -359,7 +370,10 @@ class SecondMoment:
         count, skipped, groups = metadata.get("count"), metadata.get("skipped", 0), metadata.get("groups", 0)
         if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
             raise FileFormatError(f"{path} holds no float64 [C, C] tensor 'sum'.")
-        if any(type(number) is not int or number < 0 for number in (count, skipped, groups)) or not torch.isfinite(total).all():
+        if (
+            any(type(number) is not int or number < 0 for number in (count, skipped, groups))
+            or not torch.isfinite(total).all()
+        ):
             raise FileFormatError(f"{path} holds no finite sum with its counts.")
         layer, fingerprint = metadata.get("layer"), metadata.get("fingerprint")
         latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
@@ -369,7 +383,7 @@ class SecondMoment:
             and all(isinstance(record, dict) for record in (latents, progress))
             and isinstance(spread, float | None)
             and isinstance(wide, bool)
-            and (errors is None or isinstance(errors, list) and all(isinstance(error, float) for error in errors))
+            and (errors is None or (isinstance(errors, list) and all(isinstance(error, float) for error in errors)))
             and sorted((name, type(value)) for name, value in progress.items())
             in ([], [("batch_size", int), ("done", int)])
         ):
@@ -388,7 +402,9 @@ class SecondMoment:
                 # same_kind: no numbers made of strings or complex numbers
                 total, count = arrays["mom2"].astype(np.float64, casting="same_kind"), int(arrays["count"])
         except Exception as error:  # numpy raises anything from BadZipFile to KeyError here
-            raise FileFormatError(f"{path} is not the reference's r2m.npz ({type(error).__name__}: {error}).") from error
+            raise FileFormatError(
+                f"{path} is not the reference's r2m.npz ({type(error).__name__}: {error})."
+            ) from error
         if total.ndim != 2 or not 0 < len(total) == total.shape[1] or count < 1 or not np.isfinite(total).all():
             raise FileFormatError(f"{path} does not hold a finite [C, C] 'mom2' with its count.")
         moment = cls(len(total))
@@ -409,9 +425,14 @@ def _batch_named(layer: BoundLayer, first: int, count: int, batch_size: int) -> 
 
 
 def _stream(
-    layer: BoundLayer, latents: Tensor, batch_size: int, start: int, progress: bool, label: str,
+    layer: BoundLayer,
+    latents: Tensor,
+    batch_size: int,
+    start: int,
+    progress: bool,
+    label: str,
     consume: Callable[[Tensor, int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`, which must raise
     NonFiniteError on NaN or infinity; the batch is then named."""
     with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
@@ -464,7 +485,9 @@ class _KeyErrors:
     def resume(self, state: dict[str, Tensor], path: str | os.PathLike) -> None:
         """Go on from a checkpoint's state."""
         if not torch.equal(state.get("keys", torch.empty(0)), self._keys):
-            raise MismatchError(f"The checkpoint {os.fspath(path)} was made with other keys; resume with the same ones.")
+            raise MismatchError(
+                f"The checkpoint {os.fspath(path)} was made with other keys; resume with the same ones."
+            )
         for name, tensor in self.state.items():
             saved = state.get(name)
             if saved is None or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
@@ -507,7 +530,9 @@ class _KeyErrors:
     def _evaluate(self, moment: SecondMoment) -> None:
         with warnings.catch_warnings():  # whoever solves with the result is told
             warnings.simplefilter("ignore", DiagonalShiftWarning)
-            factor = spd_factor(moment._sum, noise=moment._noise)  # N C, as a copy to divide by N would be one matrix more
+            factor = spd_factor(
+                moment._sum, noise=moment._noise
+            )  # N C, as a copy to divide by N would be one matrix more
 
         def solve(rhs: Tensor) -> Tensor:
             return factor.solve(rhs).mul_(moment.count)
@@ -531,9 +556,14 @@ class _Collection:
     """One layer's part of a collection: its moment, how many latents are in it, and its checkpoint file."""
 
     def __init__(
-        self, layer: BoundLayer, latents: Tensor, batch_size: int, seed: int | None, path: str | os.PathLike | None,
+        self,
+        layer: BoundLayer,
+        latents: Tensor,
+        batch_size: int,
+        seed: int | None,
+        path: str | os.PathLike | None,
         keys: Tensor | None,
-    ):  # fmt: skip
+    ):
         self.layer = layer
         self.batch_size = batch_size
         self.path = path
@@ -657,8 +687,15 @@ class _Ahead:
             self.wait()
 
     def launch(
-        self, side: SideStream, part: _Collection, keys: Tensor, first: int, count: int, skip_nonfinite: bool, last: bool
-    ) -> None:  # fmt: skip
+        self,
+        side: SideStream,
+        part: _Collection,
+        keys: Tensor,
+        first: int,
+        count: int,
+        skip_nonfinite: bool,
+        last: bool,
+    ) -> None:
         """Update `part` with the key maps of `count` latents from `first` on; `last`: the pass ends with them."""
         self.release()
         origin = side.current()
@@ -719,18 +756,32 @@ def _one_each(name: str, given: object, layers: Sequence[BoundLayer]) -> Sequenc
 
 @overload
 def collect_second_moment(
-    layer: BoundLayer, latents: Tensor, batch_size: int = ..., checkpoint: str | os.PathLike | None = ...,
-    progress: bool = ..., latent_seed: int | None = ..., skip_nonfinite: bool = ..., until: float | None = ...,
-    keys: Tensor | None = ..., layers: None = ...,
-) -> SecondMoment: ...  # fmt: skip
+    layer: BoundLayer,
+    latents: Tensor,
+    batch_size: int = ...,
+    checkpoint: str | os.PathLike | None = ...,
+    progress: bool = ...,
+    latent_seed: int | None = ...,
+    skip_nonfinite: bool = ...,
+    until: float | None = ...,
+    keys: Tensor | None = ...,
+    layers: None = ...,
+) -> SecondMoment: ...
 
 
 @overload
 def collect_second_moment(
-    *, layers: Sequence[BoundLayer], latents: Tensor, batch_size: int = ...,
-    checkpoint: Sequence[str | os.PathLike] | None = ..., progress: bool = ..., latent_seed: int | None = ...,
-    skip_nonfinite: bool = ..., until: float | None = ..., keys: Sequence[Tensor | None] | None = ...,
-) -> list[SecondMoment]: ...  # fmt: skip
+    *,
+    layers: Sequence[BoundLayer],
+    latents: Tensor,
+    batch_size: int = ...,
+    checkpoint: Sequence[str | os.PathLike] | None = ...,
+    progress: bool = ...,
+    latent_seed: int | None = ...,
+    skip_nonfinite: bool = ...,
+    until: float | None = ...,
+    keys: Sequence[Tensor | None] | None = ...,
+) -> list[SecondMoment]: ...
 
 
 def collect_second_moment(

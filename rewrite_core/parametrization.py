@@ -43,7 +43,9 @@ class LowRankChange(nn.Module):
         if place is None:
             raise MismatchError("This parametrization is not on the module any more, so there is nothing to remove.")
         if any(isinstance(stage, Folded) for stage in [*stages][place:]):
-            raise MismatchError("A rewrite was applied on top of this parametrization; revert that first, then remove this.")
+            raise MismatchError(
+                "A rewrite was applied on top of this parametrization; revert that first, then remove this."
+            )
         if len(stages) == 1:
             # torch takes the weight's property off the class, which a deep copy shares with the original
             kind = type(module)

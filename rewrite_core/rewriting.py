@@ -22,8 +22,15 @@ from .families import Capture
 from .goals import erase_goals, paste_goals
 from .moments import SecondMoment
 from .solvers import (
-    LOSSES, SOLVERS, Problem, generic_second_moment, solve_adam, solve_lm, solve_projected, solve_unconstrained,
-)  # fmt: skip
+    LOSSES,
+    SOLVERS,
+    Problem,
+    generic_second_moment,
+    solve_adam,
+    solve_lm,
+    solve_projected,
+    solve_unconstrained,
+)
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
 
@@ -148,9 +155,24 @@ def _change(
 
 
 def _solve_goals(
-    layer, moment, edits, latents, make_goals, *, rank, solver, loss, method, preserve, steps, lr, project_every,
-    project_gradient, progress, backend,
-) -> list[Rewrite]:  # fmt: skip
+    layer,
+    moment,
+    edits,
+    latents,
+    make_goals,
+    *,
+    rank,
+    solver,
+    loss,
+    method,
+    preserve,
+    steps,
+    lr,
+    project_every,
+    project_gradient,
+    progress,
+    backend,
+) -> list[Rewrite]:
     if solver not in SOLVERS:
         raise SolverError(f"There is no solver {solver!r}; choose from {list(SOLVERS)}.")
     if loss not in LOSSES:
@@ -160,7 +182,9 @@ def _solve_goals(
     check_inputs(layer, moment, latents)
     edits = _checked(edits)
     if solver == "lm" and not layer.known:
-        warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', through autograd.")
+        warn(
+            f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', through autograd."
+        )
         solver = "adam"
     clock = _Clock()
     problems, boxes = [], []
@@ -187,10 +211,16 @@ def _solve_goals(
             boxes.append(tuple(each.box for each in (goal, *more)) if more and goal.box else goal.box)
             problems.append(
                 Problem(
-                    layer, goal.capture, goal.target, directions, loss, float(preserve), generic,
+                    layer,
+                    goal.capture,
+                    goal.target,
+                    directions,
+                    loss,
+                    float(preserve),
+                    generic,
                     tuple((each.capture, each.target) for each in more),
                 )
-            )  # fmt: skip
+            )
         with clock.stage("fit"):
             if solver == "lm":
                 solutions = solve_lm(problems, backend)
@@ -207,12 +237,20 @@ def _solve_goals(
             fitted_to = bound.weight_fingerprint(bound.weight)
         return [
             _change(
-                bound, edit, problem.directions, solution.coefficients, fitted_to, solver=solution.solver,
-                losses=solution.losses, final_loss=solution.final_loss, status=solution.status,
-                seconds=dict(clock.seconds), box=box,
+                bound,
+                edit,
+                problem.directions,
+                solution.coefficients,
+                fitted_to,
+                solver=solution.solver,
+                losses=solution.losses,
+                final_loss=solution.final_loss,
+                status=solution.status,
+                seconds=dict(clock.seconds),
+                box=box,
             )
             for edit, box, problem, solution in zip(edits, boxes, problems, solutions, strict=True)
-        ]  # fmt: skip
+        ]
 
 
 def rewrite_many(
@@ -240,10 +278,23 @@ def rewrite_many(
     Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
     """
     return _solve_goals(
-        layer, moment, edits, latents, lambda layer, edit: paste_goals(layer, edit, latents, tight, alpha),
-        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
-        project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
-    )  # fmt: skip
+        layer,
+        moment,
+        edits,
+        latents,
+        lambda layer, edit: paste_goals(layer, edit, latents, tight, alpha),
+        rank=rank,
+        solver=solver,
+        loss=loss,
+        method=method,
+        preserve=preserve,
+        steps=steps,
+        lr=lr,
+        project_every=project_every,
+        project_gradient=project_gradient,
+        progress=progress,
+        backend=backend,
+    )
 
 
 def rewrite(
@@ -294,10 +345,24 @@ def rewrite(
         MaskError, RankError, NonFiniteError, SolverError: as their names say.
     """
     return rewrite_many(
-        layer, moment, [edit], latents,
-        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, tight=tight, alpha=alpha, steps=steps,
-        lr=lr, project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
-    )[0]  # fmt: skip
+        layer,
+        moment,
+        [edit],
+        latents,
+        rank=rank,
+        solver=solver,
+        loss=loss,
+        method=method,
+        preserve=preserve,
+        tight=tight,
+        alpha=alpha,
+        steps=steps,
+        lr=lr,
+        project_every=project_every,
+        project_gradient=project_gradient,
+        progress=progress,
+        backend=backend,
+    )[0]
 
 
 def erase(
@@ -324,10 +389,23 @@ def erase(
     context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `tight`: the reference
     fits an erasure on the whole map, so that is the default."""
     return _solve_goals(
-        layer, moment, [edit], latents, lambda layer, edit: erase_goals(layer, moment, edit, latents, units, tight),
-        rank=rank, solver=solver, loss=loss, method=method, preserve=preserve, steps=steps, lr=lr,
-        project_every=project_every, project_gradient=project_gradient, progress=progress, backend=backend,
-    )[0]  # fmt: skip
+        layer,
+        moment,
+        [edit],
+        latents,
+        lambda layer, edit: erase_goals(layer, moment, edit, latents, units, tight),
+        rank=rank,
+        solver=solver,
+        loss=loss,
+        method=method,
+        preserve=preserve,
+        steps=steps,
+        lr=lr,
+        project_every=project_every,
+        project_gradient=project_gradient,
+        progress=progress,
+        backend=backend,
+    )[0]
 
 
 def insert(
@@ -402,9 +480,17 @@ def insert(
         with clock.stage("check"):
             fitted_to = layer.weight_fingerprint(layer.weight)
         return _change(
-            layer, None, directions, solution.coefficients, fitted_to, solver=solution.solver, losses=solution.losses,
-            final_loss=solution.final_loss, status=solution.status, seconds=dict(clock.seconds),
-        )  # fmt: skip
+            layer,
+            None,
+            directions,
+            solution.coefficients,
+            fitted_to,
+            solver=solution.solver,
+            losses=solution.losses,
+            final_loss=solution.final_loss,
+            status=solution.status,
+            seconds=dict(clock.seconds),
+        )
 
 
 def zero(
@@ -438,8 +524,10 @@ def zero(
         change = amount * torch.ones_like(weight) - weight
         rows = rows.to(weight.device)
         parts = zip(change.chunk(layer.groups), rows.chunk(layer.groups, 1))
-        coefficients = torch.cat([  # a group has its own part of the directions, orthonormal where it is all of them
-            torch.einsum("oi...,ir->or...", part.unflatten(1, (layer.groups, -1))[:, j], torch.linalg.pinv(own))
-            for j, (part, own) in enumerate(parts)
-        ])  # fmt: skip
+        coefficients = torch.cat(
+            [  # a group has its own part of the directions, orthonormal where it is all of them
+                torch.einsum("oi...,ir->or...", part.unflatten(1, (layer.groups, -1))[:, j], torch.linalg.pinv(own))
+                for j, (part, own) in enumerate(parts)
+            ]
+        )
         return _change(layer, edit, rows, coefficients, fitted_to, solver="zero", seconds=clock.seconds)

@@ -39,7 +39,9 @@ class Problem:
     directions: Tensor  # [R, I], orthonormal rows
     loss: str = "l1"
     preserve: float = 0.0
-    generic: Tensor | None = None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
+    generic: Tensor | None = (
+        None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
+    )
     more: tuple[tuple[Capture, Tensor], ...] = ()
 
     @property
@@ -240,9 +242,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
     inputs = [_fit_inputs(problem, group) for problem in problems for group in range(groups)]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
-    arguments = {
-        name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")
-    }
+    arguments = {name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")}
     valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
     if any("segments" in part for part in inputs):
         count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
@@ -255,9 +255,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
         arguments["penalty"] = torch.stack([part["penalty"] for part in inputs])
         arguments["penalty_scale"] = torch.stack([part["penalty_scale"] for part in inputs])
     slope, gain = inputs[0]["slope"], inputs[0]["gain"]
-    fit = ops.fit_low_rank(
-        **arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend
-    )
+    fit = ops.fit_low_rank(**arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend)
     # All that is read comes over at once: on a GPU this is the only wait of the fit.
     rows = [fit.initial_loss, fit.loss, fit.iterations, *(fit.status == code for code in STATUS)]
     read = torch.stack([row.reshape(len(problems), -1).double().sum(1) for row in rows], 1)
@@ -365,9 +363,16 @@ def solve_projected(
     directions = problem.directions.to(original.dtype)
     if _fuses(problem, backend):
         return _fused(
-            problem, "projected", steps, lr, progress, backend,
-            directions=directions, project_every=project_every, project_gradient=project_gradient,
-        )  # fmt: skip
+            problem,
+            "projected",
+            steps,
+            lr,
+            progress,
+            backend,
+            directions=directions,
+            project_every=project_every,
+            project_gradient=project_gradient,
+        )
     orthogonal = original - _project(original, directions)
 
     def project(step: int, weight: Tensor) -> None:
@@ -375,11 +380,18 @@ def solve_projected(
             weight.copy_(orthogonal + _project(weight, directions))
 
     weight, losses, final_loss = _descend(
-        problem, steps, lr, progress, "projected", project,
+        problem,
+        steps,
+        lr,
+        progress,
+        "projected",
+        project,
         (lambda gradient: _project(gradient, directions)) if project_gradient else None,
-    )  # fmt: skip
+    )
     coefficients = torch.einsum("oi...,ri->or...", (weight - original).double(), directions.double())
-    return Solution(coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)}, steps)
+    return Solution(
+        coefficients.to(original.dtype), losses, "projected", final_loss, {"autograd": len(original)}, steps
+    )
 
 
 def solve_unconstrained(
@@ -418,9 +430,7 @@ def _fuses(problem: Problem, backend: str) -> bool:
     return chosen != "reference" and not reason
 
 
-def _fused(
-    problem: Problem, solver: str, steps: int, lr: float, progress: bool, backend: str, **options
-) -> Solution:
+def _fused(problem: Problem, solver: str, steps: int, lr: float, progress: bool, backend: str, **options) -> Solution:
     _check_steps(steps)
     layer, weight = problem.layer, problem.weight
     after, taps = layer.post_operation(problem.capture), math.prod(layer.kernel_size)
@@ -453,7 +463,9 @@ def _fused(
             steps=steps,
             lr=lr,
             backend=backend,
-            progress=(lambda ranges, count: tqdm(ranges, total=count, desc=solver, unit="part", disable=None)) if progress else None,
+            progress=(lambda ranges, count: tqdm(ranges, total=count, desc=solver, unit="part", disable=None))
+            if progress
+            else None,
             **options,
         )
         losses = [_check_loss(loss) for loss in fit.losses.cpu()]

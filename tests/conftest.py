@@ -18,9 +18,14 @@ needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton
 # does not hold, and what suffers is speed: no float64 tensor cores on sm_90, a few spills, fewer programs side by side.
 needs_triton_compiler = pytest.mark.skipif(triton_reason((3, 9)) is not None, reason=str(triton_reason((3, 9))))
 # Triton 3.6's interpreter was found not to run with NumPy 2.4, and 3.9's to run.
-_OLD = triton_version() is not None and triton_version() < (3, 9) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+_OLD = (
+    triton_version() is not None
+    and triton_version() < (3, 9)
+    and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+)
 needs_triton_interpreter = pytest.mark.skipif(
-    triton_reason() is not None or _OLD, reason=triton_reason() or "this Triton's interpreter does not run with NumPy 2.4"
+    triton_reason() is not None or _OLD,
+    reason=triton_reason() or "this Triton's interpreter does not run with NumPy 2.4",
 )
 
 

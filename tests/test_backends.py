@@ -28,8 +28,12 @@ def run(code, environment=None):
     with tempfile.TemporaryDirectory() as elsewhere:
         return subprocess.run(
             [sys.executable, "-c", code],
-            cwd=elsewhere, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
 
 def run_without_extension(code, failure="ModuleNotFoundError('No module named x', name='rewrite_core._C')"):
@@ -80,18 +84,14 @@ def test_unknown_names_are_refused():
 
 
 def test_explicit_backend_runs_or_raises_with_the_reason():
-    with pytest.raises(
-        BackendUnavailable, match="'cuda': second_moment has no such backend; it has triton, cpp"
-    ):
+    with pytest.raises(BackendUnavailable, match="'cuda': second_moment has no such backend; it has triton, cpp"):
         select("second_moment", "cuda", FEATURES)
     with pytest.raises(BackendUnavailable, match="triton: .*on cpu|triton: triton is not installed"):
         select("second_moment", "triton", FEATURES)
 
 
 def records(*rows):
-    return tuple(
-        Backend("second_moment", name, "math:pi", supports, declines) for name, supports, declines in rows
-    )
+    return tuple(Backend("second_moment", name, "math:pi", supports, declines) for name, supports, declines in rows)
 
 
 def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
@@ -204,9 +204,12 @@ def test_a_source_tree_before_the_installed_package_says_so(tmp_path):
     shutil.copytree(installed, tmp_path / "rewrite_core", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     done = subprocess.run(
         [sys.executable, "-c", "import rewrite_core as rc; rc.explain(); print(rc.explain())"],
-        cwd=tmp_path, env={key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "this is the source tree" in done.stdout and str(installed) in " ".join(done.stdout.split())
     assert done.stderr.count("runs without its C++ extension") == 1
@@ -316,7 +319,7 @@ def test_what_is_no_op_refuses_to_be_one():
 
 @pytest.mark.parametrize("version, fits", [((3, 4), False), ((3, 5), True), ((3, 10), True), (None, True)])
 def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, version, fits):
-    """"auto" must not choose it: the failure would come from the compiler, in the middle of an edit."""
+    """ "auto" must not choose it: the failure would come from the compiler, in the middle of an edit."""
     monkeypatch.setattr(backends, "triton_version", lambda: version)
     monkeypatch.setattr(backends, "_triton_missing", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

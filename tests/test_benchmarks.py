@@ -21,18 +21,50 @@ from rewrite_core.version import source_digest
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
 CASES = {"second-moment": 2, "solve": 4, "edit": 5, "collect": 2}  # of a quick run
 TIMES = {
-    "p20": float, "p50": float, "p80": float, "rounds": int, "gflops": float, "error": float, "paired": float,
-    "part": float, "aside": bool,
-}  # fmt: skip
+    "p20": float,
+    "p50": float,
+    "p80": float,
+    "rounds": int,
+    "gflops": float,
+    "error": float,
+    "paired": float,
+    "part": float,
+    "aside": bool,
+}
 SCHEMA = {
     **TIMES,
-    "schema": int, "timestamp": str, "machine": str, "cpu": str, "cores": int, "isa": (str, type(None)),
-    "threads": int, "load": float, "python": str, "torch": str, "rewrite_core": str,
-    "commit": (str, type(None)), "op": str, "case": str, "group": str, "quick": bool, "backend": str, "shapes": dict,
-    "dtype": str, "details": dict, "stages": dict, "tests": str,
-    "operations": (int, float), "bytes": (int, float), "gbytes_per_second": float, "error_kind": str,
-    "tolerance": float, "best_stock": str, "ratio": float, "contenders": dict, "yardstick": (dict, type(None)),
-}  # fmt: skip
+    "schema": int,
+    "timestamp": str,
+    "machine": str,
+    "cpu": str,
+    "cores": int,
+    "isa": (str, type(None)),
+    "threads": int,
+    "load": float,
+    "python": str,
+    "torch": str,
+    "rewrite_core": str,
+    "commit": (str, type(None)),
+    "op": str,
+    "case": str,
+    "group": str,
+    "quick": bool,
+    "backend": str,
+    "shapes": dict,
+    "dtype": str,
+    "details": dict,
+    "stages": dict,
+    "tests": str,
+    "operations": (int, float),
+    "bytes": (int, float),
+    "gbytes_per_second": float,
+    "error_kind": str,
+    "tolerance": float,
+    "best_stock": str,
+    "ratio": float,
+    "contenders": dict,
+    "yardstick": (dict, type(None)),
+}
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -233,9 +265,16 @@ def test_contenders_take_turns():
         return harness.Contender(name, lambda: calls.append(name), lambda: calls.append(f"({name})"), rounds)
 
     problem = harness.Problem(
-        ours=contender("ours"), stock=[contender("a"), contender("b", rounds=1)], shapes={}, dtype="",
-        operations=1.0, traffic=1.0, error=lambda result: 0.0, error_kind="", tolerance=0.0,
-    )  # fmt: skip
+        ours=contender("ours"),
+        stock=[contender("a"), contender("b", rounds=1)],
+        shapes={},
+        dtype="",
+        operations=1.0,
+        traffic=1.0,
+        error=lambda result: 0.0,
+        error_kind="",
+        tolerance=0.0,
+    )
     race = harness.Race(problem)
     assert race.plan(quick=True) == 21
     assert calls == ["(ours)", "ours", "(a)", "a"]  # b is slow: it is not warmed up

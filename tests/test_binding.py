@@ -23,12 +23,20 @@ class DCGAN(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Unflatten(1, (12, 1, 1)),
-            nn.ConvTranspose2d(12, 16, 4, 1, 0, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.ConvTranspose2d(16, 10, 5, 2, 2, output_padding=1), nn.BatchNorm2d(10), nn.LeakyReLU(0.2),
-            nn.Conv2d(10, 8, 3, 1, 1, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 6, (3, 5), stride=2, padding=(1, 2), dilation=1), nn.ReLU(),
-            nn.ConvTranspose2d(6, 3, 4, 2, 1), nn.Tanh(),
-        )  # fmt: skip
+            nn.ConvTranspose2d(12, 16, 4, 1, 0, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.ConvTranspose2d(16, 10, 5, 2, 2, output_padding=1),
+            nn.BatchNorm2d(10),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(10, 8, 3, 1, 1, padding_mode="reflect"),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, (3, 5), stride=2, padding=(1, 2), dilation=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 3, 4, 2, 1),
+            nn.Tanh(),
+        )
 
 
 def make(kind):
@@ -46,7 +54,11 @@ def make(kind):
     return generator
 
 
-CASES = [(kind, info.name) for kind in ("proggan", "stylegan2", "dcgan") for info in rc.list_layers(make(kind), torch.randn(1, 12))]
+CASES = [
+    (kind, info.name)
+    for kind in ("proggan", "stylegan2", "dcgan")
+    for info in rc.list_layers(make(kind), torch.randn(1, 12))
+]
 
 
 def latents(count=24):
@@ -60,10 +72,15 @@ def relative(a, b):
 def test_every_convolution_is_listed():
     names = [name for kind, name in CASES if kind == "dcgan"]
     assert names == ["1", "4", "7", "10", "12"]
-    assert [name for kind, name in CASES if kind == "proggan"] == [f"layer{i}.conv" for i in range(1, 9)] + ["output_32x32.conv"]
+    assert [name for kind, name in CASES if kind == "proggan"] == [f"layer{i}.conv" for i in range(1, 9)] + [
+        "output_32x32.conv"
+    ]
     assert {name for kind, name in CASES if kind == "stylegan2"} == {
-        "conv1.conv", "to_rgb1.conv", *(f"convs.{i}.conv" for i in range(4)), *(f"to_rgbs.{i}.conv" for i in range(2)),
-    }  # fmt: skip
+        "conv1.conv",
+        "to_rgb1.conv",
+        *(f"convs.{i}.conv" for i in range(4)),
+        *(f"to_rgbs.{i}.conv" for i in range(2)),
+    }
     solvers = {info.name: info.solver for info in rc.list_layers(make("stylegan2"), latents())}
     assert solvers["convs.0.conv"] == "lm" and solvers["to_rgb1.conv"] == "closed_form"
 
@@ -101,7 +118,9 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     size = layer.values(z[:1]).shape[2]
     mask = torch.zeros(size, size)
     mask[: max(1, size // 2), : max(1, size // 2)] = 1
-    edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)])
+    edit = rc.Edit(
+        copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)]
+    )
     before = copy.deepcopy(generator.state_dict())
     images = generator(z).detach()
     whole = {"tight": False} if (kind, name) == ("dcgan", "7") else {}  # reflection padding has no crops
@@ -192,7 +211,9 @@ def test_forward_callable():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2", "convs.2.conv")])
+@pytest.mark.parametrize(
+    "kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2", "convs.2.conv")]
+)
 def test_other_precisions(kind, name, dtype):
     generator = make(kind).to(dtype).eval()
     layer = rc.bind(generator, name)
@@ -215,10 +236,16 @@ def test_channels_last_generators():
     assert torch.allclose(layer.keys(latents(2)), plain.keys(latents(2)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("layer5.cnv", "layer5.conv"), ("Layer5.conv", "layer5.conv"), ("layer55.conv", "layer5.conv"),
-    ("layer5.relu", "LeakyReLU"), ("", "ProgGAN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("layer5.cnv", "layer5.conv"),
+        ("Layer5.conv", "layer5.conv"),
+        ("layer55.conv", "layer5.conv"),
+        ("layer5.relu", "LeakyReLU"),
+        ("", "ProgGAN"),
+    ],
+)
 def test_unknown_layers_suggest_names(name, words):
     with pytest.raises(rc.UnknownLayerError, match=words) as caught:
         rc.bind(make("proggan"), name)
@@ -241,11 +268,15 @@ def test_what_cannot_be_edited_says_why():
         rc.bind(nn.Sequential(nn.ReLU()), "0")
     with pytest.raises(rc.RewriteCoreError, match="torch.nn.Module"):
         rc.bind("generator", "0")
-    with pytest.raises(rc.UnknownLayerError, match="is of family 'conv_transpose', not 'stylegan2'; leave the family out"):
+    with pytest.raises(
+        rc.UnknownLayerError, match="is of family 'conv_transpose', not 'stylegan2'; leave the family out"
+    ):
         rc.bind(make("dcgan"), "1", family="stylegan2")
     with pytest.raises(rc.UnknownLayerError, match="is of family 'proggan' or 'conv', not 'stylegan2'"):
         rc.bind(make("proggan"), "layer3.conv", family="stylegan2")
-    with pytest.raises(rc.RewriteCoreError, match=r"no family 'foo'; choose from \['biggan', 'conv', 'conv_transpose', 'd"):
+    with pytest.raises(
+        rc.RewriteCoreError, match=r"no family 'foo'; choose from \['biggan', 'conv', 'conv_transpose', 'd"
+    ):
         rc.bind(make("dcgan"), "1", family="foo")
     with pytest.raises(rc.UnknownLayerError, match="run it once"):
         rc.bind(nn.Sequential(nn.LazyConv2d(4, 1)), "0")
@@ -501,8 +532,17 @@ class Everything(nn.Module):
         return self.last((x + self.noises.last) * self.gains[1] * self.named["last"])
 
 
-BEFORE = ["gains.0", "named.first", "noises.first", "lent.weight", "own.weight", "own.bias", "start",
-          "attention.in_proj_weight", "attention.out_proj.weight"]  # fmt: skip
+BEFORE = [
+    "gains.0",
+    "named.first",
+    "noises.first",
+    "lent.weight",
+    "own.weight",
+    "own.bias",
+    "start",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+]
 AFTER = ["gains.1", "named.last", "noises.last", "conv.weight", "last.weight"]
 
 
@@ -577,7 +617,11 @@ class Writing(nn.Module):
     def __init__(self, batch_size=None, training=True, inplace=False):
         super().__init__()
         self.batch_size, self.training, self.inplace = batch_size, training, inplace
-        self.act, self.norm, self.conv = nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(5, 6, 3, padding=1)), nn.Conv2d(6, 6, 1)
+        self.act, self.norm, self.conv = (
+            nn.ReLU(),
+            nn.utils.weight_norm(nn.Conv2d(5, 6, 3, padding=1)),
+            nn.Conv2d(6, 6, 1),
+        )
 
     def forward(self, x):
         self.batch_size = len(x)
@@ -589,9 +633,11 @@ def test_the_fingerprint_does_not_see_what_passes_write():
     generator = Writing().eval()
     prints = set()
     for change in (
-        lambda: None, generator.train, lambda: setattr(generator.act, "inplace", True),
+        lambda: None,
+        generator.train,
+        lambda: setattr(generator.act, "inplace", True),
         lambda: setattr(generator, "norm", torch.compile(generator.norm, backend="eager")),
-    ):  # fmt: skip
+    ):
         change()
         for count in (1, 3):
             generator(maps()[:count])
@@ -621,13 +667,19 @@ def test_the_fingerprint_sees_what_a_forward_holds():
         return rc.bind(generator, "convs.1", forward=lambda g, z: g(z * by if more is None else z * by + more))
 
     layers = [
-        rc.bind(generator, "convs.1"), bent(1.0), bent(0.7), bent(1.0, label), bent(1.0, 2 * label),
+        rc.bind(generator, "convs.1"),
+        bent(1.0),
+        bent(0.7),
+        bent(1.0, label),
+        bent(1.0, 2 * label),
         rc.bind(generator, "convs.1", forward=lambda g, z: g(z * 0.5)),
         rc.bind(generator, "convs.1", forward=functools.partial(lambda by, g, z: g(z * by), 0.3)),
-    ]  # fmt: skip
+    ]
     prints = [layer.fingerprint(latents()) for layer in layers]
     assert len(set(prints)) == len(prints)
-    assert prints == [layer.fingerprint(latents()) for layer in layers] and bent(0.7).fingerprint(latents()) == prints[2]
+    assert (
+        prints == [layer.fingerprint(latents()) for layer in layers] and bent(0.7).fingerprint(latents()) == prints[2]
+    )
     moment = rc.collect_second_moment(layers[1], latents(), progress=False)
     with pytest.raises(rc.MismatchError, match="truncation"):
         moment.check(layers[2], latents())
@@ -662,7 +714,9 @@ def test_the_fingerprint_of_stylegan2():
 
 
 def test_the_fingerprint_with_a_tied_weight():
-    generator = nn.Sequential(OrderedDict(a=nn.Conv2d(5, 5, 3, padding=1), relu=nn.ReLU(), b=nn.Conv2d(5, 5, 3, padding=1)))
+    generator = nn.Sequential(
+        OrderedDict(a=nn.Conv2d(5, 5, 3, padding=1), relu=nn.ReLU(), b=nn.Conv2d(5, 5, 3, padding=1))
+    )
     generator.b.weight = generator.a.weight
     first, second = rc.bind(generator, "a"), rc.bind(generator, "b")
     before = first.fingerprint(maps()), second.fingerprint(maps())
@@ -683,7 +737,9 @@ def edited(generator, name, z, forward=None):
     return layer, rc.rewrite(layer, moment, edit, z, loss="l2", tight=False)
 
 
-@pytest.mark.parametrize("wrap, prefix", [(nn.DataParallel, "module."), (lambda g: torch.compile(g, backend="eager"), "_orig_mod.")])
+@pytest.mark.parametrize(
+    "wrap, prefix", [(nn.DataParallel, "module."), (lambda g: torch.compile(g, backend="eager"), "_orig_mod.")]
+)
 @pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv")])
 def test_wrapped_generators(kind, name, wrap, prefix):
     inside, z = make(kind).eval(), latents()
@@ -696,7 +752,9 @@ def test_wrapped_generators(kind, name, wrap, prefix):
     same = edited(make(kind).eval(), name, z)[1]
     assert torch.equal(change.weight_delta(), same.weight_delta())
     with change, torch.no_grad():
-        assert torch.allclose(generator(z), inside(z), atol=1e-5) and not torch.allclose(generator(z), before, atol=1e-3)
+        assert torch.allclose(generator(z), inside(z), atol=1e-5) and not torch.allclose(
+            generator(z), before, atol=1e-3
+        )
     with torch.no_grad():
         assert torch.equal(generator(z), before)
     with same.apply(generator), torch.no_grad():
@@ -773,7 +831,9 @@ def test_opaque_generators_are_refused_with_advice():
 
 def test_a_generator_with_a_scripted_part_is_edited():
     # the trace of a part that takes no hooks
-    generator = nn.Sequential(nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())), nn.Conv2d(8, 3, 1))
+    generator = nn.Sequential(
+        nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())), nn.Conv2d(8, 3, 1)
+    )
     layer = rc.bind(generator, "2")
     moment = rc.collect_second_moment(layer, maps(), progress=False)
     moment.check(layer, maps())

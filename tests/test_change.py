@@ -275,7 +275,9 @@ def test_forced_apply_on_a_weight_that_something_else_changed(generator, layer, 
 
 def test_tied_weights_revert_in_the_opposite_order(latents):
     torch.manual_seed(0)
-    generator = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1))
+    generator = torch.nn.Sequential(
+        torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3, padding=1)
+    )
     generator[2].weight = generator[0].weight
     before = state_bits(generator)
     texture = torch.randn(1, 64, 8, 8)
@@ -316,7 +318,9 @@ def test_applying_costs_the_same_however_many_are_on(monkeypatch, generator, lay
     before, one, calls = state_bits(generator), changes[0], []
     combine = rc.change.combine
     monkeypatch.setattr(rc.change, "combine", lambda *args: calls.append(args) or combine(*args))
-    many = [rc.Rewrite(one.layer, one.directions, one.coefficients * 0.1 * i, one.fitted_to, "lm") for i in range(1, 13)]
+    many = [
+        rc.Rewrite(one.layer, one.directions, one.coefficients * 0.1 * i, one.fitted_to, "lm") for i in range(1, 13)
+    ]
     weights = []
     for change in many:
         weights.append(layer.weight.clone())
@@ -379,10 +383,16 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"loss": 3}, {"loss": ["a"]}, {"layer": 5}, {"fitted_to": None}, {"solver": ["lm"]}, {"edit": 3}, {"edit": "{bad"},
+        {"loss": 3},
+        {"loss": ["a"]},
+        {"layer": 5},
+        {"fitted_to": None},
+        {"solver": ["lm"]},
+        {"edit": 3},
+        {"edit": "{bad"},
         {"groups": "2"},
     ],
-)  # fmt: skip
+)
 def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):
     path = tmp_path / "rule.safetensors"
     tensors = {"directions": changes[0].directions, "coefficients": changes[0].coefficients}

@@ -153,9 +153,24 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
     assert code == 0 and rc.SecondMoment.load(moment).count == 1000 * 64
     assert rc.SecondMoment.load(moment).latents["seed"] == 1
     code, out, _ = run(
-        capsys, "edit", edit, "--layer", LAYER, "--moment", moment, "--rank", 4, "--loss", "l2", "--whole-map",
-        "--out", rule, "--state-dict", tmp_path / "edited.safetensors", "--quiet",
-    )  # fmt: skip
+        capsys,
+        "edit",
+        edit,
+        "--layer",
+        LAYER,
+        "--moment",
+        moment,
+        "--rank",
+        4,
+        "--loss",
+        "l2",
+        "--whole-map",
+        "--out",
+        rule,
+        "--state-dict",
+        tmp_path / "edited.safetensors",
+        "--quiet",
+    )
     assert code == 0 and "closed_form" in out and rc.load_rewrite(rule).rank == 4
     code, out, _ = run(capsys, "eval", "--rewrite", rule, "--rule", "spire", "--count", 200, "--seed", 2)
     report = json.loads(out)
@@ -163,7 +178,18 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
     code, out, _ = run(capsys, "render", "--rewrite", rule, "--images", "0-3,9", "--out", tmp_path / "grid.png")
     assert code == 0 and Image.open(tmp_path / "grid.png").width > 500
     code, out, _ = run(
-        capsys, "search", edit, "--layer", LAYER, "--moment", moment, "--top", 5, "--out", tmp_path / "found.png", "--quiet"
+        capsys,
+        "search",
+        edit,
+        "--layer",
+        LAYER,
+        "--moment",
+        moment,
+        "--top",
+        5,
+        "--out",
+        tmp_path / "found.png",
+        "--quiet",
     )
     assert code == 0 and len(out.splitlines()[0].split()) == 5 and Image.open(tmp_path / "found.png").width > 500
     # the edited state dict is the generator with the rewrite applied
@@ -206,14 +232,26 @@ def test_collecting_several_layers_in_one_pass(tmp_path, capsys, user_generator)
     assert code == 2 and "./m.safetensors is named twice" in err
     code, _, err = run(capsys, *one, "--out", "n.safetensors", *("--resume", "m.safetensors") * 2, *words)
     assert code == 2 and "m.safetensors is named twice" in err
-    own = ["collect", "--layer", "1", "--out", "own.safetensors", "--resume", "own.safetensors"]  # a checkpoint may end as it
+    own = [
+        "collect",
+        "--layer",
+        "1",
+        "--out",
+        "own.safetensors",
+        "--resume",
+        "own.safetensors",
+    ]  # a checkpoint may end as it
     for _ in range(2):
         assert run(capsys, *own, *words)[0] == 0
-        assert torch.equal(rc.SecondMoment.load("own.safetensors", rc.bind(user_generator, "1")).matrix(), alone.matrix())
+        assert torch.equal(
+            rc.SecondMoment.load("own.safetensors", rc.bind(user_generator, "1")).matrix(), alone.matrix()
+        )
 
 
 def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
-    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square()), query=rc.Selection(2, square())).save("e.json")
+    rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square()), query=rc.Selection(2, square())).save(
+        "e.json"
+    )
     assert run(capsys, "layers", *MINE)[0] == 0
     assert run(capsys, "collect", "--layer", "3", "--out", "m.safetensors", "--count", 40, *MINE, "--quiet")[0] == 0
     moment = rc.SecondMoment.load("m.safetensors", rc.bind(user_generator, "3"))
@@ -221,22 +259,85 @@ def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
     for i, extra in enumerate(([], ["--erase", 2], ["--zero"], ["--solver", "projected", "--steps", 20])):
         rule = f"rule{i}.safetensors"
         code, out, err = run(
-            capsys, "edit", "e.json", "--layer", "3", "--moment", "m.safetensors", "--out", rule, "--count", 40, *MINE, "--quiet", *extra
+            capsys,
+            "edit",
+            "e.json",
+            "--layer",
+            "3",
+            "--moment",
+            "m.safetensors",
+            "--out",
+            rule,
+            "--count",
+            40,
+            *MINE,
+            "--quiet",
+            *extra,
         )
         assert code == 0, err
         assert run(capsys, "render", "--rewrite", rule, "--images", "0-2", "--out", f"{i}.png", *MINE)[0] == 0
         assert run(capsys, "eval", "--rewrite", rule, "--count", 10, *MINE)[0] == 0
-    assert run(capsys, "search", "e.json", "--layer", "3", "--selection", "query", "--out", "s.png", "--count", 40, *MINE, "--quiet")[0] == 0
-    assert run(capsys, "collect", "--layer", "3", "--out", "u.safetensors", "--count", 40, "--latents", "uniform", *MINE, "--quiet")[0] == 0
+    assert (
+        run(
+            capsys,
+            "search",
+            "e.json",
+            "--layer",
+            "3",
+            "--selection",
+            "query",
+            "--out",
+            "s.png",
+            "--count",
+            40,
+            *MINE,
+            "--quiet",
+        )[0]
+        == 0
+    )
+    assert (
+        run(
+            capsys,
+            "collect",
+            "--layer",
+            "3",
+            "--out",
+            "u.safetensors",
+            "--count",
+            40,
+            "--latents",
+            "uniform",
+            *MINE,
+            "--quiet",
+        )[0]
+        == 0
+    )
 
 
 def test_loaders_that_take_a_path(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    golden = ("--generator", "rewrite_core:load_proggan", "--checkpoint", DATA / "proggan_state.npz", "--latent-size", 64)
+    golden = (
+        "--generator",
+        "rewrite_core:load_proggan",
+        "--checkpoint",
+        DATA / "proggan_state.npz",
+        "--latent-size",
+        64,
+    )
     code, out, err = run(capsys, "layers", *golden)
     assert code == 0 and "layer5.conv" in out
     code, out, err = run(
-        capsys, "edit", DATA / "proggan_edit.json", "--layer", "layer5.conv", "--count", 200, "--out", "r.safetensors", "--quiet", *golden
+        capsys,
+        "edit",
+        DATA / "proggan_edit.json",
+        "--layer",
+        "layer5.conv",
+        "--count",
+        200,
+        "--out",
+        "r.safetensors",
+        "--quiet",
+        *golden,
     )
     assert code == 0 and (tmp_path / "r.safetensors").exists(), err
 
@@ -245,8 +346,14 @@ BAD = [
     (["layers", "--generator", "mine"], "module:function"),
     (["layers", "--generator", "nowhere:make", "--latent-size", "6"], "no module 'nowhere'"),
     (["layers", "--generator", "../work/mine.py:make", "--latent-size", "6"], "use mine:make, and run from ../work/"),
-    (["layers", "--generator", "needy:make", "--latent-size", "6"], "install what it needs: ModuleNotFoundError: No module named 'notthere'"),
-    (["layers", "--generator", "zero:make", "--latent-size", "6"], "ZeroDivisionError: division by zero (zero.py, line 1)"),
+    (
+        ["layers", "--generator", "needy:make", "--latent-size", "6"],
+        "install what it needs: ModuleNotFoundError: No module named 'notthere'",
+    ),
+    (
+        ["layers", "--generator", "zero:make", "--latent-size", "6"],
+        "ZeroDivisionError: division by zero (zero.py, line 1)",
+    ),
     (["layers", "--generator", "typo:make", "--latent-size", "6"], "(typo.py, line 1)"),
     (["layers", "--generator", "mine:raises", "--latent-size", "6"], "KeyError: 'weights' (mine.py"),
     (["layers", "--generator", "mine:quits", "--latent-size", "6"], "SystemExit: 3"),
@@ -263,14 +370,20 @@ BAD = [
     (["layers", "--seed", "4294967296"], "4294967295"),
     (["collect", "--layer", LAYER, "--count", "99999999999999", "--out", "m.safetensors"], "Out of memory"),
     (["edit", "spire", "--layer", LAYER, "--out", "a.safetensors", "--state-dict", "./a.safetensors"], "named twice"),
-    (["edit", "spire", "--layer", LAYER, "--moment", "m.safetensors", "--out", "m.safetensors"], "would lose m.safetensors"),
+    (
+        ["edit", "spire", "--layer", LAYER, "--moment", "m.safetensors", "--out", "m.safetensors"],
+        "would lose m.safetensors",
+    ),
     (["layers", "--generator", "mine:nothing", "--latent-size", "6"], "no function"),
     (["layers", "--generator", "mine:not_a_module", "--latent-size", "6"], "torch.nn.Module"),
     (["layers", "--generator", "mine:make"], "--latent-size"),
     (["layers", "--generator", "mine:make", "--latent-size", "7"], "check --latent-size"),
     (["layers", "--generator", "mine:make", "--latent-size", "6", "--checkpoint", "none.pt"], "none.pt"),
     (["layers", "--generator", "mine:make", "--latent-size", "6", "--checkpoint", "e.json"], "e.json"),
-    (["layers", "--generator", "mine:make", "--latent-size", "6", "--checkpoint", str(DATA / "proggan_state.npz")], "does not fit"),
+    (
+        ["layers", "--generator", "mine:make", "--latent-size", "6", "--checkpoint", str(DATA / "proggan_state.npz")],
+        "does not fit",
+    ),
     (["layers", "--generator", "rewrite_core:load_proggan", "--latent-size", "6"], "--checkpoint"),
     (["layers", "--checkpoint", "weights.pt"], "own weights"),
     (["layers", "--device", "cuda:77"], "cannot be used"),
@@ -282,20 +395,35 @@ BAD = [
     (["collect", "--layer", "3", "--out", ".", *MINE], "is a folder"),
     (["collect", "--layer", "3", "--out", "pipe", *MINE], "not a file to replace"),
     (["collect", "--layer", "3", "--out", "m.safetensors", "--resume", "no/m.safetensors", *MINE], "folder"),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--state-dict", "state.pt", *MINE], "end its name in .safetensors"),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--state-dict", "state.pt", *MINE],
+        "end its name in .safetensors",
+    ),
     (["render", "--out", "x.jpg", *MINE], "end its name in .png"),
     (["demo", "--out", "e.json"], "is a file"),
     (["demo", "--out", "taken"], "report.json is a folder"),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--preserve", "3", *MINE], "--preserve would change nothing"),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--whole-map", *MINE], "--whole-map would change nothing"),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--preserve", "3", *MINE],
+        "--preserve would change nothing",
+    ),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--whole-map", *MINE],
+        "--whole-map would change nothing",
+    ),
     (["edit", "e.json", "--layer", "3", "--out", "r", "--erase", "2", "--box", *MINE], "--box would change nothing"),
     (["edit", "e.json", "--layer", "3", "--out", "r", "--steps", "20", *MINE], "--steps would change nothing"),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "unconstrained", "--rank", "2", *MINE], "--rank would change nothing"),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "unconstrained", "--rank", "2", *MINE],
+        "--rank would change nothing",
+    ),
     (["edit", "e.json", "--layer", "3", "--out", "r", "--tight", "--whole-map", *MINE], "not allowed with"),
     (["edit", "q.json", "--layer", "3", "--out", "r", *MINE], "or use --erase or --zero"),
     (["edit", "spire", "--layer", "3", "--out", "r", "--seed", "2"], "--seed 1"),
     (["edit", "spire", "--layer", "3", "--out", "r", *MINE], "spire: No such file"),
-    (["edit", "spires", "--layer", "3", "--out", "r"], "no file 'spires'; the embedded generator's own edits are spire, "),
+    (
+        ["edit", "spires", "--layer", "3", "--out", "r"],
+        "no file 'spires'; the embedded generator's own edits are spire, ",
+    ),
     (["eval", "--rewrite", "r", "--rule", "spire", *MINE], "embedded generator only"),
     (["bench", "flying"], "no benchmark 'flying'"),
     (["bench", "--device", "bogus"], "cannot be used"),
@@ -395,7 +523,9 @@ def test_options_that_were_not_given_are_the_librarys_defaults(tmp_path, capsys,
     seen = {}
     for name in ("rewrite", "erase", "zero"):
         real = getattr(cli, name)
-        monkeypatch.setattr(cli, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1])
+        monkeypatch.setattr(
+            cli, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1]
+        )
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 20, "--quiet", *MINE)
     assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"alpha": True, "progress": False}
     assert run(capsys, *edit, "--erase", 3, "--tight")[0] == 0
@@ -425,7 +555,10 @@ def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
 def test_warnings_are_one_line(tmp_path, capsys, user_generator):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
     code, _, err = run(capsys, "layers", "--generator", "mine:make", "--latent-size", 6)
-    assert code == 0 and err == "rewrite: warning: Without --checkpoint the weights are those that mine:make starts from.\n"
+    assert (
+        code == 0
+        and err == "rewrite: warning: Without --checkpoint the weights are those that mine:make starts from.\n"
+    )
     assert run(capsys, "collect", "--layer", "3", "--out", "m.safetensors", "--count", 30, *MINE, "--quiet")[2] == ""
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--moment", "m.safetensors", "--zero", *MINE)
     for same in (("--count", 30), ("--count", 60), ("--count", 20)):  # samples of one seed begin alike
@@ -448,7 +581,9 @@ def test_advice_names_options(capsys):
 
 def test_a_rewrite_of_other_weights_needs_force(tmp_path, capsys, user_generator):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
-    assert run(capsys, "edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 9, *MINE, "--quiet")[0] == 0
+    assert (
+        run(capsys, "edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 9, *MINE, "--quiet")[0] == 0
+    )
     other = ("render", "--rewrite", "r.safetensors", "--out", "g.png", "--generator", "mine:make", "--latent-size", 6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -497,9 +632,15 @@ def test_the_module_runs(tmp_path):
 def test_an_interrupt_while_torch_is_imported(tmp_path):
     script = "import sys; from rewrite_core_command import main; print('started', flush=True); sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "info"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
-    )  # fmt: skip
+        [sys.executable, "-c", script, "info"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs inherit that it is ignored
+    )
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -511,7 +652,9 @@ def test_a_pickled_network_is_opened_only_where_asked_to(capsys, user_generator,
     torch.save({"G_ema": user_generator}, tmp_path / "network.pkl")
     code, _, err = run(capsys, "layers", "--checkpoint", "network.pkl", "--latent-size", "6")
     assert code == 2 and "name yours with --generator" in err
-    code, _, err = run(capsys, "layers", "--generator", "mine:make", "--checkpoint", "network.pkl", "--latent-size", "6")
+    code, _, err = run(
+        capsys, "layers", "--generator", "mine:make", "--checkpoint", "network.pkl", "--latent-size", "6"
+    )
     assert code == 2 and "holds more than tensors" in err
     code, out, _ = run(capsys, "layers", "--allow-pickle", "--checkpoint", "network.pkl", "--latent-size", "6")
     assert code == 0 and out == run(capsys, "layers", *MINE)[1]

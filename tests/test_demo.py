@@ -6,10 +6,10 @@ from PIL import Image
 
 import rewrite_core as rc
 from rewrite_core.demo import LATENT_SIZE, RULES, chapels, load_edit
+from rewrite_core.demo.generator import ProgGANChapels, StyleGAN2Chapels
 from rewrite_core.demo.rules import score
 from rewrite_core.demo.run import EDIT_LATENTS, EDIT_SEED, run_demo, table
 from rewrite_core.demo.train import evaluate, train
-from rewrite_core.demo.generator import ProgGANChapels, StyleGAN2Chapels
 from rewrite_core.demo.world import FACTORS, factor_region, region, render, scene_from_latents
 from rewrite_core.pictures import paint
 
@@ -139,7 +139,10 @@ def test_the_demo_finds_out_before_the_work_that_it_cannot_write(tmp_path, name,
 def test_the_rules_hold_in_a_stack():
     """All three edits at once: each still works."""
     generator = chapels()
-    latents, unseen = rc.sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED), rc.sample_latents(LATENT_SIZE, 120, seed=6)
+    latents, unseen = (
+        rc.sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED),
+        rc.sample_latents(LATENT_SIZE, 120, seed=6),
+    )
     before = paint(generator, unseen)
     changes = {}
     from rewrite_core.demo.run import CHOSEN, OPTIONS

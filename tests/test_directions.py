@@ -191,9 +191,19 @@ def singular_keys(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["one dead", "many dead", "last dead", "one twin", "many twins", "opposite", "one below", "few keys", "sums",
-     "dead, twins and scales"],
-)  # fmt: skip
+    [
+        "one dead",
+        "many dead",
+        "last dead",
+        "one twin",
+        "many twins",
+        "opposite",
+        "one below",
+        "few keys",
+        "sums",
+        "dead, twins and scales",
+    ],
+)
 @pytest.mark.parametrize("method", ["whitened", "svd"])
 def test_ten_singular_second_moments(kind, method):
     rows = singular_keys(kind)
@@ -236,7 +246,9 @@ def test_bad_input(moment, arguments, error, words):
 
 
 def test_the_rank_may_be_a_numpy_number(moment, context):
-    assert torch.equal(rc.context_directions(moment, *context, rank=np.int64(3)), rc.context_directions(moment, *context, rank=3))
+    assert torch.equal(
+        rc.context_directions(moment, *context, rank=np.int64(3)), rc.context_directions(moment, *context, rank=3)
+    )
 
 
 def test_nan_in_the_population_is_refused(layer, latents):
@@ -255,7 +267,9 @@ def test_another_default_device(moment, layer, edit, latents):
 
     def directions():
         quantiles = rc.collect_unit_quantiles(layer, latents[:20])
-        return [rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in rc.directions.METHODS]
+        return [
+            rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in rc.directions.METHODS
+        ]
 
     plain = directions()
     with torch.device("meta"):

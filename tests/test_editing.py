@@ -11,7 +11,6 @@ from PIL import Image
 import rewrite_core as rc
 
 
-
 def box(size=32, top=4, left=6, bottom=12, right=20):
     mask = np.zeros((size, size))
     mask[top:bottom, left:right] = 1
@@ -27,10 +26,20 @@ def test_masks_are_read_as_the_reference_reads_them(edit):
     assert np.allclose(edit.copy.area((16, 16)).numpy(), wanted)
 
 
-@pytest.mark.parametrize("fields", [
-    ("object", "paste", "key"), ("object", "paste"), ("object", "paste", "query"), ("key",), ("key", "query"),
-    ("object", "key"), ("paste", "key"), ("object", "paste", "key", "query"), ("query",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("object", "paste", "key"),
+        ("object", "paste"),
+        ("object", "paste", "query"),
+        ("key",),
+        ("key", "query"),
+        ("object", "key"),
+        ("paste", "key"),
+        ("object", "paste", "key", "query"),
+        ("query",),
+    ],
+)
 def test_every_variant_of_the_json_is_read_and_written(tmp_path, fields):
     record = json.loads((DATA / "proggan_edit.json").read_text())
     record["query"] = record["object"]
@@ -60,8 +69,17 @@ def test_png_modes(mode, channels):
 
 @pytest.mark.parametrize(
     "mask",
-    [box(), box().astype(bool), box().astype(int), torch.tensor(box()), torch.tensor(box()) > 0, box().astype(np.float16),
-     torch.tensor(box()).bfloat16(), torch.tensor(box()).half().requires_grad_(), box().tolist()],
+    [
+        box(),
+        box().astype(bool),
+        box().astype(int),
+        torch.tensor(box()),
+        torch.tensor(box()) > 0,
+        box().astype(np.float16),
+        torch.tensor(box()).bfloat16(),
+        torch.tensor(box()).half().requires_grad_(),
+        box().tolist(),
+    ],
 )
 def test_mask_types(mask):
     assert np.array_equal(rc.Selection(0, mask).mask, box())

@@ -13,12 +13,24 @@ from torch.nn.utils import parametrize
 import rewrite_core as rc
 
 PLACES = [
-    ("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2_nvidia", "conv2"), ("stylegan3", "L1"),
-    ("dcgan", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan1", "progression.2.conv1"),
-    ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
-    ("weight_norm", "4"), ("pruned", "10"), ("grouped", "conv"), ("volume", "conv"), ("language", "fc2"), ("unet", "mid.conv1"),
+    ("proggan", "layer5.conv"),
+    ("stylegan2", "convs.1.conv"),
+    ("stylegan2_nvidia", "conv2"),
+    ("stylegan3", "L1"),
+    ("dcgan", "4"),
+    ("stylegan1", "progression.1.conv2.conv"),
+    ("stylegan1", "progression.2.conv1"),
+    ("biggan_hook", "block.conv2"),
+    ("biggan_method", "block.conv2"),
+    ("biggan_parametrization", "block.conv2"),
+    ("weight_norm", "4"),
+    ("pruned", "10"),
+    ("grouped", "conv"),
+    ("volume", "conv"),
+    ("language", "fc2"),
+    ("unet", "mid.conv1"),
     ("gpt2", "h.0.c_fc"),
-]  # fmt: skip
+]
 
 
 def changed(kind, name, **options):
@@ -69,7 +81,9 @@ class Noted(nn.Sequential):
         assert state == {"version": 1}
 
 
-@pytest.mark.parametrize("kind, name, part", [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")])
+@pytest.mark.parametrize(
+    "kind, name, part", [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")]
+)
 def test_a_state_dict_with_a_compiled_part_and_extra_state(kind, name, part):
     generator, layer, change, z = changed(kind, name)
     names = [info.name for info in rc.list_layers(generator, z)]
@@ -174,7 +188,9 @@ def test_a_parametrization_over_an_applied_change():
     assert torch.equal(output("weight_norm", generator, z), before)
 
 
-@pytest.mark.parametrize("kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")])
+@pytest.mark.parametrize(
+    "kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")]
+)
 def test_lora_factors(kind, name):
     """The factors as modules: the layer's own kind of operation to R channels, then one by one, is what the change adds."""
     generator, layer, change, z = changed(kind, name, rank=2)
@@ -206,8 +222,16 @@ def test_lora_of_a_grouped_layer_is_refused(tmp_path):
             each.lora()
 
 
-@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("dcgan", "4"), ("weight_norm", "4"),
-                                        ("biggan_method", "block.conv2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("proggan", "layer5.conv"),
+        ("stylegan2", "convs.1.conv"),
+        ("dcgan", "4"),
+        ("weight_norm", "4"),
+        ("biggan_method", "block.conv2"),
+    ],
+)
 @pytest.mark.parametrize("how", ["apply", "parametrize"])
 def test_an_edited_generator_goes_through_torch_export(kind, name, how):
     generator, layer, change, z = changed(kind, name)

@@ -106,7 +106,9 @@ def simple_edit(layer):
     size = layer.values(latents(1)).shape[2:]
     mask = torch.zeros(size)
     mask[tuple(slice(0, max(1, side // 2)) for side in size)] = 1
-    return rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)])
+    return rc.Edit(
+        copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)]
+    )
 
 
 def test_every_kind_lists_its_layers():
@@ -212,10 +214,17 @@ def test_nothing_keeps_the_generator_alive(kind):
     assert alive() is None and owner() is None and math.isfinite(loose.final_loss)
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("biggan_hook", "block.conv2"), ("biggan_method", "block.conv2"), ("biggan_parametrization", "block.conv2"),
-    ("old_weight_norm", "4"), ("stylegan1", "progression.1.conv2.conv"), ("stylegan3", "L1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("biggan_hook", "block.conv2"),
+        ("biggan_method", "block.conv2"),
+        ("biggan_parametrization", "block.conv2"),
+        ("old_weight_norm", "4"),
+        ("stylegan1", "progression.1.conv2.conv"),
+        ("stylegan3", "L1"),
+    ],
+)
 def test_what_was_compiled_follows_a_change(kind, name):
     """Folding takes hooks off and puts methods in, which code compiled before must notice."""
     torch._dynamo.reset()

@@ -259,7 +259,9 @@ def test_a_folded_generator_is_moved_and_cast(norm):
     change.apply()
     generator.double()
     change.revert()
-    assert all(value.dtype == torch.float64 or not value.is_floating_point() for value in generator.state_dict().values())
+    assert all(
+        value.dtype == torch.float64 or not value.is_floating_point() for value in generator.state_dict().values()
+    )
     for key, value in original.state_dict().items():
         assert torch.equal(value, generator.state_dict()[key])
 

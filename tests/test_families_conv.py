@@ -96,21 +96,30 @@ def relative(a, b):
 
 
 def test_maps_have_the_axes_of_their_layer():
-    sizes = {info.name: (info.key_size, info.value_size, info.kernel_size) for info in rc.list_layers(make("sequence"), torch.randn(1, 12))}
+    sizes = {
+        info.name: (info.key_size, info.value_size, info.kernel_size)
+        for info in rc.list_layers(make("sequence"), torch.randn(1, 12))
+    }
     assert sizes == {
-        "start": ((1,), (1,), ()), "up": ((6,), (12,), (4,)), "conv": ((12,), (12,), (5,)), "out": ((12,), (48,), (4,)),
-    }  # fmt: skip
+        "start": ((1,), (1,), ()),
+        "up": ((6,), (12,), (4,)),
+        "conv": ((12,), (12,), (5,)),
+        "out": ((12,), (48,), (4,)),
+    }
     sizes = {info.name: (info.key_size, info.value_size) for info in rc.list_layers(make("volume"), torch.randn(1, 12))}
     assert sizes["twice"] == ((2, 4, 3), (4, 8, 6))
     infos = rc.list_layers(make("language"), tokens(1))
     assert [(info.name, info.key_size, info.family) for info in infos] == [
-        ("fc1", (7,), "linear"), ("fc2", (7,), "linear"), ("head", (7,), "linear"),
-    ]  # fmt: skip
+        ("fc1", (7,), "linear"),
+        ("fc2", (7,), "linear"),
+        ("head", (7,), "linear"),
+    ]
     assert [info.key_size for info in rc.list_layers(make("grid"), torch.randn(1, 12))] == [(1,), (2, 3), (2, 3)]
 
 
 def test_a_linear_layer_is_the_1x1_convolution():
     """The same edit of the same weights gives the same change."""
+
     class Same(nn.Module):
         def __init__(self, layer):
             super().__init__()
@@ -143,8 +152,9 @@ def test_an_edit_at_token_positions():
     layer = rc.bind(model, "fc2")
     moment = rc.collect_second_moment(layer, z, progress=False)
     edit = rc.Edit(
-        copy=rc.Selection(4, [0, 0, 0, 1, 0, 0, 0]), paste=rc.Selection(9, [0, 0, 0, 0, 0, 1, 0]),
-    )  # fmt: skip
+        copy=rc.Selection(4, [0, 0, 0, 1, 0, 0, 0]),
+        paste=rc.Selection(9, [0, 0, 0, 0, 0, 1, 0]),
+    )
     change = rc.rewrite(layer, moment, edit, z, loss="l2")
     wanted, before = layer.values(z[4:5])[0, :, 3], layer.values(z[9:10])
     with change:
@@ -221,8 +231,16 @@ class Apart(nn.Module):
         return torch.cat([part(piece) for part, piece in zip(self.parts, x.chunk(len(self.parts), 1))], 1)
 
 
-@pytest.mark.parametrize("options", [{"loss": "l2"}, {}, {"loss": "l2", "preserve": 0.3}, {"preserve": 0.3},
-                                     {"loss": "l2", "preserve": 0.3, "solver": "adam", "steps": 400}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "l2"},
+        {},
+        {"loss": "l2", "preserve": 0.3},
+        {"preserve": 0.3},
+        {"loss": "l2", "preserve": 0.3, "solver": "adam", "steps": 400},
+    ],
+)
 @pytest.mark.parametrize("name", ["conv", "out"])
 def test_groups_are_convolutions_of_their_own(name, options):
     """An edit of a grouped convolution along C^-1 k* is the edits of its groups, each with its own second moment."""
@@ -231,8 +249,14 @@ def test_groups_are_convolutions_of_their_own(name, options):
     side = layer.values(z[:1]).shape[2]
     mask = torch.zeros(side, side)
     mask[: side // 2] = 1
-    edits = [rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask), context=[rc.Selection(2, mask), rc.Selection(3, mask)]),
-             rc.Edit(copy=rc.Selection(4, mask), paste=rc.Selection(5, mask))]  # fmt: skip
+    edits = [
+        rc.Edit(
+            copy=rc.Selection(1, mask),
+            paste=rc.Selection(2, mask),
+            context=[rc.Selection(2, mask), rc.Selection(3, mask)],
+        ),
+        rc.Edit(copy=rc.Selection(4, mask), paste=rc.Selection(5, mask)),
+    ]
     moment = rc.collect_second_moment(layer, z, progress=False)
     options = {"tight": False, "method": "mean", **options}
     together = rc.rewrite_many(layer, moment, edits, z, **options)
@@ -273,7 +297,9 @@ def test_an_output_size_is_the_layers_own_or_refused(size):
         assert [info.name for info in rc.list_layers(generator, x)] == ["down"]
 
 
-@pytest.mark.parametrize("kind, name", [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")])
+@pytest.mark.parametrize(
+    "kind, name", [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")]
+)
 def test_tight_edits_of_other_dimensions(kind, name):
     """A tight region is what it is on the whole map with zeros outside."""
     generator, z = make(kind).eval(), rc.sample_latents(12, 64)
@@ -297,7 +323,10 @@ def test_masks_of_other_axes():
     assert torch.equal(selection.area((7,)), line) and selection == rc.Selection(0, line[None])
     volume = rc.Selection(0, block)
     assert torch.equal(volume.area((2, 4, 6)), block)
-    assert volume.area((4, 2, 3)).shape == (4, 2, 3) and volume.area((4, 2, 3))[-1].mean() > volume.area((4, 2, 3))[0].mean()
+    assert (
+        volume.area((4, 2, 3)).shape == (4, 2, 3)
+        and volume.area((4, 2, 3))[-1].mean() > volume.area((4, 2, 3))[0].mean()
+    )
     assert torch.equal(rc.Selection(0, block[1]).area((5, 4, 6)), block[1].expand(5, 4, 6)), "the same in every slice"
     for one in (selection, volume):
         edit = rc.Edit(paste=one)
@@ -334,7 +363,9 @@ def test_more_maps_than_latents_are_not_taken_apart():
     assert rc.collect_second_moment(layer, z, progress=False).count == 2 * 3 * 36, "but they are pooled"
 
 
-@pytest.mark.parametrize("kind, name", [("sequence", "conv"), ("volume", "conv"), ("grouped", "conv"), ("grid", "second")])
+@pytest.mark.parametrize(
+    "kind, name", [("sequence", "conv"), ("volume", "conv"), ("grouped", "conv"), ("grid", "second")]
+)
 def test_every_method_and_erasure(kind, name):
     generator, z = make(kind).eval(), rc.sample_latents(12, 64)
     layer = rc.bind(generator, name)

@@ -70,7 +70,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(12, 8, 1)
         if tiny:
-            self.layers = nn.Sequential(nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU())
+            self.layers = nn.Sequential(
+                nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.ReLU()
+            )
         else:
             self.layers = nn.Sequential(ResnetBlock2D(8, 8), Upsample2D(8), ResnetBlock2D(8, 6))
         self.conv_out = nn.Conv2d(8 if tiny else 6, 3, 3, padding=1)
@@ -104,10 +106,19 @@ def decode(decoder, latents):
 def test_every_convolution_of_a_unet_is_bound():
     infos = {info.name: info for info in rc.list_layers(make(), torch.randn(1, 12), forward=denoise)}
     assert {name for name, info in infos.items() if info.family == "diffusers"} == {
-        "down.0.conv1", "down.0.conv2", "down.1.conv", "mid.conv1", "mid.conv2", "up.0.conv", "up.1.conv1", "up.1.conv2",
+        "down.0.conv1",
+        "down.0.conv2",
+        "down.1.conv",
+        "mid.conv1",
+        "mid.conv2",
+        "up.0.conv",
+        "up.1.conv1",
+        "up.1.conv2",
         "up.1.conv_shortcut",
-    }  # fmt: skip
-    assert infos["conv_in"].family == infos["conv_out"].family == "conv" and infos["mid.time_emb_proj"].family == "linear"
+    }
+    assert (
+        infos["conv_in"].family == infos["conv_out"].family == "conv" and infos["mid.time_emb_proj"].family == "linear"
+    )
     assert infos["up.0.conv"].key_size == (8, 8) and infos["down.1.conv"].value_size == (4, 4)
 
 

@@ -106,11 +106,13 @@ class Generator(nn.Module):
         self.style = nn.Sequential(EqualLinear(style_dim, style_dim), nn.LeakyReLU(0.2))
         self.input = nn.Parameter(torch.randn(1, 12, 4, 4))
         upsample = nn.Sequential(nn.Upsample(scale_factor=2), EqualConv2d(10, 10, 3, padding=1))
-        self.progression = nn.ModuleList([
-            StyledConvBlock(12, 10, style_dim, nn.Identity()),
-            StyledConvBlock(10, 9, style_dim, upsample),
-            StyledConvBlock(8, 8, style_dim, FusedUpsample(9, 8, 3, padding=1)),
-        ])  # fmt: skip
+        self.progression = nn.ModuleList(
+            [
+                StyledConvBlock(12, 10, style_dim, nn.Identity()),
+                StyledConvBlock(10, 9, style_dim, upsample),
+                StyledConvBlock(8, 8, style_dim, FusedUpsample(9, 8, 3, padding=1)),
+            ]
+        )
         self.to_rgb = EqualConv2d(8, 3, 1)
 
     def forward(self, z):
@@ -130,9 +132,13 @@ def test_the_convolutions_are_bound_by_the_weights_they_store():
     generator = make()
     infos = {info.name: info for info in rc.list_layers(generator, torch.randn(1, 12)) if "style" not in info.name}
     assert list(infos) == [
-        "progression.0.conv2.conv", "progression.1.conv1.1.conv", "progression.1.conv2.conv", "progression.2.conv1",
-        "progression.2.conv2.conv", "to_rgb.conv",
-    ]  # fmt: skip
+        "progression.0.conv2.conv",
+        "progression.1.conv1.1.conv",
+        "progression.1.conv2.conv",
+        "progression.2.conv1",
+        "progression.2.conv2.conv",
+        "to_rgb.conv",
+    ]
     assert {(info.family, info.solver) for info in infos.values()} == {("stylegan1", "closed_form")}
     layer = rc.bind(generator, "progression.1.conv2")
     assert layer.name == "progression.1.conv2.conv" and layer.parameter is layer.module.weight_orig

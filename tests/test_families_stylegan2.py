@@ -36,7 +36,9 @@ class Blur(nn.Module):
 class ModulatedConv2d(nn.Module):
     """One kernel per image, all images in the channels of one grouped convolution."""
 
-    def __init__(self, in_channel, out_channel, kernel_size, style_dim, demodulate=True, upsample=False, downsample=False):
+    def __init__(
+        self, in_channel, out_channel, kernel_size, style_dim, demodulate=True, upsample=False, downsample=False
+    ):
         super().__init__()
         self.out_channel, self.kernel_size = out_channel, kernel_size
         self.demodulate, self.upsample, self.downsample = demodulate, upsample, downsample
@@ -107,7 +109,9 @@ class ToRGB(nn.Module):
 class Generator(nn.Module):
     def __init__(self, style_dim=12):
         super().__init__()
-        self.style = nn.Sequential(EqualLinear(style_dim, style_dim), nn.LeakyReLU(0.2), EqualLinear(style_dim, style_dim))
+        self.style = nn.Sequential(
+            EqualLinear(style_dim, style_dim), nn.LeakyReLU(0.2), EqualLinear(style_dim, style_dim)
+        )
         self.input = nn.Parameter(torch.randn(1, 14, 4, 4))
         self.conv1, self.to_rgb1 = StyledConv(14, 12, style_dim), ToRGB(12, style_dim)
         self.convs = nn.ModuleList([StyledConv(12, 10, style_dim, upsample=True), StyledConv(10, 8, style_dim)])
@@ -142,9 +146,12 @@ def stored_noise(generator, z):
 def test_every_modulated_convolution_is_bound():
     infos = rc.list_layers(make(), torch.randn(1, 12), forward=random_noise)
     assert [(info.name, info.solver) for info in infos] == [
-        ("conv1.conv", "lm"), ("to_rgb1.conv", "closed_form"), ("convs.0.conv", "lm"), ("convs.1.conv", "lm"),
+        ("conv1.conv", "lm"),
+        ("to_rgb1.conv", "closed_form"),
+        ("convs.0.conv", "lm"),
+        ("convs.1.conv", "lm"),
         ("to_rgbs.0.conv", "closed_form"),
-    ]  # fmt: skip
+    ]
     assert {info.family for info in infos} == {"stylegan2"}
     assert infos[2].key_size == (4, 4) and infos[2].value_size == (8, 8)
 

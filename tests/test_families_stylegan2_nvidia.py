@@ -28,7 +28,7 @@ def convolve(x, w, f, up, padding, groups=1):
 
 def modulated_conv2d(
     x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulate=True, fused_modconv=True
-):  # fmt: skip
+):
     n = len(x)
     if x.dtype == torch.float16 and demodulate:
         fan_in = weight[0].numel()
@@ -76,7 +76,14 @@ class SynthesisLayer(nn.Module):
         if noise_mode == "const":
             noise = self.noise_const * self.noise_strength
         x = modulated_conv2d(
-            x, self.weight, self.affine(w), noise, self.up, self.padding, self.resample_filter, fused_modconv=fused_modconv
+            x,
+            self.weight,
+            self.affine(w),
+            noise,
+            self.up,
+            self.padding,
+            self.resample_filter,
+            fused_modconv=fused_modconv,
         )
         x = x + self.bias.to(x.dtype)[None, :, None, None]
         if self.activation != "linear":
@@ -104,7 +111,9 @@ class Generator(nn.Module):
     def __init__(self, w_dim=12, half=False, clamp=None, fused=True):
         super().__init__()
         self.half_precision, self.fused = half, fused
-        self.mapping = nn.Sequential(FullyConnectedLayer(w_dim, w_dim), nn.LeakyReLU(0.2), FullyConnectedLayer(w_dim, w_dim))
+        self.mapping = nn.Sequential(
+            FullyConnectedLayer(w_dim, w_dim), nn.LeakyReLU(0.2), FullyConnectedLayer(w_dim, w_dim)
+        )
         self.const = nn.Parameter(torch.randn([14, 4, 4]))
         self.conv1 = SynthesisLayer(14, 12, w_dim, 4, conv_clamp=clamp)
         self.conv2 = SynthesisLayer(12, 10, w_dim, 8, up=2, conv_clamp=clamp)
@@ -134,8 +143,11 @@ def const(generator, z):
 def test_every_synthesis_layer_is_bound():
     infos = rc.list_layers(make(), torch.randn(1, 12))
     assert [(info.name, info.solver) for info in infos] == [
-        ("conv1", "lm"), ("conv2", "lm"), ("conv3", "lm"), ("torgb", "closed_form"),
-    ]  # fmt: skip
+        ("conv1", "lm"),
+        ("conv2", "lm"),
+        ("conv3", "lm"),
+        ("torgb", "closed_form"),
+    ]
     assert {info.family for info in infos} == {"stylegan2_nvidia"}
     assert (infos[1].key_size, infos[1].value_size) == ((4, 4), (8, 8))
 

@@ -94,8 +94,10 @@ def make():
 def test_every_layer_is_bound_at_its_convolution():
     infos = rc.list_layers(make(), torch.randn(1, 12))
     assert [(info.name, info.family, info.solver) for info in infos] == [
-        ("L0", "stylegan3", "lm"), ("L1", "stylegan3", "lm"), ("L2", "stylegan3", "closed_form"),
-    ]  # fmt: skip
+        ("L0", "stylegan3", "lm"),
+        ("L1", "stylegan3", "lm"),
+        ("L2", "stylegan3", "closed_form"),
+    ]
     assert infos[1].key_size == (8, 8) and infos[1].value_size == (10, 10), "the convolution pads fully"
 
 

@@ -95,9 +95,7 @@ def demodulation_of(weight, style, directions, scale, eps=1e-8):
 @functools.cache
 def stylegan2_problem(kind):
     with np.load(DATA / "stylegan2_layer.npz") as arrays:
-        data = {
-            k.removeprefix(f"{kind}_"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(kind)
-        }
+        data = {k.removeprefix(f"{kind}_"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(kind)}
     get = {k: v.double() for k, v in data.items()}
     weight, key, style, directions = (
         get["weight"][0],
@@ -276,9 +274,7 @@ def assert_sound(result, problem=None, loss="l1"):
     assert set(result.status.flatten().tolist()) <= set(ops.STATUS)
     if problem is not None:
         got = losses_of(result.coefficients, problem, loss)
-        torch.testing.assert_close(
-            got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item())
-        )
+        torch.testing.assert_close(got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item()))
 
 
 def test_demodulated_change_keeps_a_share_of_the_weight(fit):
@@ -364,8 +360,7 @@ def test_linear_l1_is_optimal(fit, rank):
 def linear_problem(seed=0, unknowns=9, pixels=40, channels=7):
     generator = torch.Generator().manual_seed(seed)
     basis, base, target = (
-        torch.randn(n, pixels, generator=generator, dtype=torch.float64)
-        for n in (unknowns, channels, channels)
+        torch.randn(n, pixels, generator=generator, dtype=torch.float64) for n in (unknowns, channels, channels)
     )
     return {"basis": basis, "base": base, "target": target}
 
@@ -385,9 +380,7 @@ def test_closed_form_is_least_squares(fit, unknowns):
 
 
 @ON_GPU_TOO
-@pytest.mark.parametrize(
-    "kind", ["fewer pixels", "twin rows", "zero row", "constant maps", "nearly twin rows"]
-)
+@pytest.mark.parametrize("kind", ["fewer pixels", "twin rows", "zero row", "constant maps", "nearly twin rows"])
 def test_closed_form_of_rank_deficient_basis(fit, kind):
     problem = linear_problem(pixels=5 if kind == "fewer pixels" else 40)
     basis = problem["basis"]
@@ -405,9 +398,7 @@ def test_closed_form_of_rank_deficient_basis(fit, kind):
     assert_sound(result, None)
     assert (result.status == ops.SHIFTED).all()
     # what tells nearly equal rows apart is fitted a little too, with coefficients that stay bounded
-    torch.testing.assert_close(
-        result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20
-    )
+    torch.testing.assert_close(result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20)
     assert result.coefficients.abs().max() < 1e3 * wanted.abs().max()
 
 
@@ -460,9 +451,7 @@ def test_cpp_agrees_with_reference(isa, loss, name):
     little = 1e-5 * theirs.initial_loss.mean().item()  # where next to nothing is left
     assert ours.loss.mean().item() == pytest.approx(theirs.loss.mean().item(), rel=1e-3, abs=little)
     assert (ours.status == theirs.status).double().mean() > 0.9
-    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (
-        theirs.coefficients.norm(dim=-1) + 1e-300
-    )
+    apart = (ours.coefficients - theirs.coefficients).norm(dim=-1) / (theirs.coefficients.norm(dim=-1) + 1e-300)
     assert (apart < 1e-3).double().mean() > 0.75
     if name == "proggan-3":  # well-conditioned and convex: the same path
         assert (apart < 1e-6).all() and torch.equal(ours.iterations, theirs.iterations)
@@ -474,9 +463,10 @@ def test_cpp_takes_the_steps_of_reference(steps):
     problem = random_problem(2, 2, (6, 8))
     spread = linear_problem(3, unknowns=18)["basis"]
     extra = {
-        "pixel_weights": torch.arange(48.0).remainder(5), "penalty": 1e-3 * spread @ spread.T,
+        "pixel_weights": torch.arange(48.0).remainder(5),
+        "penalty": 1e-3 * spread @ spread.T,
         "penalty_scale": torch.linspace(0, 1, 32),
-    }  # fmt: skip
+    }
     for more in ({}, extra):
         for loss in ("l1", "l2"):
             ours, theirs = (
@@ -577,7 +567,9 @@ def test_segments_in_any_order_batch_and_weight(fit):
     problem, parts = segmented_problem(7, 1)
     alone = fit(**problem)
     order = torch.randperm(problem["base"].shape[1], generator=torch.Generator().manual_seed(0))
-    moved = {k: v[..., order] if k in ("basis", "base", "target", "shift", "segments") else v for k, v in problem.items()}
+    moved = {
+        k: v[..., order] if k in ("basis", "base", "target", "shift", "segments") else v for k, v in problem.items()
+    }
     gap = (fit(**moved).loss - alone.loss).abs() / alone.initial_loss
     assert gap.median() < 1e-9 and gap.max() < 5e-3
     # weight zero removes a segment; a batch has edits with fewer of them
@@ -617,9 +609,14 @@ def test_derivative_against_finite_differences(demodulated):
     problem = random_problem(3, 2, (5, 5), demodulated)
     constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
     model = ops._Model(
-        problem["basis"], problem["base"], problem["target"], problem["shift"].expand_as(problem["base"]),
-        *(None if part is None else part[None] for part in (constant, linear, quadratic)), problem["slope"], problem["gain"],
-    )  # fmt: skip
+        problem["basis"],
+        problem["base"],
+        problem["target"],
+        problem["shift"].expand_as(problem["base"]),
+        *(None if part is None else part[None] for part in (constant, linear, quadratic)),
+        problem["slope"],
+        problem["gain"],
+    )
     x = 0.05 * linear_problem(2, unknowns=18, pixels=32)["basis"].T.contiguous()
     kink = torch.full((32,), 0.1, dtype=torch.float64)
 
@@ -642,9 +639,7 @@ def test_derivative_against_finite_differences(demodulated):
 
 def test_sharp_kink_is_the_limit_of_the_rounded_one():
     problem = random_problem(3, 2, (5, 5))
-    model = ops._Model(
-        *(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4
-    )
+    model = ops._Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
     lin, m, _ = model.linearise(torch.zeros(32, 18, dtype=torch.float64))
     rounded = model.residual(lin, m, torch.full((32,), 1e-9, dtype=torch.float64))
     for ours, sharp in zip(rounded[:2], model.residual(lin, m)[:2]):
@@ -697,9 +692,7 @@ def test_zero_weight_removes_a_pixel(fit, loss):
     keep = torch.arange(problem["base"].shape[1]).remainder(3) > 0
     less = {name: item[:, keep] for name, item in problem.items()}
     weighted = fit(**problem, pixel_weights=7.0 * keep, loss=loss)
-    torch.testing.assert_close(
-        weighted.coefficients, fit(**less, loss=loss).coefficients, rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(weighted.coefficients, fit(**less, loss=loss).coefficients, rtol=1e-6, atol=1e-9)
 
 
 def test_integer_weight_is_a_repeated_pixel(fit):
@@ -764,15 +757,11 @@ def test_reachable_target_is_reached(fit, loss):
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("slope", [1.0, 0.2])
-@pytest.mark.parametrize(
-    "kind", ["constant maps", "twin rows", "zero basis", "one pixel", "relu", "zero gain"]
-)
+@pytest.mark.parametrize("kind", ["constant maps", "twin rows", "zero basis", "one pixel", "relu", "zero gain"])
 def test_degenerate_problems(fit, loss, slope, kind):
     problem = dict(random_problem(0, 1, (4, 4)), slope=slope)
     if kind == "constant maps":
-        problem = {
-            k: v[:, :1].expand_as(v) if k in ("basis", "base", "target") else v for k, v in problem.items()
-        }
+        problem = {k: v[:, :1].expand_as(v) if k in ("basis", "base", "target") else v for k, v in problem.items()}
     elif kind == "twin rows":
         problem["basis"] = problem["basis"][:1].expand(9, -1)
         problem["demodulation"] = None
@@ -780,9 +769,7 @@ def test_degenerate_problems(fit, loss, slope, kind):
         problem["basis"] = torch.zeros_like(problem["basis"])
         problem["demodulation"] = None
     elif kind == "one pixel":
-        problem = {
-            k: v[:, :1] if k in ("basis", "base", "target", "shift") else v for k, v in problem.items()
-        }
+        problem = {k: v[:, :1] if k in ("basis", "base", "target", "shift") else v for k, v in problem.items()}
     elif kind == "relu":
         problem["slope"] = 0.0
     elif kind == "zero gain":
@@ -822,9 +809,7 @@ def test_scales(fit, dtype, size, what):
     if what == "values":  # demodulation forgets the scale of the weights, so put it into the gain
         scaled.update(gain=problem["gain"] * size, target=problem["target"] * size)
     else:
-        scaled.update(
-            basis=problem["basis"] * size, demodulation=(constant, linear * size, quadratic * size**2)
-        )
+        scaled.update(basis=problem["basis"] * size, demodulation=(constant, linear * size, quadratic * size**2))
     result = fit(**cast(scaled, dtype), max_iterations=12)
     assert_sound(result)
     ratio = size if what == "values" else 1.0
@@ -911,9 +896,7 @@ def test_numbers_too_large_are_reported(fit, loss, slope):
     huge = {name: item * 1e300 for name, item in problem.items()}
     result = fit(**huge, slope=slope, loss=loss)
     assert result.coefficients.isfinite().all() and not result.loss.isnan().any()
-    tiny = cast(
-        {**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32
-    )
+    tiny = cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
     result = fit(**tiny, slope=slope, loss=loss)  # the answer does not fit float32
     assert (result.status == ops.NONFINITE).all() and not result.coefficients.any()
 
@@ -969,9 +952,7 @@ def test_custom_op_contract():
     keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
     defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
     args = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
-    library.opcheck(
-        torch.ops.rewrite_core.fit_low_rank, args, test_utils=("test_schema", "test_faketensor")
-    )
+    library.opcheck(torch.ops.rewrite_core.fit_low_rank, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -1000,8 +981,9 @@ def test_the_raw_op_checks_too(change, words):
 GOOD = linear_problem()
 NAN = torch.full((7, 40), float("nan"), dtype=torch.float64)
 SEGMENTED = {
-    "demodulation": (torch.ones(2, 7), torch.zeros(2, 7, 9), torch.zeros(2, 9, 9)), "segments": torch.ones(40).long(),
-}  # fmt: skip
+    "demodulation": (torch.ones(2, 7), torch.zeros(2, 7, 9), torch.zeros(2, 9, 9)),
+    "segments": torch.ones(40).long(),
+}
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +1004,11 @@ SEGMENTED = {
         ({"shift": torch.zeros(6, 40, dtype=torch.float64)}, ValueError, "shift must be"),
         ({"loss": "huber"}, ValueError, "no loss 'huber'"),
         ({"max_iterations": 0}, ValueError, "max_iterations"),
-        ({"max_iterations": 2**40}, ValueError, "max_iterations must be an integer of at least 1, and at most 2147483647"),
+        (
+            {"max_iterations": 2**40},
+            ValueError,
+            "max_iterations must be an integer of at least 1, and at most 2147483647",
+        ),
         ({"max_iterations": 5.0}, ValueError, "max_iterations must be an integer"),
         ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"slope": float("nan")}, ValueError, "slope"),
@@ -1044,7 +1030,7 @@ SEGMENTED = {
         (SEGMENTED | {"segments": None}, ValueError, r"constant must be \[O\]"),
         ({"backend": "abacus"}, ValueError, "no backend"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, words):
     with pytest.raises(error, match=words) as caught:
         ops.fit_low_rank(**{**GOOD, **change})
@@ -1062,7 +1048,6 @@ def test_explained():
 
 
 # The GPU kernel: in Triton's interpreter, compiled for GPUs this machine lacks, and on one
-
 
 
 def few(problem, channels):
@@ -1174,7 +1159,14 @@ for name in ("basis", "base", "target", "shift", "constant", "linear", "quadrati
 assert t.ops.fit_low_rank(**t.few(t.linear_problem(), 2), backend="triton", loss="l2").status.eq(0).all()
 print("all of it ran")
 """
-CHECKED = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1", "max_iterations": 2, "tolerance": 1e-5}
+CHECKED = {
+    "pixel_weights": None,
+    "penalty": None,
+    "penalty_scale": None,
+    "loss": "l1",
+    "max_iterations": 2,
+    "tolerance": 1e-5,
+}
 
 
 @needs_triton_interpreter
@@ -1183,8 +1175,11 @@ def test_triton_interpreted(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
         cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
 
 
@@ -1195,11 +1190,15 @@ def test_triton_constants_are_those_of_the_others():
 
     source = Path(kernels.__file__).read_text()
     body = source[source.index("def fit_kernel(") : source.index("def exact_kernel(")]
-    assert len(re.findall(r"^    \w+ = \w+ \+ (?:2 \* )?size$", body, re.M)) == 9  # of 13: three pairs, one at the front
+    assert (
+        len(re.findall(r"^    \w+ = \w+ \+ (?:2 \* )?size$", body, re.M)) == 9
+    )  # of 13: three pairs, one at the front
     assert '"enable_fp_fusion": False' in source  # as test_triton_compiles_ahead_of_time has it
     for config in kernels.CANDIDATES:
         assert config.pixels % config.tile == 0 == config.pixels % config.block
-        assert 32 * config.warps <= config.pixels, "a number that several threads hold would be read after it is written"
+        assert 32 * config.warps <= config.pixels, (
+            "a number that several threads hold would be read after it is written"
+        )
 
 
 def triton_resources(compiled, folder):
@@ -1245,11 +1244,26 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
     types = dict.fromkeys(kernel.arg_names, "*fp64") | dict.fromkeys(numbers, "fp64")
     types |= dict.fromkeys(("basis", "base", "target", "shift", "coefficients"), "*fp32")
     types |= dict.fromkeys(("iterations", "statuses"), "*i32")
-    counts = ("tasks", "channels", "unknowns", "pixels", "weight_stride", "shift_edit", "shift_channel", "shift_pixel",
-              "max_iterations", "stride")  # fmt: skip
+    counts = (
+        "tasks",
+        "channels",
+        "unknowns",
+        "pixels",
+        "weight_stride",
+        "shift_edit",
+        "shift_channel",
+        "shift_pixel",
+        "max_iterations",
+        "stride",
+    )
     types |= dict.fromkeys(counts, "i32")
-    constants = {"PENALISED": kind != "over pixels", "SHIFT": True, "BLOCK": config.block, "TILE": config.tile,
-                 "PIXELS": config.pixels}  # fmt: skip
+    constants = {
+        "PENALISED": kind != "over pixels",
+        "SHIFT": True,
+        "BLOCK": config.block,
+        "TILE": config.tile,
+        "PIXELS": config.pixels,
+    }
     if kind == "over pixels":
         constants |= dict.fromkeys(("penalty", "penalty_scale"))
     if kind == "over unknowns":
@@ -1286,10 +1300,14 @@ def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-@pytest.mark.parametrize("name, dtype", [
-    *((name, torch.float32) for name in AGREEMENT),
-    *((name, torch.float64) for name in ("proggan-3", "demodulated", "over pixels")),  # a compilation each
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *((name, torch.float32) for name in AGREEMENT),
+        *((name, torch.float64) for name in ("proggan-3", "demodulated", "over pixels")),  # a compilation each
+    ],
+    ids=str,
+)
 def test_gpu_agrees_with_cpu(name, dtype, loss):
     problem = cast(AGREEMENT[name](), dtype)
     ours, theirs = run(on_gpu, **problem, loss=loss), run(CPU["reference"], **problem, loss=loss)

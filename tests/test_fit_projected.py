@@ -36,7 +36,12 @@ def make(inputs=13, channels=5, size=(7, 6), kernel=3, rank=2, demodulated=False
     target = base + 3 * random(*base.shape)
     if demodulated:
         style = (1 + 0.3 * random(inputs)) / (inputs * kernel**2) ** 0.5
-        options |= {"demodulation": (weight, style, 1e-8), "shift": 0.1 * random(channels, 1, 1), "slope": 0.2, "gain": 1.4}
+        options |= {
+            "demodulation": (weight, style, 1e-8),
+            "shift": 0.1 * random(channels, 1, 1),
+            "slope": 0.2,
+            "gain": 1.4,
+        }
         target = target / base.std()
     return (operator, base, target), options
 
@@ -63,12 +68,20 @@ def agree(arguments, options, tolerance=2e-4, run=None, **more):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"size": (10, 10), "channels": 33}, {"size": (4, 5)}, {"size": (7, 6)}, {"size": (1, 1)}, {"size": (1, 9)},
-        {"kernel": 1}, {"kernel": 5, "size": (6, 7)}, {"inputs": 1, "rank": 1}, {"channels": 1, "inputs": 8},
-        {"rank": 0}, {"rank": 13},
+        {"size": (10, 10), "channels": 33},
+        {"size": (4, 5)},
+        {"size": (7, 6)},
+        {"size": (1, 1)},
+        {"size": (1, 9)},
+        {"kernel": 1},
+        {"kernel": 5, "size": (6, 7)},
+        {"inputs": 1, "rank": 1},
+        {"channels": 1, "inputs": 8},
+        {"rank": 0},
+        {"rank": 13},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_steps_of_autograd(sizes, loss, demodulated):
     agree(*make(**sizes, demodulated=demodulated), loss=loss)
 
@@ -142,7 +155,10 @@ def test_strides_and_padding_of_the_input_do_not_matter():
     operator, base, target = single(arguments)
     options = {name: single(part) for name, part in options.items()}
     plain = fit_projected(operator, base, target, **options, backend="cpp")
-    odd = [torch.stack([part, part], -1)[..., 0].transpose(-1, -2).contiguous().transpose(-1, -2) for part in (base, target)]
+    odd = [
+        torch.stack([part, part], -1)[..., 0].transpose(-1, -2).contiguous().transpose(-1, -2)
+        for part in (base, target)
+    ]
     options["shift"] = options["shift"].expand_as(base).transpose(1, 2).contiguous().transpose(1, 2)
     found = fit_projected(operator, *odd, **options, backend="cpp")
     assert torch.equal(plain.coefficients, found.coefficients) and torch.equal(plain.losses, found.losses)
@@ -151,7 +167,9 @@ def test_strides_and_padding_of_the_input_do_not_matter():
 def test_no_channels():
     operator = torch.randn(4, 3, 3, 5, 5)
     for backend in ("cpp", "reference"):
-        fit = fit_projected(operator, torch.empty(0, 5, 5), torch.empty(0, 5, 5), directions=torch.eye(4)[:1], steps=2, backend=backend)
+        fit = fit_projected(
+            operator, torch.empty(0, 5, 5), torch.empty(0, 5, 5), directions=torch.eye(4)[:1], steps=2, backend=backend
+        )
         assert fit.coefficients.shape == (0, 1, 3, 3)
 
 
@@ -229,8 +247,12 @@ def test_transformed_maps_multiply_as_the_convolution_does(tile):
     ],
 )
 def test_bad_input(change, error, words):
-    good = {"operator": torch.ones(4, 3, 3, 5, 5), "base": torch.ones(2, 5, 5), "target": torch.zeros(2, 5, 5),
-            "directions": torch.eye(4)[:1]}  # fmt: skip
+    good = {
+        "operator": torch.ones(4, 3, 3, 5, 5),
+        "base": torch.ones(2, 5, 5),
+        "target": torch.zeros(2, 5, 5),
+        "directions": torch.eye(4)[:1],
+    }
     with pytest.raises(error, match=words):
         fit_projected(**(good | change))
 
@@ -331,7 +353,9 @@ def problem_of(*arguments, **options):
     """What fit_projected hands to a backend."""
     given = []
     with pytest.MonkeyPatch.context() as patch:
-        record = type("Record", (), {"load": lambda self: lambda problem, progress: given.append(problem) or (None, None)})
+        record = type(
+            "Record", (), {"load": lambda self: lambda problem, progress: given.append(problem) or (None, None)}
+        )
         patch.setitem(fit_projected.__globals__, "select", lambda *a: record())
         fit_projected(*arguments, **options)
     return given[0]
@@ -344,8 +368,11 @@ def test_triton_interpreted(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
         cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "all of it ran" in done.stdout, done.stderr
 
 
@@ -372,14 +399,37 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
     config, one, kernel = kernels.CANDIDATES[0], kind == "one tile", kernels.fit_kernel
-    pointers = ("maps", "base", "target", "value", "shift", "weight", "square", "directions", "basis", "rates", "scratch",
-                "coefficients")  # fmt: skip
-    types = dict.fromkeys(pointers, "*fp32") | {"losses": "*fp64"} | dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
+    pointers = (
+        "maps",
+        "base",
+        "target",
+        "value",
+        "shift",
+        "weight",
+        "square",
+        "directions",
+        "basis",
+        "rates",
+        "scratch",
+        "coefficients",
+    )
+    types = (
+        dict.fromkeys(pointers, "*fp32")
+        | {"losses": "*fp64"}
+        | dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
+    )
     constants = {
-        "ABSOLUTE": one, "DEMODULATED": True, "SHIFT": True, "PROJECTS": True, "PROJECTS_GRADIENT": not one,
-        "ONE_TILE": one, "CHANNELS": config.channels, "ROWS": config.rows, "PIXELS": config.pixels,
+        "ABSOLUTE": one,
+        "DEMODULATED": True,
+        "SHIFT": True,
+        "PROJECTS": True,
+        "PROJECTS_GRADIENT": not one,
+        "ONE_TILE": one,
+        "CHANNELS": config.channels,
+        "ROWS": config.rows,
+        "PIXELS": config.pixels,
         "PRECISION": kernels.PRECISION,
-    }  # fmt: skip
+    }
     compiled = triton_compile(kernel, capability, types, constants, config.warps, config.stages)
     ptx = compiled.asm["ptx"]
     registers, stack, local = triton_resources(compiled, tmp_path)
@@ -413,7 +463,9 @@ def on_gpu(*arguments, **options):
             return tuple(map(move, part))
         return part.cuda() if isinstance(part, torch.Tensor) else part
 
-    found = fit_projected(*map(move, arguments), **{name: move(part) for name, part in options.items()}, backend="triton")
+    found = fit_projected(
+        *map(move, arguments), **{name: move(part) for name, part in options.items()}, backend="triton"
+    )
     return type(found)(*(part.cpu() for part in found))
 
 
@@ -426,11 +478,19 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"size": (10, 10), "channels": 33}, {"size": (7, 6)}, {"size": (1, 1)}, {"size": (13, 12)}, {"kernel": 1},
-        {"kernel": 5, "size": (6, 7)}, {"inputs": 1, "rank": 1}, {"rank": 0}, {"rank": 13}, {"inputs": 200, "rank": 33},
+        {"size": (10, 10), "channels": 33},
+        {"size": (7, 6)},
+        {"size": (1, 1)},
+        {"size": (13, 12)},
+        {"kernel": 1},
+        {"kernel": 5, "size": (6, 7)},
+        {"inputs": 1, "rank": 1},
+        {"rank": 0},
+        {"rank": 13},
+        {"inputs": 200, "rank": 33},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_gpu_steps_of_autograd(sizes, loss, demodulated):
     arguments, options = make(**sizes, demodulated=demodulated)
     agree(arguments, options, run=on_gpu, loss=loss)
@@ -450,7 +510,11 @@ def test_gpu_small(channels):
     for config in kernels.CANDIDATES:
         ours, again = kernels.fit_projected(problem, config=config), kernels.fit_projected(problem, config=config)
         assert all(torch.equal(one, other) for one, other in zip(ours, again))
-        agree(arguments, options, run=lambda *a, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](*(p.cpu() for p in ours)))
+        agree(
+            arguments,
+            options,
+            run=lambda *a, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](*(p.cpu() for p in ours)),
+        )
 
 
 @pytest.mark.parametrize("slope", [pytest.param(0.2, marks=needs_gpu), pytest.param(1.0, marks=needs_gpu)])

@@ -94,7 +94,9 @@ def test_a_collection_on_the_cpu():
 def test_what_is_wrong_is_refused(monkeypatch):
     kind = gpu_check.KINDS[0]
     right = gpu_check.second_moment
-    monkeypatch.setattr(gpu_check, "second_moment", lambda *args, out, **how: right(*args, out=out, **how).mul_(1.00001))
+    monkeypatch.setattr(
+        gpu_check, "second_moment", lambda *args, out, **how: right(*args, out=out, **how).mul_(1.00001)
+    )
     case = harness.Case("small", lambda backend: gpu_check.make(24, 5, kind, FLOORS, "cpu", backend))
     with pytest.raises(harness.Refused, match="'small'.*1.00e-05, above 2e-06"):
         gpu_check.check(case, kind, "cpp", "passed")
@@ -193,7 +195,9 @@ def test_what_compute_sanitizer_finds(tmp_path, monkeypatch, capsys):
     said = tmp_path / "said"
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\necho "$1 $*" >> {tmp_path}/words\ncat {said}.${{1#--tool=}}\necho "1 passed in 0.01s"\n')
+    tool.write_text(
+        f'#!/bin/sh\necho "$1 $*" >> {tmp_path}/words\ncat {said}.${{1#--tool=}}\necho "1 passed in 0.01s"\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     write_tests(tmp_path, "assert True")
@@ -202,7 +206,9 @@ def test_what_compute_sanitizer_finds(tmp_path, monkeypatch, capsys):
         return tmp_path / f"{name}.log"
 
     api = "========= Program hit cudaErrorNotSupported on CUDA API call\n"
-    race = "========= Error: Race reported between Write access at fit_kernel+0x10 and Write access at fit_kernel+0x10\n"
+    race = (
+        "========= Error: Race reported between Write access at fit_kernel+0x10 and Write access at fit_kernel+0x10\n"
+    )
     read = "========= Invalid __global__ read of size 4 bytes\n"
     for memory, races, found in ((api, "", None), ("", race, None), (read, "", "Invalid")):
         Path(f"{said}.memcheck").write_text(memory)
@@ -265,7 +271,7 @@ def test_edit_cases_on_the_cpu():
     cases = gpu_edit.cases("cpu", channels=8, side=5, steps=25)
     assert len({case.name for case in cases}) == len(cases)
     assert {case.group for case in cases} == {"fit_low_rank", "fit_projected", "spd_solve"}
-    some = [case for case in cases if " n " not in case.name and "rank 4" not in case.name or "1x n 64," in case.name]
+    some = [case for case in cases if (" n " not in case.name and "rank 4" not in case.name) or "1x n 64," in case.name]
     assert len(some) == 7
     for case in some:
         checked = gpu_edit.check(case, "reference" if case.group == "spd_solve" else "cpp", "passed")

@@ -67,10 +67,16 @@ def test_nothing_is_unpickled_unasked(tmp_path, network, capsys):
     def old(content, path):
         torch.save(content, path, _use_new_zipfile_serialization=False)
 
-    for name, save in (("torch.pt", torch.save), ("old.pth", old), ("plain.pkl", lambda content, path: path.write_bytes(pickle.dumps(content)))):
+    for name, save in (
+        ("torch.pt", torch.save),
+        ("old.pth", old),
+        ("plain.pkl", lambda content, path: path.write_bytes(pickle.dumps(content))),
+    ):
         path = tmp_path / name
         save({"G_ema": network, "extra": Bomb()}, path)
-        with pytest.raises(rc.RewriteCoreError, match="runs whatever code is in it; give make= and a state dict, or allow_pickle"):
+        with pytest.raises(
+            rc.RewriteCoreError, match="runs whatever code is in it; give make= and a state dict, or allow_pickle"
+        ):
             rc.load_generator(path)
         with pytest.raises(rc.FileFormatError):
             rc.load_generator(path, make)

@@ -14,8 +14,8 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
-from rewrite_core.fingerprints import tensor_fingerprint
 from rewrite_core.files import save_record
+from rewrite_core.fingerprints import tensor_fingerprint
 from rewrite_core.ops.spd_solve import DiagonalShiftWarning
 
 
@@ -132,10 +132,13 @@ def test_layers_that_cannot_go_together(generator, latents):
 
 def test_one_layer_or_several_by_name(layer, latents):
     for args, kwargs in (
-        ((layer, latents), {"layers": [layer]}), (([layer], latents), {}), ((None, latents), {}),
+        ((layer, latents), {"layers": [layer]}),
+        (([layer], latents), {}),
+        ((None, latents), {}),
         (("layer5.conv", latents), {}),
-        ((), {"layers": layer, "latents": latents}), ((), {"layers": ["layer5.conv"], "latents": latents}),
-    ):  # fmt: skip
+        ((), {"layers": layer, "latents": latents}),
+        ((), {"layers": ["layer5.conv"], "latents": latents}),
+    ):
         with pytest.raises(rc.RewriteCoreError, match=r"Give one bound layer, .* or a list of them by name, .*layers="):
             rc.collect_second_moment(*args, **kwargs)
     with pytest.raises(TypeError, match="latents must be a torch tensor"):
@@ -293,10 +296,12 @@ def test_a_merge_that_fails_changes_nothing(monkeypatch):
         raise RuntimeError("connection lost")
 
     for name, value in {
-        "is_initialized": lambda: True, "get_world_size": lambda group: 1, "get_backend": lambda group: "gloo",
+        "is_initialized": lambda: True,
+        "get_world_size": lambda group: 1,
+        "get_backend": lambda group: "gloo",
         "all_gather_object": lambda facts, own, group: facts.__setitem__(slice(None), [own, own | {"latents": []}]),
         "all_reduce": lost,
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.distributed, name, value)
     with pytest.raises(RuntimeError, match="connection lost"):
         one.all_reduce()
@@ -395,11 +400,16 @@ def test_wrong_shapes(shape):
         rc.SecondMoment(3).update(torch.ones(shape))
 
 
-@pytest.mark.parametrize("features, words", [
-    ([[1.0, 2.0, 3.0]], "torch tensor, not list"), (np.ones((2, 3)), "torch tensor, not ndarray"),
-    (torch.ones(2, 3, dtype=torch.int64), "int64, and must be float32"), (torch.ones(2, 3).bool(), "bool, and must be"),
-    (torch.ones(2, 3).to_sparse(), "must be dense"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "features, words",
+    [
+        ([[1.0, 2.0, 3.0]], "torch tensor, not list"),
+        (np.ones((2, 3)), "torch tensor, not ndarray"),
+        (torch.ones(2, 3, dtype=torch.int64), "int64, and must be float32"),
+        (torch.ones(2, 3).bool(), "bool, and must be"),
+        (torch.ones(2, 3).to_sparse(), "must be dense"),
+    ],
+)
 def test_features_of_wrong_types(features, words):
     moment = rc.SecondMoment(3)
     with pytest.raises(TypeError, match=words):
@@ -432,6 +442,8 @@ def test_the_bar_shows_rate_and_time_left(capsys, monkeypatch, layer, latents):
     shown = capsys.readouterr().err
     assert re.search(r"moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
     assert "nan" not in shown
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 4, 5, 6), (4, 3, 0)])
 def test_maps_of_any_number_of_axes(shape):
     features = torch.randn(shape)
@@ -481,8 +493,13 @@ def test_truncated_and_foreign_files(tmp_path, moment):
     np.savez(tmp_path / "foreign.npz", a=np.ones(3))
     with pytest.raises(rc.FileFormatError, match="r2m"):
         rc.SecondMoment.load(tmp_path / "foreign.npz")
-    for wrong in ({"mom2": np.array([["a", "b"], ["c", "d"]])}, {"mom2": 1j * np.eye(2)}, {"mom2": np.zeros((0, 0))},
-                  {"mom2": np.eye(2), "count": np.array([3, 4])}, {"mom2": np.eye(2), "count": 0}):  # fmt: skip
+    for wrong in (
+        {"mom2": np.array([["a", "b"], ["c", "d"]])},
+        {"mom2": 1j * np.eye(2)},
+        {"mom2": np.zeros((0, 0))},
+        {"mom2": np.eye(2), "count": np.array([3, 4])},
+        {"mom2": np.eye(2), "count": 0},
+    ):
         np.savez(tmp_path / "foreign.npz", **({"count": 3} | wrong))
         with pytest.raises(rc.FileFormatError, match="foreign.npz"):
             rc.SecondMoment.load(tmp_path / "foreign.npz")
@@ -490,13 +507,19 @@ def test_truncated_and_foreign_files(tmp_path, moment):
         rc.SecondMoment.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("metadata, words", [
-    (["count"], "no JSON object but a list"), ({"count": True}, "no finite sum with its count"),
-    ({"count": 3, "skipped": -1}, "no finite sum with its count"),
-    ({"count": 3, "layer": 5}, "wrong types"), ({"count": 3, "latents": ["a"]}, "wrong types"),
-    ({"count": 3, "progress": ["a"]}, "wrong types"), ({"count": 3, "progress": {"done": 3}}, "wrong types"),
-    ({"count": 3, "progress": {"done": "3", "batch_size": 3}}, "wrong types"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, words",
+    [
+        (["count"], "no JSON object but a list"),
+        ({"count": True}, "no finite sum with its count"),
+        ({"count": 3, "skipped": -1}, "no finite sum with its count"),
+        ({"count": 3, "layer": 5}, "wrong types"),
+        ({"count": 3, "latents": ["a"]}, "wrong types"),
+        ({"count": 3, "progress": ["a"]}, "wrong types"),
+        ({"count": 3, "progress": {"done": 3}}, "wrong types"),
+        ({"count": 3, "progress": {"done": "3", "batch_size": 3}}, "wrong types"),
+    ],
+)
 def test_files_with_impossible_metadata(tmp_path, metadata, words):
     path = tmp_path / "moment.safetensors"
     save_record(path, "second_moment", 1, {"sum": torch.eye(3).double()}, metadata)
@@ -635,9 +658,14 @@ def killed_collection(checkpoint):
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv")]
     keys = [None, torch.eye(64)[:2]]
     return rc.collect_second_moment(
-        layers=layers, latents=rc.sample_latents(64, 200), batch_size=4, checkpoint=checkpoint, progress=False,
-        until=0.22, keys=keys,
-    )  # fmt: skip
+        layers=layers,
+        latents=rc.sample_latents(64, 200),
+        batch_size=4,
+        checkpoint=checkpoint,
+        progress=False,
+        until=0.22,
+        keys=keys,
+    )
 
 
 def test_killed_collection_resumes_to_the_same_bits(tmp_path):
@@ -692,7 +720,10 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
     with torch.no_grad():
         generator.layer1.conv.weight.copy_(rc.load_proggan(DATA / "proggan_state.npz").layer1.conv.weight)
     saved, _, state = rc.SecondMoment._load(path)
-    for progress, state in (({"done": 41, "batch_size": 4}, state), ({"done": 20, "batch_size": 4}, {"keys": keys.double()})):
+    for progress, state in (
+        ({"done": 41, "batch_size": 4}, state),
+        ({"done": 20, "batch_size": 4}, {"keys": keys.double()}),
+    ):
         saved._save(path, progress, state)
         with pytest.raises(rc.FileFormatError):
             collect(bad, keys=keys)
@@ -727,7 +758,9 @@ def test_a_collection_that_stopped_goes_on_when_more_is_asked(tmp_path, layer, l
 def test_several_layers_go_on_from_where_each_stopped(tmp_path):
     """Places that no common batch begins at: no latent is left out, and none counts twice."""
     torch.manual_seed(0)
-    generator = torch.nn.Sequential(torch.nn.Unflatten(1, (4, 1, 1)), torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(6, 3, 1))
+    generator = torch.nn.Sequential(
+        torch.nn.Unflatten(1, (4, 1, 1)), torch.nn.Conv2d(4, 6, 1), torch.nn.Conv2d(6, 3, 1)
+    )
     layers, z = [rc.bind(generator, name) for name in "12"], rc.sample_latents(4, 200, seed=1)
     paths = [tmp_path / name for name in "12"]
     for layer, path, batch_size, until in zip(layers, paths, (16, 5), (0.2, 0.9), strict=True):
@@ -763,7 +796,7 @@ def test_standard_errors_are_what_repeated_collections_show(batch_size):
     layer = rc.bind(Scaled(), "conv")
     random = torch.Generator().manual_seed(1)
     keys = torch.eye(6)[:3]
-    spatial = (1 + 0.3 * layer.generator.pixels.detach().double())
+    spatial = 1 + 0.3 * layer.generator.pixels.detach().double()
     mixing = layer.generator.mixing.detach().double()
     truth = mixing.T @ ((spatial.T @ spatial / 16) * torch.eye(6)) @ mixing  # E z z^T is the identity
     said, made, said_keys, made_keys = [], [], [], []
@@ -800,7 +833,11 @@ def test_until_stops_at_the_error_that_was_asked_for(capsys, monkeypatch):
     assert tight.key_errors.max() <= 0.04 and tight.standard_error <= 0.04 and tight.latents["used"] > 4 * used
     with pytest.raises(rc.RewriteCoreError, match="`until`"):
         rc.collect_second_moment(layer, z, until=0)
-    for keys, words in ((torch.ones(2, 5), "rows"), (torch.zeros(2, 6), "only zeros"), (torch.full((6,), torch.nan), "NaN")):
+    for keys, words in (
+        (torch.ones(2, 5), "rows"),
+        (torch.zeros(2, 6), "only zeros"),
+        (torch.full((6,), torch.nan), "NaN"),
+    ):
         with pytest.raises(rc.RewriteCoreError, match=words):
             rc.collect_second_moment(layer, z, keys=keys, progress=False)
 
@@ -834,7 +871,7 @@ def test_dead_channels_have_errors_too():
         moment = rc.collect_second_moment(
             rc.bind(generator, "0"), features[:, :, None, None], progress=False, keys=torch.eye(4)[:2]
         )
-    assert ((0.01 < moment.key_errors) & (moment.key_errors < 0.2)).all()
+    assert ((moment.key_errors > 0.01) & (moment.key_errors < 0.2)).all()
 
 
 REDUCED = """
@@ -878,7 +915,8 @@ def test_all_reduce_over_two_processes(tmp_path, layer):
     sums = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
     args = [os.path.dirname(__file__), *map(str, (tmp_path / "store", *sums))]
     children = [
-        subprocess.Popen([sys.executable, "-c", REDUCED, args[0], str(rank), *args[1:]], cwd=tmp_path) for rank in range(2)
+        subprocess.Popen([sys.executable, "-c", REDUCED, args[0], str(rank), *args[1:]], cwd=tmp_path)
+        for rank in range(2)
     ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     latents = rc.sample_latents(64, 80)

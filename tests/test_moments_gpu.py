@@ -32,7 +32,10 @@ def stylegan2():
     return StyleGAN2(32, style_dim=64, n_mlp=2, channels={4: 128, 8: 128, 16: 96, 32: 48}).to(GPU)
 
 
-GENERATORS = {"proggan": (proggan, "layer5.conv", "layer4.conv"), "stylegan2": (stylegan2, "convs.4.conv", "convs.1.conv")}
+GENERATORS = {
+    "proggan": (proggan, "layer5.conv", "layer4.conv"),
+    "stylegan2": (stylegan2, "convs.4.conv", "convs.1.conv"),
+}
 
 
 def bound(kind="stylegan2", several=False, change=None):
@@ -119,7 +122,9 @@ class Kept(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.trunk = torch.nn.Sequential(torch.nn.Conv2d(64, 96, 1), torch.nn.ReLU(), torch.nn.Conv2d(96, 96, 3, padding=1))
+        self.trunk = torch.nn.Sequential(
+            torch.nn.Conv2d(64, 96, 1), torch.nn.ReLU(), torch.nn.Conv2d(96, 96, 3, padding=1)
+        )
         self.conv = torch.nn.Conv2d(96, 8, 3)
         self.requires_grad_(False).to(GPU)
         self.input = torch.zeros(8, 64, 32, 32, device=GPU)
@@ -175,7 +180,9 @@ def test_autocast_and_inference_mode(kind, dtype):
     moment.update(layer.keys(LATENTS[:2]))
 
 
-@pytest.mark.parametrize("how", [{}, {"skip_nonfinite": True}, {"keys": True}], ids=lambda how: "-".join(how) or "plain")
+@pytest.mark.parametrize(
+    "how", [{}, {"skip_nonfinite": True}, {"keys": True}], ids=lambda how: "-".join(how) or "plain"
+)
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("where", ["cpu", GPU])
 def test_no_host_synchronisation_between_batches(where, several, how, monkeypatch):
@@ -274,7 +281,12 @@ def test_interrupted_collections_resume_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_update_of_features_on_the_gpu():
     features = torch.randn(5, 70, 9, 7, generator=torch.Generator().manual_seed(0))
-    for given in (features, features.to(memory_format=torch.channels_last), features[:, :, 1:, 2:], features[:, :, 0, 0]):
+    for given in (
+        features,
+        features.to(memory_format=torch.channels_last),
+        features[:, :, 1:, 2:],
+        features[:, :, 0, 0],
+    ):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             moment = rc.SecondMoment(70)
             moment.update(given.to(dtype).to(GPU))

@@ -101,10 +101,20 @@ def test_a_rewrite_keeps_them(moment, layer, several, latents, tmp_path):
 # --- the fit ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"loss": "l2"}, {"tight": False}, {"alpha": False}, {"solver": "adam", **FEW}, {"solver": "projected", **FEW},
-    {"solver": "unconstrained", **FEW}, {"solver": "projected", "backend": "reference", **FEW}, {"preserve": 0.3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "l2"},
+        {"tight": False},
+        {"alpha": False},
+        {"solver": "adam", **FEW},
+        {"solver": "projected", **FEW},
+        {"solver": "unconstrained", **FEW},
+        {"solver": "projected", "backend": "reference", **FEW},
+        {"preserve": 0.3},
+    ],
+)
 def test_identical_pastes_are_one(moment, layer, edit, latents, options):
     latents = torch.cat([latents, latents[edit.paste.index, None]])  # one picture twice
     twin = rc.Selection(len(latents) - 1, edit.paste.mask)
@@ -121,9 +131,16 @@ def test_identical_pastes_are_one(moment, layer, edit, latents, options):
 
 
 @pytest.mark.parametrize("solver", [{}, {"solver": "adam", "steps": 200}, {"solver": "projected", "steps": 400}])
-@pytest.mark.parametrize("goal", [
-    {}, {"tight": False, "loss": "l2"}, {"alpha": False}, {"tight": False, "alpha": False, "loss": "l2"}, {"rank": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "goal",
+    [
+        {},
+        {"tight": False, "loss": "l2"},
+        {"alpha": False},
+        {"tight": False, "alpha": False, "loss": "l2"},
+        {"rank": 3},
+    ],
+)
 def test_every_paste_comes_closer(moment, layer, several, latents, goal, solver):
     change = rc.rewrite(layer, moment, several, latents, **goal, **solver)
     options = {name: value for name, value in goal.items() if name != "rank"}

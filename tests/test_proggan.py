@@ -103,7 +103,7 @@ def without(key):
         (lambda s: {"state_dict": 3}, "entry 'state_dict' is a int"),
         (lambda s: s | {"epoch": 3}, "entry 'epoch' is a int"),
     ],
-)  # fmt: skip
+)
 def test_foreign_state(tiny, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_proggan(change(dict(tiny)))

@@ -50,7 +50,8 @@ def test_golden_curves_from_collection(golden, moment, layer, edit, latents, nam
 
 
 @pytest.mark.parametrize(
-    "name, options", [("nontight_rank1", STEPS | {"tight": False}), ("unconstrained", {"solver": "unconstrained", "steps": 201})]
+    "name, options",
+    [("nontight_rank1", STEPS | {"tight": False}), ("unconstrained", {"solver": "unconstrained", "steps": 201})],
 )
 def test_golden_chaotic_curves(golden, golden_moment, layer, edit, latents, name, options):
     """These two trajectories are chaotic in their last bits: the reference itself, run again on another CPU, misses
@@ -73,7 +74,11 @@ class _StyledLayer:
     def __init__(self, kind):
         from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
 
-        data = {key[len(kind) + 1 :]: value for key, value in read_npz("stylegan2_layer.npz").items() if key.startswith(kind)}
+        data = {
+            key[len(kind) + 1 :]: value
+            for key, value in read_npz("stylegan2_layer.npz").items()
+            if key.startswith(kind)
+        }
         self.data = data
         conv = StyledConv(64, 48, 8, upsample=kind == "up")
         with torch.no_grad():
@@ -284,7 +289,6 @@ def test_no_tf32_while_an_edit_on_a_gpu_is_solved():
             matmul.fp32_precision, cudnn.conv.fp32_precision = was[2]
 
 
-
 @pytest.mark.parametrize("solver", ["lm", "adam", "projected", "unconstrained"])
 def test_a_key_made_in_inference_mode(solver):
     generator = torch.nn.Sequential(torch.nn.Conv2d(5, 4, 3, padding=1))
@@ -338,7 +342,9 @@ def _one_layer(conv, side):
 
 def _square_edit(layer, z, top, side=1):
     size = layer.values(z[:1]).shape[2]
-    return rc.Edit(copy=square(1, size, min(1, size - side), side), paste=square(2, size, top, side), context=[square(3, 8, 0, 8)])
+    return rc.Edit(
+        copy=square(1, size, min(1, size - side), side), paste=square(2, size, top, side), context=[square(3, 8, 0, 8)]
+    )
 
 
 @pytest.mark.parametrize(

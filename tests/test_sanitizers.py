@@ -94,8 +94,11 @@ def test_the_kernels_are_clean(build):
     assert re.fullmatch(r"[1-9]\d* checks, 0 wrong, on portable.*\n", done.stdout), done.stdout
 
 
-MISTAKES = {"address": ("overrun", "heap-buffer-overflow"), "thread": ("race", "data race"),
-            "valgrind": ("unwritten", "uninitialised")}  # fmt: skip
+MISTAKES = {
+    "address": ("overrun", "heap-buffer-overflow"),
+    "thread": ("race", "data race"),
+    "valgrind": ("unwritten", "uninitialised"),
+}
 
 
 def test_a_mistake_is_caught(build):

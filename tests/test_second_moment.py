@@ -75,9 +75,7 @@ LAYOUTS = {
     "transposed map": lambda make: make(2, 17, 8, 13).transpose(2, 3),
     "samples last": lambda make: make(17, 8, 13, 3).permute(3, 0, 1, 2),
     "channels_last": lambda make: make(3, 33, 7, 9).to(memory_format=torch.channels_last),
-    "cropped channels_last": lambda make: make(3, 33, 7, 9).to(memory_format=torch.channels_last)[
-        :, :32, 1:, :-1
-    ],
+    "cropped channels_last": lambda make: make(3, 33, 7, 9).to(memory_format=torch.channels_last)[:, :32, 1:, :-1],
     "expanded samples": lambda make: make(1, 13, 4, 5).expand(6, -1, -1, -1),
     "expanded positions": lambda make: make(2, 13, 1, 1).expand(-1, -1, 9, 31),
     "expanded channels": lambda make: make(2, 1, 6, 7).expand(-1, 23, -1, -1),
@@ -451,7 +449,11 @@ def emulated(rows, mode, run, compensated=True):
     high = ((rows.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     low = cut((rows - high).double(), 11)
     high = high.double()
-    parts = [low[:, :, None] * high[:, None, :], high[:, :, None] * low[:, None, :], high[:, :, None] * high[:, None, :]]
+    parts = [
+        low[:, :, None] * high[:, None, :],
+        high[:, :, None] * low[:, None, :],
+        high[:, :, None] * high[:, None, :],
+    ]
     # in steps of 8 keys: 8 of each product, one after the other
     keys = len(rows) // 8 * 8
     mixed = torch.stack([part[:keys].unflatten(0, (-1, 8)) for part in parts], 1).flatten(0, 2)
@@ -462,7 +464,9 @@ KEYS = {
     "normal": lambda: normal(4096, 6),
     "positive": lambda: normal(4096, 6).abs(),
     "constant": lambda: torch.linspace(1, 2, 6).expand(4096, -1).contiguous(),
-    "worst to split": lambda: (1 + 2.0**-11 - 2.0**-23) * torch.ones(4096, 6),  # low parts of one sign, as long as can be
+    "worst to split": lambda: (
+        (1 + 2.0**-11 - 2.0**-23) * torch.ones(4096, 6)
+    ),  # low parts of one sign, as long as can be
     "mixed scales": lambda: normal(4096, 6) * torch.logspace(-6, 6, 6),
 }
 
@@ -518,9 +522,16 @@ def compile_for(capability, dtype, mode, config, single, layout):
     from rewrite_core.kernels.second_moment import second_moment_kernel as kernel
 
     constants = {
-        "BLOCK_C": config.block, "BLOCK_P": config.positions, "RUN": config.run, "SINGLE": single,
-        "MODE": "ieee" if mode == "half" else mode, "FLAT": layout != "cropped", "LONG": layout == "long", "NEAR": layout != "long", "WIDEN": False,
-    }  # fmt: skip
+        "BLOCK_C": config.block,
+        "BLOCK_P": config.positions,
+        "RUN": config.run,
+        "SINGLE": single,
+        "MODE": "ieee" if mode == "half" else mode,
+        "FLAT": layout != "cropped",
+        "LONG": layout == "long",
+        "NEAR": layout != "long",
+        "WIDEN": False,
+    }
     # as a launch would specialise it: arguments that are 1 are constants, multiples of 16 are known to be
     constants["stride_c" if layout == "channels_last" else "stride_w"] = 1
     signature = dict.fromkeys(kernel.arg_names, "i64" if layout == "long" else "i32")
@@ -624,7 +635,15 @@ def test_measured_configurations_are_kept(tmp_path, monkeypatch):
     assert kernels.measured(path, choices, time) == choices[1] and timed == list(choices)
     assert kernels.measured(path, choices, time) == choices[1] and len(timed) == 2, "measured again"
     assert [file.name for file in folder.iterdir()] == ["a.json"], "something was left behind"
-    for text in ("", "[]", '{"block": 64', '{"block": 64}', "null", path.read_text().replace("128", "4096"), "\xff\xfe"):
+    for text in (
+        "",
+        "[]",
+        '{"block": 64',
+        '{"block": 64}',
+        "null",
+        path.read_text().replace("128", "4096"),
+        "\xff\xfe",
+    ):
         path.write_bytes(text.encode("latin-1"))
         assert kernels.stored(path, choices) is None
         assert kernels.measured(path, choices, time) == choices[1]
@@ -668,9 +687,9 @@ def test_no_measurement_goes_into_a_graph(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "measured", lambda path, choices, time: chosen)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
-        major=9, multi_processor_count=132
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, multi_processor_count=132)
+    )
     capturing = True
     with pytest.raises(RewriteCoreError, match="second_moment .* call it once before the capture"):
         kernels.configuration(OnGPU(), "x3")
@@ -728,20 +747,38 @@ def test_layouts_know_what_can_be_read_16_bytes_at_a_time():
         return Layout.of(features).scattered(features.data_ptr(), features.stride(1))
 
     maps = torch.zeros(2, 32, 16, 16)
-    assert not any(map(scattered, (maps, maps[:1, :, 1:], maps[:, 16:], maps.contiguous(memory_format=torch.channels_last))))
-    assert not any(map(scattered, (torch.zeros(7, 32), torch.zeros(32, 48).T, torch.zeros(3, 16, 4, 4), torch.zeros(1, 1, 4, 4))))
+    assert not any(
+        map(scattered, (maps, maps[:1, :, 1:], maps[:, 16:], maps.contiguous(memory_format=torch.channels_last)))
+    )
+    assert not any(
+        map(scattered, (torch.zeros(7, 32), torch.zeros(32, 48).T, torch.zeros(3, 16, 4, 4), torch.zeros(1, 1, 4, 4)))
+    )
     assert not scattered(torch.zeros(2, 8, 20, 48)[:, :, :, 16:32])
-    for odd in (maps[:, :, 1:, 1:], maps[:, :, :, 1:], torch.zeros(3, 32, 7, 7), torch.zeros(7, 33), torch.zeros(7, 64)[:, ::2],
-                maps.flatten()[1:1 + 4096].view(1, 16, 16, 16), torch.zeros(3, 33, 7, 9).to(memory_format=torch.channels_last),
-                maps[..., ::2]):  # fmt: skip
+    for odd in (
+        maps[:, :, 1:, 1:],
+        maps[:, :, :, 1:],
+        torch.zeros(3, 32, 7, 7),
+        torch.zeros(7, 33),
+        torch.zeros(7, 64)[:, ::2],
+        maps.flatten()[1 : 1 + 4096].view(1, 16, 16, 16),
+        torch.zeros(3, 33, 7, 9).to(memory_format=torch.channels_last),
+        maps[..., ::2],
+    ):
         assert scattered(odd)
 
 
-@pytest.mark.parametrize("samples, strides, pixels, near", [
-    (1 << 20, (1 << 20, 1 << 8, 1), 1 << 8, True),  # far more than 2^31 numbers, in blocks that lie near each other
-    (1, (0, 1 << 30, 1), 1 << 8, False), (40, (1 << 26, 1 << 8, 1), 1 << 8, False), (20, (1 << 26, 1 << 8, 1), 1 << 8, True),
-    (1, (0, 1, 64), 1 << 26, False), (1, (0, 1, 64), 1 << 24, True), (1, (0, 1, 0), 1 << 40, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "samples, strides, pixels, near",
+    [
+        (1 << 20, (1 << 20, 1 << 8, 1), 1 << 8, True),  # far more than 2^31 numbers, in blocks that lie near each other
+        (1, (0, 1 << 30, 1), 1 << 8, False),
+        (40, (1 << 26, 1 << 8, 1), 1 << 8, False),
+        (20, (1 << 26, 1 << 8, 1), 1 << 8, True),
+        (1, (0, 1, 64), 1 << 26, False),
+        (1, (0, 1, 64), 1 << 24, True),
+        (1, (0, 1, 0), 1 << 40, True),
+    ],
+)
 def test_int32_is_used_where_it_holds_all_distances(samples, strides, pixels, near):
     pytest.importorskip("triton")
     from rewrite_core.kernels.second_moment import Layout
@@ -821,7 +858,10 @@ def test_gpu_graph_and_streams():
     features = normal(8, 96, 16, 16).cuda()
     out = prefilled(96).cuda()
     tuning._chosen.clear()
-    with pytest.raises(RewriteCoreError, match="call it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RewriteCoreError, match="call it once before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         second_moment(features, out=out, backend="triton")
     torch.cuda.synchronize()
     assert not out.any()

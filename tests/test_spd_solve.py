@@ -318,9 +318,7 @@ def test_input_is_not_written_and_gradients_stop():
 @backends
 def test_is_a_well_behaved_torch_op(backend):
     library.opcheck(torch.ops.rewrite_core.spd_solve, (SMALL, right_sides(5, 2), backend))
-    library.opcheck(
-        torch.ops.rewrite_core.spd_solve, (SMALL.expand(2, 5, 5), right_sides(2, 5), backend)
-    )
+    library.opcheck(torch.ops.rewrite_core.spd_solve, (SMALL.expand(2, 5, 5), right_sides(2, 5), backend))
 
 
 def test_info_names_the_first_bad_pivot():
@@ -385,7 +383,12 @@ assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
 """
     variables = {"OMP_THREAD_LIMIT": "1", "MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 

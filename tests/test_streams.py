@@ -89,7 +89,7 @@ class Machine(TorchDispatchMode):
         self.waits = []
 
     # what stands for torch.cuda in rewrite_core.streams
-    def Stream(self, device):  # noqa: N802
+    def Stream(self, device):
         return self.side
 
     def current_stream(self, device):
@@ -276,10 +276,16 @@ def test_the_same_bits(generator, names, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("how", [
-    {"skip_nonfinite": True}, {"skip_nonfinite": True, "keys": True}, {"keys": True, "until": 0.4},
-    {"until": 0.2, "skip_nonfinite": True},
-], ids=lambda how: "-".join(how))  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"skip_nonfinite": True},
+        {"skip_nonfinite": True, "keys": True},
+        {"keys": True, "until": 0.4},
+        {"until": 0.2, "skip_nonfinite": True},
+    ],
+    ids=lambda how: "-".join(how),
+)
 def test_the_same_bits_whatever_is_asked(how, seed, monkeypatch):
     z = broken(Z) if "skip_nonfinite" in how else Z
     names = ("first", "second")
@@ -304,7 +310,9 @@ def test_the_same_bits_whatever_is_asked(how, seed, monkeypatch):
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("names, blocks", [(("second",), {60: 1, 72: 2}), (("first", "second"), {60: 1, 72: 1})], ids=str)
+@pytest.mark.parametrize(
+    "names, blocks", [(("second",), {60: 1, 72: 2}), (("first", "second"), {60: 1, 72: 1})], ids=str
+)
 def test_memory_is_constant(names, blocks, monkeypatch):
     """The last layer's maps of one batch beside the pass's own, even if the host never waits and updates never end by
     themselves. (With two layers, the second's are done with when the first's turn comes again.)"""
@@ -356,9 +364,7 @@ def test_the_machine_notices(forgotten, monkeypatch):
         generator = Static
         monkeypatch.setattr(rc.moments, "held_elsewhere", lambda tensor: False)
     elif forgotten == "after":
-        monkeypatch.setattr(
-            streams.SideStream, "after", lambda self, origin: streams.cuda.stream(self._stream)
-        )
+        monkeypatch.setattr(streams.SideStream, "after", lambda self, origin: streams.cuda.stream(self._stream))
     else:  # maps of the first layer are not waited for
         generator, names = Overwriting, ("first", "second")
         launch = rc.moments._Ahead.launch

@@ -75,9 +75,7 @@ def test_golden_layer(kind):
     assert (value - golden["value"]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "upsample, demodulate, kernel", [(0, 1, 3), (1, 1, 3), (0, 0, 1), (1, 0, 3), (0, 1, 1)]
-)
+@pytest.mark.parametrize("upsample, demodulate, kernel", [(0, 1, 3), (1, 1, 3), (0, 0, 1), (1, 0, 3), (0, 1, 1)])
 @pytest.mark.parametrize("shape", [(4, 4), (7, 5), (1, 9)])
 def test_separated_form_is_the_fused_form(upsample, demodulate, kernel, shape):
     torch.manual_seed(0)
@@ -182,9 +180,7 @@ def test_round_trip(tmp_path, kind):
         assert torch.equal(loaded.latent_avg, average)
 
 
-@pytest.mark.parametrize(
-    "size, channels", [(4, {4: 3}), (8, {4: 2, 8: 7}), (64, {4: 12, 8: 12, 16: 9, 32: 6, 64: 3})]
-)
+@pytest.mark.parametrize("size, channels", [(4, {4: 3}), (8, {4: 2, 8: 7}), (64, {4: 12, 8: 12, 16: 9, 32: 6, 64: 3})])
 def test_any_size_and_widths(size, channels):
     model = StyleGAN2(size, style_dim=5, n_mlp=0, channels=channels)
     assert model(torch.randn(2, 5)).shape == (2, 3, size, size)
@@ -193,8 +189,16 @@ def test_any_size_and_widths(size, channels):
 
 def test_published_widths():
     assert published_channels() == {
-        4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64, 1024: 32,
-    }  # fmt: skip
+        4: 512,
+        8: 512,
+        16: 512,
+        32: 512,
+        64: 512,
+        128: 256,
+        256: 128,
+        512: 64,
+        1024: 32,
+    }
     assert published_channels(1)[64] == 256 and published_channels(1)[1024] == 16
     with torch.device("meta"):
         assert StyleGAN2(256).channels == {s: c for s, c in published_channels().items() if s <= 256}
@@ -245,9 +249,7 @@ def test_checkpoint_without_noises_gets_seeded_ones():
         np.testing.assert_array_equal(getattr(loaded, f"noise_{n}").numpy(), expected)
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-5), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)])
 def test_dtypes(dtype, tolerance):
     model = small()
     model.latent_avg = torch.zeros(7)
@@ -293,7 +295,7 @@ def without(prefix):
         (lambda s: s | {"latent_avg": torch.zeros(8)}, "latent_avg must have 7 values"),
         (lambda s: {"g_ema": 3, "latent_avg": torch.zeros(7)}, "entry 'g_ema' is a int"),
     ],
-)  # fmt: skip
+)
 def test_foreign_state(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_stylegan2(change(dict(small().state_dict())))

@@ -17,10 +17,13 @@ _CHANNELS = {4: 192, 8: 160, 16: 128, 32: 64, 64: 32}
 
 def _mapping() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(LATENT_SIZE, _WIDTH), nn.LeakyReLU(0.2),
-        nn.Linear(_WIDTH, _WIDTH), nn.LeakyReLU(0.2),
-        nn.Linear(_WIDTH, _WIDTH), nn.LeakyReLU(0.2),
-    )  # fmt: skip
+        nn.Linear(LATENT_SIZE, _WIDTH),
+        nn.LeakyReLU(0.2),
+        nn.Linear(_WIDTH, _WIDTH),
+        nn.LeakyReLU(0.2),
+        nn.Linear(_WIDTH, _WIDTH),
+        nn.LeakyReLU(0.2),
+    )
 
 
 class ProgGANChapels(nn.Module):

@@ -50,9 +50,15 @@ def main() -> None:
                 for preserve in options.preserve:
                     try:
                         change = rewrite(
-                            layer, moment, load_edit(rule.name), latents, rank=rank, preserve=preserve,
-                            loss=options.loss, tight=options.tight,
-                        )  # fmt: skip
+                            layer,
+                            moment,
+                            load_edit(rule.name),
+                            latents,
+                            rank=rank,
+                            preserve=preserve,
+                            loss=options.loss,
+                            tight=options.tight,
+                        )
                     except RewriteCoreError as error:
                         print(f"{rule.name:11} {info.name:28} {rank:4} {preserve:8g} {error}")
                         continue

@@ -53,16 +53,23 @@ def _state(rule: Rule, latents: Tensor) -> list[str]:
 
 
 def _sheet(
-    rule: Rule, layer: BoundLayer, edit: Edit, change: Rewrite, result: Score, latents: Tensor, unseen: Tensor,
-    before: Tensor, after: Tensor,
-):  # fmt: skip
+    rule: Rule,
+    layer: BoundLayer,
+    edit: Edit,
+    change: Rewrite,
+    result: Score,
+    latents: Tensor,
+    unseen: Tensor,
+    before: Tensor,
+    after: Tensor,
+):
     side = 96
     wide = 2 * side + 2
 
     def show(index: int) -> Tensor:
         return paint(layer.generator, latents[index : index + 1])[0]
 
-    goal, = paste_goals(layer, edit, latents, tight=False)
+    (goal,) = paste_goals(layer, edit, latents, tight=False)
     preview = to_unit(layer.render(latents[edit.paste.index][None], goal.target))[0]
     top = [
         (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),
@@ -137,9 +144,7 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
             change.revert()
         seconds["render"] = time.perf_counter() - clock
         result = score(rule, before, after, unseen)
-        sheet = _sheet(
-            rule, layer, edit, change, result, latents, unseen[:SHOWN], before[:SHOWN], after[:SHOWN]
-        )
+        sheet = _sheet(rule, layer, edit, change, result, latents, unseen[:SHOWN], before[:SHOWN], after[:SHOWN])
         pictures.save_png(sheet, sheets[rule.name])
         edits[rule.name] = {
             "layer": name,
@@ -158,17 +163,35 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
 
 def table(report: dict) -> str:
     """The report as a table for the terminal."""
-    head = ("edit", "layer", "rank", "efficacy", "before", "completed", "collateral", "unrelated", "collect", "rewrite", "render")
+    head = (
+        "edit",
+        "layer",
+        "rank",
+        "efficacy",
+        "before",
+        "completed",
+        "collateral",
+        "unrelated",
+        "collect",
+        "rewrite",
+        "render",
+    )
     rows = [head]
     for name, row in report["edits"].items():
         seconds = row["seconds"]
         rows.append(
             (
-                name, row["layer"], str(row["rank"]), f"{row['efficacy']:.1%}", f"{row['efficacy_before']:.1%}",
-                f"{row['completed']:.0%}", f"{row['collateral']:.4f}", f"{row['collateral_unrelated']:.4f}",
+                name,
+                row["layer"],
+                str(row["rank"]),
+                f"{row['efficacy']:.1%}",
+                f"{row['efficacy_before']:.1%}",
+                f"{row['completed']:.0%}",
+                f"{row['collateral']:.4f}",
+                f"{row['collateral_unrelated']:.4f}",
                 *(f"{seconds[stage]:.2f} s" for stage in ("collect", "rewrite", "render")),
             )
-        )  # fmt: skip
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import atomic_write
@@ -54,7 +54,10 @@ def evaluate(generator: nn.Module, latents: Tensor, batch_size: int = 50) -> dic
                 hits[factor].append(hit.float())
                 errors[factor].append(error)
     return {
-        factor: {"nearest_is_true": torch.cat(hits[factor]).mean().item(), "error": torch.cat(errors[factor]).mean().item()}
+        factor: {
+            "nearest_is_true": torch.cat(hits[factor]).mean().item(),
+            "error": torch.cat(errors[factor]).mean().item(),
+        }
         for factor in FACTORS
     }
 

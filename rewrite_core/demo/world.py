@@ -141,9 +141,7 @@ def _column(values: Tensor) -> Tensor:
 
 def render(scene: Scene) -> Tensor:
     """Paint scenes. Returns float32 [N, 3, 64, 64], RGB in 0..1."""
-    y, x = torch.meshgrid(
-        torch.arange(IMAGE_SIZE) + 0.5, torch.arange(IMAGE_SIZE) + 0.5, indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(IMAGE_SIZE) + 0.5, torch.arange(IMAGE_SIZE) + 0.5, indexing="ij")
     x, y = x[None], y[None]
     cx, top, end = _column(scene.tower_x), _column(scene.tower_top), _column(scene.nave_end)
 
@@ -178,7 +176,9 @@ def render(scene: Scene) -> Tensor:
     dome = torch.minimum(dome, _box(x, y, cx - 1.0, top - 13.0, cx + 1.0, top - 9.0))
     spire = torch.maximum(((x - cx).abs() - 8.0 * (y - (top - 18)) / 18) * 0.91, y - top)
     flat = _box(x, y, cx - 8.0, top - 3.0, cx + 8.0, top)
-    merlons = torch.maximum(((x - cx).remainder(6.4) - 3.2).abs() - 1.6, _box(x, y, cx - 8.0, top - 6.0, cx + 8.0, top - 2.0))
+    merlons = torch.maximum(
+        ((x - cx).remainder(6.4) - 3.2).abs() - 1.6, _box(x, y, cx - 8.0, top - 6.0, cx + 8.0, top - 2.0)
+    )
     flat = torch.minimum(flat, merlons)
     kind = _column(scene.roof)
     roof = torch.where(kind == 0, dome, torch.where(kind == 1, flat, spire))
@@ -210,7 +210,7 @@ def render(scene: Scene) -> Tensor:
 
 def region(a: Tensor, b: Tensor, threshold: float = 0.03) -> Tensor:
     """Where two renders [N, 3, H, W] differ by more than `threshold` in any colour: bool [N, H, W]."""
-    return ((a - b).abs().amax(1) > threshold)
+    return (a - b).abs().amax(1) > threshold
 
 
 def factor_region(scene: Scene, factor: str) -> Tensor:

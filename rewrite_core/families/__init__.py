@@ -15,9 +15,18 @@ from .stylegan3 import StyleGAN3Layer
 from .transformers import Conv1DLayer
 
 FAMILIES: tuple[type[LayerFamily], ...] = (
-    StyleGAN2Layer, NvidiaStyleGAN2Layer, StyleGAN3Layer, EqualisedConvLayer, FusedUpsampleLayer, BigGANLayer,
-    ProgGANLayer, DiffusersLayer, Conv1DLayer, ConvLayer, GeneralLayer,
-)  # fmt: skip
+    StyleGAN2Layer,
+    NvidiaStyleGAN2Layer,
+    StyleGAN3Layer,
+    EqualisedConvLayer,
+    FusedUpsampleLayer,
+    BigGANLayer,
+    ProgGANLayer,
+    DiffusersLayer,
+    Conv1DLayer,
+    ConvLayer,
+    GeneralLayer,
+)
 
 
 def family_names(kind: type[LayerFamily] = LayerFamily) -> set[str]:
@@ -27,6 +36,18 @@ def family_names(kind: type[LayerFamily] = LayerFamily) -> set[str]:
 
 
 __all__ = [
-    "FAMILIES", "Box", "Capture", "ConvLayer", "LayerFamily", "PostOperation", "ProgGAN", "ProgGANLayer",
-    "StyleGAN2", "StyleGAN2Layer", "family_names", "load_proggan", "load_stylegan2", "window",
-]  # fmt: skip
+    "FAMILIES",
+    "Box",
+    "Capture",
+    "ConvLayer",
+    "LayerFamily",
+    "PostOperation",
+    "ProgGAN",
+    "ProgGANLayer",
+    "StyleGAN2",
+    "StyleGAN2Layer",
+    "family_names",
+    "load_proggan",
+    "load_stylegan2",
+    "window",
+]

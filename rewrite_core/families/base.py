@@ -89,7 +89,9 @@ class LayerFamily(abc.ABC):
     def refusal(self) -> str | None:
         """Why this layer, though of this family, cannot be edited; None where it can."""
         if any(parameter.is_meta for parameter in self.module.parameters(recurse=False)):
-            return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
+            return (
+                "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
+            )
         computed = self.computed
         if computed is not None:
             return computed.refusal()

@@ -141,9 +141,14 @@ class TransposedConvLayer(ConvLayer):
         wanted = args[1] if len(args) > 1 else kwargs.get("output_size")
         if wanted is not None:
             settings = zip(
-                capture.key.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size,
-                module.output_padding, strict=True,
-            )  # fmt: skip
+                capture.key.shape[2:],
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.kernel_size,
+                module.output_padding,
+                strict=True,
+            )
             usual = [(n - 1) * step - 2 * pad + gap * (k - 1) + extra + 1 for n, step, pad, gap, k, extra in settings]
             if list(wanted)[-len(usual) :] != usual:
                 raise RewriteCoreError(

@@ -40,7 +40,9 @@ class GeneralLayer(LayerFamily):
 
     def refusal(self) -> str | None:
         if getattr(self.module, "groups", 1) != 1:
-            return f"{type(self.module).__name__} has a forward and groups of its own, and what it computes is not known"
+            return (
+                f"{type(self.module).__name__} has a forward and groups of its own, and what it computes is not known"
+            )
         return super().refusal()
 
     @property
@@ -90,7 +92,8 @@ class GeneralLayer(LayerFamily):
     def value(self, capture: Capture, weight: Tensor) -> Tensor:
         held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         tensors = {
-            name: tensor.detach().to(weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()
+            name: tensor.detach().to(weight.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in held.items()
         }
         tensors[self.weight_name] = self.native(weight)
         parts = [*(self._given | capture.extra | {self._place: self._outwards(capture.key)}).items()]

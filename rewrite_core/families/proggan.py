@@ -68,9 +68,7 @@ class Output(nn.Sequential):
         conv = nn.Conv2d(channels, 3, 1, bias=False)
         nn.init.normal_(conv.weight)
         super().__init__(
-            OrderedDict(
-                norm=PixelNorm(), conv=conv, wscale=WScale(3, channels, 1.0), clamp=nn.Hardtanh(-1, 1)
-            )
+            OrderedDict(norm=PixelNorm(), conv=conv, wscale=WScale(3, channels, 1.0), clamp=nn.Hardtanh(-1, 1))
         )
 
 

@@ -51,9 +51,7 @@ class EqualLinear(nn.Module):
     biased leaky ReLU.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, bias: float = 0.0, lr_mul: float = 1.0, activate: bool = False
-    ):
+    def __init__(self, inputs: int, outputs: int, bias: float = 0.0, lr_mul: float = 1.0, activate: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) / lr_mul)
         self.bias = nn.Parameter(torch.full((outputs,), float(bias)))

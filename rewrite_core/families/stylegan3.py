@@ -25,9 +25,19 @@ class StyleGAN3Layer(ModulatedLayer):
 
     name = "stylegan3"
     _ATTRIBUTES = (
-        "affine", "weight", "bias", "magnitude_ema", "is_torgb", "conv_kernel", "up_filter", "down_filter", "up_factor",
-        "down_factor", "padding", "conv_clamp",
-    )  # fmt: skip
+        "affine",
+        "weight",
+        "bias",
+        "magnitude_ema",
+        "is_torgb",
+        "conv_kernel",
+        "up_filter",
+        "down_filter",
+        "up_factor",
+        "down_factor",
+        "padding",
+        "conv_clamp",
+    )
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:

@@ -172,9 +172,11 @@ class _Detached(ComputedWeight):
         module = self.module
         computed = module.__dict__.get(NAME)  # of the last pass; without its graph, which nothing can copy
         record = {
-            "parameters": dict(module._parameters), "buffers": dict(module._buffers), "dtype": value.dtype,
+            "parameters": dict(module._parameters),
+            "buffers": dict(module._buffers),
+            "dtype": value.dtype,
             "computed": computed.detach() if isinstance(computed, Tensor) else None,
-        }  # fmt: skip
+        }
         for name in names:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)

@@ -6,6 +6,12 @@ from .second_moment import second_moment
 from .spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor, spd_solve
 
 __all__ = [
-    "DiagonalShiftWarning", "FitResult", "SPDFactor", "fit_low_rank", "fit_projected", "second_moment", "spd_factor",
+    "DiagonalShiftWarning",
+    "FitResult",
+    "SPDFactor",
+    "fit_low_rank",
+    "fit_projected",
+    "second_moment",
+    "spd_factor",
     "spd_solve",
-]  # fmt: skip
+]

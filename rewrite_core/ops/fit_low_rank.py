@@ -32,8 +32,15 @@ import torch
 from torch import Tensor, library
 
 from ..backends import (
-    Backend, dispatched, extension, extension_reason, select, transformed, triton_interpreted, triton_reason,
-)  # fmt: skip
+    Backend,
+    dispatched,
+    extension,
+    extension_reason,
+    select,
+    transformed,
+    triton_interpreted,
+    triton_reason,
+)
 from ..errors import NonFiniteError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
@@ -168,9 +175,21 @@ def fit_low_rank(
     SciPy: ``scipy.optimize.least_squares(loss="soft_l1" or "linear", method="lm")`` per channel.
     """
     problem = _check(
-        basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
-        max_iterations, tolerance, segments,
-    )  # fmt: skip
+        basis,
+        base,
+        target,
+        shift,
+        demodulation,
+        slope,
+        gain,
+        pixel_weights,
+        penalty,
+        penalty_scale,
+        loss,
+        max_iterations,
+        tolerance,
+        segments,
+    )
     if dispatched(base):
         outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     else:  # what the op does, without checking a second time
@@ -181,9 +200,21 @@ def fit_low_rank(
 
 
 def _check(
-    basis, base, target, shift, demodulation, slope, gain, pixel_weights, penalty, penalty_scale, loss,
-    max_iterations, tolerance, segments=None,
-) -> Problem:  # fmt: skip
+    basis,
+    base,
+    target,
+    shift,
+    demodulation,
+    slope,
+    gain,
+    pixel_weights,
+    penalty,
+    penalty_scale,
+    loss,
+    max_iterations,
+    tolerance,
+    segments=None,
+) -> Problem:
     for name, data in (("base", base), ("basis", basis), ("target", target), ("shift", shift)):
         if data is None and name == "shift":
             continue
@@ -192,21 +223,15 @@ def _check(
         if data.is_nested:
             raise TypeError(f"{name} is a nested tensor: pad the edits with pixels of weight 0.")
         if data.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name} is {data.dtype} and must be float32 or float64: convert it with .float()."
-            )
+            raise TypeError(f"{name} is {data.dtype} and must be float32 or float64: convert it with .float().")
         if data.dtype != base.dtype:
-            raise TypeError(
-                f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type."
-            )
+            raise TypeError(f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type.")
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
     max_iterations = whole_number("max_iterations", max_iterations)
     for name, number in (("slope", slope), ("gain", gain), ("tolerance", tolerance)):
         if not math.isfinite(number) or (name == "tolerance" and number < 0):
-            raise RewriteCoreError(
-                f"{name} must be a finite number{' >= 0' * (name == 'tolerance')}, not {number}."
-            )
+            raise RewriteCoreError(f"{name} must be a finite number{' >= 0' * (name == 'tolerance')}, not {number}.")
     if basis.ndim not in (2, 3):
         raise RewriteCoreError(f"basis must be [B, J, P] or [J, P], not {list(basis.shape)}.")
     batched = basis.ndim == 3
@@ -216,9 +241,7 @@ def _check(
         raise RewriteCoreError("penalty_scale was given without a penalty: pass both, or neither.")
 
     if base.ndim != basis.ndim:
-        raise RewriteCoreError(
-            f"base must be {'[B, O, P]' if batched else '[O, P]'}, not {list(base.shape)}."
-        )
+        raise RewriteCoreError(f"base must be {'[B, O, P]' if batched else '[O, P]'}, not {list(base.shape)}.")
     edits, unknowns, pixels = basis.shape if batched else (1, *basis.shape)
     channels = base.shape[-2]
     if not unknowns or not pixels:
@@ -245,9 +268,7 @@ def _check(
         if not isinstance(data, Tensor):
             raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.device != base.device:
-            raise RewriteCoreError(
-                f"{name} is on {data.device} and base on {base.device}: move one to the other."
-            )
+            raise RewriteCoreError(f"{name} is on {data.device} and base on {base.device}: move one to the other.")
         axes = axes if batched else axes[1:]
         shape = [sizes[axis] for axis in axes]
         data = data.detach()
@@ -259,13 +280,10 @@ def _check(
             data = data.expand(shape)
         if list(data.shape) != shape:
             raise RewriteCoreError(
-                f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, "
-                f"not {list(data.shape)}."
+                f"{name} must be [{', '.join(axes)}] = {shape} to go with basis and base, not {list(data.shape)}."
             )
         if here and not data.isfinite().all():
-            raise NonFiniteError(
-                f"{name} holds NaN or infinity: check the generator's activations and weights."
-            )
+            raise NonFiniteError(f"{name} holds NaN or infinity: check the generator's activations and weights.")
         return (data if batched else data[None]).to(dtype)
 
     wide = torch.float64
@@ -299,9 +317,23 @@ def _check(
         constant = torch.where(used, constant, 1.0)
         linear, quadratic = linear * used[..., None], quadratic * used[..., None]
     return Problem(
-        basis_, base_, target_, shift_, constant, linear, quadratic, float(slope), float(gain), weights,
-        penalty, scale, loss, max_iterations, float(tolerance), segments,
-    )  # fmt: skip
+        basis_,
+        base_,
+        target_,
+        shift_,
+        constant,
+        linear,
+        quadratic,
+        float(slope),
+        float(gain),
+        weights,
+        penalty,
+        scale,
+        loss,
+        max_iterations,
+        float(tolerance),
+        segments,
+    )
 
 
 class _Model:
@@ -350,9 +382,7 @@ class _Model:
         return rows if dm is None else rows + self.spread(dm).mT * lin[:, None, :]
 
 
-def _damped_step(
-    rows, curvature, slopes, gradient, penalty, damping, dual_form
-) -> tuple[Tensor, Tensor, Tensor]:
+def _damped_step(rows, curvature, slopes, gradient, penalty, damping, dual_form) -> tuple[Tensor, Tensor, Tensor]:
     """-(H + mu I)^-1 gradient with H = rows diag(curvature) rows^T + penalty; also mu and whether it exists.
 
     In dual form (fewer pixels than unknowns, no penalty) the system is over pixels:
@@ -377,8 +407,9 @@ def _damped_step(
     return torch.where(good[:, None], step, 0.0), mean, good
 
 
-def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: str, max_iterations: int,
-                  tolerance: float) -> tuple[Tensor, ...]:  # fmt: skip
+def _fit_channels(
+    model: _Model, weights: Tensor, penalty: Tensor | None, loss: str, max_iterations: int, tolerance: float
+) -> tuple[Tensor, ...]:
     """Levenberg-Marquardt on n channels at once; weights [P] sum to 1; penalty [n, J, J] or None."""
     n, unknowns = len(model.base), len(model.basis)
     absolute, rounded = loss == "l1", model.slope != 1.0
@@ -388,9 +419,7 @@ def _fit_channels(model: _Model, weights: Tensor, penalty: Tensor | None, loss: 
     slow_rate_well, fast_rate_well = (SMOOTHING_RATE,) * 2 if convex else (slow_rate**2, SMOOTHING_FAST)
 
     def penalised(x: Tensor) -> Tensor:
-        return (
-            torch.zeros_like(x[:, 0]) if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
-        )
+        return torch.zeros_like(x[:, 0]) if penalty is None else (x * (penalty @ x[..., None])[..., 0]).sum(-1)
 
     def true_objective(lin: Tensor, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and with the penalty."""
@@ -580,17 +609,23 @@ def _reference(problem: Problem) -> Outputs:
             own = (b, slice(None), part[1])
             linear = None if linears is None else linears[own] / size
             model = _Model(
-                rows / size[:, None], wide(base, part), wide(problem.target, part), wide(problem.shift, part),
-                wide(constants, own), linear, quadratic, problem.slope, problem.gain, segments,
-            )  # fmt: skip
+                rows / size[:, None],
+                wide(base, part),
+                wide(problem.target, part),
+                wide(problem.shift, part),
+                wide(constants, own),
+                linear,
+                quadratic,
+                problem.slope,
+                problem.gain,
+                segments,
+            )
             scale = wide(problem.penalty_scale, part)
             if problem.exact:
                 x, *rest = _fit_exactly(model, weights, penalty, scale)
             else:
                 each = None if penalty is None else scale[:, None, None] * penalty
-                x, *rest = _fit_channels(
-                    model, weights, each, problem.loss, problem.max_iterations, problem.tolerance
-                )
+                x, *rest = _fit_channels(model, weights, each, problem.loss, problem.max_iterations, problem.tolerance)
             coefficients[part] = (x / size).to(coefficients.dtype)
             final[part], initial[part], iterations[part], status[part] = rest
     huge = ~coefficients.isfinite().all(-1)  # too large for the output's type
@@ -604,9 +639,12 @@ def _empty(basis: Tensor, base: Tensor) -> Outputs:
 
     wide, count = torch.float64, torch.int32
     return (
-        empty(basis.shape[1], dtype=base.dtype), empty(dtype=wide), empty(dtype=wide), empty(dtype=count),
+        empty(basis.shape[1], dtype=base.dtype),
+        empty(dtype=wide),
+        empty(dtype=wide),
         empty(dtype=count),
-    )  # fmt: skip
+        empty(dtype=count),
+    )
 
 
 def _cpp(problem: Problem, isa: str = "") -> Outputs:
@@ -655,7 +693,9 @@ def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str |
     if reason is None and basis.device.type != "cuda" and not triton_interpreted():
         reason = f"it reads CUDA tensors, and the basis is on {basis.device}"
     if reason is None and basis.shape[1] > MOST_UNKNOWNS:
-        reason = f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[1]}: use a lower rank"
+        reason = (
+            f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[1]}: use a lower rank"
+        )
     return reason
 
 
@@ -696,12 +736,17 @@ def _verify(problem: Problem) -> None:
     (edits, unknowns, pixels), channels = basis.shape, base.shape[1]
     main, wide = (torch.float32, torch.float64), (torch.float64,)
     wanted = {
-        "basis": ((edits, unknowns, pixels), main), "base": ((edits, channels, pixels), main),
-        "target": ((edits, channels, pixels), main), "shift": ((edits, channels, pixels), main),
-        "constant": ((edits, channels), wide), "linear": ((edits, channels, unknowns), wide),
-        "quadratic": ((edits, unknowns, unknowns), wide), "pixel_weights": ((edits, pixels), wide),
-        "penalty": ((edits, unknowns, unknowns), wide), "penalty_scale": ((edits, channels), wide),
-    }  # fmt: skip
+        "basis": ((edits, unknowns, pixels), main),
+        "base": ((edits, channels, pixels), main),
+        "target": ((edits, channels, pixels), main),
+        "shift": ((edits, channels, pixels), main),
+        "constant": ((edits, channels), wide),
+        "linear": ((edits, channels, unknowns), wide),
+        "quadratic": ((edits, unknowns, unknowns), wide),
+        "pixel_weights": ((edits, pixels), wide),
+        "penalty": ((edits, unknowns, unknowns), wide),
+        "penalty_scale": ((edits, channels), wide),
+    }
     if problem.segments is not None:
         if problem.constant is None or problem.constant.ndim != 3:
             raise RewriteCoreError("segments need demodulation's [B, G, O]: call rewrite_core.ops.fit_low_rank.")

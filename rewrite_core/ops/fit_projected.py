@@ -130,16 +130,22 @@ def fit_projected(
             raise RewriteCoreError(f"shift is {list(shift.shape)} and must broadcast to {list(maps)}.") from None
     rank = None if directions is None else len(directions)
     for name, data, shape in (
-        ("base", base, maps), ("target", target, maps), ("value", value, maps), ("shift", shift, maps),
-        ("demodulation's weight", weight, (len(base), inputs, *kernel)), ("demodulation's style", style, (inputs,)),
+        ("base", base, maps),
+        ("target", target, maps),
+        ("value", value, maps),
+        ("shift", shift, maps),
+        ("demodulation's weight", weight, (len(base), inputs, *kernel)),
+        ("demodulation's style", style, (inputs,)),
         ("directions", directions, (rank, inputs)),
-    ):  # fmt: skip
+    ):
         if data is None and name != "target":
             continue
         if not isinstance(data, Tensor) or data.dtype != operator.dtype or data.device != operator.device:
             raise TypeError(f"{name} must be a tensor of the operator's type and device.")
         if data.shape != shape:
-            raise RewriteCoreError(f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}.")
+            raise RewriteCoreError(
+                f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}."
+            )
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
     steps, project_every = whole_number("steps", steps), whole_number("project_every", project_every)
@@ -152,13 +158,28 @@ def fit_projected(
     parts = (operator, base, target, value, shift, weight, style)
     operator, base, target, value, shift, weight, style = (None if part is None else part.detach() for part in parts)
     if value is None:
-        problem = Problem(operator, base, target, base, shift, weight, style, eps, slope, gain, directions, loss, 1,
-                          0.0, 1, False)  # fmt: skip
+        problem = Problem(
+            operator, base, target, base, shift, weight, style, eps, slope, gain, directions, loss, 1, 0.0, 1, False
+        )
         value = _value(problem, base.flatten(1), None if weight is None else weight.flatten(1)).reshape(maps)
     problem = Problem(
-        operator, base, target, value, shift, weight, style, eps, slope, gain, directions.detach(), loss, steps, lr,
-        project_every, project_gradient,
-    )  # fmt: skip
+        operator,
+        base,
+        target,
+        value,
+        shift,
+        weight,
+        style,
+        eps,
+        slope,
+        gain,
+        directions.detach(),
+        loss,
+        steps,
+        lr,
+        project_every,
+        project_gradient,
+    )
     run = select("fit_projected", backend, *problem).load()
     return ProjectedResult(*run(problem, progress))
 
@@ -352,5 +373,6 @@ BACKENDS = (
 
 def example(device: str) -> Problem:
     operator, base = torch.ones(8, 3, 3, 4, 4, device=device), torch.zeros(4, 4, 4, device=device)
-    return Problem(operator, base, base, base, None, None, None, 0.0, 1.0, 1.0, operator.new_zeros(0, 8), "l1", 1, 0.05,
-                   10, False)  # fmt: skip
+    return Problem(
+        operator, base, base, base, None, None, None, 0.0, 1.0, 1.0, operator.new_zeros(0, 8), "l1", 1, 0.05, 10, False
+    )

@@ -13,9 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
 
 
-def second_moment(
-    features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3"
-) -> Tensor:
+def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3") -> Tensor:
     """The unnormalised, uncentred second moment of a batch of keys.
 
     features  [N, C, H, W] (each position is one key of C channels) or [N, C] (each row is one key);
@@ -81,9 +79,7 @@ def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
         )
     shape = features.shape
     if len(shape) not in (2, 4) or shape[1] == 0:
-        raise RewriteCoreError(
-            f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}."
-        )
+        raise RewriteCoreError(f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}.")
     if out is None:
         return
     if out.dtype != torch.float64:
@@ -92,8 +88,7 @@ def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
     if out.shape != (channels, channels) or not out.is_contiguous():
         how = "" if out.is_contiguous() else " that is not contiguous"
         raise RewriteCoreError(
-            f"out must be a contiguous [{channels}, {channels}] tensor for these features, "
-            f"not {list(out.shape)}{how}."
+            f"out must be a contiguous [{channels}, {channels}] tensor for these features, not {list(out.shape)}{how}."
         )
     if out.device != features.device:
         raise RewriteCoreError(

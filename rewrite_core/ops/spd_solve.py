@@ -44,7 +44,9 @@ class SPDFactor:
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN."""
         _check_rhs(self.matrix, rhs)
         if rhs.device.type == "cpu" and not torch.isfinite(rhs).all():  # elsewhere it would wait; NaN comes out as NaN
-            raise NonFiniteError("The right-hand side holds NaN or infinity: look for overflow in the layer's activations.")
+            raise NonFiniteError(
+                "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
+            )
         vectors = rhs.ndim == self.matrix.ndim - 1
         b = rhs.detach().double()
         b = b.unsqueeze(-1) if vectors else b
@@ -84,9 +86,7 @@ class SPDFactor:
         return largest * self.matrix.abs().sum(0).max()
 
 
-def spd_factor(
-    matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: int | None = None
-) -> SPDFactor:
+def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: int | None = None) -> SPDFactor:
     """The Cholesky factor of a symmetric positive (semi)definite matrix, to solve with many times.
 
     matrix   [n, n] or [B, n, n], float32 or float64 (computed in float64); the lower triangle is factored
@@ -153,9 +153,16 @@ def spd_factor(
 
 
 def _shift(
-    kernels: Cholesky, full: Tensor, lower: Tensor, info: list[int], means: list[float], shift: Tensor, least: float,
-    deficient: bool, batched: bool,
-) -> None:  # fmt: skip
+    kernels: Cholesky,
+    full: Tensor,
+    lower: Tensor,
+    info: list[int],
+    means: list[float],
+    shift: Tensor,
+    least: float,
+    deficient: bool,
+    batched: bool,
+) -> None:
     """Factors those matrices whose info is not 0 (or all, if they are known to be rank-deficient) again, in place, with
     ever larger shifts from eps (or `least`) times each diagonal entry on; warns or raises."""
     for b, mean in enumerate(means):
@@ -300,9 +307,7 @@ BACKENDS = (
 
 
 def example(device: str) -> tuple[Tensor, Tensor]:
-    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(
-        64, dtype=torch.float64, device=device
-    )
+    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(64, dtype=torch.float64, device=device)
 
 
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.

@@ -389,7 +389,8 @@ void check_fit(const FitCase& given, Isa isa) {
       double value = base[(b * channels + o) * pixels + p];
       for (int64_t i = 0; i < unknowns; ++i) value += x[i] * basis[(b * unknowns + i) * pixels + p];
       const int64_t* const strides = problem.shift_strides;
-      value = value / std::sqrt(norms[segments[b * pixels + p]]) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
+      value =
+          value / std::sqrt(norms[segments[b * pixels + p]]) + shift[b * strides[0] + o * strides[1] + p * strides[2]];
       value = 1.5 * (value > 0 ? value : given.slope * value) - target[(b * channels + o) * pixels + p];
       sum += weights[b * pixels + p] * (given.absolute ? std::abs(value) : value * value);
       total += weights[b * pixels + p];
@@ -595,13 +596,13 @@ void check_projected(const ProjectedCase& given, Isa isa) {
 
 void check_all_projected(bool smallest, Isa isa) {
   const std::vector<ProjectedCase> cases = {
-      {0, 1, 1, 1, 1, 0, true, false, false},  {0, 3, 4, 2, 3, 1, false, true, false},
-      {2, 2, 9, 3, 3, 0, true, true, false},   {0, 0, 4, 5, 4, 2, true, true, false},
-      {0, 17, 9, 5, 4, 2, true, true, false},  {0, 33, 9, 3, 11, 2, false, true, true},
+      {0, 1, 1, 1, 1, 0, true, false, false},    {0, 3, 4, 2, 3, 1, false, true, false},
+      {2, 2, 9, 3, 3, 0, true, true, false},     {0, 0, 4, 5, 4, 2, true, true, false},
+      {0, 17, 9, 5, 4, 2, true, true, false},    {0, 33, 9, 3, 11, 2, false, true, true},
       {0, 33, 64, 2, 9, 0, false, false, false}, {0, 17, 64, 2, 4, 2, true, false, true},
-      {2, 33, 9, 5, 4, 2, true, true, false},  {2, 17, 9, 1, 1, 2, false, true, true},
-      {4, 33, 9, 3, 11, 0, true, true, false}, {4, 1, 9, 6, 9, 2, false, false, true},
-      {5, 17, 9, 5, 4, 2, false, true, false}, {5, 33, 9, 6, 11, 2, true, false, false},
+      {2, 33, 9, 5, 4, 2, true, true, false},    {2, 17, 9, 1, 1, 2, false, true, true},
+      {4, 33, 9, 3, 11, 0, true, true, false},   {4, 1, 9, 6, 9, 2, false, false, true},
+      {5, 17, 9, 5, 4, 2, false, true, false},   {5, 33, 9, 6, 11, 2, true, false, false},
   };
   for (const ProjectedCase& one : cases) {
     if (!smallest || one.channels * one.taps * one.height * one.width <= 200) check_projected(one, isa);
