@@ -60,8 +60,9 @@ $(TORCH_STAMP):
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
-$(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
-	$(VENV)/bin/pip install --quiet $(PIP_ARGS) '.[test]'
+# The checkout itself: Python files need no installing again, compiled ones do.
+$(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(VENV)/bin/pip install --quiet $(PIP_ARGS) -e '.[test]'
 	touch $@
 
 clean:

@@ -59,12 +59,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        *find_packages(include=["rewrite_core", "rewrite_core.*"]),
-        "rewrite_core.kernels",
-        "rewrite_core.benchmarks",
-    ],
-    package_dir={"rewrite_core.kernels": "kernels", "rewrite_core.benchmarks": "benchmarks"},
+    # rewrite_core/kernels and rewrite_core/benchmarks are links to the folders at the root
+    packages=find_packages(include=["rewrite_core", "rewrite_core.*"]),
     py_modules=["rewrite_core_command"],
     package_data={
         "rewrite_core": ["py.typed"],

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+import rewrite_core
 from rewrite_core.backends import extension, extension_reason
 from rewrite_core.files import atomic_write
-from rewrite_core.version import __version__, cpu_name, source_digest
+from rewrite_core.version import __version__, cpu_name, python_digest, source_digest
 
 SCHEMA = 2
 QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
@@ -50,6 +51,8 @@ def commit() -> str | None:
     """
     folder = checkout()
     if folder is None or extension_reason() is not None or extension().source() != source_digest(folder):
+        return None
+    if python_digest(Path(rewrite_core.__file__).parent) != python_digest(folder / "rewrite_core"):
         return None
 
     def git(*words: str) -> str:

@@ -17,11 +17,9 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,13 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .errors import RewriteCoreError, warn
+from .errors import RewriteCoreError
 
 OPS = ("second_moment", "spd_solve", "fit_low_rank", "fit_projected")
 ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
 ENVIRONMENT_VARIABLE = "REWRITE_CORE_BACKEND"
 
-_HERE = Path(__file__).resolve().parent
 
 Reason = Callable[..., "str | None"]
 
@@ -140,15 +137,6 @@ def _passed_over(chosen: str) -> str:
     return f"{chosen} comes first"
 
 
-def _installed_elsewhere() -> Path | None:
-    """The folder of an installed rewrite_core with the extension, where that is not the one that was imported."""
-    for entry in sys.path:
-        folder = Path(entry) / "rewrite_core"
-        if folder.resolve() != _HERE and any(folder.glob("_C.*")):
-            return folder
-    return None
-
-
 @functools.cache
 def _probe_extension() -> tuple[ModuleType | None, str | None]:
     # torch is imported above: it comes first, so that the extension finds torch's C++ runtime loaded.
@@ -157,15 +145,10 @@ def _probe_extension() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "rewrite_core._C":
             raise
-        installed = _installed_elsewhere()
-        if installed is None:
-            return None, "the C++ extension rewrite_core._C is not built: run `pip install .`"
-        reason = (
-            f"this is the source tree {_HERE}, which has no C++ extension; the installed package {installed} has: run "
-            "Python from another folder than the checkout's, or with PYTHONSAFEPATH=1 (3.11 or newer)"
+        return (
+            None,
+            "the C++ extension rewrite_core._C is not built: run `pip install .` (in a checkout, `pip install -e .`)",
         )
-        warn(f"rewrite_core runs without its C++ extension, many times slower: {reason}.", RuntimeWarning)
-        return None, reason
     except ImportError as error:  # built, but broken: its own words say why
         return None, f"the C++ extension rewrite_core._C is there but does not load: {error}"
 

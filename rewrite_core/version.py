@@ -12,13 +12,21 @@ except PackageNotFoundError:  # run from the source tree
     __version__ = "0+source"
 
 
-def source_digest(folder: Path) -> str:
-    """Of the C++ and Python sources of a checkout: what the extension remembers it was built with."""
+def _digest(folder: Path, *patterns: str) -> str:
     digest = hashlib.sha256()
-    for pattern in ("csrc/*", "kernels/*.py", "rewrite_core/**/*.py", "CMakeLists.txt"):
-        for path in sorted(folder.glob(pattern)):
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def source_digest(checkout: Path) -> str:
+    """Of the compiled sources of a checkout: what the extension remembers it was built with."""
+    return _digest(checkout, "csrc/*", "CMakeLists.txt")
+
+
+def python_digest(package: Path) -> str:
+    """Of the Python files of a package folder, installed or in a checkout; kernels/ and benchmarks/ may be links."""
+    return _digest(package, "**/*.py", "kernels/**/*.py", "benchmarks/**/*.py")
 
 
 def cpu_name() -> str:

@@ -198,23 +198,6 @@ print(explain())
     assert "second_moment  cpu     reference" in done.stdout
 
 
-def test_a_source_tree_before_the_installed_package_says_so(tmp_path):
-    """As `python` in a checkout's root finds it."""
-    installed = Path(backends.__file__).parent
-    shutil.copytree(installed, tmp_path / "rewrite_core", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-c", "import rewrite_core as rc; rc.explain(); print(rc.explain())"],
-        cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "this is the source tree" in done.stdout and str(installed) in " ".join(done.stdout.split())
-    assert done.stderr.count("runs without its C++ extension") == 1
-
-
 def test_broken_extension_says_what_is_broken():
     done = run_without_extension(
         "from rewrite_core.backends import explain; print(explain())",

@@ -290,7 +290,7 @@ def test_contenders_take_turns():
 def test_commit_is_only_named_for_the_library_that_was_built_from_it(monkeypatch, tmp_path):
     folder = report.checkout()
     copy = tmp_path / "copy"
-    for name in ("csrc", "kernels", "rewrite_core"):
+    for name in ("csrc", "rewrite_core"):  # the links in it as the folders they name
         shutil.copytree(folder / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(folder / "CMakeLists.txt", copy)
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
@@ -302,4 +302,7 @@ def test_commit_is_only_named_for_the_library_that_was_built_from_it(monkeypatch
     assert len(report.commit()) == 40
     with (copy / "csrc" / "common.h").open("a") as file:
         file.write("// changed after the build\n")
+    assert report.commit() is None
+    shutil.copy(folder / "csrc" / "common.h", copy / "csrc")
+    (copy / "rewrite_core" / "kernels" / "__init__.py").write_text('"""Another."""')
     assert report.commit() is None
