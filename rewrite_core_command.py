@@ -6,7 +6,7 @@ import sys
 
 def main() -> int:
     try:
-        from rewrite_core.cli import main as run
+        from rewrite_core.cli.commands import main as run
 
         return run()
     except KeyboardInterrupt:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewrite_core import bind, collect_second_moment, sample_latents
-from rewrite_core.families import ProgGAN, StyleGAN2
+from rewrite_core.generators.proggan import ProgGAN
+from rewrite_core.generators.stylegan2 import StyleGAN2
 
 from .harness import Case, Contender, Problem
 

@@ -19,22 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewrite_core import Edit, Rewrite, Selection, bind, collect_second_moment, rewrite, sample_latents
-from rewrite_core.binding import BoundLayer
-from rewrite_core.families import Capture, StyleGAN2
-from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
+from rewrite_core.adapters.base import Capture
+from rewrite_core.adapters.stylegan2 import StyleGAN2Layer
+from rewrite_core.generators.stylegan2 import StyledConv, StyleGAN2
+from rewrite_core.layers.binding import BoundLayer
 from rewrite_core.ops import fit_low_rank
 from rewrite_core.ops.fit_low_rank import FitResult
-from rewrite_core.solvers import (
-    Problem as EditProblem,
-)
-from rewrite_core.solvers import (
-    Solution,
-    _fit_inputs,
-    combine,
-    solve_adam,
-    solve_lm,
-    solve_projected,
-)
+from rewrite_core.solvers.lm import fit_inputs, solve_lm
+from rewrite_core.solvers.problem import Problem as EditProblem
+from rewrite_core.solvers.problem import Solution, combine
+from rewrite_core.solvers.stepwise import solve_adam, solve_projected
 
 from .harness import Case, Contender, Problem
 
@@ -150,7 +144,7 @@ def _residual(problem: EditProblem, coefficients: Tensor) -> Tensor:
 
 def _goal(problem: EditProblem) -> float:
     """The l1 that the float64 reference backend reaches, mean of the first channels (they are fitted one by one)."""
-    part = _fit_inputs(problem)
+    part = fit_inputs(problem)
     for name in ("basis", "base", "target", "shift"):
         part[name] = part[name].double() if name == "basis" else part[name][:SAMPLE].double()
     if part["demodulation"] is not None:
@@ -185,7 +179,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
 
     lm = solve_lm([problem], backend)[0]
     details["lm: steps of all channels"] = lm.iterations
-    inputs = _fit_inputs(problem)
+    inputs = fit_inputs(problem)
 
     def fit_alone() -> Solution:
         fit = fit_low_rank(**inputs, loss=problem.loss, backend=backend)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewrite_core.ops import fit_low_rank, fit_projected, spd_solve
-from rewrite_core.solvers import _fit_inputs
+from rewrite_core.solvers.lm import fit_inputs
 
 from .bench_edit import STEPS, _goal, _problem
 from .harness import Case, Checked, Contender, Problem, Race, Refused, measurement
@@ -134,7 +134,7 @@ def _stock(problem, kind: str, device: str, steps: int, part: float) -> list[Con
 def make_fit(kind: str, channels: int, side: int, rank: int, edits: int, device: str, backend: str) -> Problem:
     problem = _problem(kind, channels, side, rank)
     goal = _goal(problem)
-    arguments = _to(_fit_inputs(problem), device)
+    arguments = _to(fit_inputs(problem), device)
     many = {name: _batch(part, edits) for name, part in arguments.items()}
     generator = torch.Generator(device).manual_seed(edits)
     noise = torch.randn(many["target"].shape, generator=generator, device=device)

@@ -1,11 +1,12 @@
 """rewrite_core: change the rules inside a trained image generator by rewriting one layer's weights."""
 
-from . import ops
 from .backends import BackendUnavailable, explain
-from .binding import BoundLayer, LayerInfo, bind, list_layers
-from .change import Rewrite, load_rewrite
-from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys, query_key
-from .editing import Edit, Selection
+from .layers.binding import BoundLayer, LayerInfo, bind, list_layers
+from .rewrites.change import Rewrite, load_rewrite
+from .edits.directions import context_directions, context_keys, query_key
+from .statistics.quantiles import UnitQuantiles, collect_unit_quantiles
+from .edits.edit import Edit
+from .edits.selection import Selection
 from .errors import (
     FileFormatError,
     MaskError,
@@ -18,13 +19,14 @@ from .errors import (
     UnderdeterminedWarning,
     UnknownLayerError,
 )
-from .families import load_proggan, load_stylegan2
-from .latents import sample_latents
-from .loading import load_generator
-from .moments import SecondMoment, collect_second_moment
-from .parametrization import LowRankChange
-from .rewriting import erase, insert, rewrite, rewrite_many, zero
-from .search import SearchResult, search
+from .generators.proggan import load_proggan
+from .generators.stylegan2 import load_stylegan2
+from .layers.latents import sample_latents
+from .generators.loading import load_generator
+from .statistics.moments import SecondMoment, collect_second_moment
+from .rewrites.parametrization import LowRankChange
+from .rewrites.rewriting import erase, insert, rewrite, rewrite_many, zero
+from .edits.matches import SearchResult, search
 from .version import __version__
 
 __all__ = [

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .editing import Selection
+from .edits.selection import Selection
 from .files import atomic_write
-from .latents import for_generator
+from .layers.latents import for_generator
 from .modes import seeded
 
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)

@@ -1,17 +1,15 @@
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from rewrite_core import backends, ops
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
-from rewrite_core.cli import main
+from rewrite_core.cli.commands import main
 from rewrite_core.errors import RewriteCoreError
 
 FEATURES = torch.ones(2, 3)

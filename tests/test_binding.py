@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rewrite_core as rc
-from rewrite_core.families import ProgGAN, StyleGAN2
-from rewrite_core.solvers import basis_maps, combine
+from rewrite_core.generators.proggan import ProgGAN
+from rewrite_core.generators.stylegan2 import StyleGAN2
+from rewrite_core.solvers.problem import basis_maps, combine
 
 
 class DCGAN(nn.Sequential):

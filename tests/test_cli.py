@@ -18,8 +18,8 @@ from conftest import DATA
 from PIL import Image
 
 import rewrite_core as rc
-from rewrite_core import cli
-from rewrite_core.cli import build_parser, main
+from rewrite_core.cli import commands as cli
+from rewrite_core.cli.commands import build_parser, main
 from rewrite_core.demo import load_edit
 
 LAYER = "synthesis.layer4.conv"
@@ -574,7 +574,7 @@ def test_advice_names_options(capsys):
     assert cli._worded("a lower rank, or preserve=0.3.") == "a lower rank, or --preserve 0.3."
     assert cli._worded("use solver='adam'.") == "use --solver adam."
     # every phrase that is translated is still said somewhere in the library
-    sources = "".join(file.read_text() for file in Path(rc.__file__).parent.glob("*.py") if file.name != "cli.py")
+    sources = "".join(file.read_text() for file in Path(rc.__file__).parent.rglob("*.py") if file.name != "commands.py")
     for python, _ in cli._OPTIONS:
         assert re.search(python, sources), python
 

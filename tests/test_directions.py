@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.directions import _top_right_vectors, rank_units
+from rewrite_core.edits.directions import _top_right_vectors, rank_units
 
 
 def subspace_cosine(a, b):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rewrite_core as rc
-from rewrite_core.solvers import basis_maps, combine
+from rewrite_core.solvers.problem import basis_maps, combine
 
 
 def normed(norm):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rewrite_core as rc
-from rewrite_core.solvers import basis_maps
+from rewrite_core.solvers.problem import basis_maps
 
 
 class Sequence(nn.Module):

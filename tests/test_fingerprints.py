@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import rewrite_core as rc
-from rewrite_core import binding
-from rewrite_core.binding import run_to
-from rewrite_core.families import ProgGAN, StyleGAN2
-from rewrite_core.fingerprints import Trace, tensor_fingerprint
+from rewrite_core.generators.proggan import ProgGAN
+from rewrite_core.generators.stylegan2 import StyleGAN2
+from rewrite_core.layers import binding
+from rewrite_core.layers.binding import run_to
+from rewrite_core.layers.fingerprints import Trace, tensor_fingerprint
 
 
 def maps():

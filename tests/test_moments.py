@@ -15,7 +15,7 @@ from conftest import DATA
 
 import rewrite_core as rc
 from rewrite_core.files import save_record
-from rewrite_core.fingerprints import tensor_fingerprint
+from rewrite_core.layers.fingerprints import tensor_fingerprint
 from rewrite_core.ops.spd_solve import DiagonalShiftWarning
 
 
@@ -173,7 +173,7 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer2.conv", "layer4.conv")]
     paths = [tmp_path / f"{layer.name}.safetensors" for layer in layers]
     ticks = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))
     bad = latents[:40].clone()
     for stop, path in ((12, paths[0]), (24, paths[2])):
         bad[stop:] = torch.nan
@@ -590,7 +590,9 @@ def test_memory_of_a_collection(tmp_path, monkeypatch, with_keys):
         rc.collect_second_moment, layer, latents, 256, progress=False, keys=latents[:2, :, 0, 0] if with_keys else None
     )
     ticks = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # a checkpoint after every batch
+    monkeypatch.setattr(
+        "rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks)
+    )  # a checkpoint after every batch
     rc.collect_second_moment(layer, latents[:2], checkpoint=tmp_path / "warm", progress=False)
     peak, moment = peak_memory(lambda: collect(checkpoint=tmp_path / "moment"))
     assert channels**2 * 4 <= peak < 3 * channels**2 * 8
@@ -623,7 +625,7 @@ from types import SimpleNamespace
 sys.path[:0] = [sys.argv[1]]
 import torch
 torch.set_num_threads(1)  # no threads that a fork would lose
-import rewrite_core as rc, rewrite_core.moments as moments
+import rewrite_core as rc, rewrite_core.statistics.moments as moments
 from test_moments import killed_collection
 
 ticks = iter(range(0, 10**9, 100))
@@ -701,7 +703,7 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
     keys = torch.eye(64)[:2]
     with pytest.MonkeyPatch.context() as patch:
         ticks = iter(range(0, 10**6, 100))
-        patch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))
+        patch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))
         with pytest.raises(rc.NonFiniteError):
             collect(bad, keys=keys)
     with pytest.raises(rc.FileFormatError, match="unfinished"):

@@ -8,8 +8,8 @@ import torch
 from conftest import DATA
 
 import rewrite_core as rc
-from rewrite_core import streams
-from rewrite_core.families import StyleGAN2
+from rewrite_core.generators.stylegan2 import StyleGAN2
+from rewrite_core.statistics import streams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 GPU = "cuda"
@@ -255,7 +255,7 @@ def test_interrupted_collections_resume_to_the_same_bits(tmp_path, monkeypatch):
     ask = {"layers": layers, "latents": latents, "keys": keys, "until": 0.02}
     want = collect(**ask)
     ticks = iter(range(10**6))
-    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # about every 6 batches
+    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # about every 6 batches
     paths, left = [tmp_path / "one", tmp_path / "two"], 0
 
     def interrupt(module, args):

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core import solvers
-from rewrite_core.families import StyleGAN2
-from rewrite_core.goals import erase_goals, paste_goals
-from rewrite_core.solvers import Problem, combine, solve_adam, solve_lm, solve_projected
+from rewrite_core.edits.goals import erase_goals, paste_goals
+from rewrite_core.generators.stylegan2 import StyleGAN2
+from rewrite_core.solvers import problem as solvers
+from rewrite_core.solvers.lm import solve_lm
+from rewrite_core.solvers.problem import Problem, combine
+from rewrite_core.solvers.stepwise import solve_adam, solve_projected
 
 FEW = {"steps": 60}
 
@@ -160,7 +162,7 @@ def test_demodulated_pastes_have_styles_of_their_own(styled):
     edit = styled_edit(1, 2, 3)
     change = rc.rewrite(layer, moment, edit, latents)
     problem = problem_of(layer, edit, latents, change)
-    assert solvers._fit_inputs(problem)["demodulation"][0].shape == (3, layer.out_channels)
+    assert solvers.fit_inputs(problem)["demodulation"][0].shape == (3, layer.out_channels)
     before, after = each_loss(problem, layer.weight), each_loss(problem, layer.weight + change.weight_delta())
     assert change.solver == "lm" and all(now < 0.9 * then for now, then in zip(after, before))
     # what the fit says is what the layer does, pixel by pixel its own demodulation
@@ -232,7 +234,7 @@ def test_preserve_holds_several_back(styled):
     problem = dataclasses.replace(problem, preserve=3.0, generic=generic)
 
     def objective(coefficients):
-        parts = solvers._fit_inputs(problem)
+        parts = solvers.fit_inputs(problem)
         flat = coefficients.flatten(1)
         return (
             problem.distance(layer.weight + combine(coefficients, problem.directions))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rewrite_core.families.proggan import ProgGAN, load_proggan
 from rewrite_core.files import read_state_dict
+from rewrite_core.generators.proggan import ProgGAN, load_proggan
 
 DATA = Path(__file__).parent / "data"
 STATE = DATA / "proggan_state.npz"

@@ -7,8 +7,10 @@ import torch
 from conftest import DATA, read_npz, same_bits, square, state_bits
 
 import rewrite_core as rc
-from rewrite_core.families import Capture
-from rewrite_core.solvers import Problem, combine, solve_adam, solve_lm, solve_projected
+from rewrite_core.adapters.base import Capture
+from rewrite_core.solvers.lm import solve_lm
+from rewrite_core.solvers.problem import Problem, combine
+from rewrite_core.solvers.stepwise import solve_adam, solve_projected
 
 STEPS = {"solver": "projected", "steps": 201}
 
@@ -72,7 +74,8 @@ class _StyledLayer:
     """The golden StyleGAN2 layer as the library binds it: one StyledConv with recorded tensors."""
 
     def __init__(self, kind):
-        from rewrite_core.families.stylegan2 import StyledConv, StyleGAN2Layer
+        from rewrite_core.adapters.stylegan2 import StyleGAN2Layer
+        from rewrite_core.generators.stylegan2 import StyledConv
 
         data = {
             key[len(kind) + 1 :]: value
@@ -242,7 +245,7 @@ def test_the_callers_modes_change_nothing(generator, moment, layer, edit, latent
 
 def test_no_tf32_while_an_edit_on_a_gpu_is_solved():
     """Whichever names of torch's settings the caller used, both can be read within, and come out as they were."""
-    from rewrite_core import rewriting
+    from rewrite_core.rewrites import rewriting
 
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     newer = hasattr(matmul, "fp32_precision")

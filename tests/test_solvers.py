@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import rewrite_core as rc
-from rewrite_core.solvers import Problem, basis_maps, generic_second_moment, solve_adam, solve_lm
+from rewrite_core.solvers.lm import solve_lm
+from rewrite_core.solvers.problem import Problem, basis_maps, generic_second_moment
+from rewrite_core.solvers.stepwise import solve_adam
 
 
 def bound(convolution: nn.Module) -> rc.BoundLayer:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import rewrite_core as rc
-from rewrite_core import streams
+from rewrite_core.statistics import streams
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 
@@ -88,7 +88,7 @@ class Machine(TorchDispatchMode):
         self.time, self.seen, self.written = 0, 0, {}  # of the main stream; how much of it the side stream waited for
         self.waits = []
 
-    # what stands for torch.cuda in rewrite_core.streams
+    # what stands for torch.cuda in rewrite_core.statistics.streams
     def Stream(self, device):
         return self.side
 
@@ -422,7 +422,7 @@ def test_checkpoints_hold_whole_batches_and_resume_to_the_same_bits(seed, tmp_pa
     z = torch.cat([broken(Z), Z])
     want = collect(Network(), names, z, keys=keys, skip_nonfinite=True)
     ticks = iter(range(10**6))
-    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # about every 5 batches
+    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # about every 5 batches
     chances = random.Random(seed)
     paths = [tmp_path / name for name in names]
     for _ in range(100):
@@ -452,7 +452,7 @@ def test_a_checkpoint_is_never_of_bad_keys(tmp_path, monkeypatch):
     z = Z.clone()
     z[22] = torch.nan
     ticks = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("rewrite_core.moments.time.monotonic", lambda: next(ticks))  # after every batch
+    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # after every batch
     with machine(monkeypatch), pytest.raises(rc.NonFiniteError, match="batch 5"):
         collect(Network(), z=z, checkpoint=[tmp_path / "moment"])
     saved, progress, _ = rc.SecondMoment._load(tmp_path / "moment")

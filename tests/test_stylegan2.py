@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from rewrite_core.families.stylegan2 import (
+from rewrite_core.generators.stylegan2 import (
     Blur,
     ModulatedConv2d,
     StyledConv,

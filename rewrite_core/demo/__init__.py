@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 
-from ..editing import Edit
+from ..edits.edit import Edit
 from .generator import ProgGANChapels, load_chapels
 from .rules import RULES
 from .world import LATENT_SIZE

@@ -6,9 +6,9 @@ import os
 
 from torch import Tensor, nn
 
-from ..families.proggan import ProgGAN
-from ..families.stylegan2 import StyleGAN2
 from ..files import read_state_dict
+from ..generators.proggan import ProgGAN
+from ..generators.stylegan2 import StyleGAN2
 from .world import IMAGE_SIZE, LATENT_SIZE
 
 _WIDTH = 128  # of the mapping network

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..binding import bind, list_layers
+from ..demo import chapels, load_edit
 from ..errors import RewriteCoreError
-from ..latents import sample_latents
-from ..moments import collect_second_moment
+from ..layers.binding import bind, list_layers
+from ..layers.latents import sample_latents
 from ..pictures import paint
-from ..rewriting import rewrite
-from . import chapels, load_edit
+from ..rewrites.rewriting import rewrite
+from ..statistics.moments import collect_second_moment
 from .generator import ARCHITECTURES, load_chapels
 from .rules import RULES, score
 from .run import EDIT_LATENTS, EDIT_SEED, OPTIONS

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..editing import Edit, Selection
-from ..latents import sample_latents
+from ..demo import chapels
+from ..edits.edit import Edit
+from ..edits.selection import Selection
+from ..layers.latents import sample_latents
 from ..pictures import paint
-from . import chapels
 from .rules import RULES, Rule
 from .run import EDIT_LATENTS, EDIT_SEED
 from .world import LATENT_SIZE, Scene, region, render, scene_from_latents

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import pictures
-from ..binding import BoundLayer, bind
-from ..change import Rewrite
-from ..editing import Edit
+from ..demo import chapels, load_edit
+from ..edits.edit import Edit
+from ..edits.goals import paste_goals
 from ..files import atomic_write, writable_path
-from ..goals import paste_goals
-from ..latents import sample_latents
-from ..moments import SecondMoment, collect_second_moment
+from ..layers.binding import BoundLayer, bind
+from ..layers.latents import sample_latents
 from ..pictures import paint, to_unit
-from ..rewriting import rewrite
+from ..rewrites.change import Rewrite
+from ..rewrites.rewriting import rewrite
+from ..statistics.moments import SecondMoment, collect_second_moment
 from ..version import __version__, cpu_name
-from . import chapels, load_edit
 from .rules import RULES, Rule, Score, score
 from .world import LATENT_SIZE, ROOFS, scene_from_latents
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import atomic_write
-from ..latents import sample_latents
+from ..layers.latents import sample_latents
 from .generator import ARCHITECTURES, ProgGANChapels, StyleGAN2Chapels, load_chapels
 from .world import FACTORS, IMAGE_SIZE, LATENT_SIZE, factor_region, region, render, scene_from_latents
 

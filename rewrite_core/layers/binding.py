@@ -16,11 +16,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from .errors import RewriteCoreError, UnknownLayerError
-from .families import FAMILIES, Box, Capture, LayerFamily, PostOperation, family_names
+from ..adapters import FAMILIES, family_names
+from ..adapters.base import Box, Capture, LayerFamily, PostOperation
+from ..errors import RewriteCoreError, UnknownLayerError
+from ..modes import repeatable
 from .fingerprints import Trace, Traced, tensor_fingerprint
 from .latents import for_generator
-from .modes import repeatable
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 

@@ -1,15 +1,15 @@
-"""Generator families, most specific first."""
+"""Adapters: one short file per generator family tells the library about that family's layers. Most specific first."""
 
 from __future__ import annotations
 
-from .base import Box, Capture, LayerFamily, PostOperation, window
+from .base import LayerFamily
 from .biggan import BigGANLayer
 from .conv import ConvLayer
 from .diffusers import DiffusersLayer
 from .general import GeneralLayer
-from .proggan import ProgGAN, ProgGANLayer, load_proggan
+from .proggan import ProgGANLayer
 from .stylegan1 import EqualisedConvLayer, FusedUpsampleLayer
-from .stylegan2 import StyleGAN2, StyleGAN2Layer, load_stylegan2
+from .stylegan2 import StyleGAN2Layer
 from .stylegan2_nvidia import NvidiaStyleGAN2Layer
 from .stylegan3 import StyleGAN3Layer
 from .transformers import Conv1DLayer
@@ -33,21 +33,3 @@ def family_names(kind: type[LayerFamily] = LayerFamily) -> set[str]:
     """The names of all families."""
     names = {kind.name} if hasattr(kind, "name") else set()
     return names.union(*map(family_names, kind.__subclasses__()))
-
-
-__all__ = [
-    "FAMILIES",
-    "Box",
-    "Capture",
-    "ConvLayer",
-    "LayerFamily",
-    "PostOperation",
-    "ProgGAN",
-    "ProgGANLayer",
-    "StyleGAN2",
-    "StyleGAN2Layer",
-    "family_names",
-    "load_proggan",
-    "load_stylegan2",
-    "window",
-]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import FileFormatError, RewriteCoreError
-from .files import read_state_dict
+from ..errors import FileFormatError, RewriteCoreError
+from ..files import read_state_dict
 
 _NETWORKS = ("G_ema", "g_ema", "generator", "G", "netG", "model")  # what pickled dicts call theirs
 _TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what torch.save's older files start with

@@ -12,25 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .binding import BoundLayer
+from ..adapters.base import Capture
+from ..edits.directions import context_directions, context_keys
+from ..edits.edit import Edit
+from ..edits.goals import erase_goals, paste_goals
+from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning, warn
+from ..layers.binding import BoundLayer
+from ..solvers.lm import solve_lm
+from ..solvers.problem import LOSSES, SOLVERS, Problem, generic_second_moment
+from ..solvers.stepwise import solve_adam, solve_projected, solve_unconstrained
+from ..statistics.checks import check_inputs, check_keys
+from ..statistics.moments import SecondMoment
+from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from .change import Rewrite
-from .checks import check_inputs, check_keys
-from .directions import UnitQuantiles, collect_unit_quantiles, context_directions, context_keys
-from .editing import Edit
-from .errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, UnderdeterminedWarning, warn
-from .families import Capture
-from .goals import erase_goals, paste_goals
-from .moments import SecondMoment
-from .solvers import (
-    LOSSES,
-    SOLVERS,
-    Problem,
-    generic_second_moment,
-    solve_adam,
-    solve_lm,
-    solve_projected,
-    solve_unconstrained,
-)
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
 

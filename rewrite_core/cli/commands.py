@@ -22,25 +22,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import pictures
-from .backends import BackendUnavailable, explain
-from .binding import BoundLayer, bind, list_layers
-from .change import load_rewrite
-from .demo import LATENT_SIZE, RULES, chapels, load_edit
-from .demo.rules import score
-from .demo.run import EDIT_SEED, run_demo, table
-from .directions import METHODS
-from .editing import Edit, Selection
-from .errors import RewriteCoreError
-from .files import atomic_write, writable_path
-from .fingerprints import tensor_fingerprint
-from .latents import sample_latents
-from .loading import load_generator, load_into
-from .moments import SecondMoment, collect_second_moment
-from .rewriting import erase, rewrite, zero
-from .search import search
-from .solvers import LOSSES, SOLVERS
-from .version import __version__
+from .. import pictures
+from ..backends import BackendUnavailable, explain
+from ..demo import LATENT_SIZE, RULES, chapels, load_edit
+from ..demo.rules import score
+from ..demo.run import EDIT_SEED, run_demo, table
+from ..edits.directions import METHODS
+from ..edits.edit import Edit
+from ..edits.matches import search
+from ..edits.selection import Selection
+from ..errors import RewriteCoreError
+from ..files import atomic_write, writable_path
+from ..generators.loading import load_generator, load_into
+from ..layers.binding import BoundLayer, bind, list_layers
+from ..layers.fingerprints import tensor_fingerprint
+from ..layers.latents import sample_latents
+from ..rewrites.change import load_rewrite
+from ..rewrites.rewriting import erase, rewrite, zero
+from ..solvers.problem import LOSSES, SOLVERS
+from ..statistics.moments import SecondMoment, collect_second_moment
+from ..version import __version__
 
 MOST_PICTURES, MOST_LATENTS = 10_000, 1_000_000  # in one file; for one, as all before the last are drawn too
 CHAPELS, PICKLED = "chapels", "the pickled network"

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .binding import BoundLayer
-from .checks import check_inputs
+from ..errors import NonFiniteError, RewriteCoreError
+from ..layers.binding import BoundLayer
+from ..statistics.checks import check_inputs
+from ..statistics.moments import SecondMoment, stream_keys
 from .directions import query_key
-from .editing import Selection
-from .errors import NonFiniteError, RewriteCoreError
-from .moments import SecondMoment, _stream
+from .selection import Selection
 
 _LEVEL_POSITIONS = 4_000_000  # that the level is estimated from; all of them where there are no more
 
@@ -84,5 +84,5 @@ def search(
         keep = scores.argsort(descending=True, stable=True)[:top]
         scores, indices, heatmaps = scores[keep], indices[keep], heatmaps[keep]
 
-    _stream(layer, latents, batch_size, 0, progress, f"search {layer.name}", consume)
+    stream_keys(layer, latents, batch_size, 0, progress, f"search {layer.name}", consume)
     return SearchResult(indices, scores, heatmaps, float(np.quantile(torch.cat(sample).numpy(), 0.999)))

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .binding import BoundLayer
+from ..adapters.base import Box, Capture, window
+from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError
+from ..layers.binding import BoundLayer
+from ..statistics.moments import SecondMoment
 from .directions import context_keys, latent_of, rank_units
-from .editing import Edit, Selection
-from .errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError
-from .families import Box, Capture, window
-from .moments import SecondMoment
+from .edit import Edit
+from .selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .binding import BoundLayer
-from .latents import check_latents
+from ..layers.binding import BoundLayer
+from ..layers.latents import check_latents
 from .moments import SecondMoment
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import RewriteCoreError
+from ..errors import RewriteCoreError
 
 
 def check_latents(latents: Tensor) -> None:

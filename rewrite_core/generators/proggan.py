@@ -1,8 +1,6 @@
 """Progressive GAN generators (Karras et al., 2018), in the layout of the published PyTorch checkpoints.
 
 Each layer is PixelNorm -> (nearest x2) -> convolution without bias -> WScale -> leaky ReLU 0.2.
-The *key* of ``layerN.conv`` is its input and the *value* its raw output, so the layer is linear in
-its weight and an L2 rewrite has the exact closed form.
 """
 
 from __future__ import annotations
@@ -11,18 +9,15 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FileFormatError
 from ..files import read_state_dict
-from .base import LayerFamily
-from .conv import ConvLayer
-
-Module = TypeVar("Module", bound=nn.Module)
+from .checkpoint import build
 
 
 class PixelNorm(nn.Module):
@@ -122,49 +117,3 @@ def load_proggan(source: str | os.PathLike | Mapping[str, Any]) -> ProgGAN:
         outputs, inputs = state[key].shape[:2]
         sizes += [outputs] if sizes else [inputs, outputs]
     return build(lambda: ProgGAN(sizes), state)
-
-
-def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
-    """The module `make` describes, on the CPU and filled with a copy of `state`.
-
-    The random numbers a fresh module starts with are never drawn. Raises FileFormatError naming the
-    first key of `state` that is missing, unexpected or of a wrong shape.
-    """
-    with torch.device("meta"):
-        model = make()
-    expected = model.state_dict()
-    kind = type(model).__name__
-    for key, value in expected.items():
-        if key not in state:
-            raise FileFormatError(
-                f"{key!r} is missing from the {kind} checkpoint; give the whole state dict as published."
-            )
-        if state[key].shape != value.shape:
-            raise FileFormatError(
-                f"{key!r} has shape {list(state[key].shape)} where the other shapes of the {kind} "
-                f"checkpoint ask for {list(value.shape)}; give the state dict as published."
-            )
-    for key in state:
-        if key not in expected:
-            raise FileFormatError(
-                f"{key!r} does not belong in a {kind} checkpoint; give the generator's state dict alone."
-            )
-    model.to_empty(device="cpu").load_state_dict(state)
-    return model
-
-
-class ProgGANLayer(ConvLayer):
-    """``layerN.conv`` of a ProgGAN: the convolution before its WScale. Also binds as ``layerN``."""
-
-    name = "proggan"
-
-    @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
-        module = generator.get_submodule(path)
-        if hasattr(module, "wscale") and hasattr(module, "conv"):
-            path, module = f"{path}.conv".lstrip("."), module.conv
-        else:
-            parent = generator.get_submodule(path.rpartition(".")[0])
-            if not hasattr(parent, "wscale") or getattr(parent, "conv", None) is not module:
-                return None
-        return cls(path, module) if isinstance(module, nn.Conv2d) else None

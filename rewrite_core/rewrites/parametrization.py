@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .binding import BoundLayer
-from .errors import MismatchError
-from .families.weights import Folded, Parametrized
-from .modes import evaluating
+from ..adapters.weights import Folded, Parametrized
+from ..errors import MismatchError
+from ..layers.binding import BoundLayer
+from ..modes import evaluating
 
 
 class LowRankChange(nn.Module):

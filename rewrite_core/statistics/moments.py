@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import ops
-from .binding import BoundLayer, check_together, run_to
-from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, warn, whole_number
-from .families import Capture
-from .files import is_npz, load_record, save_record, writable_path
-from .fingerprints import KIND, Trace, tensor_fingerprint
-from .latents import check_latents
-from .ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
+from .. import ops
+from ..adapters.base import Capture
+from ..errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, warn, whole_number
+from ..files import is_npz, load_record, save_record, writable_path
+from ..layers.binding import BoundLayer, check_together, run_to
+from ..layers.fingerprints import KIND, Trace, tensor_fingerprint
+from ..layers.latents import check_latents
+from ..ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
 from .streams import SideStream, held_elsewhere, side_stream
 
 _VERSION = 1
@@ -424,7 +424,7 @@ def _batch_named(layer: BoundLayer, first: int, count: int, batch_size: int) -> 
         ) from error
 
 
-def _stream(
+def stream_keys(
     layer: BoundLayer,
     latents: Tensor,
     batch_size: int,

@@ -11,14 +11,14 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from .binding import BoundLayer, bind
-from .editing import Edit
-from .errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SolverError
-from .families import Box
-from .files import load_record, save_record
-from .fingerprints import tensor_fingerprint
+from ..adapters.base import Box
+from ..edits.edit import Edit
+from ..errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SolverError
+from ..files import load_record, save_record
+from ..layers.binding import BoundLayer, bind
+from ..layers.fingerprints import tensor_fingerprint
+from ..solvers.problem import combine
 from .parametrization import LowRankChange, attach
-from .solvers import combine
 
 _VERSION = 1
 

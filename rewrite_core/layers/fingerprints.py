@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
+    from ..adapters.base import LayerFamily
     from .binding import BoundLayer
-    from .families import LayerFamily
 
 # Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
 # version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.

@@ -1,0 +1,1 @@
+"""The ``rewrite`` command line."""

@@ -1,0 +1,1 @@
+"""Edits: what a user marks, and what follows from it."""

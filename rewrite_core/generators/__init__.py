@@ -1,0 +1,1 @@
+"""Generators of our own and the loaders of published checkpoints."""

@@ -1,0 +1,1 @@
+"""Layers: a generator is bound at one of them, and keys and values are read there."""

@@ -1,0 +1,1 @@
+"""Rewrites: an edit becomes a change of one layer's weight."""

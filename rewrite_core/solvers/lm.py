@@ -1,0 +1,152 @@
+"""``lm``: per-channel Levenberg-Marquardt on Lambda, all edits and channels in one fit; exact closed form where the problem
+is linear (L2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..errors import NonFiniteError, SolverError
+from ..ops.fit_low_rank import STATUS
+from .problem import Problem, Solution, basis_maps, inputs_of, is_known, warn_underdetermined
+
+
+def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The squared norm that demodulation divides by, as a quadratic in Lambda: constant [O], linear [O, J] (half
+    the gradient) and quadratic [J, J], float64."""
+    # [O, I, T] in its own precision: float32 products of all of W cost a tenth of float64 ones
+    weight, square = problem.weight.flatten(2), style.to(problem.weight).square()
+    rows = problem.directions.to(square)
+    constant = torch.matmul(square, weight.square()).double().sum(1) + eps
+    linear = torch.matmul(rows * square, weight).double().flatten(1)
+    rows, square = rows.double(), square.double()
+    gram = rows * square @ rows.T
+    quadratic = torch.kron(gram, torch.eye(weight.shape[2], dtype=gram.dtype, device=gram.device))
+    return constant, linear, quadratic
+
+
+def fit_inputs(problem: Problem, group: int = 0) -> dict:
+    """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, the pixels of all its
+    regions flattened.
+
+    The penalty holds demodulation at its value without the change, as a preserve term quadratic in Lambda must.
+    """
+    layer, weight, rows, own, seen = problem.layer, problem.weight, problem.directions, slice(None), slice(None)
+    if layer.groups > 1:  # a group sees its own input channels alone
+        outputs, seen = len(weight) // layer.groups, inputs_of(layer, group)
+        own = slice(group * outputs, (group + 1) * outputs)
+        weight, rows = weight[own, seen], rows[:, seen]
+    maps: dict[str, list[Tensor]] = {name: [] for name in ("basis", "base", "target", "shift")}
+    styles: list[Tensor] = []  # [I], each that is another than those before it
+    segments = []
+    for capture, target in problem.regions:
+        after, key = layer.post_operation(capture), capture.key[:, seen]
+        with torch.no_grad():
+            maps["basis"].append(basis_maps(layer, key, rows)[0].flatten(1))
+            maps["base"].append(layer.linear(key, weight)[0].flatten(1))
+        base = maps["base"][-1]
+        shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
+        maps["target"].append(target[0].flatten(1)[own])
+        maps["shift"].append(shift.to(base.dtype).expand(target.shape)[0].flatten(1)[own])
+        if after.style is not None:
+            same = [number for number, style in enumerate(styles) if torch.equal(style, after.style[0])]
+            if not same:
+                styles.append(after.style[0])
+            number = same[0] if same else len(styles) - 1
+            segments.append(torch.full((base.shape[1],), number, device=base.device))
+    arguments = {name: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for name, parts in maps.items()}
+    arguments |= {"slope": after.slope, "gain": after.gain, "demodulation": None}
+    scale = torch.full((len(base),), after.gain**2, dtype=torch.float64, device=base.device)
+    if styles:
+        parts = [_demodulation(problem, style, after.eps) for style in styles]
+        if len(styles) == 1:
+            arguments["demodulation"] = parts[0]
+            scale = scale / parts[0][0]
+        else:
+            arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+            arguments["segments"] = torch.cat(segments)
+            # each pixel's style at the weight as it is; the mean over the pixels
+            scale = scale * arguments["demodulation"][0].reciprocal()[arguments["segments"]].mean(0)
+    if problem.preserve:
+        generic = problem.generic if layer.groups == 1 else problem.generic[group]
+        arguments["penalty"] = problem.preserve * generic
+        arguments["penalty_scale"] = scale
+    return arguments
+
+
+def _in_segments(part: dict, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A fit's demodulation as one of `count`, with the segments that say which pixel has which; the rest is unused."""
+    segments = part.get("segments")
+    parts = part["demodulation"] if segments is not None else tuple(own[None] for own in part["demodulation"])
+    if segments is None:
+        segments = torch.zeros(part["basis"].shape[1], dtype=torch.int64, device=part["basis"].device)
+    missing = count - len(parts[0])
+    fill = [own.new_full((missing, *own.shape[1:]), value) for own, value in zip(parts, (1.0, 0.0, 0.0))]
+    return tuple(torch.cat(pair) for pair in zip(parts, fill)), segments
+
+
+def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
+    return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
+
+
+def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solution]:
+    """All problems (edits of one layer, same rank and loss) in one batched fit.
+
+    Raises SolverError where what follows the layer is unknown.
+    """
+    first = problems[0]
+    if not all(map(is_known, problems)):
+        raise SolverError(
+            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
+        )
+    for problem in problems:
+        warn_underdetermined(problem)
+    groups = first.layer.groups
+    inputs = [fit_inputs(problem, group) for problem in problems for group in range(groups)]
+    sizes = [part["basis"].shape[-1] for part in inputs]
+    pixels = max(sizes)
+    arguments = {name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")}
+    valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
+    if any("segments" in part for part in inputs):
+        count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
+        parts, segments = zip(*(_in_segments(part, count) for part in inputs))
+        arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+        arguments["segments"] = _pad(segments, pixels)
+    elif inputs[0]["demodulation"] is not None:
+        arguments["demodulation"] = tuple(map(torch.stack, zip(*(part["demodulation"] for part in inputs))))
+    if "penalty" in inputs[0]:
+        arguments["penalty"] = torch.stack([part["penalty"] for part in inputs])
+        arguments["penalty_scale"] = torch.stack([part["penalty_scale"] for part in inputs])
+    slope, gain = inputs[0]["slope"], inputs[0]["gain"]
+    fit = ops.fit_low_rank(**arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend)
+    # All that is read comes over at once: on a GPU this is the only wait of the fit.
+    rows = [fit.initial_loss, fit.loss, fit.iterations, *(fit.status == code for code in STATUS)]
+    read = torch.stack([row.reshape(len(problems), -1).double().sum(1) for row in rows], 1)
+    whole = torch.ones_like(read[:, :1])
+    parts = [fit.coefficients]
+    if fit.loss.device.type != "cpu":  # where fit_low_rank does not look into what it is given
+        parts += [arguments[name] for name in ("basis", "base", "target", "shift")]
+    for part in parts:
+        whole = whole * part.reshape(len(problems), -1).isfinite().all(1, keepdim=True)
+    solutions = []
+    for number, (problem, (initial, final, iterations, *counts, finite)) in enumerate(
+        zip(problems, torch.cat([read, whole], 1).tolist())
+    ):
+        if not finite:
+            raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
+        i, channels = slice(number * groups, (number + 1) * groups), problem.coefficient_shape[0]
+        solutions.append(
+            Solution(
+                coefficients=fit.coefficients[i].reshape(problem.coefficient_shape),
+                losses=[initial / channels, final / channels],
+                solver=fit.solver,
+                final_loss=final / channels,
+                status={STATUS[code]: int(count) for code, count in zip(STATUS, counts) if count},
+                iterations=int(iterations),
+            )
+        )
+    return solutions

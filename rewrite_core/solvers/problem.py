@@ -1,0 +1,139 @@
+"""What a solver is given and what it returns: the coefficients Lambda of a rank-R change W1 = W0 + Lambda D (paper, eq. 10
+to 15)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..adapters.base import Capture
+from ..errors import UnderdeterminedWarning, warn
+from ..layers.binding import BoundLayer
+
+SOLVERS = ("lm", "projected", "adam", "unconstrained")
+LOSSES = ("l1", "l2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Make the layer's value of `capture` equal `target` by changing its weight along `directions`; and those of `more`
+    captures equal their targets, with the same change (an edit's other pastes)."""
+
+    layer: BoundLayer
+    capture: Capture  # one latent, perhaps cropped
+    target: Tensor  # [1, O, H, W]
+    directions: Tensor  # [R, I], orthonormal rows
+    loss: str = "l1"
+    preserve: float = 0.0
+    generic: Tensor | None = (
+        None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
+    )
+    more: tuple[tuple[Capture, Tensor], ...] = ()
+
+    @property
+    def regions(self) -> tuple[tuple[Capture, Tensor], ...]:
+        return ((self.capture, self.target), *self.more)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.to(self.target.dtype)
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        return (self.layer.out_channels, len(self.directions), *self.layer.kernel_size)
+
+    def distance(self, weight: Tensor) -> Tensor:
+        """Mean absolute (l1) or mean squared (l2) error with that weight, as torch.nn.functional defines them, over all
+        pixels of all regions."""
+        values = [self.layer.value(capture, weight) for capture, _ in self.regions]
+        targets = [target for _, target in self.regions]
+        if self.more:
+            values, targets = ([torch.cat([part.flatten(2) for part in parts], 2)] for parts in (values, targets))
+        return (F.l1_loss if self.loss == "l1" else F.mse_loss)(values[0], targets[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; status: how many
+    output channels ended how ("lm"), or ran as what ("projected", "unconstrained": "fused" or "autograd")."""
+
+    coefficients: Tensor
+    losses: list[float]
+    solver: str
+    final_loss: float
+    status: dict[str, int] = dataclasses.field(default_factory=dict)
+    iterations: int = 0  # "lm": tried by all channels together; else the number of steps
+
+
+def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
+    """Lambda D: [O, R, *kernel] and [R, I] -> [O, I, *kernel]."""
+    return torch.einsum("or...,ri->oi...", coefficients, directions)
+
+
+def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
+    """The maps u that a rank-R change enters through: [N, R kh kw, *map'] for keys [N, I, *map].
+
+    u[(r, y, x)] is the layer's linear operator on the single map D[r] . k with the kernel that is one at
+    (y, x), so that linear output = base + Lambda u for strided, transposed and blurred layers alike.
+    """
+    maps = torch.einsum("ri,ni...->nr...", directions.to(key.dtype), key)
+    n, rank = maps.shape[:2]
+    taps = math.prod(layer.kernel_size)
+    kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *layer.kernel_size)
+    out = layer.linear(maps.reshape(n * rank, 1, *maps.shape[2:]), kernels)
+    return out.reshape(n, rank * taps, *out.shape[2:])
+
+
+def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
+    """E[u u^T] over ordinary images, float64 [R kh kw, R kh kw]: what `preserve` penalises. Of a grouped layer
+    one for each group, [groups, R kh kw, R kh kw].
+
+    A 1x1 layer (stride 1, no padding) has it exactly, D C D^T; others estimate it from the images of `latents`.
+    """
+    weight, parts = layer.weight, [inputs_of(layer, group) for group in range(layer.groups)]
+    if math.prod(layer.kernel_size) == 1:
+        axes = max(1, len(layer.kernel_size))
+        with torch.no_grad():
+            ones = weight.new_ones(1, 1, *[2] * axes), weight.new_ones(1, 1, *layer.kernel_size)
+            scales = layer.linear(*ones).double()
+        scale = scales.flatten()[0]
+        if scales.shape[2:] == (2,) * axes and (scales == scale).all():
+            rows, moment = directions.double(), moment.to(weight.device)
+            exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
+            return exact[0] if layer.groups == 1 else torch.stack(exact)
+    totals, count = [None] * layer.groups, 0
+    with torch.no_grad():
+        for batch in latents.split(8):
+            keys = layer.keys(batch)
+            for group, own in enumerate(parts):
+                basis = basis_maps(layer, keys[:, own], directions[:, own])
+                totals[group] = ops.second_moment(basis.flatten(2)[..., None], out=totals[group])
+            count += basis.numel() // basis.shape[1]
+    return (totals[0] if layer.groups == 1 else torch.stack(totals)) / count
+
+
+def inputs_of(layer: BoundLayer, group: int) -> slice:
+    """The input channels of a group."""
+    size = layer.in_channels // layer.groups
+    return slice(group * size, (group + 1) * size)
+
+
+def is_known(problem: Problem) -> bool:
+    """Whether what follows the layer is known, per channel."""
+    return problem.layer.post_operation(problem.capture) is not None
+
+
+def warn_underdetermined(problem: Problem) -> None:
+    rank, taps = len(problem.directions), math.prod(problem.coefficient_shape[2:])
+    pixels = sum(math.prod(target.shape[2:]) for _, target in problem.regions)
+    if rank * taps >= pixels and not problem.preserve:
+        warn(
+            f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
+            "other images: use tight=False where only a part of the map is fitted, a lower rank, or preserve=0.3.",
+            UnderdeterminedWarning,
+        )

@@ -1,0 +1,1 @@
+"""Statistics of a layer's keys, collected over many images."""
