@@ -1,4 +1,10 @@
-"""Configurations of kernels: measured once per kind of GPU and class of problems, and kept on the disk."""
+"""Configurations of kernels: measured once per kind of GPU and class of problems, and kept on the disk.
+
+For checks and benchmarks:
+
+``REWRITE_CORE_TUNING=0``  an environment variable: default configurations, nothing is measured or read from the disk
+``measured(op)``           every candidate's time, not only the winner's
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -18,13 +24,30 @@ from ..errors import RewriteCoreError
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers
 
+TUNING_VARIABLE = "REWRITE_CORE_TUNING"
 INTERPRETED_MULTIPROCESSORS = 7  # what the interpreter stands for: few, and no power of two
+
+
+class Trial(NamedTuple):
+    """How one candidate did: its seconds, or None and the reason why it did not run."""
+
+    config: Any
+    seconds: float | None
+    reason: str | None = None
 
 
 def multiprocessors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def enabled() -> bool:
+    """Whether configurations are measured. Raises RewriteCoreError where the variable is neither 0 nor 1."""
+    value = os.environ.get(TUNING_VARIABLE) or "1"
+    if value not in ("0", "1"):
+        raise RewriteCoreError(f"{TUNING_VARIABLE}={value!r} must be 0 (default configurations) or 1 (measure them).")
+    return value == "1"
 
 
 def cache_folder(op: str, device_name: str) -> Path:
@@ -34,32 +57,59 @@ def cache_folder(op: str, device_name: str) -> Path:
     return base / "rewrite_core" / op / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") or "gpu")
 
 
-def stored(path: Path, choices: Sequence[Config]) -> Config | None:
-    """The configuration in a file, if it holds one of `choices`; anything else there counts as nothing."""
+def stored(path: Path, choices: Sequence[Config]) -> tuple[Trial, ...] | None:
+    """The trials in a file, if they are of just these `choices`; anything else there counts as nothing."""
     try:
-        config = type(choices[0])(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        trials = tuple(
+            Trial(type(choices[0])(**trial["config"]), trial["seconds"], trial["reason"])
+            for trial in json.loads(path.read_text(encoding="utf-8"))
+        )
+        fastest(trials)  # which raises where none ran
+        return trials if {trial.config for trial in trials} == set(choices) else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return config if config in choices else None
 
 
-def measured(path: Path, choices: Sequence[Config], time: Callable[[Config], float]) -> Config:
-    """The configuration in a file, or the fastest of `choices`, which is then put there.
+def ran(trials: Sequence[Trial]) -> bool:
+    """Whether any of them did."""
+    return any(trial.seconds is not None for trial in trials)
+
+
+def fastest(trials: Sequence[Trial]) -> Trial:
+    """The first of the fastest. Raises ValueError where none ran."""
+    return min((trial for trial in trials if trial.seconds is not None), key=lambda trial: float(trial.seconds))
+
+
+def trials_of(path: Path, choices: Sequence[Config], time: Callable[[Config], Trial]) -> tuple[Trial, ...]:
+    """The trials in a file, or of all `choices`, which are then put there if any of them ran; () for a single choice.
 
     Of processes that measure at the same time the first to write wins, for all of them, and where nothing can be
     written nothing is measured: results have the same bits from run to run only under the same configuration.
     """
-    config = stored(path, choices)
-    if config is not None or len(choices) == 1:
-        return config or choices[0]
+    if len(choices) == 1:
+        return ()
+    trials = stored(path, choices)
+    if trials is not None:
+        return trials
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent)
     except OSError:
-        return choices[0]
+        return ()
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(min(choices, key=time)), file)
+        os.close(handle)
+        trials = tuple(time(config) for config in choices)
+        return _keep(path, Path(partial), trials, choices) if ran(trials) else trials
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _keep(path: Path, partial: Path, trials: tuple[Trial, ...], choices: Sequence[Config]) -> tuple[Trial, ...]:
+    """Put trials into a file, by way of a `partial` one, if no other process was first: what it holds then."""
+    try:
+        partial.write_text(
+            json.dumps([trial._asdict() | {"config": asdict(trial.config)} for trial in trials]), "utf-8"
+        )
         try:
             os.link(partial, path)
         except FileExistsError:
@@ -68,20 +118,31 @@ def measured(path: Path, choices: Sequence[Config], time: Callable[[Config], flo
         except OSError:  # no hard links here
             os.replace(partial, path)
     except OSError:
-        return choices[0]
+        return ()
+    return stored(path, choices) or ()
+
+
+def timed(config: Config, run: Callable[[Config], object]) -> Trial:
+    """Run a piece of work with a configuration again and again on the GPU."""
+    try:
+        milliseconds = triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+    except triton.runtime.errors.OutOfResources as error:
+        return Trial(config, None, f"it does not fit the GPU: {error}")
+    except torch.cuda.OutOfMemoryError as error:
+        return Trial(config, None, f"the GPU's memory is full: {str(error).splitlines()[0]}")
     finally:
-        Path(partial).unlink(missing_ok=True)
-    return stored(path, choices) or choices[0]
+        torch.cuda.empty_cache()  # do_bench's buffer of 256 MB, and the candidate's own, are of no more use
+    return Trial(config, milliseconds / 1e3)
 
 
-_chosen: dict[tuple[int | None, str, str], Any] = {}  # what is on the disk, so that it is read once
+_chosen: dict[tuple[int | None, str, str], tuple[Any, tuple[Trial, ...]]] = {}  # so that the disk is read once
 
 
 def choose(
     device: torch.device, op: str, name: str, choices: Sequence[Config], run: Callable[[Config], object]
 ) -> Config:
-    """Of `choices` the one that is, or was once, fastest on a GPU like this for problems of this name; the first in
-    the interpreter, where nothing is measured.
+    """Of `choices` the one that is, or was once, fastest on a GPU like this for problems of this name; the first where
+    nothing is measured (in the interpreter, and with REWRITE_CORE_TUNING=0).
 
     run  does a typical piece of the work with a configuration; its results are dropped
 
@@ -91,19 +152,23 @@ def choose(
         return choices[0]
     key = (device.index, op, name)
     if key in _chosen:
-        return _chosen[key]
-    path = cache_folder(op, torch.cuda.get_device_name(device)) / f"{name}.json"
+        return _chosen[key][0]
     if torch.cuda.is_current_stream_capturing():
         raise RewriteCoreError(
             f"{op} has not yet run on data of such a type, size and layout in this process, and what its first call "
             "compiles and measures cannot go into a CUDA graph: call it once before the capture."
         )
+    trials: tuple[Trial, ...] = ()
+    if enabled():
+        path = cache_folder(op, torch.cuda.get_device_name(device)) / f"{name}.json"
+        trials = trials_of(path, choices, lambda config: timed(config, run))
+    _chosen[key] = fastest(trials).config if ran(trials) else choices[0], trials
+    return _chosen[key][0]
 
-    def time(config: Config) -> float:
-        try:
-            return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
 
-    _chosen[key] = measured(path, choices, time)
-    return _chosen[key]
+def measured(op: str) -> dict[str, tuple[Trial, ...]]:
+    """By class of problems that this process has met: every candidate's trial, measured here or read from the disk.
+
+    () where there was nothing to choose or nothing was measured. Classes of several GPUs count as one.
+    """
+    return {name: trials for (_, of, name), (_, trials) in _chosen.items() if of == op}
