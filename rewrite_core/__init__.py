@@ -1,6 +1,6 @@
 """rewrite_core: change the rules inside a trained image generator by rewriting one layer's weights."""
 
-from .backends import BackendUnavailable, explain
+from .backends import explain
 from .layers.binding import BoundLayer, LayerInfo, bind, list_layers
 from .rewrites.change import Rewrite, load_rewrite
 from .edits.directions import context_directions, context_keys, query_key
@@ -8,7 +8,11 @@ from .statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from .edits.edit import Edit
 from .edits.selection import Selection
 from .errors import (
+    ArgumentError,
+    BackendUnavailable,
+    DiagonalShiftWarning,
     FileFormatError,
+    LatentsWarning,
     MaskError,
     MismatchError,
     NonFiniteError,
@@ -30,10 +34,13 @@ from .edits.matches import SearchResult, search
 from .version import __version__
 
 __all__ = [
+    "ArgumentError",
     "BackendUnavailable",
     "BoundLayer",
+    "DiagonalShiftWarning",
     "Edit",
     "FileFormatError",
+    "LatentsWarning",
     "LayerInfo",
     "LowRankChange",
     "MaskError",

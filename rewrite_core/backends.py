@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .errors import RewriteCoreError
+from .errors import ArgumentError, BackendUnavailable, RewriteCoreError, quoted
 
 OPS = ("second_moment", "spd_solve", "fit_low_rank", "fit_projected")
 ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
@@ -39,10 +39,6 @@ Reason = Callable[..., "str | None"]
 
 def _never(*args: Any, **kwargs: Any) -> str | None:
     return None
-
-
-class BackendUnavailable(RuntimeError):
-    """No backend, or not the one asked for, can do this call; the message holds every reason."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,11 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
     asked, source = backend, "backend="
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
         asked, source = os.environ[ENVIRONMENT_VARIABLE], f"the environment variable {ENVIRONMENT_VARIABLE}="
-    if asked != "auto" and asked not in ORDER:
-        raise RewriteCoreError(f"{source}{asked!r} is no backend: use auto, {', '.join(ORDER)}.")
+    if not isinstance(asked, str) or asked not in ("auto", *ORDER):
+        have = ", ".join(record.name for record in backends_of(op))
+        raise (RewriteCoreError if isinstance(asked, str) else ArgumentError)(
+            f"{source}{quoted(asked)} is no backend: use auto, {have}."
+        )
     reasons = []
     for record in backends_of(op):
         if asked not in ("auto", record.name):

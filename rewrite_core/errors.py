@@ -1,17 +1,55 @@
-"""The exceptions and warnings that the library raises on its input, but for ``ops.DiagonalShiftWarning`` and
-``BackendUnavailable``. Each message is one sentence that says what to do.
+"""The exceptions and warnings that the library raises on its input. Each message is one sentence that says what to do.
 
-And two helpers: :func:`warn`, which names the user's line, and :func:`whole_number`, which checks one."""
+And what makes them: :func:`warn` names the user's line; :func:`whole_number`, :func:`number` and :func:`choice` check
+one argument; :func:`quoted` shows a value that may come from a file.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
+import reprlib
 import sys
 import warnings
+from collections.abc import Collection
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal might act on (control characters, but for line ends) written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write thousands of digits
+        return repr(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def quoted(value: object) -> str:
+    """``repr`` of a value that may come from a file, cut where it is long."""
+    return _SHORT.repr(value)
 
 
 class RewriteCoreError(ValueError):
-    """Base class: bad input to rewrite_core."""
+    """Base class: bad input to rewrite_core. Messages are printable, whatever they quote."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+class ArgumentError(RewriteCoreError, TypeError):
+    """An argument of a wrong type."""
+
+
+class BackendUnavailable(RewriteCoreError, RuntimeError):
+    """No backend, or not the one asked for, can do this call; the message holds every reason."""
 
 
 class UnknownLayerError(RewriteCoreError, LookupError):
@@ -50,20 +88,73 @@ class UnderdeterminedWarning(UserWarning):
     """The fit has at least as many unknowns as pixels, so it meets the goal and may ruin everything else."""
 
 
+class LatentsWarning(UserWarning):
+    """It is not known whether latents are those that an edit was made on, or the same ones were used twice."""
+
+
+class DiagonalShiftWarning(UserWarning):
+    """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """A warning that names the line outside this package, and outside torch where that came between, that led here."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rewrite_core", "torch"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(printable(message), category, stacklevel=level)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars, and arrays and tensors without axes, as Python's own numbers."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def whole_number(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> int:
-    """`value` as an int, numpy's whole numbers too; raises RewriteCoreError for anything else or out of range."""
+    """`value` as an int, NumPy's whole numbers too.
+
+    Raises ArgumentError for anything else, RewriteCoreError for one that is out of range.
+    """
+    value = _plain(value)
     try:
-        number = operator.index(value)
+        whole = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise RewriteCoreError(f"{name} must be an integer of at least {least}, and at most {most}, not {value!r}.")
-    return number
+        whole = None
+    if whole is None or not least <= whole <= most:
+        raise (ArgumentError if whole is None else RewriteCoreError)(
+            f"{name} must be an integer of at least {least}, and at most {most}, not {quoted(value)}."
+        )
+    return whole
+
+
+def number(
+    name: str, value: object, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
+) -> float:
+    """`value` as a float, NumPy's numbers too, in least..most and greater than `above`.
+
+    Raises ArgumentError for anything else, RewriteCoreError for NaN, infinity and what is out of range.
+    """
+    value = _plain(value)
+    right = isinstance(value, float | int) and not isinstance(value, bool)
+    try:
+        real = float(value) if right else math.nan
+    except OverflowError:
+        real = math.inf
+    if not (math.isfinite(real) and least <= real <= most and real > above):
+        limits = [f"above {above:g}"] if above > -math.inf else []
+        limits += [f"at least {least:g}"] if least > -math.inf else []
+        limits += [f"at most {most:g}"] if most < math.inf else []
+        which = f" {' and '.join(limits)}" if limits else ""
+        raise (RewriteCoreError if right else ArgumentError)(f"{name} must be a number{which}, not {quoted(value)}.")
+    return real
+
+
+def choice(name: str, value: object, options: Collection[str]) -> str:
+    """`value`, which is one of `options`.
+
+    Raises ArgumentError for what is no string, RewriteCoreError for another one.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise (RewriteCoreError if isinstance(value, str) else ArgumentError)(
+            f"{name} must be {' or '.join(map(repr, options))}, not {quoted(value)}."
+        )
+    return value

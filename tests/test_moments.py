@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from conftest import DATA
 
 import rewrite_core as rc
@@ -434,10 +435,8 @@ def test_nothing_but_zeros_and_nothing_at_all(layer, latents):
 
 
 def test_the_bar_shows_rate_and_time_left(capsys, monkeypatch, layer, latents):
-    tqdm = rc.moments.tqdm  # shows no bar without a terminal, unless told
-    monkeypatch.setattr(
-        rc.moments, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"disable": False, "mininterval": 0})
-    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("tqdm.tqdm", functools.partial(tqdm.tqdm, mininterval=0))
     rc.collect_second_moment(layer, latents[:20], batch_size=2)
     shown = capsys.readouterr().err
     assert re.search(r"moment of layer5.conv: .*18/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+img/s, error [\d.]+%\]", shown)
@@ -820,8 +819,7 @@ def test_standard_errors_are_what_repeated_collections_show(batch_size):
 
 
 def test_until_stops_at_the_error_that_was_asked_for(capsys, monkeypatch):
-    tqdm = rc.moments.tqdm  # shows no bar without a terminal, unless told
-    monkeypatch.setattr(rc.moments, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | {"disable": False}))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     layer, z = rc.bind(Scaled(), "conv"), torch.randn(4000, 6, generator=torch.Generator().manual_seed(2))
     moment = rc.collect_second_moment(layer, z, 10, until=0.1)
     used = moment.latents["used"]

@@ -41,7 +41,7 @@ from ..backends import (
     triton_interpreted,
     triton_reason,
 )
-from ..errors import NonFiniteError, RewriteCoreError, whole_number
+from ..errors import ArgumentError, NonFiniteError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 
@@ -168,7 +168,7 @@ def fit_low_rank(
     cache of measured configurations, ``$XDG_CACHE_HOME/rewrite_core``). Not differentiable: gradients stop here.
 
     Returns a :class:`FitResult`. Never NaN: a channel that cannot be fitted says so in ``status``.
-    Raises TypeError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
+    Raises ArgumentError for a wrong type; RewriteCoreError (a ValueError) for a wrong shape, a negative weight or
     an unknown loss; NonFiniteError (also a ValueError) for NaN or infinity. Tensors on a GPU are not looked into, as
     that would wait for it, and tensors that ``torch.func`` transforms cannot be: NaN, infinity and wrong signs then make
     the status of the channels concerned "nonfinite" (or "degenerate", where no weight is positive).
@@ -219,13 +219,13 @@ def _check(
         if data is None and name == "shift":
             continue
         if not isinstance(data, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+            raise ArgumentError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.is_nested:
-            raise TypeError(f"{name} is a nested tensor: pad the edits with pixels of weight 0.")
+            raise ArgumentError(f"{name} is a nested tensor: pad the edits with pixels of weight 0.")
         if data.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} is {data.dtype} and must be float32 or float64: convert it with .float().")
+            raise ArgumentError(f"{name} is {data.dtype} and must be float32 or float64: convert it with .float().")
         if data.dtype != base.dtype:
-            raise TypeError(f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type.")
+            raise ArgumentError(f"{name} is {data.dtype} and base is {base.dtype}: convert one to the other's type.")
     if loss not in LOSSES:
         raise RewriteCoreError(f"there is no loss {loss!r}: use 'l1' (absolute) or 'l2' (square).")
     max_iterations = whole_number("max_iterations", max_iterations)
@@ -253,7 +253,7 @@ def _check(
         if constant is None:
             raise RewriteCoreError("segments say which demodulation a pixel has: pass demodulation too, or neither.")
         if isinstance(segments, Tensor) and (segments.is_floating_point() or segments.dtype == torch.bool):
-            raise TypeError(f"segments is {segments.dtype} and must hold integers: convert it with .long().")
+            raise ArgumentError(f"segments is {segments.dtype} and must hold integers: convert it with .long().")
         several = "G"
         if isinstance(constant, Tensor) and constant.ndim == 2 + batched:
             sizes["G"] = constant.shape[-2]
@@ -266,7 +266,7 @@ def _check(
         if data is None:
             return None
         if not isinstance(data, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
+            raise ArgumentError(f"{name} must be a torch tensor, not {type(data).__name__}: use torch.as_tensor.")
         if data.device != base.device:
             raise RewriteCoreError(f"{name} is on {data.device} and base on {base.device}: move one to the other.")
         axes = axes if batched else axes[1:]

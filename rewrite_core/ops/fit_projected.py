@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Backend, extension, extension_reason, select, transformed, triton_interpreted, triton_reason
-from ..errors import RewriteCoreError, whole_number
+from ..errors import ArgumentError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
 TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no products of tiles this small
@@ -110,12 +110,12 @@ def fit_projected(
     (on GPUs of one kind with one cache of measured configurations). Not differentiable.
     NaN and infinity in the input come out as losses that are not finite.
 
-    Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
+    Raises ArgumentError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
     """
     if transformed() or torch.jit.is_tracing():
         raise RewriteCoreError("fit_projected is no operator of torch: call it outside torch.func and torch.jit.trace.")
     if not isinstance(operator, Tensor) or operator.dtype not in (torch.float32, torch.float64):
-        raise TypeError("operator must be a float32 or float64 tensor: convert it with .float().")
+        raise ArgumentError("operator must be a float32 or float64 tensor: convert it with .float().")
     if operator.ndim != 5 or not operator.numel():
         raise RewriteCoreError(f"operator must be [I, kh, kw, H, W], none of them 0, not {list(operator.shape)}.")
     inputs, *kernel = operator.shape[:3]
@@ -141,7 +141,7 @@ def fit_projected(
         if data is None and name != "target":
             continue
         if not isinstance(data, Tensor) or data.dtype != operator.dtype or data.device != operator.device:
-            raise TypeError(f"{name} must be a tensor of the operator's type and device.")
+            raise ArgumentError(f"{name} must be a tensor of the operator's type and device.")
         if data.shape != shape:
             raise RewriteCoreError(
                 f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}."

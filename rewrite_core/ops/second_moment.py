@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
-from ..errors import RewriteCoreError
+from ..errors import ArgumentError, RewriteCoreError
 
 # as csrc/common.h numbers them
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     On a GPU it works on the current stream, waits for nothing, and can be captured in a CUDA graph, but for the first
     call on features of a kind, which compiles and measures.
 
-    Raises TypeError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``, and where a graph
+    Raises ArgumentError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``, and where a graph
     is captured before such a first call.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
@@ -59,11 +59,13 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
 
 def _check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
     if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+        raise ArgumentError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
     if features.is_nested:
-        raise TypeError("features are a nested tensor, and must be a plain one: add up the moments of its parts.")
+        raise ArgumentError("features are a nested tensor, and must be a plain one: add up the moments of its parts.")
     if out is not None and not isinstance(out, Tensor):
-        raise TypeError(f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width.")
+        raise ArgumentError(
+            f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width."
+        )
     if precision not in PRECISIONS:
         raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
 
@@ -71,9 +73,9 @@ def _check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
 def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
     _check_types(features, out, precision)
     if features.layout != torch.strided:
-        raise TypeError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
+        raise ArgumentError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
     if features.dtype not in DTYPES:
-        raise TypeError(
+        raise ArgumentError(
             f"features are {features.dtype}, and must be float32, float64, bfloat16 or float16: "
             "convert them with .float()."
         )
@@ -83,7 +85,7 @@ def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
     if out is None:
         return
     if out.dtype != torch.float64:
-        raise TypeError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
+        raise ArgumentError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
     channels = shape[1]
     if out.shape != (channels, channels) or not out.is_contiguous():
         how = "" if out.is_contiguous() else " that is not contiguous"

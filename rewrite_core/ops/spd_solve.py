@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, library
 
 from ..backends import Backend, dispatched, extension, extension_reason, select
-from ..errors import NonFiniteError, RewriteCoreError, warn
+from ..errors import ArgumentError, DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
 
 EPSILON = torch.finfo(torch.float64).eps
 SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
 LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
-
-
-class DiagonalShiftWarning(UserWarning):
-    """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
     is above n eps and above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is below n,
     rounding error is all that any factor has there: no shift below n eps or `noise` times an entry will do.
 
-    Raises TypeError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
+    Raises ArgumentError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
     an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), or one with a clearly negative eigenvalue.
     SciPy: ``scipy.linalg.cho_factor``.
     """
@@ -215,7 +211,7 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
 def _check_matrix(matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
         what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise TypeError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
+        raise ArgumentError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
     if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
         raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
 
@@ -223,7 +219,7 @@ def _check_matrix(matrix: Tensor) -> None:
 def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
     if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
         what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
-        raise TypeError(f"The right-hand side must be a real floating-point tensor, not {what}.")
+        raise ArgumentError(f"The right-hand side must be a real floating-point tensor, not {what}.")
     batch, n = matrix.shape[:-2], matrix.shape[-1]
     if rhs.ndim not in (len(batch) + 1, len(batch) + 2) or rhs.shape[: len(batch) + 1] != (*batch, n):
         wanted = ", ".join(str(size) for size in (*batch, n))

@@ -1,9 +1,10 @@
-"""What public functions are given, told apart before it is used: each raises TypeError with what to pass instead."""
+"""What public functions are given, told apart before it is used: each raises ArgumentError with what to pass instead."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..layers.binding import BoundLayer
 from ..layers.latents import check_latents
 from .moments import SecondMoment
@@ -23,12 +24,12 @@ def check_inputs(layer: BoundLayer, moment: SecondMoment, latents: Tensor | None
 
 def check_layer(layer: BoundLayer) -> None:
     if not isinstance(layer, BoundLayer):
-        raise TypeError(f"layer is what rc.bind(generator, name) returns, not {_what(layer)}.")
+        raise ArgumentError(f"layer is what rc.bind(generator, name) returns, not {_what(layer)}.")
 
 
 def check_moment(moment: SecondMoment) -> None:
     if not isinstance(moment, SecondMoment):
-        raise TypeError(
+        raise ArgumentError(
             f"moment is what rc.collect_second_moment(layer, latents) returns, or rc.SecondMoment.load(path), not "
             f"{_what(moment)}."
         )
@@ -37,4 +38,4 @@ def check_moment(moment: SecondMoment) -> None:
 def check_keys(keys: Tensor, name: str = "keys") -> None:
     if not isinstance(keys, Tensor) or not keys.is_floating_point():
         what = keys.dtype if isinstance(keys, Tensor) else _what(keys)
-        raise TypeError(f"{name} must be a floating-point tensor of key vectors, not {what}: use torch.as_tensor.")
+        raise ArgumentError(f"{name} must be a floating-point tensor of key vectors, not {what}: use torch.as_tensor.")

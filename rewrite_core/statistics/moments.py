@@ -17,16 +17,26 @@ from typing import overload
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import ops
 from ..adapters.base import Capture
-from ..errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, warn, whole_number
+from ..errors import (
+    ArgumentError,
+    DiagonalShiftWarning,
+    FileFormatError,
+    LatentsWarning,
+    MismatchError,
+    NonFiniteError,
+    RewriteCoreError,
+    warn,
+    whole_number,
+)
 from ..files import is_npz, load_record, save_record, writable_path
 from ..layers.binding import BoundLayer, check_together, run_to
 from ..layers.fingerprints import KIND, Trace, tensor_fingerprint
 from ..layers.latents import check_latents
-from ..ops.spd_solve import DiagonalShiftWarning, SPDFactor, spd_factor
+from ..ops.spd_solve import SPDFactor, spd_factor
+from ..progress import progress_bar
 from .streams import SideStream, held_elsewhere, side_stream
 
 _VERSION = 1
@@ -130,9 +140,11 @@ class SecondMoment:
     def _readable(self, features: Tensor, skip_nonfinite: bool) -> tuple[Tensor, _Keys]:
         """The features as the operation reads them, which takes rows and images."""
         if not isinstance(features, Tensor):
-            raise TypeError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
+            raise ArgumentError(f"Features must be a torch tensor, not {type(features).__name__}; use torch.as_tensor.")
         if features.is_nested:
-            raise TypeError("Features must be a plain tensor, not a nested one; update with its parts, one at a time.")
+            raise ArgumentError(
+                "Features must be a plain tensor, not a nested one; update with its parts, one at a time."
+            )
         if features.ndim < 2 or features.shape[1] != self.channels:
             raise RewriteCoreError(
                 f"This second moment takes features [N, {self.channels}, *map] or [N, {self.channels}], "
@@ -215,7 +227,7 @@ class SecondMoment:
         """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
         if not isinstance(keys, Tensor) or keys.is_nested:
             what = "a nested one" if isinstance(keys, Tensor) else type(keys).__name__
-            raise TypeError(f"Keys must be a plain torch tensor, not {what}; use torch.as_tensor, or torch.stack.")
+            raise ArgumentError(f"Keys must be a plain torch tensor, not {what}; use torch.as_tensor, or torch.stack.")
         rows = torch.atleast_2d(keys).to(torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.channels:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
@@ -250,7 +262,7 @@ class SecondMoment:
         """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
         warns where both were collected from the same latents, whose keys then count twice."""
         if not isinstance(other, SecondMoment):
-            raise TypeError(
+            raise ArgumentError(
                 f"A second moment merges with another, not with {type(other).__name__}; update it with features."
             )
         joined = self._joined([self._facts(), other._facts()])
@@ -308,7 +320,8 @@ class SecondMoment:
         if sum(map(len, known)) > len(set().union(*known)):
             warn(
                 "These second moments were collected from the same latents, whose keys now count twice; "
-                "merge moments of different latents."
+                "merge moments of different latents.",
+                LatentsWarning,
             )
         sets = [part for fact in facts for part in fact["latents"]]
         joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
@@ -435,7 +448,7 @@ def stream_keys(
 ) -> None:
     """Feed the key maps of latents[start:], batch by batch, to `consume(keys, rows done)`, which must raise
     NonFiniteError on NaN or infinity; the batch is then named."""
-    with tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar:
+    with progress_bar(total=len(latents), start=start, label=label, unit="img", show=progress) as bar:
         for first in range(start, len(latents), batch_size):
             batch = latents[first : first + batch_size]
             with _batch_named(layer, first, len(batch), batch_size):
@@ -868,7 +881,7 @@ def collect_second_moment(
     start = min(part.done for part in parts)
     label = f"second moment of {', '.join(one.name for one in layers)}"
     with (
-        tqdm(total=len(latents), initial=start, desc=label, unit="img", disable=None if progress else True) as bar,
+        progress_bar(total=len(latents), start=start, label=label, unit="img", show=progress) as bar,
         ahead,
     ):
         first = start
