@@ -63,7 +63,7 @@ setup(
     packages=find_packages(include=["rewrite_core", "rewrite_core.*"]),
     py_modules=["rewrite_core_command"],
     package_data={
-        "rewrite_core": ["py.typed"],
+        "rewrite_core": ["py.typed", "__init__.pyi"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
         "rewrite_core.demo": ["*.safetensors", "*.json"],
     },

@@ -1,81 +1,36 @@
-"""rewrite_core: change the rules inside a trained image generator by rewriting one layer's weights."""
+"""rewrite_core: change the rules inside a trained image generator by rewriting one layer's weights.
 
-from .backends import explain
-from .layers.binding import BoundLayer, LayerInfo, bind, list_layers
-from .rewrites.change import Rewrite, load_rewrite
-from .edits.directions import context_directions, context_keys, query_key
-from .statistics.quantiles import UnitQuantiles, collect_unit_quantiles
-from .edits.edit import Edit
-from .edits.selection import Selection
-from .errors import (
-    ArgumentError,
-    BackendUnavailable,
-    DiagonalShiftWarning,
-    FileFormatError,
-    LatentsWarning,
-    MaskError,
-    MismatchError,
-    NonFiniteError,
-    RankError,
-    RewriteCoreError,
-    SelectionError,
-    SolverError,
-    UnderdeterminedWarning,
-    UnknownLayerError,
-)
-from .generators.proggan import load_proggan
-from .generators.stylegan2 import load_stylegan2
-from .layers.latents import sample_latents
-from .generators.loading import load_generator
-from .statistics.moments import SecondMoment, collect_second_moment
-from .rewrites.parametrization import LowRankChange
-from .rewrites.rewriting import erase, insert, rewrite, rewrite_many, zero
-from .edits.matches import SearchResult, search
-from .version import __version__
+Each public name is imported when it is first used, so that neither ``import rewrite_core`` nor ``rewrite --help`` waits
+for torch. The names, and the module that each lives in, are written in one place: ``__init__.pyi``.
+"""
 
-__all__ = [
-    "ArgumentError",
-    "BackendUnavailable",
-    "BoundLayer",
-    "DiagonalShiftWarning",
-    "Edit",
-    "FileFormatError",
-    "LatentsWarning",
-    "LayerInfo",
-    "LowRankChange",
-    "MaskError",
-    "MismatchError",
-    "NonFiniteError",
-    "RankError",
-    "Rewrite",
-    "RewriteCoreError",
-    "SearchResult",
-    "SecondMoment",
-    "Selection",
-    "SelectionError",
-    "SolverError",
-    "UnderdeterminedWarning",
-    "UnitQuantiles",
-    "UnknownLayerError",
-    "__version__",
-    "bind",
-    "collect_second_moment",
-    "collect_unit_quantiles",
-    "context_directions",
-    "context_keys",
-    "erase",
-    "explain",
-    "insert",
-    "list_layers",
-    "load_generator",
-    "load_proggan",
-    "load_rewrite",
-    "load_stylegan2",
-    "ops",
-    "query_key",
-    "rewrite",
-    "rewrite_many",
-    "sample_latents",
-    "search",
-    "zero",
-]
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+
+def _homes() -> dict[str, str]:
+    """{public name: the module that has it}, as __init__.pyi says: "." for a module of this package itself."""
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    lines = [line for line in stub.body if isinstance(line, ast.ImportFrom)]
+    return {alias.name: f".{line.module or ''}" for line in lines for alias in line.names}
+
+
+_HOMES = _homes()
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    value = importlib.import_module(f".{name}" if home == "." else home, __name__)
+    if home != ".":
+        value = getattr(value, name)
+    globals()[name] = value  # the next time it is there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
