@@ -52,7 +52,8 @@ class CMakeBuild(build_ext):
                 subprocess.run([str(word) for word in step], check=True)
             except FileNotFoundError:
                 sys.exit(
-                    "rewrite_core needs CMake 3.24 or newer to build: install it, or run `pip install .` with build isolation on."
+                    "rewrite_core needs CMake 3.24 or newer to build: install it, "
+                    "or run `pip install .` with build isolation on."
                 )
             except subprocess.CalledProcessError:
                 sys.exit("rewrite_core's C++ extension did not build: CMake's or the compiler's message is above.")

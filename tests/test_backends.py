@@ -298,7 +298,7 @@ def test_what_is_no_op_refuses_to_be_one():
             change(losses)(torch.zeros(1, *base.shape))
 
 
-@pytest.mark.parametrize("version, fits", [((3, 4), False), ((3, 5), True), ((3, 10), True), (None, True)])
+@pytest.mark.parametrize(("version", "fits"), [((3, 4), False), ((3, 5), True), ((3, 10), True), (None, True)])
 def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, version, fits):
     """ "auto" must not choose it: the failure would come from the compiler, in the middle of an edit."""
     monkeypatch.setattr(backends, "triton_version", lambda: version)

@@ -19,6 +19,8 @@ from rewrite_core.generators.proggan import ProgGAN
 from rewrite_core.generators.stylegan2 import StyleGAN2
 from rewrite_core.solvers.problem import basis_maps, combine
 
+CPU = torch.device("cpu")
+
 
 class DCGAN(nn.Sequential):
     def __init__(self):
@@ -86,7 +88,7 @@ def test_every_convolution_is_listed():
     assert solvers["convs.0.conv"] == "lm" and solvers["to_rgb1.conv"] == "closed_form"
 
 
-@pytest.mark.parametrize("kind, name", CASES)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_value_is_what_the_generator_computes(kind, name):
     generator = make(kind).eval()
     layer = rc.bind(generator, name)
@@ -100,9 +102,9 @@ def test_value_is_what_the_generator_computes(kind, name):
     assert keys.shape[:2] == (3, layer.in_channels) and seen[0].shape[1] == layer.out_channels
 
 
-@pytest.mark.parametrize("kind, name", CASES)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_keys_times_weight_reproduce_the_linear_output(kind, name):
-    """The basis of all I one-hot directions times the weight is the linear output: the operator is linear in the key."""
+    """The basis of all I one-hot directions times the weight is the linear output: linear in the key."""
     layer = rc.bind(make(kind), name)
     keys = layer.keys(latents(2))
     basis = basis_maps(layer, keys, torch.eye(layer.in_channels))
@@ -110,7 +112,7 @@ def test_keys_times_weight_reproduce_the_linear_output(kind, name):
     assert relative(product, layer.linear(keys, layer.weight)) < 1e-5
 
 
-@pytest.mark.parametrize("kind, name", CASES)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     generator = make(kind).eval()
     layer = rc.bind(generator, name)
@@ -213,7 +215,7 @@ def test_forward_callable():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2", "convs.2.conv")]
+    ("kind", "name"), [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv"), ("stylegan2", "convs.2.conv")]
 )
 def test_other_precisions(kind, name, dtype):
     generator = make(kind).to(dtype).eval()
@@ -238,7 +240,7 @@ def test_channels_last_generators():
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [
         ("layer5.cnv", "layer5.conv"),
         ("Layer5.conv", "layer5.conv"),
@@ -318,7 +320,7 @@ def test_latents_that_are_no_tensor_are_told_so():
 # --- weights that are not used as stored, and classes of other people -------------------------------------
 
 
-@pytest.mark.parametrize("kind, name", [("stylegan2", "convs.1"), ("proggan", "layer5"), ("dcgan", "4")])
+@pytest.mark.parametrize(("kind", "name"), [("stylegan2", "convs.1"), ("proggan", "layer5"), ("dcgan", "4")])
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.spectral_norm])
 def test_a_computed_weight_is_what_the_generator_uses(kind, name, wrap):
     generator = make(kind).eval()
@@ -461,7 +463,7 @@ def test_latents_are_as_the_first_weight_wants_them():
     assert rc.list_layers(nn.Identity(), maps()) == []
 
 
-@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.0.conv"), ("dcgan", "4")])
+@pytest.mark.parametrize(("kind", "name"), [("proggan", "layer5.conv"), ("stylegan2", "convs.0.conv"), ("dcgan", "4")])
 def test_values_where_forward_uses_autocast(kind, name):
     generator = make(kind).eval()
 
@@ -566,7 +568,7 @@ def test_the_fingerprint_sees_settings():
 class Configured(nn.Module):
     """Has settings of many kinds, and counts and caches as it runs."""
 
-    def __init__(self, power=1, pair=(1, (2.0, "a")), *, mode="plus", device=torch.device("cpu"), at="cuda:0"):
+    def __init__(self, power=1, pair=(1, (2.0, "a")), *, mode="plus", device=CPU, at="cuda:0"):
         super().__init__()
         self.power, self.pair, self.mode, self.device, self.at = power, pair, mode, device, at
         self.calls, self.grid, self.side, self.seen = 0, None, 0, None
@@ -732,9 +734,9 @@ def edited(generator, name, z, forward=None):
 
 
 @pytest.mark.parametrize(
-    "wrap, prefix", [(nn.DataParallel, "module."), (lambda g: torch.compile(g, backend="eager"), "_orig_mod.")]
+    ("wrap", "prefix"), [(nn.DataParallel, "module."), (lambda g: torch.compile(g, backend="eager"), "_orig_mod.")]
 )
-@pytest.mark.parametrize("kind, name", [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv")])
+@pytest.mark.parametrize(("kind", "name"), [("proggan", "layer5.conv"), ("stylegan2", "convs.1.conv")])
 def test_wrapped_generators(kind, name, wrap, prefix):
     inside, z = make(kind).eval(), latents()
     generator = wrap(inside)
@@ -761,20 +763,20 @@ def test_a_generator_that_was_compiled_in_place():
     generator.layer5.compile(backend="eager")
     with torch.no_grad():
         before = generator(z)
-    layer, change = edited(generator, "layer5.conv", z)
+    _layer, change = edited(generator, "layer5.conv", z)
     with change, torch.no_grad():
         assert not torch.allclose(generator(z), before, atol=1e-3)
     with torch.no_grad():
         assert torch.equal(generator(z), before)
 
 
-@pytest.mark.parametrize("name, prefix", [("layer5.conv", "")])
+@pytest.mark.parametrize(("name", "prefix"), [("layer5.conv", "")])
 def test_a_compiled_part(name, prefix):
     generator, z = make("proggan").eval(), latents()
     generator.layer5 = torch.compile(generator.layer5, backend="eager")
     with torch.no_grad():
         before = generator(z)
-    layer, change = edited(generator, "layer5._orig_mod.conv", z)
+    _layer, change = edited(generator, "layer5._orig_mod.conv", z)
     with change, torch.no_grad():
         assert not torch.allclose(generator(z), before, atol=1e-3)
     with torch.no_grad():
@@ -814,9 +816,9 @@ def test_channels_last_generators_are_edited_in_their_format():
 def test_opaque_generators_are_refused_with_advice():
     generator = make("dcgan").eval()
     for opaque in (torch.jit.trace(generator, latents(2)), torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1)))):
-        for call in (lambda: rc.bind(opaque, "1"), lambda: rc.list_layers(opaque, latents(2))):
+        for call, argument in ((rc.bind, "1"), (rc.list_layers, latents(2))):
             with pytest.raises(rc.RewriteCoreError, match="bind the module that it was made from"):
-                call()
+                call(opaque, argument)
     partly = nn.Sequential(nn.Conv2d(5, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 3, 1))))
     with pytest.raises(rc.UnknownLayerError, match="Layer '1.0' is scripted.*did you mean '0'"):
         rc.bind(partly, "1.0")

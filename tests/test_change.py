@@ -11,6 +11,8 @@ from conftest import same_bits, square, state_bits
 
 import rewrite_core as rc
 from rewrite_core.files import save_record
+from rewrite_core.generators.proggan import ProgGAN
+from rewrite_core.rewrites import change as change_module
 
 
 @pytest.fixture
@@ -316,8 +318,8 @@ def test_a_change_that_overflows_is_refused(generator, layer, changes):
 
 def test_applying_costs_the_same_however_many_are_on(monkeypatch, generator, layer, changes):
     before, one, calls = state_bits(generator), changes[0], []
-    combine = rc.change.combine
-    monkeypatch.setattr(rc.change, "combine", lambda *args: calls.append(args) or combine(*args))
+    combine = change_module.combine
+    monkeypatch.setattr(change_module, "combine", lambda *args: calls.append(args) or combine(*args))
     many = [
         rc.Rewrite(one.layer, one.directions, one.coefficients * 0.1 * i, one.fitted_to, "lm") for i in range(1, 13)
     ]
@@ -361,7 +363,7 @@ def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
     with pytest.raises(rc.UnknownLayerError):
         rc.load_rewrite(path).apply(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
     with pytest.raises(rc.MismatchError, match="shape"):
-        rc.load_rewrite(path).apply(rc.families.ProgGAN([8, 8, 8, 8]))
+        rc.load_rewrite(path).apply(ProgGAN([8, 8, 8, 8]))
 
 
 def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):

@@ -116,7 +116,7 @@ def test_every_option_has_help():
 
 
 @pytest.mark.parametrize(
-    "images, words",
+    ("images", "words"),
     [("0-9999999999", "10000 pictures"), ("99999999999999", "1000000 latents"), ("5-3", "names no picture")],
 )
 def test_pictures_that_cannot_be(images, words, tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
     moment.check(rc.bind(user_generator, "3"), rc.sample_latents(6, 40))  # the checkpoint was loaded
     for i, extra in enumerate(([], ["--erase", 2], ["--zero"], ["--solver", "projected", "--steps", 20])):
         rule = f"rule{i}.safetensors"
-        code, out, err = run(
+        code, _out, err = run(
             capsys,
             "edit",
             "e.json",
@@ -439,7 +439,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("arguments, words", BAD, ids=[" ".join(a[:4]) + "..." + w for a, w in BAD])
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a[:4]) + "..." + w for a, w in BAD])
 def test_bad_input_is_one_sentence_and_a_status(tmp_path, capsys, user_generator, arguments, words):
     rc.Edit(copy=rc.Selection(0, square()), paste=rc.Selection(1, square())).save("e.json")
     rc.Edit(paste=rc.Selection(1, square())).save("q.json")
@@ -450,7 +450,7 @@ def test_bad_input_is_one_sentence_and_a_status(tmp_path, capsys, user_generator
     (tmp_path / "taken" / "report.json").mkdir(parents=True)
     os.mkfifo(tmp_path / "pipe")
     before = sorted(os.listdir(tmp_path))
-    code, out, err = run(capsys, *arguments, "--quiet")
+    code, _out, err = run(capsys, *arguments, "--quiet")
     assert code == 2 and words in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     after = [name for name in sorted(os.listdir(tmp_path)) if name != "__pycache__"]
@@ -671,7 +671,7 @@ def test_a_pickled_networks_code_is_found_beside_it(capsys, tmp_path, monkeypatc
     torch.save(importlib.import_module("beside").Net(6, 3, 4), tmp_path / "net.pt")
     monkeypatch.setattr(sys, "path", sys.path[1:])
     monkeypatch.delitem(sys.modules, "beside")
-    code, out, err = run(capsys, "layers", "--allow-pickle", "--checkpoint", "net.pt", "--latent-size", "6x1x1")
+    code, _out, err = run(capsys, "layers", "--allow-pickle", "--checkpoint", "net.pt", "--latent-size", "6x1x1")
     assert code == 0, err
     monkeypatch.delitem(sys.modules, "beside")
 

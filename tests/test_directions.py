@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.edits.directions import _top_right_vectors, rank_units
+from rewrite_core.edits.directions import METHODS, _top_right_vectors, rank_units
 
 
 def subspace_cosine(a, b):
@@ -30,7 +30,7 @@ def context(latents, edit):
     return rc.context_keys(layer, edit.keys, latents)
 
 
-@pytest.mark.parametrize("name, method, rank", CASES)
+@pytest.mark.parametrize(("name", "method", "rank"), CASES)
 def test_golden_directions_given_the_same_second_moment(golden, golden_moment, context, name, method, rank):
     directions = rc.context_directions(golden_moment, *context, rank=rank, method=method)
     assert directions.shape == (rank, 64) and directions.dtype == torch.float64
@@ -39,7 +39,7 @@ def test_golden_directions_given_the_same_second_moment(golden, golden_moment, c
     assert ((directions * golden[name]).sum(1) > 0.9999).all()
 
 
-@pytest.mark.parametrize("name, method, rank", [case for case in CASES if case[1] != "svd"])
+@pytest.mark.parametrize(("name", "method", "rank"), [case for case in CASES if case[1] != "svd"])
 def test_golden_directions_from_collection(golden, moment, context, name, method, rank):
     directions = rc.context_directions(moment, *context, rank=rank, method=method)
     assert subspace_cosine(directions, golden[name]) > 0.9999
@@ -220,7 +220,7 @@ def test_ten_singular_second_moments(kind, method):
 
 
 @pytest.mark.parametrize(
-    "arguments, error, words",
+    ("arguments", "error", "words"),
     [
         ({"rank": 65}, rc.RankError, "64 channels"),
         ({"rank": 0}, rc.RankError, "from 1"),
@@ -267,9 +267,7 @@ def test_another_default_device(moment, layer, edit, latents):
 
     def directions():
         quantiles = rc.collect_unit_quantiles(layer, latents[:20])
-        return [
-            rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in rc.directions.METHODS
-        ]
+        return [rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in METHODS]
 
     plain = directions()
     with torch.device("meta"):

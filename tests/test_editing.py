@@ -55,10 +55,10 @@ def test_every_variant_of_the_json_is_read_and_written(tmp_path, fields):
         assert edit.keys == [edit.paste]
     else:
         with pytest.raises(rc.SelectionError, match="no context"):
-            edit.keys
+            _ = edit.keys
 
 
-@pytest.mark.parametrize("mode, channels", [("L", None), ("RGB", 3), ("RGBA", 4), ("1", None)])
+@pytest.mark.parametrize(("mode", "channels"), [("L", None), ("RGB", 3), ("RGBA", 4), ("1", None)])
 def test_png_modes(mode, channels):
     image = Image.fromarray((box() * 255).astype(np.uint8)).convert(mode)
     buffer = io.BytesIO()
@@ -94,7 +94,7 @@ def test_masks_survive_the_json_to_the_bit():
 
 
 @pytest.mark.parametrize(
-    "mask, words",
+    ("mask", "words"),
     [
         (np.zeros((8, 8)), "empty"),
         (np.full((8, 8), 1e-4), "empty"),
@@ -136,7 +136,7 @@ def _golden_text():
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    ("text", "words"),
     [
         ("", "Not JSON"),
         (_golden_text()[:300], "Not JSON"),

@@ -42,7 +42,7 @@ def changed(kind, name, **options):
     return generator, layer, change, z
 
 
-@pytest.mark.parametrize("kind, name", PLACES)
+@pytest.mark.parametrize(("kind", "name"), PLACES)
 def test_the_state_dict_has_the_change_and_plain_names(kind, name):
     generator, layer, change, z = changed(kind, name)
     before = copy.deepcopy(generator.state_dict())
@@ -64,7 +64,7 @@ def test_the_state_dict_has_the_change_and_plain_names(kind, name):
 
 
 def test_a_state_dict_of_a_loaded_change_needs_a_generator():
-    generator, layer, change, z = changed("proggan", "layer5.conv")
+    generator, _layer, change, _z = changed("proggan", "layer5.conv")
     loose = copy.copy(change)
     with pytest.raises(rc.MismatchError, match="name the generator"):
         loose.state_dict()
@@ -82,10 +82,10 @@ class Noted(nn.Sequential):
 
 
 @pytest.mark.parametrize(
-    "kind, name, part", [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")]
+    ("kind", "name", "part"), [("proggan", "layer5.conv", "layer5"), ("stylegan2", "convs.1.conv", "convs.1")]
 )
 def test_a_state_dict_with_a_compiled_part_and_extra_state(kind, name, part):
-    generator, layer, change, z = changed(kind, name)
+    generator, _layer, change, z = changed(kind, name)
     names = [info.name for info in rc.list_layers(generator, z)]
     plain = change.state_dict()
     before, _, last = part.rpartition(".")
@@ -98,7 +98,7 @@ def test_a_state_dict_with_a_compiled_part_and_extra_state(kind, name, part):
         assert len(rc.list_layers(generator, z)) == len(names)
 
 
-@pytest.mark.parametrize("kind, name", PLACES)
+@pytest.mark.parametrize(("kind", "name"), PLACES)
 def test_a_parametrization_is_switched_on_and_off(kind, name):
     generator, layer, change, z = changed(kind, name)
     generator.eval()
@@ -131,7 +131,7 @@ def test_a_parametrization_is_switched_on_and_off(kind, name):
 
 
 def test_two_parametrizations_and_torch_s_own_removal():
-    generator, layer, change, z = changed("proggan", "layer5.conv")
+    _generator, layer, change, _z = changed("proggan", "layer5.conv")
     weight = layer.parameter.detach().clone()
     first, second = change.parametrize(), change.parametrize(force=True)
     assert torch.allclose(layer.weight, weight + 2 * change.weight_delta(), atol=1e-6)
@@ -161,7 +161,7 @@ def test_a_deep_copy_is_switched_and_removed_by_itself(original_first):
 
 def test_a_parametrized_layer_is_rewritten_further():
     """apply() over a parametrization folds what both make of the weight, and reverting leaves the parametrization."""
-    generator, layer, change, z = changed("proggan", "layer5.conv")
+    _generator, layer, change, z = changed("proggan", "layer5.conv")
     switch = change.parametrize()
     weight = layer.weight.clone()
     moment = rc.collect_second_moment(layer, z, progress=False)
@@ -189,11 +189,12 @@ def test_a_parametrization_over_an_applied_change():
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")]
+    ("kind", "name"),
+    [("language", "fc2"), ("grid", "second"), ("dcgan", "7"), ("sequence", "conv"), ("volume", "conv")],
 )
 def test_lora_factors(kind, name):
-    """The factors as modules: the layer's own kind of operation to R channels, then one by one, is what the change adds."""
-    generator, layer, change, z = changed(kind, name, rank=2)
+    """The factors as modules (the layer's own operation to R channels, then one by one) are what the change adds."""
+    _generator, layer, change, z = changed(kind, name, rank=2)
     a, b = change.lora()
     assert torch.allclose(torch.einsum("or,ri...->oi...", b.flatten(1), a), change.weight_delta(), atol=1e-6)
     keys = layer.keys(z[:2])
@@ -205,7 +206,7 @@ def test_lora_factors(kind, name):
 
 
 def test_lora_of_a_linear_layer_as_its_users_write_it():
-    generator, layer, change, z = changed("language", "fc2", rank=3)
+    _generator, layer, change, _z = changed("language", "fc2", rank=3)
     a, b = change.lora()
     assert a.shape == (3, 24) and b.shape == (12, 3)
     x, linear = torch.randn(5, 24), layer.module
@@ -223,7 +224,7 @@ def test_lora_of_a_grouped_layer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, name",
+    ("kind", "name"),
     [
         ("proggan", "layer5.conv"),
         ("stylegan2", "convs.1.conv"),
@@ -234,7 +235,7 @@ def test_lora_of_a_grouped_layer_is_refused(tmp_path):
 )
 @pytest.mark.parametrize("how", ["apply", "parametrize"])
 def test_an_edited_generator_goes_through_torch_export(kind, name, how):
-    generator, layer, change, z = changed(kind, name)
+    generator, _layer, change, z = changed(kind, name)
     if (kind, how) == ("biggan_method", "parametrize"):
         pytest.skip("refused, see above")
     generator.eval()
@@ -254,8 +255,8 @@ def test_a_parametrization_under_an_applied_change_stays():
     before = state_bits(generator)
     switch = change.parametrize()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    with rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd"):
-        with pytest.raises(rc.MismatchError, match="revert that first"):
-            switch.remove()
+    second = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd")
+    with second, pytest.raises(rc.MismatchError, match="revert that first"):
+        switch.remove()
     switch.remove()
     assert same_bits(before, state_bits(generator))

@@ -196,7 +196,7 @@ def test_directions_within_groups_are_those_of_each_group():
     layer = rc.bind(generator, "conv")
     moment = rc.collect_second_moment(layer, z, progress=False)
     mask = torch.ones(4, 4)
-    rows, weights = rc.context_keys(layer, [rc.Selection(2, mask)], z)
+    rows, _weights = rc.context_keys(layer, [rc.Selection(2, mask)], z)
     both = moment.within_groups(2)
     for half in (slice(0, 4), slice(4, 8)):
         alone = rc.SecondMoment(4)
@@ -298,7 +298,7 @@ def test_an_output_size_is_the_layers_own_or_refused(size):
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")]
+    ("kind", "name"), [("sequence", "conv"), ("volume", "conv"), ("volume", "twice"), ("grid", "second")]
 )
 def test_tight_edits_of_other_dimensions(kind, name):
     """A tight region is what it is on the whole map with zeros outside."""
@@ -364,7 +364,7 @@ def test_more_maps_than_latents_are_not_taken_apart():
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("sequence", "conv"), ("volume", "conv"), ("grouped", "conv"), ("grid", "second")]
+    ("kind", "name"), [("sequence", "conv"), ("volume", "conv"), ("grouped", "conv"), ("grid", "second")]
 )
 def test_every_method_and_erasure(kind, name):
     generator, z = make(kind).eval(), rc.sample_latents(12, 64)

@@ -50,7 +50,7 @@ class Modulated(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, outputs, inputs, 3, 3))
 
     def forward(self, x, style):
-        batch, channels, *size = x.shape
+        batch, _channels, *size = x.shape
         weights = self.weight * (style[:, None, :, None, None] + 1)
         weights = weights * torch.rsqrt(weights.square().sum((2, 3, 4), keepdim=True) + 1e-8)
         out = F.conv2d(x.reshape(1, -1, *size), weights.flatten(0, 1), padding=1, groups=batch)
@@ -161,7 +161,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "give, more, words",
+    ("give", "more", "words"),
     [
         (lambda x: (x, x), (), "puts out tuple"),
         (lambda x: x[:, :2], (), r"puts out \[2, 2\]"),

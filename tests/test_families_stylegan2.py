@@ -1,4 +1,4 @@
-"""StyleGAN2 with a module that has a 5-D weight and one grouped convolution for all images. See ``test_families.py``."""
+"""StyleGAN2 with a module that has a 5-D weight and one grouped convolution for all images (see test_families.py)."""
 
 import math
 

@@ -48,7 +48,8 @@ def on_gpu(problem, config=None):
     return [part.cpu() for part in kernels.fit_low_rank(to(problem, "cuda"), config)]
 
 
-# The kernel is compiled anew for every mode: it takes part where a mode, a size or hostile data is its own. It has no segments.
+# The kernel is compiled anew for every mode: it takes part where a mode, a size or hostile data is its own.
+# It has no segments.
 ON_GPU_TOO = pytest.mark.parametrize("fit", [*CPU, pytest.param("triton", marks=ON_GPU)], indirect=True)
 
 
@@ -103,7 +104,7 @@ def stylegan2_problem(kind):
         get["style"][0],
         get["directions"],
     )
-    out, inner, taps, _ = weight.shape
+    _out, inner, taps, _ = weight.shape
     scale = 1 / math.sqrt(inner * taps * taps)
     line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
     blur = torch.outer(line, line) / 64 * 4
@@ -525,7 +526,9 @@ def shared_losses(x, parts, loss="l1"):
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("slope", [1.0, 0.2])
-@pytest.mark.parametrize("rank, sizes", [(1, ((9, 9), (9, 9))), (2, ((6, 6), (4, 5), (5, 5))), (4, ((3, 3), (4, 4)))])
+@pytest.mark.parametrize(
+    ("rank", "sizes"), [(1, ((9, 9), (9, 9))), (2, ((6, 6), (4, 5), (5, 5))), (4, ((3, 3), (4, 4)))]
+)
 def test_segments_have_their_own_demodulation(fit, rank, sizes, slope, loss):
     problem, parts = segmented_problem(3, rank, sizes, slope=slope)
     result = fit(**problem, loss=loss)
@@ -956,7 +959,7 @@ def test_custom_op_contract():
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         ({"target": torch.zeros(1, 1, 1)}, "target has the wrong"),
         ({"basis": torch.zeros(1, 9, 99)}, "base has the wrong"),
@@ -987,7 +990,7 @@ SEGMENTED = {
 
 
 @pytest.mark.parametrize(
-    "change, error, words",
+    ("change", "error", "words"),
     [
         ({"basis": [1.0]}, TypeError, "basis must be a torch tensor"),
         ({"base": [1.0]}, TypeError, "base must be a torch tensor, not list"),
@@ -1102,8 +1105,9 @@ for loss in ("l1", "l2"):  # every mode; tiles and blocks that are not whole
     agree(t.random_problem(6, 3, (4, 4)), loss=loss, max_iterations=3)  # over pixels, one block of them
     agree(t.random_problem(7, 4, (5, 5), demodulated=False), channels=1, loss=loss, max_iterations=3)  # and two
     agree(t.random_problem(8, 1, (13, 12)), channels=1, loss=loss, max_iterations=3)  # two tiles
-    agree(t.random_problem(11, 4, (7, 6), channels=3), channels=1, loss=loss, max_iterations=3)  # two blocks of unknowns
-    agree({name: t.random_problem(5, 1, (1, 1), False)[name] for name in ("basis", "base", "target")}, loss=loss, gain=2.0)
+    agree(t.random_problem(11, 4, (7, 6), channels=3), channels=1, loss=loss, max_iterations=3)  # two blocks
+    one_pixel = t.random_problem(5, 1, (1, 1), False)
+    agree({name: one_pixel[name] for name in ("basis", "base", "target")}, loss=loss, gain=2.0)
 agree(t.linear_problem(unknowns=70, pixels=90), loss="l2")
 for config in kernels.CANDIDATES:
     for rank, size in ((2, (4, 3)), (3, (6, 6))):
@@ -1301,7 +1305,7 @@ def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize(
-    "name, dtype",
+    ("name", "dtype"),
     [
         *((name, torch.float32) for name in AGREEMENT),
         *((name, torch.float64) for name in ("proggan-3", "demodulated", "over pixels")),  # a compilation each
@@ -1327,7 +1331,7 @@ def test_gpu_agrees_with_cpu(name, dtype, loss):
 
 
 @needs_gpu
-@pytest.mark.parametrize("rank, size", [(1, (3, 5)), (2, (4, 3)), (3, (9, 9))], ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(1, (3, 5)), (2, (4, 3)), (3, (9, 9))], ids=str)
 def test_gpu_small(rank, size):
     """For compute-sanitizer too: every configuration, few steps."""
     from rewrite_core.kernels import fit_low_rank as kernels
@@ -1339,7 +1343,7 @@ def test_gpu_small(rank, size):
 
 
 @needs_gpu
-@pytest.mark.parametrize("rank, size", [(64, (12, 12)), (64, (4, 4)), (32, (20, 20)), (1, (64, 64))], ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(64, (12, 12)), (64, (4, 4)), (32, (20, 20)), (1, (64, 64))], ids=str)
 def test_gpu_large(rank, size):
     problem = random_problem(13, rank, size, channels=4)
     ours, theirs = (run(which, **problem, max_iterations=4) for which in (on_gpu, ops._reference))

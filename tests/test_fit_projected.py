@@ -87,7 +87,7 @@ def test_steps_of_autograd(sizes, loss, demodulated):
 
 
 @pytest.mark.parametrize("demodulated", [False, True])
-@pytest.mark.parametrize("every, steps", [(10, 1), (10, 11), (1, 7), (5, 12)])
+@pytest.mark.parametrize(("every", "steps"), [(10, 1), (10, 11), (1, 7), (5, 12)])
 def test_projected_gradient_and_rhythm(every, steps, demodulated):
     arguments, options = make(demodulated=demodulated)
     options |= {"steps": steps, "project_every": every}
@@ -226,7 +226,7 @@ def test_transformed_maps_multiply_as_the_convolution_does(tile):
 
 
 @pytest.mark.parametrize(
-    "change, error, words",
+    ("change", "error", "words"),
     [
         ({"operator": torch.ones(3, 3, 5, 5)}, rc.RewriteCoreError, "kh, kw"),
         ({"operator": torch.ones(4, 3, 3, 5, 5, dtype=torch.int64)}, TypeError, "float32"),
@@ -333,8 +333,9 @@ operator, base, target = (part.clone() for part in arguments)
 operator[3], base[4] = 0, 0
 weight = weight.clone()
 weight[:, 3], weight[4] = 0, 0
+options_double = {name: t.double(part) for name, part in options.items()}
 agree((operator.double(), base.double(), target.double()),
-      {name: t.double(part) for name, part in options.items()} | {"demodulation": (weight.double(), style.double(), eps)}, 1e-2)
+      options_double | {"demodulation": (weight.double(), style.double(), eps)}, 1e-2)
 target[2, 2, 3] = torch.nan
 assert run(operator, base, target, **options).losses.isnan().all()
 none = run(torch.randn(4, 3, 3, 5, 5), torch.empty(0, 5, 5), torch.empty(0, 5, 5), directions=torch.eye(4)[:1], steps=2)
@@ -363,8 +364,8 @@ def problem_of(*arguments, **options):
 
 @needs_triton_interpreter
 def test_triton_interpreted(tmp_path):
-    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel. The interpreter multiplies
-    in float32, where a GPU takes three TF32 products."""
+    """In a process of its own: TRITON_INTERPRET must be set before Triton decorates the kernel.
+    The interpreter multiplies in float32, where a GPU takes three TF32 products."""
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, os.path.dirname(os.path.abspath(__file__))],
         cwd=tmp_path,  # away from the source tree, which would be imported in place of the installed package
@@ -378,7 +379,7 @@ def test_triton_interpreted(tmp_path):
 
 @needs_triton
 def test_all_threads_have_read_a_change_before_one_writes_it():
-    """128 numbers of a tile on 256 threads: each is held twice, and a late thread must not read what the other wrote."""
+    """128 numbers of a tile on 256 threads: each is held twice. A late thread must not read what the other wrote."""
     from rewrite_core.kernels import fit_projected as kernels
 
     source = Path(kernels.__file__).read_text()
@@ -513,7 +514,9 @@ def test_gpu_small(channels):
         agree(
             arguments,
             options,
-            run=lambda *a, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](*(p.cpu() for p in ours)),
+            run=lambda *a, ours=ours, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](
+                *(p.cpu() for p in ours)
+            ),
         )
 
 

@@ -248,7 +248,9 @@ def test_one_case_that_fails_does_not_end_the_others(capsys):
     assert "It is wrong here." in said and "broken: RuntimeError" in said and "Traceback" in said
 
 
-@pytest.mark.parametrize("failed, measured, status", [(set(), 3, 0), (set(), 0, 1), ({"test_fit_low_rank.py"}, 3, 1)])
+@pytest.mark.parametrize(
+    ("failed", "measured", "status"), [(set(), 3, 0), (set(), 0, 1), ({"test_fit_low_rank.py"}, 3, 1)]
+)
 def test_what_fails_is_not_timed(tmp_path, monkeypatch, capsys, failed, measured, status):
     given = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -402,7 +402,7 @@ def test_wrong_shapes(shape):
 
 
 @pytest.mark.parametrize(
-    "features, words",
+    ("features", "words"),
     [
         ([[1.0, 2.0, 3.0]], "torch tensor, not list"),
         (np.ones((2, 3)), "torch tensor, not ndarray"),
@@ -507,7 +507,7 @@ def test_truncated_and_foreign_files(tmp_path, moment):
 
 
 @pytest.mark.parametrize(
-    "metadata, words",
+    ("metadata", "words"),
     [
         (["count"], "no JSON object but a list"),
         ({"count": True}, "no finite sum with its count"),
@@ -721,11 +721,11 @@ def test_checkpoints_that_are_done_or_of_something_else(tmp_path, generator, lat
     with torch.no_grad():
         generator.layer1.conv.weight.copy_(rc.load_proggan(DATA / "proggan_state.npz").layer1.conv.weight)
     saved, _, state = rc.SecondMoment._load(path)
-    for progress, state in (
+    for progress, other in (
         ({"done": 41, "batch_size": 4}, state),
         ({"done": 20, "batch_size": 4}, {"keys": keys.double()}),
     ):
-        saved._save(path, progress, state)
+        saved._save(path, progress, other)
         with pytest.raises(rc.FileFormatError):
             collect(bad, keys=keys)
 

@@ -1,4 +1,4 @@
-"""Collection on a real GPU (make gpu-check). What needs none, the order of its two streams above all, is in test_streams.py."""
+"""Collection on a real GPU (make gpu-check). What needs none, such as its two streams' order: test_streams.py."""
 
 import contextlib
 import functools

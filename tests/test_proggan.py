@@ -88,7 +88,7 @@ def without(key):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (without("layer1.conv.weight"), "'layer1.conv.weight' is missing"),
         (without("layer3.conv.weight"), "'layer3.conv.weight' is missing"),

@@ -8,8 +8,10 @@ from conftest import DATA, read_npz, same_bits, square, state_bits
 
 import rewrite_core as rc
 from rewrite_core.adapters.base import Capture
+from rewrite_core.edits import goals
+from rewrite_core.rewrites import rewriting
 from rewrite_core.solvers.lm import solve_lm
-from rewrite_core.solvers.problem import Problem, combine
+from rewrite_core.solvers.problem import Problem, basis_maps, combine, generic_second_moment
 from rewrite_core.solvers.stepwise import solve_adam, solve_projected
 
 STEPS = {"solver": "projected", "steps": 201}
@@ -29,7 +31,7 @@ def curve_error(change, curve):
 
 
 @pytest.mark.parametrize(
-    "name, make, options",
+    ("name", "make", "options"),
     [
         ("projected_rank1", rc.rewrite, STEPS),
         ("projected_rank3", rc.rewrite, STEPS | {"rank": 3}),
@@ -44,7 +46,7 @@ def test_golden_curves(golden, golden_moment, layer, edit, latents, name, make, 
     assert relative(layer.weight + change.weight_delta(), golden[f"{name}_weight"]) < 0.02
 
 
-@pytest.mark.parametrize("name, options", [("projected_rank1", {}), ("projected_rank3", {"rank": 3})])
+@pytest.mark.parametrize(("name", "options"), [("projected_rank1", {}), ("projected_rank3", {"rank": 3})])
 def test_golden_curves_from_collection(golden, moment, layer, edit, latents, name, options):
     change = rc.rewrite(layer, moment, edit, latents, **STEPS, **options)
     assert curve_error(change, golden[f"{name}_loss"]) < 0.02
@@ -52,7 +54,7 @@ def test_golden_curves_from_collection(golden, moment, layer, edit, latents, nam
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    ("name", "options"),
     [("nontight_rank1", STEPS | {"tight": False}), ("unconstrained", {"solver": "unconstrained", "steps": 201})],
 )
 def test_golden_chaotic_curves(golden, golden_moment, layer, edit, latents, name, options):
@@ -99,9 +101,9 @@ class _StyledLayer:
         self.problem = Problem(self.layer, capture, goal, data["directions"])
 
 
-# measured: at most 0.24 % ("same") and 2.3 % ("up", on 2 of 201 steps; the reference's own sequence of operations, run on
-# this CPU, is off by 2.5 % there)
-@pytest.mark.parametrize("kind, tolerance", [("same", 0.02), ("up", 0.035)])
+# measured: at most 0.24 % ("same") and 2.3 % ("up", on 2 of 201 steps; the reference's own sequence of operations, run
+# on this CPU, is off by 2.5 % there)
+@pytest.mark.parametrize(("kind", "tolerance"), [("same", 0.02), ("up", 0.035)])
 def test_golden_stylegan2(kind, tolerance):
     styled = _StyledLayer(kind)
     data = styled.data
@@ -156,7 +158,7 @@ def test_the_change_has_rank_r_and_rows_in_the_span(moment, layer, edit, latents
 
 def test_weights_become_what_the_solver_predicted(moment, layer, edit, latents):
     change = rc.rewrite(layer, moment, edit, latents, tight=False)
-    (goal,) = rc.goals.paste_goals(layer, edit, latents, tight=False)
+    (goal,) = goals.paste_goals(layer, edit, latents, tight=False)
     with change:
         value = layer.values(latents[edit.paste.index][None])
     assert (value - goal.target).abs().mean().item() == pytest.approx(change.final_loss, rel=1e-5)
@@ -165,7 +167,7 @@ def test_weights_become_what_the_solver_predicted(moment, layer, edit, latents):
 def test_closed_form_is_the_least_squares_optimum(moment, layer, edit, latents):
     change = rc.rewrite(layer, moment, edit, latents, loss="l2", rank=2)
     assert change.solver == "closed_form"
-    (goal,) = rc.goals.paste_goals(layer, edit, latents)
+    (goal,) = goals.paste_goals(layer, edit, latents)
     problem = Problem(layer, goal.capture, goal.target, change.directions, "l2")
     coefficients = change.coefficients.clone().requires_grad_(True)
     with torch.enable_grad():
@@ -201,8 +203,8 @@ def test_preserve_is_exact_for_one_by_one_layers(latents):
     layer = rc.bind(generator, "1", forward=lambda g, z: g(z[:, :, None, None].expand(-1, -1, 3, 3)))
     moment = rc.collect_second_moment(layer, latents, progress=False)
     directions = torch.linalg.qr(torch.randn(32, 2))[0].T
-    exact = rc.solvers.generic_second_moment(layer, directions, latents, moment.matrix())
-    basis = rc.solvers.basis_maps(layer, layer.keys(latents), directions)
+    exact = generic_second_moment(layer, directions, latents, moment.matrix())
+    basis = basis_maps(layer, layer.keys(latents), directions)
     rows = basis.double().movedim(1, -1).reshape(-1, 2)
     assert torch.allclose(exact, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-7)
 
@@ -220,7 +222,7 @@ def test_many_edits_equal_one_by_one(moment, layer, edit, latents):
 def test_the_callers_modes_change_nothing(generator, moment, layer, edit, latents, solver):
     def changes():
         made = rc.rewrite(layer, moment, edit, latents, solver=solver, steps=5), rc.zero(layer, moment, edit, latents)
-        return made + (rc.erase(layer, moment, edit, latents, units=8, solver=solver, steps=5),)
+        return (*made, rc.erase(layer, moment, edit, latents, units=8, solver=solver, steps=5))
 
     usual = changes()
     with torch.inference_mode():
@@ -307,8 +309,8 @@ def test_a_key_made_in_inference_mode(solver):
 
 def test_many_edits_need_one_pass_over_the_units(monkeypatch, moment, layer, edit, latents):
     calls = []
-    collect = rc.rewriting.collect_unit_quantiles
-    monkeypatch.setattr(rc.rewriting, "collect_unit_quantiles", lambda *a, **k: calls.append(a) or collect(*a, **k))
+    collect = rewriting.collect_unit_quantiles
+    monkeypatch.setattr(rewriting, "collect_unit_quantiles", lambda *a, **k: calls.append(a) or collect(*a, **k))
     many = rc.rewrite_many(layer, moment, [edit] * 3, latents, method="units")
     assert len(calls) == 1 and len(many) == 3
 
@@ -351,7 +353,7 @@ def _square_edit(layer, z, top, side=1):
 
 
 @pytest.mark.parametrize(
-    "conv, side, top",
+    ("conv", "side", "top"),
     [
         (torch.nn.Conv2d(8, 6, 3, stride=2, padding=1), 7, 3),  # map sizes that do not divide: 7 and 4
         (torch.nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1), 4, 5),  # 4 and 7
@@ -376,7 +378,7 @@ def test_layers_that_cannot_be_cropped_say_so(conv, side, top):
 
 
 @pytest.mark.parametrize(
-    "conv, side, box, key",
+    ("conv", "side", "box", "key"),
     [
         (torch.nn.Conv2d(8, 6, 3, padding=1), 8, (3, 3, 4, 4), (1, 1)),
         (torch.nn.Conv2d(8, 6, 3, padding=2, dilation=2), 8, (3, 3, 4, 4), (1, 1)),
@@ -389,11 +391,11 @@ def test_layers_that_cannot_be_cropped_say_so(conv, side, top):
 def test_crops_are_the_map_with_zeros_around_them(conv, side, box, key):
     layer, moment, z = _one_layer(conv, side)
     edit = _square_edit(layer, z, 3)
-    (goal,) = rc.goals.paste_goals(layer, edit, z)
+    (goal,) = goals.paste_goals(layer, edit, z)
     assert goal.box == box and goal.capture.key.shape[2:] == key
     for part in (goal.target, goal.capture.key):  # no view of a whole map
         assert part.untyped_storage().nbytes() == part.numel() * 4
-    whole = rc.goals.paste_goals(layer, edit, z, tight=False)[0].target
+    whole = goals.paste_goals(layer, edit, z, tight=False)[0].target
     assert torch.allclose(goal.target, whole[:, :, box[0] : box[2], box[1] : box[3]], atol=1e-6)
     assert rc.rewrite(layer, moment, edit, z).box == box
 
@@ -409,7 +411,7 @@ def test_the_whole_map_is_a_crop_of_any_layer():
 
 
 @pytest.mark.parametrize(
-    "options, error, words",
+    ("options", "error", "words"),
     [
         ({"solver": "newton"}, rc.SolverError, "choose from"),
         ({"loss": "l3"}, rc.SolverError, "choose from"),

@@ -45,7 +45,7 @@ def instruction_sets():
 
 @pytest.fixture(scope="module", params=BUILDS)
 def build(request, tmp_path_factory):
-    """A kind of build and the program: csrc/ but for the bindings, compiled as CMakeLists.txt does, with main() on top."""
+    """A kind of build and the program: csrc/ but for the bindings, compiled as CMakeLists.txt does, and a main()."""
     flags, folder = BUILDS[request.param], tmp_path_factory.mktemp(request.param)
     cxx = compiler()
     if request.param == "valgrind" and not shutil.which("valgrind"):

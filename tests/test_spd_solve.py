@@ -84,7 +84,7 @@ def test_same_bits_for_any_number_of_threads(n):
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for batch in (slice(None), slice(0, 1)):
-                lower, info = ops._cpp_factor(matrix[batch], 1e-13)
+                lower, _info = ops._cpp_factor(matrix[batch], 1e-13)
                 results.append((lower[0], ops._cpp_solve(lower, b[batch])[0]))
     finally:
         torch.set_num_threads(before)
@@ -373,7 +373,7 @@ def test_on_a_gpu_it_says_why_torch_linalg_solves():
 
 
 def test_fewer_threads_than_asked_for(tmp_path):
-    """OpenMP may give a call fewer: what the missing ones would have written is then not read (here it would be 1e306)."""
+    """OpenMP may give a call fewer: what the missing ones would have written is not read (here it would be 1e306)."""
     code = """
 import torch
 from rewrite_core.ops.spd_solve import spd_factor

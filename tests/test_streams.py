@@ -2,6 +2,7 @@
 used again at once. What is read too early or too late there comes out wrong."""
 
 import contextlib
+import itertools
 import math
 import random
 import weakref
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import rewrite_core as rc
-from rewrite_core.statistics import streams
+from rewrite_core.statistics import moments, streams
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 
@@ -179,7 +180,7 @@ def machine(monkeypatch, seed=None):
         side = object.__new__(streams.SideStream)
         patch.setattr(streams, "cuda", one)
         streams.SideStream.__init__(side, torch.device("cpu"))
-        patch.setattr(rc.moments, "side_stream", lambda device: side)
+        patch.setattr(moments, "side_stream", lambda device: side)
         patch.setattr(streams, "pinned", lambda tensor: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype))
         yield one
     assert one.current is one.main
@@ -311,7 +312,7 @@ def test_the_same_bits_whatever_is_asked(how, seed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "names, blocks", [(("second",), {60: 1, 72: 2}), (("first", "second"), {60: 1, 72: 1})], ids=str
+    ("names", "blocks"), [(("second",), {60: 1, 72: 2}), (("first", "second"), {60: 1, 72: 1})], ids=str
 )
 def test_memory_is_constant(names, blocks, monkeypatch):
     """The last layer's maps of one batch beside the pass's own, even if the host never waits and updates never end by
@@ -335,7 +336,7 @@ def test_no_waiting_between_batches(how, monkeypatch):
         assert gpu.waits[waits[2] :].count("synchronize") <= 4
         gpu.waits.clear(), waits.clear()
         collect(network, ("second",), Z, **how | {"keys": how["keys"][1:]} if "keys" in how else how)
-    changes = [number for number, (one, other) in enumerate(zip(waits[1:], waits[2:]), 2) if other > one]
+    changes = [number for number, (one, other) in enumerate(itertools.pairwise(waits[1:]), 2) if other > one]
     assert changes == ([8] if "keys" in how else []), gpu.waits
 
 
@@ -362,14 +363,14 @@ def test_the_machine_notices(forgotten, monkeypatch):
         monkeypatch.setattr(streams.SideStream, "hold", lambda *args: None)
     elif forgotten == "held_elsewhere":
         generator = Static
-        monkeypatch.setattr(rc.moments, "held_elsewhere", lambda tensor: False)
+        monkeypatch.setattr(moments, "held_elsewhere", lambda tensor: False)
     elif forgotten == "after":
         monkeypatch.setattr(streams.SideStream, "after", lambda self, origin: streams.cuda.stream(self._stream))
     else:  # maps of the first layer are not waited for
         generator, names = Overwriting, ("first", "second")
-        launch = rc.moments._Ahead.launch
-        monkeypatch.setattr(rc.moments._Ahead, "launch", lambda *args, last, **how: launch(*args, last=True, **how))
-        monkeypatch.setattr(rc.moments._Ahead, "release", lambda self: None)
+        launch = moments._Ahead.launch
+        monkeypatch.setattr(moments._Ahead, "launch", lambda *args, last, **how: launch(*args, last=True, **how))
+        monkeypatch.setattr(moments._Ahead, "release", lambda self: None)
     want = None
     with monkeypatch.context() as patch:
         patch.undo()
@@ -383,7 +384,7 @@ def test_the_machine_notices(forgotten, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("value, words", [(torch.nan, "NaN or infinity"), (1e30, "squares overflow torch.float32")])
+@pytest.mark.parametrize(("value", "words"), [(torch.nan, "NaN or infinity"), (1e30, "squares overflow torch.float32")])
 def test_errors_name_the_batch_that_was_bad(value, words, seed, monkeypatch):
     z = Z.clone()
     z[13, 1] = value

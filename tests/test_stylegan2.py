@@ -75,7 +75,7 @@ def test_golden_layer(kind):
     assert (value - golden["value"]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("upsample, demodulate, kernel", [(0, 1, 3), (1, 1, 3), (0, 0, 1), (1, 0, 3), (0, 1, 1)])
+@pytest.mark.parametrize(("upsample", "demodulate", "kernel"), [(0, 1, 3), (1, 1, 3), (0, 0, 1), (1, 0, 3), (0, 1, 1)])
 @pytest.mark.parametrize("shape", [(4, 4), (7, 5), (1, 9)])
 def test_separated_form_is_the_fused_form(upsample, demodulate, kernel, shape):
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_state_dict_names():
     names += [f"conv1.{part}" for part in STYLED] + [f"to_rgb1.{part}" for part in RGB]
     names += [f"convs.{n}.{part}" for n in range(4) for part in STYLED]
     names += [f"convs.{n}.conv.blur.kernel" for n in (0, 2)]
-    names += [f"to_rgbs.{n}.{part}" for n in range(2) for part in RGB + ["upsample.kernel"]]
+    names += [f"to_rgbs.{n}.{part}" for n in range(2) for part in [*RGB, "upsample.kernel"]]
     names += [f"noises.noise_{n}" for n in range(5)]
     model = small()
     model.latent_avg = torch.zeros(7)
@@ -180,7 +180,9 @@ def test_round_trip(tmp_path, kind):
         assert torch.equal(loaded.latent_avg, average)
 
 
-@pytest.mark.parametrize("size, channels", [(4, {4: 3}), (8, {4: 2, 8: 7}), (64, {4: 12, 8: 12, 16: 9, 32: 6, 64: 3})])
+@pytest.mark.parametrize(
+    ("size", "channels"), [(4, {4: 3}), (8, {4: 2, 8: 7}), (64, {4: 12, 8: 12, 16: 9, 32: 6, 64: 3})]
+)
 def test_any_size_and_widths(size, channels):
     model = StyleGAN2(size, style_dim=5, n_mlp=0, channels=channels)
     assert model(torch.randn(2, 5)).shape == (2, 3, size, size)
@@ -249,7 +251,7 @@ def test_checkpoint_without_noises_gets_seeded_ones():
         np.testing.assert_array_equal(getattr(loaded, f"noise_{n}").numpy(), expected)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 3e-2), (torch.bfloat16, 2e-1)])
 def test_dtypes(dtype, tolerance):
     model = small()
     model.latent_avg = torch.zeros(7)
@@ -278,7 +280,7 @@ def without(prefix):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (without("input.input"), "no StyleGAN2 checkpoint.*'input.input' is missing"),
         (without("conv1.conv.modulation.weight"), "'conv1.conv.modulation.weight' is missing"),
