@@ -9,7 +9,7 @@ OUT ?= demo_out
 
 SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
 
-.PHONY: demo test bench gpu-check clean
+.PHONY: demo test lint docs bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
@@ -17,6 +17,17 @@ demo: $(VENV)/.installed
 # Side by side; passive, as OpenMP's spinning threads would take the others' cores.
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+# mypy reads the package, kernels/ and benchmarks/ with it; its settings and ruff's are in pyproject.toml.
+lint: $(VENV)/.tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/mypy
+
+# The site, in site/; a warning is an error. `make docs SERVE=1` shows it at http://127.0.0.1:8000 and follows changes.
+docs: $(VENV)/.tools
+	$(VENV)/bin/mkdocs $(if $(SERVE),serve,build --quiet) --strict
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all
@@ -65,5 +76,11 @@ $(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt $(wild
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) -e '.[test]'
 	touch $@
 
+# What the extras dev and docs name; the package itself is there already.
+TOOLS = import importlib.metadata as m; print(*[r.split(";")[0] for r in m.requires("rewrite_core") if r.endswith(("\"dev\"", "\"docs\""))])
+$(VENV)/.tools: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet $(PIP_ARGS) $$($(VENV)/bin/python -c '$(TOOLS)')
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SYSTEM_LIBRARY) build demo_out bench_out *.egg-info
+	rm -rf $(VENV) $(SYSTEM_LIBRARY) build demo_out bench_out site *.egg-info
