@@ -112,9 +112,11 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
 
 
 def dispatched(tensor: Tensor) -> bool:
-    """Whether torch is to see a call as an operator of its own: while it compiles, traces or transforms (``torch.func``),
-    and for tensors of other kinds or without numbers. Elsewhere its dispatcher would only cost a small call a few
-    percent."""
+    """Whether torch is to see a call as an operator of its own.
+
+    So while it compiles, traces or transforms (``torch.func``), and for tensors of other kinds or without numbers.
+    Elsewhere its dispatcher would only cost a small call a few percent.
+    """
     plain = type(tensor) is Tensor and not tensor.is_meta
     return (
         not plain
@@ -180,8 +182,8 @@ def triton_reason(least: tuple[int, int] = (0, 0)) -> str | None:
     version = triton_version()
     if version is not None and version < least:
         return (
-            f"it needs Triton {'.'.join(map(str, least))} or newer, and {'.'.join(map(str, version))} is installed: Triton "
-            "comes with torch, so use a newer torch"
+            f"it needs Triton {'.'.join(map(str, least))} or newer, and {'.'.join(map(str, version))} is installed: "
+            "Triton comes with torch, so use a newer torch"
         )
     return _triton_missing()
 

@@ -1,4 +1,4 @@
-"""What is installed and on what: the version (only pyproject.toml states it), the sources it was built from, the CPU."""
+"""What is installed and on what: the version (only pyproject.toml states it), the sources, the CPU."""
 
 import hashlib
 import platform
