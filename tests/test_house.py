@@ -1,0 +1,93 @@
+"""Rules of the house that a reader would otherwise have to check: names, sizes, versions."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import rewrite_core as rc
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [
+    path
+    for folder in ("rewrite_core", "kernels", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not any(parent.is_symlink() for parent in path.parents)  # rewrite_core/kernels is kernels/
+]
+MOST_LINES, MOST_PARAMETERS = 80, 10
+MOST_BYTES = 40 * 1024  # of a file of tests
+
+# "file:function": why it may have more lines or parameters than the rest.
+EXCUSED = {}
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """{"Class.method": its node}"""
+    found = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            name = f"{prefix}{child.name}" if named else prefix
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found[name] = child
+            visit(child, f"{name}." if named else prefix)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), "")
+    return found
+
+
+def test_functions_are_short_and_take_little():
+    large = {}
+    for path in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]:
+        for name, node in functions(path).items():
+            a = node.args
+            taken = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MOST_LINES or len(taken) > MOST_PARAMETERS:
+                large[f"{path.relative_to(ROOT)}:{name}"] = f"{lines} lines, {len(taken)} parameters"
+    new = {name: size for name, size in large.items() if name not in EXCUSED}
+    assert not new, f"split these, or excuse them with a reason: {new}"
+    assert not EXCUSED.keys() - large.keys(), "these need no excuse any more"
+
+
+def test_files_of_tests_are_of_a_size_to_read():
+    large = {path.name: size for path in (ROOT / "tests").rglob("*.py") if (size := path.stat().st_size) > MOST_BYTES}
+    assert not large
+
+
+def test_no_module_has_the_name_of_what_it_exports():
+    """Else ``from rewrite_core.ops import second_moment`` is a function or a module, as imports happened to go."""
+    wrong = []
+    for path in SOURCES:
+        names = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.ImportFrom) and path.stem == "__init__" and node.module:
+                names |= {alias.asname or alias.name for alias in node.names}
+        beside = {inner.stem for inner in path.parent.iterdir() if inner.is_dir() or inner.suffix == ".py"}
+        own = beside if path.stem == "__init__" else {path.stem}
+        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names & own)]
+    assert not wrong, wrong
+
+
+def test_public_names_are_in_the_reference():
+    """Each name of rc is named in docs/reference, and nothing else is."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    named = re.findall(r"^::: rewrite_core\.(\w+)$", pages, flags=re.MULTILINE)
+    assert len(named) == len(set(named)), "some are there twice"
+    assert set(named) == set(rc.__all__) - {"ops", "__version__"}
+
+
+def test_pinned_versions_agree():
+    pinned = re.findall(r'"([\w-]+)==([\w.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hooks = re.findall(r"\[([\w-]+)==([\w.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert hooks and set(hooks) <= set(pinned)
+
+
+@pytest.mark.parametrize("name", ["CITATION.cff", "CHANGELOG.md"])
+def test_the_version_is_the_same_wherever_it_is_written(name):
+    version = re.search(r'^version = "([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version[1] in (ROOT / name).read_text(encoding="utf-8")
