@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewrite_core import Edit, Rewrite, Selection, bind, collect_second_moment, rewrite, sample_latents
+from rewrite_core import Adam, Edit, Projected, Rewrite, Selection, bind, collect_second_moment, rewrite, sample_latents
 from rewrite_core.adapters.base import Capture
 from rewrite_core.adapters.stylegan2 import StyleGAN2Layer
 from rewrite_core.generators.stylegan2 import StyledConv, StyleGAN2
@@ -26,9 +26,7 @@ from rewrite_core.layers.binding import BoundLayer
 from rewrite_core.ops import fit_low_rank
 from rewrite_core.ops.fit_low_rank import FitResult
 from rewrite_core.solvers.lm import fit_inputs, solve_lm
-from rewrite_core.solvers.problem import Problem as EditProblem
-from rewrite_core.solvers.problem import Solution, combine
-from rewrite_core.solvers.stepwise import solve_adam, solve_projected
+from rewrite_core.solvers.problem import LayerProblem, LayerSolution, combine
 
 from .harness import Case, Contender, Problem
 
@@ -110,7 +108,7 @@ def _key(channels: int, side: int, rank: int) -> tuple[Tensor, Tensor]:
     return key + (rows.sum(0) * math.sqrt(channels) / 4)[:, None, None], rows  # and share the context
 
 
-def _problem(kind: str, channels: int, side: int, rank: int, loss: str = "l1", number: int = 0) -> EditProblem:
+def _problem(kind: str, channels: int, side: int, rank: int, loss: str = "l1", number: int = 0) -> LayerProblem:
     """A 3x3 layer, and a goal that a rank-R change explains for the most part. `number` varies the goal."""
     key, rows = _key(channels, side, rank)
     with torch.random.fork_rng(devices=[]):
@@ -132,17 +130,18 @@ def _problem(kind: str, channels: int, side: int, rank: int, loss: str = "l1", n
             hidden *= own / layer.linear(capture.key, hidden).std()
             target = layer.value(capture, layer.weight + hidden)
             target += 0.3 * target.std() * torch.randn_like(target)
-    return EditProblem(layer, capture, target, rows, loss)
+    return LayerProblem(layer, ((capture, target),), rows, loss)
 
 
-def _residual(problem: EditProblem, coefficients: Tensor) -> Tensor:
+def _residual(problem: LayerProblem, coefficients: Tensor) -> Tensor:
     """What the change really leaves, [1, O, H, W] float64."""
     with torch.no_grad():
         weight = problem.layer.weight.double() + combine(coefficients.double(), problem.directions.double())
-        return problem.layer.value(problem.capture.to_dtype(torch.float64), weight) - problem.target
+        ((capture, target),) = problem.regions
+        return problem.layer.value(capture.to_dtype(torch.float64), weight) - target
 
 
-def _goal(problem: EditProblem) -> float:
+def _goal(problem: LayerProblem) -> float:
     """The l1 that the float64 reference backend reaches, mean of the first channels (they are fitted one by one)."""
     part = fit_inputs(problem)
     for name in ("basis", "base", "target", "shift"):
@@ -158,7 +157,7 @@ def _excess(residual: Tensor, goal: float, initial: float) -> float:
     return (residual[:, :SAMPLE].abs().mean().item() - goal) / max(goal, 0.01 * initial)
 
 
-def _name(solution: Solution) -> str:
+def _name(solution: LayerSolution) -> str:
     return " ".join([solution.solver, *(word for word in ("fused", "autograd") if word in solution.status)])
 
 
@@ -169,7 +168,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
     goal = _goal(problem)
     details: dict[str, float] = {}
 
-    def error(solution: Solution) -> float:
+    def error(solution: LayerSolution) -> float:
         residual = _residual(problem, solution.coefficients)
         l1 = residual.abs().mean().item()
         details.update({f"{_name(solution)}: l1": l1, f"{_name(solution)}: l2": residual.square().mean().item()})
@@ -180,17 +179,18 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
     lm = solve_lm([problem], backend)[0]
     details["lm: steps of all channels"] = lm.iterations
     inputs = fit_inputs(problem)
+    ((capture, target),) = problem.regions
 
-    def fit_alone() -> Solution:
+    def fit_alone() -> LayerSolution:
         fit = fit_low_rank(**inputs, loss=problem.loss, backend=backend)
         coefficients = fit.coefficients.reshape(problem.coefficient_shape)
         losses = [fit.initial_loss.mean().item(), fit.loss.mean().item()]
-        return Solution(coefficients, losses, "fit_low_rank", losses[-1])
+        return LayerSolution(coefficients, losses, "fit_low_rank", losses[-1])
 
     unknowns, pixels = 9 * rank, side * side
     system = min(unknowns, pixels)  # the normal equations are over the fewer of the two
 
-    def stepwise(name: str, run: Callable[[], Solution], count: int) -> Contender:
+    def stepwise(name: str, run: Callable[[], LayerSolution], count: int) -> Contender:
         rounds = 1 if count == STEPS else 3  # all steps take a minute
         return Contender(name, run, rounds=rounds, part=count / STEPS, aside=count < STEPS)
 
@@ -198,14 +198,14 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
         ours=Contender("rewrite_core", lambda: solve_lm([problem], backend)[0]),
         stock=[
             Contender("fit_low_rank alone", fit_alone, aside=True),
-            stepwise("reference's loop", lambda: solve_projected(problem, steps, backend="reference"), steps),
-            stepwise("projected, fused", lambda: solve_projected(problem, steps), steps),
-            stepwise("Adam on Lambda", lambda: solve_adam(problem, adam), adam),
+            stepwise("reference's loop", lambda: Projected(steps).solve([problem], backend="reference")[0], steps),
+            stepwise("projected, fused", lambda: Projected(steps).solve([problem])[0], steps),
+            stepwise("Adam on Lambda", lambda: Adam(adam).solve([problem])[0], adam),
         ],
         shapes={"weight": [channels, channels, 3, 3], "key": [channels, side, side], "directions": [rank, channels]},
         dtype="float32",
         operations=lm.iterations * (pixels * unknowns * (system + 5) + system**3 / 3 + 2 * system**2),
-        traffic=4 * (2 * problem.target.numel() + lm.coefficients.numel() + problem.capture.key.numel()),
+        traffic=4 * (2 * target.numel() + lm.coefficients.numel() + capture.key.numel()),
         error=error,
         error_kind="l1 above the float64 reference fit's, relative",
         tolerance=1e-2,
@@ -216,11 +216,12 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
 def make_l2(channels: int, side: int, rank: int, backend: str) -> Problem:
     """Basis maps in, coefficients out, where least squares has its exact solution."""
     problem = _problem("linear", channels, side, rank, "l2")
-    maps = torch.einsum("ri,nihw->rnhw", problem.directions, problem.capture.key)
+    ((capture, goal),) = problem.regions
+    maps = torch.einsum("ri,nihw->rnhw", problem.directions, capture.key)
     basis = F.unfold(maps, 3, padding=1).flatten(0, 1)
     with torch.no_grad():
-        base = problem.layer.linear(problem.capture.key, problem.weight)[0].flatten(1)
-    target = problem.target[0].flatten(1)
+        base = problem.layer.linear(capture.key, problem.weight)[0].flatten(1)
+    target = goal[0].flatten(1)
     exact = torch.linalg.lstsq(basis.double().T, (target.double() - base.double()).T).solution.T
 
     def fit(name: str) -> FitResult:
@@ -263,7 +264,7 @@ def make_many(count: int, channels: int, side: int, backend: str) -> Problem:
     goals = [_goal(problem) for problem in problems]
     steps = sum(solution.iterations for solution in solve_lm(problems, backend))
 
-    def error(solutions: list[Solution]) -> float:
+    def error(solutions: list[LayerSolution]) -> float:
         return max(
             _excess(_residual(problem, solution.coefficients), goal, solution.losses[0])
             for problem, solution, goal in zip(problems, solutions, goals, strict=True)
@@ -303,7 +304,9 @@ def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) 
     edit = Edit(copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(2, mask), Selection(3, mask)])
 
     def run(solver: str, backend: str) -> Rewrite:
-        return rewrite(layer, moment, edit, latents, solver=solver, steps=steps, backend=backend)
+        return rewrite(
+            layer, moment, edit, latents, solver="lm" if solver == "lm" else Projected(steps), backend=backend
+        )
 
     loss = {name: run(name, backend).final_loss for name in ("lm", "projected")}
     rounds = 1 if steps == STEPS else None
@@ -362,11 +365,11 @@ def make_click(size: int, name: str, backend: str) -> Problem:
         return outcome
 
     def passes() -> Tensor:
-        for selection in (edit.copy, edit.paste, *edit.keys):
+        for selection in (edit.copy, edit.paste, *edit.where):
             layer.capture(latents[selection.index][None])
         return torch.ones(())  # nothing is applied
 
-    keys = len(edit.keys)
+    keys = len(edit.where)
     return Problem(
         ours=Contender("rewrite_core", click),
         stock=[Contender("the generator's passes alone", passes)],

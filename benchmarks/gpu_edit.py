@@ -63,19 +63,20 @@ def cases(device: str = "cuda", channels: int = CHANNELS, side: int = SIDE, step
 
 def _projected_arguments(problem, device: str) -> tuple[tuple[Tensor, ...], dict]:
     """Positional and other arguments of ops.fit_projected, as rewrite_core.solvers makes them."""
-    layer, key, weight = problem.layer, problem.capture.key, problem.weight
-    after = layer.post_operation(problem.capture)
+    ((capture, target),) = problem.regions
+    layer, key, weight = problem.layer, capture.key, problem.weight
+    after = layer.post_operation(capture)
     with torch.no_grad():
         kernels = torch.eye(9).reshape(9, 1, 3, 3)
         operator = layer.linear(key.transpose(0, 1), kernels)
         operator = operator.reshape(len(operator), 3, 3, *operator.shape[2:])
-        base, value = layer.linear(key, weight)[0], layer.value(problem.capture, weight)[0]
+        base, value = layer.linear(key, weight)[0], layer.value(capture, weight)[0]
     options = {"value": value, "directions": problem.directions, "slope": after.slope, "gain": after.gain, "loss": "l1"}
     if after.shift is not None:
-        options["shift"] = after.shift.float().expand(problem.target.shape)[0]
+        options["shift"] = after.shift.float().expand(target.shape)[0]
     if after.style is not None:
         options["demodulation"] = weight, after.style[0].float(), after.eps
-    return tuple(part.to(device) for part in (operator, base, problem.target[0])), _to(options, device)
+    return tuple(part.to(device) for part in (operator, base, target[0])), _to(options, device)
 
 
 def _to(item, device: str):
@@ -88,8 +89,9 @@ def _to(item, device: str):
 
 def _loop(problem, device: str) -> Callable[[int], Tensor]:
     """The reference's loop for a linear 3x3 layer: F.conv2d, autograd, torch.optim.Adam, projection every ten steps."""
+    ((capture, goal),) = problem.regions
     key, original, target, rows = (
-        part.detach().to(device) for part in (problem.capture.key, problem.weight, problem.target, problem.directions)
+        part.detach().to(device) for part in (capture.key, problem.weight, goal, problem.directions)
     )
 
     def project(weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 import rewrite_core as rc
 from rewrite_core.backends import triton_reason, triton_version
+from rewrite_core.solvers.choice import SOLVERS
 
 DATA = Path(__file__).parent / "data"
 
@@ -41,6 +42,11 @@ def state_bits(generator):
 
 def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def solver_of(name, steps):
+    """The solver of that name, with so many steps if it has steps."""
+    return rc.LM() if name == "lm" else SOLVERS[name](steps=steps)
 
 
 def square(index, size, top, side):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import solver_of
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -126,8 +127,8 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     )
     before = copy.deepcopy(generator.state_dict())
     images = generator(z).detach()
-    whole = {"tight": False} if (kind, name) == ("dcgan", "7") else {}  # reflection padding has no crops
-    for options in ({}, {"loss": "l2"}, {"tight": False}, {"solver": "projected", "steps": 11}):
+    whole = {"region": "map"} if (kind, name) == ("dcgan", "7") else {}  # reflection padding has no crops
+    for options in ({}, {"loss": "l2"}, {"region": "map"}, {"solver": rc.Projected(steps=11)}):
         change = rc.rewrite(layer, moment, edit, z, **whole | options)
         assert change.solver == options.get("solver", change.solver)
         if "solver" not in options:
@@ -226,7 +227,7 @@ def test_other_precisions(kind, name, dtype):
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
     before = layer.weight.clone()
     for solver in ("lm", "projected"):
-        change = rc.rewrite(layer, moment, edit, z, solver=solver, steps=11)
+        change = rc.rewrite(layer, moment, edit, z, solver=solver_of(solver, 11))
         with change:
             assert layer.parameter.dtype == dtype and not torch.equal(layer.weight, before)
         assert torch.equal(layer.weight, before)
@@ -730,7 +731,7 @@ def edited(generator, name, z, forward=None):
     moment = rc.collect_second_moment(layer, z, progress=False)
     mask = torch.ones(8, 8)
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
-    return layer, rc.rewrite(layer, moment, edit, z, loss="l2", tight=False)
+    return layer, rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
 
 
 @pytest.mark.parametrize(
@@ -926,7 +927,7 @@ def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_fami
         layer = rc.bind(generator, "synthesis.layer4.conv", family=family)
         assert layer.family == family
         moment = rc.collect_second_moment(layer, z, progress=False)
-        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", tight=False)
+        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
         with change:
             weights.append(layer.parameter.detach().clone())
     assert torch.equal(*weights) and change.solver == "closed_form"
@@ -965,7 +966,7 @@ def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_styl
         layer = rc.bind(generator, "convs.1.plain" if plain else "convs.1.modulated")
         assert layer.family == ("conv" if plain else "stylegan2")
         moment = rc.collect_second_moment(layer, z, progress=False)
-        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", tight=False)
+        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
         assert change.solver == "closed_form" and change.coefficients.any()
         with change:
             changes.append(layer.weight * (1 if plain else layer.module.scale))

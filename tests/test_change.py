@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import same_bits, square, state_bits
+from conftest import same_bits, solver_of, square, state_bits
 
 import rewrite_core as rc
 from rewrite_core.files import save_record
@@ -88,11 +88,11 @@ def test_misuse_of_apply_and_revert(generator, layer, changes):
 
 @pytest.mark.parametrize("solver", ["lm", "projected", "unconstrained"])
 def test_saved_loaded_and_applied_is_bit_exact(tmp_path, generator, layer, moment, edit, latents, solver):
-    change = rc.rewrite(layer, moment, edit, latents, rank=3, solver=solver, steps=5)
+    change = rc.rewrite(layer, moment, edit, latents, rank=3, solver=solver_of(solver, 5))
     path = tmp_path / "rule.safetensors"
     change.save(path)
     copied = copy.deepcopy(generator)
-    loaded = rc.load_rewrite(path).apply(copied)
+    loaded = rc.Rewrite.load(path).apply(copied)
     change.apply()
     assert same_bits(state_bits(generator), state_bits(copied))
     assert loaded.solver == solver and loaded.edit == edit and loaded.rank == change.rank
@@ -169,13 +169,13 @@ def test_a_rewrite_forgets_the_generators_it_is_off(generator, changes):
 def test_the_same_change_is_never_applied_twice(tmp_path, generator, changes):
     path = tmp_path / "rule.safetensors"
     changes[0].save(path)
-    rc.load_rewrite(path).apply(generator)
+    rc.Rewrite.load(path).apply(generator)
     applied = state_bits(generator)
-    for again in (rc.load_rewrite(path), changes[0], copy.deepcopy(changes[0])):
+    for again in (rc.Rewrite.load(path), changes[0], copy.deepcopy(changes[0])):
         with pytest.raises(rc.MismatchError, match="already"):
             again.apply(generator)
     assert same_bits(applied, state_bits(generator))
-    rc.load_rewrite(path).revert(generator)
+    rc.Rewrite.load(path).revert(generator)
 
 
 def test_nested_with_blocks_revert_once(generator, changes):
@@ -288,7 +288,7 @@ def test_tied_weights_revert_in_the_opposite_order(latents):
     for name in "0", "2":
         layer = rc.bind(generator, name, forward=lambda g, z: g(z[:, :, None, None] * texture))
         moment = rc.collect_second_moment(layer, latents, progress=False)
-        changes.append(rc.rewrite(layer, moment, edit, latents, tight=False).apply())
+        changes.append(rc.rewrite(layer, moment, edit, latents, region="map").apply())
     with pytest.raises(rc.MismatchError, match="shared with '2'"):
         changes[0].revert()
     changes[1].revert()
@@ -349,21 +349,21 @@ def test_loaded_rewrites_refuse_other_weights(tmp_path, generator, changes):
     path = tmp_path / "rule.safetensors"
     changes[0].save(path)
     with pytest.raises(rc.MismatchError, match="name the generator"):
-        rc.load_rewrite(path).apply()
+        rc.Rewrite.load(path).apply()
     with torch.no_grad():
         generator.layer5.conv.weight[0, 0, 0, 0] += 1
     weight = generator.layer5.conv.weight.detach().clone()
     with pytest.raises(rc.MismatchError, match="force=True"):
-        rc.load_rewrite(path).apply(generator)
+        rc.Rewrite.load(path).apply(generator)
     assert torch.equal(generator.layer5.conv.weight, weight)
     with pytest.raises(rc.MismatchError, match="float16 now.*another precision"):
-        rc.load_rewrite(path).apply(copy.deepcopy(generator).half())
-    rc.load_rewrite(path).apply(generator, force=True)
+        rc.Rewrite.load(path).apply(copy.deepcopy(generator).half())
+    rc.Rewrite.load(path).apply(generator, force=True)
     assert not torch.equal(generator.layer5.conv.weight, weight)
     with pytest.raises(rc.UnknownLayerError):
-        rc.load_rewrite(path).apply(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
+        rc.Rewrite.load(path).apply(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
     with pytest.raises(rc.MismatchError, match="shape"):
-        rc.load_rewrite(path).apply(ProgGAN([8, 8, 8, 8]))
+        rc.Rewrite.load(path).apply(ProgGAN([8, 8, 8, 8]))
 
 
 def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
@@ -374,12 +374,12 @@ def test_truncated_and_foreign_rewrite_files(tmp_path, moment, changes):
     for size in (0, 8, 200, len(data) - 1):
         (tmp_path / "cut.safetensors").write_bytes(data[:size])
         with pytest.raises(rc.FileFormatError, match="truncated"):
-            rc.load_rewrite(tmp_path / "cut.safetensors")
+            rc.Rewrite.load(tmp_path / "cut.safetensors")
     moment.save(tmp_path / "moment.safetensors")
     with pytest.raises(rc.FileFormatError, match="not a rewrite_core rewrite"):
-        rc.load_rewrite(tmp_path / "moment.safetensors")
+        rc.Rewrite.load(tmp_path / "moment.safetensors")
     with pytest.raises(FileNotFoundError):
-        rc.load_rewrite(tmp_path / "none.safetensors")
+        rc.Rewrite.load(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -400,14 +400,14 @@ def test_rewrite_files_with_wrong_metadata(tmp_path, changes, wrong):
     tensors = {"directions": changes[0].directions, "coefficients": changes[0].coefficients}
     good = {"layer": "layer5.conv", "fitted_to": "", "solver": "lm", "loss": [], "edit": None}
     save_record(path, "rewrite", 1, tensors, good)
-    assert rc.load_rewrite(path).final_loss is None
+    assert rc.Rewrite.load(path).final_loss is None
     for metadata in (good | wrong, list(good), 5):
         save_record(path, "rewrite", 1, tensors, metadata)
         with pytest.raises(rc.FileFormatError, match="rule.safetensors"):
-            rc.load_rewrite(path)
+            rc.Rewrite.load(path)
     save_record(path, "rewrite", 1, {name: part.long() for name, part in tensors.items()}, good)
     with pytest.raises(rc.FileFormatError, match="floating-point"):
-        rc.load_rewrite(path)
+        rc.Rewrite.load(path)
 
 
 def test_a_forced_state_dict_leaves_other_changes_on_record(generator, layer, changes):

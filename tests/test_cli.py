@@ -171,7 +171,7 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
         tmp_path / "edited.safetensors",
         "--quiet",
     )
-    assert code == 0 and "closed_form" in out and rc.load_rewrite(rule).rank == 4
+    assert code == 0 and "closed_form" in out and rc.Rewrite.load(rule).rank == 4
     code, out, _ = run(capsys, "eval", "--rewrite", rule, "--rule", "spire", "--count", 200, "--seed", 2)
     report = json.loads(out)
     assert code == 0 and report["efficacy"] > 0.8 and report["pictures"] == 200
@@ -198,7 +198,7 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
     from rewrite_core.demo import chapels
 
     edited = chapels()
-    rc.load_rewrite(rule).apply(edited)
+    rc.Rewrite.load(rule).apply(edited)
     state = load_file(tmp_path / "edited.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in edited.state_dict().items())
 
@@ -527,12 +527,12 @@ def test_options_that_were_not_given_are_the_librarys_defaults(tmp_path, capsys,
             cli, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1]
         )
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 20, "--quiet", *MINE)
-    assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"alpha": True, "progress": False}
+    assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"blend": "mask", "progress": False}
     assert run(capsys, *edit, "--erase", 3, "--tight")[0] == 0
-    assert seen["erase"] == {"units": 3, "progress": False, "tight": True}
+    assert seen["erase"] == {"units": 3, "progress": False, "region": "box"}
     assert run(capsys, *edit, "--zero", "--rank", 2)[0] == 0 and seen["zero"] == {"rank": 2}
     assert run(capsys, *edit, "--whole-map", "--box", "--preserve", 0.5)[0] == 0
-    assert seen["rewrite"] == {"alpha": False, "progress": False, "tight": False, "preserve": 0.5}
+    assert seen["rewrite"] == {"blend": "box", "progress": False, "region": "map", "preserve": 0.5}
 
 
 def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
@@ -541,7 +541,7 @@ def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
     common = ("e.json", "--layer", "3", "--count", 20, "--quiet", *MINE)
     for option in ((), ("--solver", "adam", "--steps", 3), ("--erase", 3)):
         assert run(capsys, "edit", *common, "--out", "r.safetensors", *option)[0] == 0
-        assert rc.load_rewrite("r.safetensors").edit == edit
+        assert rc.Rewrite.load("r.safetensors").edit == edit
     stages = re.findall(r"(\w+) \d+ ms \((\d+)%\)", run(capsys, "edit", *common, "--out", "r.safetensors")[1])
     assert {"generator", "directions", "goal", "fit"} <= {stage for stage, _ in stages}
     assert 95 <= sum(int(share) for _, share in stages) <= 105

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.edits.directions import METHODS, _top_right_vectors, rank_units
+from rewrite_core.edits.directions import DIRECTIONS, _top_right_vectors, rank_units
 
 
 def subspace_cosine(a, b):
@@ -27,12 +27,12 @@ def context(latents, edit):
     from conftest import DATA
 
     layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
-    return rc.context_keys(layer, edit.keys, latents)
+    return rc.context_keys(layer, edit.where, latents)
 
 
 @pytest.mark.parametrize(("name", "method", "rank"), CASES)
 def test_golden_directions_given_the_same_second_moment(golden, golden_moment, context, name, method, rank):
-    directions = rc.context_directions(golden_moment, *context, rank=rank, method=method)
+    directions = rc.context_directions(golden_moment, *context, rank=rank, directions=method)
     assert directions.shape == (rank, 64) and directions.dtype == torch.float64
     assert subspace_cosine(directions, golden[name]) > 1 - 1e-7
     # row by row too, with the sign
@@ -41,14 +41,14 @@ def test_golden_directions_given_the_same_second_moment(golden, golden_moment, c
 
 @pytest.mark.parametrize(("name", "method", "rank"), [case for case in CASES if case[1] != "svd"])
 def test_golden_directions_from_collection(golden, moment, context, name, method, rank):
-    directions = rc.context_directions(moment, *context, rank=rank, method=method)
+    directions = rc.context_directions(moment, *context, rank=rank, directions=method)
     assert subspace_cosine(directions, golden[name]) > 0.9999
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_golden_svd_from_collection(golden, moment, context, rank):
     # C^-1 is twice as sensitive as whitening to the rounding error of the recorded float32 sum (next test)
-    directions = rc.context_directions(moment, *context, rank=rank, method="svd")
+    directions = rc.context_directions(moment, *context, rank=rank, directions="svd")
     assert subspace_cosine(directions, golden[f"svd_rank{rank}"]) > 0.9998
 
 
@@ -64,7 +64,7 @@ def test_golden_svd_from_a_float32_sum_of_outer_products(golden, layer, latents,
     moment = rc.SecondMoment(64)
     moment._sum, moment.count = total.double(), len(keys)
     for rank in (1, 2):
-        directions = rc.context_directions(moment, *context, rank=rank, method="svd")
+        directions = rc.context_directions(moment, *context, rank=rank, directions="svd")
         assert subspace_cosine(directions, golden[f"svd_rank{rank}"]) > 0.9999
 
 
@@ -75,15 +75,15 @@ def test_golden_query_key(golden, moment, edit, layer, latents):
 
 def test_units_without_quantiles_are_normdissect(golden, moment, context):
     assert rank_units(moment, *context)[:8].tolist() == golden["normdissect_rank8"].tolist()
-    directions = rc.context_directions(moment, *context, rank=8, method="units")
+    directions = rc.context_directions(moment, *context, rank=8, directions="units")
     assert directions.argmax(1).tolist() == golden["normdissect_rank8"].tolist()
     assert torch.equal(directions.sum(1), torch.ones(8, dtype=torch.float64))
 
 
 def test_units_with_quantiles_are_gandissect(golden, moment, layer, edit, latents):
     quantiles = rc.collect_unit_quantiles(layer, latents)
-    rows = rc.context_keys(layer, edit.keys, latents, inside_only=False)
-    units = rc.context_directions(moment, *rows, rank=4, method="units", quantiles=quantiles).argmax(1)
+    rows = rc.context_keys(layer, edit.where, latents, inside_only=False)
+    units = rc.context_directions(moment, *rows, rank=4, directions="units", quantiles=quantiles).argmax(1)
     wanted = set(golden["gandissect_rank4"].argmax(1).tolist())
     assert len(wanted & set(units.tolist())) >= 3
 
@@ -115,7 +115,7 @@ def test_whitened_span_equals_whitening_by_the_symmetric_root(moment, context):
 @pytest.mark.parametrize("rank", [1, 3, 17, 40])
 @pytest.mark.parametrize("method", ["whitened", "svd", "units"])
 def test_rows_are_orthonormal(moment, context, rank, method):
-    directions = rc.context_directions(moment, *context, rank=rank, method=method)
+    directions = rc.context_directions(moment, *context, rank=rank, directions=method)
     gram = directions @ directions.T
     assert (gram - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-10
 
@@ -214,7 +214,7 @@ def test_ten_singular_second_moments(kind, method):
         shift = moment.factor.shift.item()
     assert 0 < shift <= 1e-6 * moment.matrix().diagonal().mean()  # known to whoever asks, and small
     for rank in (1, 3, 5):
-        directions = rc.context_directions(moment, rows[:6], rank=rank, method=method)
+        directions = rc.context_directions(moment, rows[:6], rank=rank, directions=method)
         assert directions.isfinite().all() and directions.shape == (rank, 24)
         assert (directions @ directions.T - torch.eye(rank)).abs().max() < 1e-9
 
@@ -227,9 +227,9 @@ def test_ten_singular_second_moments(kind, method):
         ({"rank": 1.0}, rc.RankError, "whole number"),
         ({"rank": True}, rc.RankError, "whole number"),
         ({"rank": np.int64(65)}, rc.RankError, "64 channels"),
-        ({"keys": torch.eye(64)[:1] * torch.tensor([[1.0], [-1.0]]), "method": "mean"}, rc.RankError, "cancel out"),
-        ({"rank": 2, "method": "mean"}, rc.RankError, "one direction"),
-        ({"method": "pca"}, rc.RewriteCoreError, "choose from"),
+        ({"keys": torch.eye(64)[:1] * torch.tensor([[1.0], [-1.0]]), "directions": "mean"}, rc.RankError, "cancel out"),
+        ({"rank": 2, "directions": "mean"}, rc.RankError, "one direction"),
+        ({"directions": "pca"}, rc.RewriteCoreError, "'units', not 'pca'"),
         ({"weights": torch.ones(3)}, rc.RewriteCoreError, "one each"),
         ({"weights": torch.zeros(5)}, rc.SelectionError, "positive weight"),
         ({"keys": torch.ones(5, 63)}, rc.RewriteCoreError, "64"),
@@ -263,11 +263,11 @@ def test_nan_in_the_population_is_refused(layer, latents):
 
 
 def test_another_default_device(moment, layer, edit, latents):
-    rows = rc.context_keys(layer, edit.keys, latents)
+    rows = rc.context_keys(layer, edit.where, latents)
 
     def directions():
         quantiles = rc.collect_unit_quantiles(layer, latents[:20])
-        return [rc.context_directions(moment, *rows, method=method, quantiles=quantiles) for method in METHODS]
+        return [rc.context_directions(moment, *rows, directions=method, quantiles=quantiles) for method in DIRECTIONS]
 
     plain = directions()
     with torch.device("meta"):

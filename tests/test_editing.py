@@ -50,12 +50,12 @@ def test_every_variant_of_the_json_is_read_and_written(tmp_path, fields):
     assert list(json.loads(edit.to_json())) == list(fields)
     assert (edit.copy is None) == ("object" not in fields) and (edit.context is None) == ("key" not in fields)
     if "key" in fields:
-        assert [s.index for s in edit.keys] == [3, 11, 19]
+        assert [s.index for s in edit.where] == [3, 11, 19]
     elif "paste" in fields:
-        assert edit.keys == [edit.paste]
+        assert edit.where == [edit.paste]
     else:
         with pytest.raises(rc.SelectionError, match="no context"):
-            _ = edit.keys
+            _ = edit.where
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", None), ("RGB", 3), ("RGBA", 4), ("1", None)])

@@ -37,7 +37,7 @@ def changed(kind, name, **options):
     generator, layer = bound(kind, name)
     z = latents()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", tight=False, **options)
+    change = rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map", **options)
     assert change.coefficients.any()
     return generator, layer, change, z
 
@@ -165,7 +165,7 @@ def test_a_parametrized_layer_is_rewritten_further():
     switch = change.parametrize()
     weight = layer.weight.clone()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    more = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd")
+    more = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
     with more:
         assert torch.equal(layer.weight, weight + more.weight_delta())
     assert torch.equal(layer.weight, weight) and switch.enabled
@@ -218,7 +218,7 @@ def test_lora_of_a_linear_layer_as_its_users_write_it():
 def test_lora_of_a_grouped_layer_is_refused(tmp_path):
     change = changed("grouped", "conv")[2]
     change.save(tmp_path / "rule.safetensors")
-    for each in (change, copy.copy(change), rc.load_rewrite(tmp_path / "rule.safetensors")):
+    for each in (change, copy.copy(change), rc.Rewrite.load(tmp_path / "rule.safetensors")):
         with pytest.raises(rc.SolverError, match="grouped"):
             each.lora()
 
@@ -255,7 +255,7 @@ def test_a_parametrization_under_an_applied_change_stays():
     before = state_bits(generator)
     switch = change.parametrize()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    second = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", tight=False, method="svd")
+    second = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
     with second, pytest.raises(rc.MismatchError, match="revert that first"):
         switch.remove()
     switch.remove()

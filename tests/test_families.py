@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rewrite_core as rc
-from rewrite_core.edits import goals
+from rewrite_core.edits.goals import paste_goals
 from rewrite_core.solvers.problem import basis_maps, combine
 
 
@@ -155,12 +155,12 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     edit = simple_edit(layer)
     state, before = copy.deepcopy(generator.state_dict()), output(kind, generator, z)
     weight = layer.weight.clone()
-    change = rc.rewrite(layer, moment, edit, z, loss="l2", tight=False)
+    change = rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
     assert change.solver in ("closed_form", "lm") and change.final_loss <= change.losses[0]
     capture = layer.capture_each(z[2:3])
     with torch.no_grad():
         predicted = layer.value(capture, weight + combine(change.coefficients, change.directions))
-    goal = goals.paste_goals(layer, edit, z, tight=False)[0].target
+    goal = paste_goals(layer, edit, z, region="map")[0].target
     with change:
         assert relative(layer.values(z[2:3]), predicted) < 1e-4
         reached = (layer.values(z[2:3]).double() - goal).square().mean().item()
@@ -191,7 +191,7 @@ def test_binding_leaves_the_generator_as_it_was(kind, training):
     assert torch.equal(output(kind, generator, z), before)
     layer = rc.bind(generator, names[-1], forward)
     moment = rc.collect_second_moment(layer, latents(), progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", tight=False)
+    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
     change.apply()
     change.revert()
     untouched(state, generator)
@@ -207,7 +207,7 @@ def test_nothing_keeps_the_generator_alive(kind):
     name = rc.list_layers(generator, latents(1), forward)[-1].name
     layer = rc.bind(generator, name, forward)
     moment = rc.collect_second_moment(layer, latents(), progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", tight=False)
+    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
     change.apply().revert()
     loose, alive, owner = copy.copy(change), weakref.ref(generator), weakref.ref(layer.module)
     del generator, layer, change
@@ -242,6 +242,6 @@ def test_what_was_compiled_follows_a_change(kind, name):
     assert torch.equal(before, run(generator))
     layer = rc.bind(compiled, name, forward)
     moment = rc.collect_second_moment(layer, z, progress=False)
-    with rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", tight=False):
+    with rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map"):
         assert relative(run(compiled), run(generator)) < 1e-6 and relative(run(compiled), before) > 1e-3
     assert torch.equal(run(compiled), before)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import solver_of
 from torch import nn
 
 import rewrite_core as rc
@@ -176,8 +177,8 @@ def test_groups(name, solver):
     mask = torch.zeros(side, side)
     mask[: side // 2] = 1
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
-    change = rc.rewrite(layer, moment, edit, z, loss="l2", tight=False, solver=solver, steps=200)
-    best = rc.rewrite(layer, moment, edit, z, loss="l2", tight=False)
+    change = rc.rewrite(layer, moment, edit, z, loss="l2", region="map", solver=solver_of(solver, 200))
+    best = rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
     assert best.solver == "closed_form" and best.final_loss <= change.final_loss * (1 + 1e-4)
     assert best.final_loss < best.losses[0]
     before = layer.parameter.detach().clone()
@@ -238,7 +239,7 @@ class Apart(nn.Module):
         {},
         {"loss": "l2", "preserve": 0.3},
         {"preserve": 0.3},
-        {"loss": "l2", "preserve": 0.3, "solver": "adam", "steps": 400},
+        {"loss": "l2", "preserve": 0.3, "solver": rc.Adam(steps=400)},
     ],
 )
 @pytest.mark.parametrize("name", ["conv", "out"])
@@ -258,7 +259,7 @@ def test_groups_are_convolutions_of_their_own(name, options):
         rc.Edit(copy=rc.Selection(4, mask), paste=rc.Selection(5, mask)),
     ]
     moment = rc.collect_second_moment(layer, z, progress=False)
-    options = {"tight": False, "method": "mean", **options}
+    options = {"region": "map", "directions": "mean", **options}
     together = rc.rewrite_many(layer, moment, edits, z, **options)
     apart = make("grouped").eval()
     setattr(apart, name, Apart(apart.get_submodule(name)))
@@ -374,10 +375,10 @@ def test_every_method_and_erasure(kind, name):
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
     before = layer.parameter.detach().clone()
     for change in (
-        rc.rewrite(layer, moment, edit, z, rank=2, method="svd", loss="l2", tight=False),
-        rc.rewrite(layer, moment, edit, z, rank=2, method="units", loss="l2", tight=False),
-        rc.rewrite(layer, moment, edit, z, method="mean", loss="l2", tight=False),
-        rc.rewrite(layer, moment, edit, z, solver="unconstrained", steps=50, loss="l2", tight=False),
+        rc.rewrite(layer, moment, edit, z, rank=2, directions="svd", loss="l2", region="map"),
+        rc.rewrite(layer, moment, edit, z, rank=2, directions="units", loss="l2", region="map"),
+        rc.rewrite(layer, moment, edit, z, directions="mean", loss="l2", region="map"),
+        rc.rewrite(layer, moment, edit, z, solver=rc.Unconstrained(steps=50), loss="l2", region="map"),
         rc.erase(layer, moment, edit, z, units=2, loss="l2"),
     ):
         assert change.final_loss < change.losses[0]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import solver_of
 from torch import nn
 
 import rewrite_core as rc
@@ -181,7 +182,7 @@ def test_a_clamp_at_work_has_no_post_operation():
         if solver == "adam":
             with pytest.raises(rc.SolverError, match="solver='adam'"):
                 rc.rewrite(layer, moment, edit, z)
-        change = rc.rewrite(layer, moment, edit, z, solver=solver, steps=30)
+        change = rc.rewrite(layer, moment, edit, z, solver=solver_of(solver, 30))
         assert change.solver == solver and change.final_loss < change.losses[0]
 
 

@@ -48,11 +48,20 @@ def test_several_pairs(layer, moment):
         assert torch.allclose(layer.module(keys), values, atol=1e-3)
     below = rc.insert(layer, moment, keys, values, rank=1)
     assert change.final_loss < below.final_loss < below.losses[0]
-    slow = rc.insert(layer, moment, keys, values, rank=2, solver="adam", steps=2000)
+    slow = rc.insert(layer, moment, keys, values, rank=2, solver=rc.Adam(steps=2000))
     best = rc.insert(layer, moment, keys, values, rank=2)
     assert slow.solver == "adam" and best.final_loss <= slow.final_loss * (1 + 1e-4)
     kept = rc.insert(layer, moment, keys, values, rank=3, preserve=10.0)
     assert kept.weight_delta().norm() < change.weight_delta().norm()
+
+
+@pytest.mark.parametrize("solver", [rc.Projected(400, 0.01), rc.Unconstrained(400, 0.01)])
+def test_the_solvers_of_pictures_insert_too(layer, moment, solver):
+    keys, values = pairs(layer, 2)
+    change = rc.insert(layer, moment, keys, values, rank=2, solver=solver)
+    assert change.solver == solver.name and change.final_loss < change.losses[0]
+    with change, torch.no_grad():
+        assert (layer.module(keys) - values).square().mean().item() == pytest.approx(change.final_loss, rel=1e-3)
 
 
 def test_the_context_says_where(layer, moment):
@@ -79,7 +88,7 @@ def test_a_1x1_convolution_takes_pairs_too(moment, layer):
 def test_a_saved_insertion(layer, moment, model, tmp_path):
     change = rc.insert(layer, moment, *pairs(layer, 2), rank=2)
     change.save(tmp_path / "c.safetensors")
-    loaded = rc.load_rewrite(tmp_path / "c.safetensors")
+    loaded = rc.Rewrite.load(tmp_path / "c.safetensors")
     with loaded.apply(model), torch.no_grad():
         once = layer.parameter.clone()
     with change:
@@ -94,8 +103,8 @@ def test_what_cannot_be_inserted(layer, moment):
         rc.insert(layer, moment, keys, values[:1])
     with pytest.raises(rc.NonFiniteError, match="values hold NaN"):
         rc.insert(layer, moment, keys, values * torch.nan)
-    with pytest.raises(rc.SolverError, match="'lm' and 'adam'"):
-        rc.insert(layer, moment, keys, values, solver="projected")
+    with pytest.raises(rc.SolverError, match="no preserve term"):
+        rc.insert(layer, moment, keys, values, solver="projected", preserve=0.1)
     with pytest.raises(rc.RankError):
         rc.insert(layer, moment, keys, values, rank=3)
     conv = rc.bind(make("sequence"), "conv")

@@ -9,12 +9,11 @@ import torch
 import rewrite_core as rc
 from rewrite_core.edits.goals import erase_goals, paste_goals
 from rewrite_core.generators.stylegan2 import StyleGAN2
-from rewrite_core.solvers import problem as solvers
-from rewrite_core.solvers.lm import solve_lm
-from rewrite_core.solvers.problem import Problem, combine
-from rewrite_core.solvers.stepwise import solve_adam, solve_projected
+from rewrite_core.solvers.choice import SOLVERS
+from rewrite_core.solvers.lm import fit_inputs, solve_lm
+from rewrite_core.solvers.problem import LayerProblem, combine, generic_second_moment
 
-FEW = {"steps": 60}
+FEW = {name: SOLVERS[name](steps=60) for name in ("adam", "projected", "unconstrained")}
 
 
 def box(size, top, left, height=None, width=None):
@@ -51,14 +50,13 @@ def problem_of(layer, edit, latents, change, loss="l1", **options):
     goals = paste_goals(layer, edit, latents, **options)
     regions = [(goal.capture, goal.target) for goal in goals]
     rows = change.directions.to(goals[0].target)
-    return Problem(layer, *regions[0], rows, loss, more=tuple(regions[1:]))
+    return LayerProblem(layer, tuple(regions), rows, loss)
 
 
 def each_loss(problem, weight):
     """The l1 of each region, by itself."""
     return [
-        dataclasses.replace(problem, capture=capture, target=target, more=(), loss="l1").distance(weight).item()
-        for capture, target in problem.regions
+        dataclasses.replace(problem, regions=(region,), loss="l1").distance(weight).item() for region in problem.regions
     ]
 
 
@@ -70,7 +68,7 @@ def test_one_paste_is_a_selection_and_several_are_a_tuple(edit):
     one, two = rc.Edit(edit.copy, [edit.paste], edit.context), rc.Edit(edit.copy, [edit.paste, other])
     assert one.paste == edit.paste and one.pastes == (edit.paste,) and one == edit
     assert two.paste == two.pastes == (edit.paste, other) and two != one
-    assert two.keys == [edit.paste, other] and two.selections == [edit.copy, edit.paste, other]
+    assert two.where == [edit.paste, other] and two.selections == [edit.copy, edit.paste, other]
     assert rc.Edit(edit.copy, []).paste is None and rc.Edit(edit.copy, ()).pastes == ()
     with pytest.raises(rc.SelectionError, match="not int"):
         rc.Edit(edit.copy, [edit.paste, 3])
@@ -97,7 +95,7 @@ def test_a_rewrite_keeps_them(moment, layer, several, latents, tmp_path):
     change = rc.rewrite(layer, moment, several, latents)
     assert change.edit == several and len(change.box) == 3
     change.save(tmp_path / "change.safetensors")
-    assert rc.load_rewrite(tmp_path / "change.safetensors").edit == several
+    assert rc.Rewrite.load(tmp_path / "change.safetensors").edit == several
 
 
 # --- the fit ---------------------------------------------------------------------------------------------
@@ -108,12 +106,12 @@ def test_a_rewrite_keeps_them(moment, layer, several, latents, tmp_path):
     [
         {},
         {"loss": "l2"},
-        {"tight": False},
-        {"alpha": False},
-        {"solver": "adam", **FEW},
-        {"solver": "projected", **FEW},
-        {"solver": "unconstrained", **FEW},
-        {"solver": "projected", "backend": "reference", **FEW},
+        {"region": "map"},
+        {"blend": "box"},
+        {"solver": FEW["adam"]},
+        {"solver": FEW["projected"]},
+        {"solver": FEW["unconstrained"]},
+        {"solver": FEW["projected"], "backend": "reference"},
         {"preserve": 0.3},
     ],
 )
@@ -132,14 +130,14 @@ def test_identical_pastes_are_one(moment, layer, edit, latents, options):
     assert torch.equal(rc.rewrite(layer, moment, again, latents, **options).coefficients, one.coefficients)
 
 
-@pytest.mark.parametrize("solver", [{}, {"solver": "adam", "steps": 200}, {"solver": "projected", "steps": 400}])
+@pytest.mark.parametrize("solver", [{}, {"solver": rc.Adam(steps=200)}, {"solver": rc.Projected(steps=400)}])
 @pytest.mark.parametrize(
     "goal",
     [
         {},
-        {"tight": False, "loss": "l2"},
-        {"alpha": False},
-        {"tight": False, "alpha": False, "loss": "l2"},
+        {"region": "map", "loss": "l2"},
+        {"blend": "box"},
+        {"region": "map", "blend": "box", "loss": "l2"},
         {"rank": 3},
     ],
 )
@@ -151,7 +149,7 @@ def test_every_paste_comes_closer(moment, layer, several, latents, goal, solver)
     before, after = each_loss(problem, layer.weight), each_loss(problem, layer.weight + change.weight_delta())
     if change.solver != "projected":  # whose steps of 0.05 are too long for this generator
         assert change.final_loss < change.losses[0]
-        if goal.get("tight", True):  # of a whole map most is as it should be
+        if goal.get("region") != "map":  # of a whole map most is as it should be
             assert all(now < then for now, then in zip(after, before))
     assert change.losses[0] == pytest.approx(problem.distance(layer.weight).item(), rel=1e-5)
     assert change.final_loss == pytest.approx(problem.distance(layer.weight + change.weight_delta()).item(), rel=1e-4)
@@ -162,12 +160,12 @@ def test_demodulated_pastes_have_styles_of_their_own(styled):
     edit = styled_edit(1, 2, 3)
     change = rc.rewrite(layer, moment, edit, latents)
     problem = problem_of(layer, edit, latents, change)
-    assert solvers.fit_inputs(problem)["demodulation"][0].shape == (3, layer.out_channels)
+    assert fit_inputs(problem)["demodulation"][0].shape == (3, layer.out_channels)
     before, after = each_loss(problem, layer.weight), each_loss(problem, layer.weight + change.weight_delta())
     assert change.solver == "lm" and all(now < 0.9 * then for now, then in zip(after, before))
     # what the fit says is what the layer does, pixel by pixel its own demodulation
     assert change.losses == pytest.approx([sum(before) / 3, sum(after) / 3], rel=1e-9)
-    adam = solve_adam(problem, 2001)
+    (adam,) = rc.Adam().solve([problem])
     assert change.final_loss <= 1.01 * adam.final_loss
     # one picture's goal alone is met better alone, and the others worse
     alone = rc.rewrite(layer, moment, styled_edit(1), latents)
@@ -189,22 +187,22 @@ def test_the_optimum_is_stationary_for_autograd(styled):
 
 
 def test_stepwise_solvers_say_how_they_ran(styled, moment, layer, several, latents):
-    assert rc.rewrite(layer, moment, several, latents, solver="projected", steps=5).status.keys() == {"fused"}
+    assert rc.rewrite(layer, moment, several, latents, solver=rc.Projected(steps=5)).status.keys() == {"fused"}
     layer, moment, latents = styled
     for solver in ("projected", "unconstrained"):
-        change = rc.rewrite(layer, moment, styled_edit(1, 2), latents, solver=solver, **FEW)
+        change = rc.rewrite(layer, moment, styled_edit(1, 2), latents, solver=FEW[solver])
         assert change.status == {"autograd": layer.out_channels} and change.final_loss < change.losses[0]
     layer.generator.float()
     moment = rc.collect_second_moment(layer, latents.float(), progress=False)
-    change = rc.rewrite(layer, moment, styled_edit(1), latents.float(), solver="projected", **FEW)
+    change = rc.rewrite(layer, moment, styled_edit(1), latents.float(), solver=FEW["projected"])
     problem = problem_of(layer, styled_edit(1, 2), latents.float(), change)
     with pytest.raises(rc.SolverError, match="different styles"):
-        solve_projected(problem, 5, backend="cpp")
+        rc.Projected(steps=5).solve([problem], backend="cpp")
     # two pastes on one picture have one style, and fuse
     first, second = rc.Selection(1, box(16, 2, 2, 4, 4)), rc.Selection(1, box(16, 10, 10, 4, 4))
     edit = rc.Edit(rc.Selection(7, box(16, 4, 4, 4, 4)), [first, second], [rc.Selection(20, box(16, 4, 4, 8, 8))])
     fused, slow = (
-        rc.rewrite(layer, moment, edit, latents.float(), solver="projected", backend=backend, **FEW)
+        rc.rewrite(layer, moment, edit, latents.float(), solver=FEW["projected"], backend=backend)
         for backend in ("cpp", "reference")
     )
     assert fused.status.keys() == {"fused"} and slow.status.keys() == {"autograd"}
@@ -230,11 +228,11 @@ def test_preserve_holds_several_back(styled):
     free, held = (rc.rewrite(layer, moment, edit, latents, preserve=weight) for weight in (0.0, 3.0))
     assert held.weight_delta().norm() < free.weight_delta().norm()
     problem = problem_of(layer, edit, latents, free)
-    generic = solvers.generic_second_moment(layer, problem.directions, latents[:32], moment.matrix())
+    generic = generic_second_moment(layer, problem.directions, latents[:32], moment.matrix())
     problem = dataclasses.replace(problem, preserve=3.0, generic=generic)
 
     def objective(coefficients):
-        parts = solvers.fit_inputs(problem)
+        parts = fit_inputs(problem)
         flat = coefficients.flatten(1)
         return (
             problem.distance(layer.weight + combine(coefficients, problem.directions))
@@ -242,7 +240,7 @@ def test_preserve_holds_several_back(styled):
         ).item()
 
     assert objective(held.coefficients) < objective(free.coefficients)
-    adam = solve_adam(problem, 1000)
+    (adam,) = rc.Adam(steps=1000).solve([problem])
     assert objective(held.coefficients) <= 1.01 * objective(adam.coefficients)
     torch.testing.assert_close(solve_lm([problem])[0].coefficients, held.coefficients)
 
@@ -250,16 +248,16 @@ def test_preserve_holds_several_back(styled):
 # --- goals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tight", [True, False])
-def test_pastes_of_one_picture(moment, layer, edit, latents, tight):
+@pytest.mark.parametrize("region", ["box", "map"])
+def test_pastes_of_one_picture(moment, layer, edit, latents, region):
     size = 16
     copy = rc.Selection(7, box(size, 4, 4, 3, 3))
     pastes = [rc.Selection(11, box(size, 1, 1, 3, 3)), rc.Selection(11, box(size, 9, 10, 3, 3))]
-    goals = paste_goals(layer, rc.Edit(copy, pastes, edit.context), latents, tight)
+    goals = paste_goals(layer, rc.Edit(copy, pastes, edit.context), latents, region)
     patch = layer.values(latents[7, None])[..., 4:7, 4:7]
     whole = layer.values(latents[11, None]).clone()
     whole[..., 1:4, 1:4] = whole[..., 9:12, 10:13] = patch
-    if tight:
+    if region == "box":
         assert [goal.box for goal in goals] == [(1, 1, 4, 4), (9, 10, 12, 13)]
         for goal in goals:
             torch.testing.assert_close(goal.target, patch)
@@ -275,7 +273,7 @@ def test_a_crop_that_reaches_into_another_paste_shows_it(styled):
     copy = rc.Selection(7, box(16, 4, 4, 3, 3))
     pastes = [rc.Selection(1, box(16, 4, 4, 3, 3)), rc.Selection(1, box(16, 4, 7, 3, 3))]
     goals = paste_goals(layer, rc.Edit(copy, pastes), latents)
-    (whole,) = paste_goals(layer, rc.Edit(copy, pastes), latents, tight=False)
+    (whole,) = paste_goals(layer, rc.Edit(copy, pastes), latents, region="map")
     assert goals[0].box[3] > goals[1].box[1]  # key pixels are two value pixels wide
     for goal in goals:
         top, left, bottom, right = goal.box
@@ -285,7 +283,7 @@ def test_a_crop_that_reaches_into_another_paste_shows_it(styled):
 def test_overlapping_pastes_are_refused(moment, layer, edit, latents):
     copy, first = rc.Selection(7, box(16, 4, 4, 4, 4)), rc.Selection(11, box(16, 2, 2, 4, 4))
     over, beside = rc.Selection(11, box(16, 4, 4, 4, 4)), rc.Selection(11, box(16, 2, 6, 4, 4))
-    for options in ({}, {"tight": False}, {"alpha": False}):
+    for options in ({}, {"region": "map"}, {"blend": "box"}):
         with pytest.raises(rc.SelectionError, match="picture 11 overlap") as caught:
             rc.rewrite(layer, moment, rc.Edit(copy, [first, over], edit.context), latents, **options)
         assert "\n" not in str(caught.value)
@@ -295,16 +293,16 @@ def test_overlapping_pastes_are_refused(moment, layer, edit, latents):
     shaped = rc.Edit(rc.Selection(7, corners), [first, rc.Selection(11, box(16, 3, 3, 4, 4))], edit.context)
     rc.rewrite(layer, moment, shaped, latents)
     with pytest.raises(rc.SelectionError, match="overlap"):
-        rc.rewrite(layer, moment, shaped, latents, alpha=False)
+        rc.rewrite(layer, moment, shaped, latents, blend="box")
 
 
-@pytest.mark.parametrize("tight", [True, False])
-def test_erasures_of_several(golden_moment, layer, several, latents, tight):
-    goals = erase_goals(layer, golden_moment, several, latents, 8, tight)
-    assert len(goals) == 3 and all((goal.box is not None) == tight for goal in goals)
-    change = rc.erase(layer, golden_moment, several, latents, units=8, tight=tight)
+@pytest.mark.parametrize("region", ["box", "map"])
+def test_erasures_of_several(golden_moment, layer, several, latents, region):
+    goals = erase_goals(layer, golden_moment, several, latents, 8, region)
+    assert len(goals) == 3 and all((goal.box is not None) == (region == "box") for goal in goals)
+    change = rc.erase(layer, golden_moment, several, latents, units=8, region=region)
     rows = change.directions.to(goals[0].target)
-    first, *more = ((goal.capture, goal.target) for goal in goals)
-    problem, weight = Problem(layer, *first, rows, more=tuple(more)), layer.weight + change.weight_delta()
+    regions = tuple((goal.capture, goal.target) for goal in goals)
+    problem, weight = LayerProblem(layer, regions, rows), layer.weight + change.weight_delta()
     assert sum(each_loss(problem, weight)) < sum(each_loss(problem, layer.weight))
     assert change.final_loss == pytest.approx(problem.distance(weight).item(), rel=1e-4)

@@ -18,7 +18,7 @@ def test_search_ranks_all_latents_by_their_best_match(layer, moment, edit, laten
 
 
 def test_search_takes_a_direction_and_any_top(layer, moment, edit, latents):
-    direction = rc.context_directions(moment, *rc.context_keys(layer, edit.keys, latents))[0]
+    direction = rc.context_directions(moment, *rc.context_keys(layer, edit.where, latents))[0]
     assert len(rc.search(layer, moment, direction, latents, top=1000).indices) == len(latents)
 
 

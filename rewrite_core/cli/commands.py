@@ -27,7 +27,7 @@ from ..backends import BackendUnavailable, explain
 from ..demo import LATENT_SIZE, RULES, chapels, load_edit
 from ..demo.rules import score
 from ..demo.run import EDIT_SEED, run_demo, table
-from ..edits.directions import METHODS
+from ..edits.directions import DIRECTIONS
 from ..edits.edit import Edit
 from ..edits.matches import search
 from ..edits.selection import Selection
@@ -37,9 +37,10 @@ from ..generators.loading import load_generator, load_into
 from ..layers.binding import BoundLayer, bind, list_layers
 from ..layers.fingerprints import tensor_fingerprint
 from ..layers.latents import sample_latents
-from ..rewrites.change import load_rewrite
-from ..rewrites.rewriting import erase, rewrite, zero
-from ..solvers.problem import LOSSES, SOLVERS
+from ..ops.fit_low_rank import LOSSES
+from ..rewrites.calls import erase, rewrite, zero
+from ..rewrites.change import Rewrite
+from ..solvers.choice import SOLVERS
 from ..statistics.moments import SecondMoment, collect_second_moment
 from ..version import __version__
 
@@ -388,14 +389,20 @@ def _edit(options: argparse.Namespace) -> None:
     generator, latents = _setup(options, options.count)
     layer = bind(generator, options.layer)
     moment = _moment_for(options, layer, latents)
-    names = ("rank", "method", "solver", "loss", "preserve", "steps", "tight")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given = {name: value for name in ("rank", "loss", "preserve") if (value := getattr(options, name)) is not None}
+    if options.method is not None:
+        given["directions"] = options.method
+    if options.tight is not None:
+        given["region"] = "box" if options.tight else "map"
+    if options.solver is not None:
+        given["solver"] = SOLVERS[options.solver](**({} if options.steps is None else {"steps": options.steps}))
     if options.zero:
         change = zero(layer, moment, edit, latents, **given)
     elif options.erase:
         change = erase(layer, moment, edit, latents, units=options.erase, progress=not options.quiet, **given)
     else:
-        change = rewrite(layer, moment, edit, latents, alpha=not options.box, progress=not options.quiet, **given)
+        given["blend"] = "box" if options.box else "mask"
+        change = rewrite(layer, moment, edit, latents, progress=not options.quiet, **given)
     change.save(options.out)
     size = (change.weight_delta().double().norm() / layer.weight.double().norm()).item()
     whole = sum(change.seconds.values())
@@ -417,7 +424,7 @@ def _edit(options: argparse.Namespace) -> None:
 
 def _before_after(options: argparse.Namespace, generator: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures without and with the rewrites; the generator is left as it was."""
-    changes = [load_rewrite(path) for path in options.rewrite]
+    changes = [Rewrite.load(path) for path in options.rewrite]
     with contextlib.ExitStack() as applied:
         for change in changes:
             change.apply(generator, force=options.force)
@@ -469,7 +476,7 @@ def _search(options: argparse.Namespace) -> None:
     edit = _load_edit(options)
     selection: Selection | tuple[Selection, ...] | None = getattr(edit, options.selection)
     if options.selection == "context":
-        selection = edit.keys[0]
+        selection = edit.where[0]
     elif isinstance(selection, tuple):  # several pastes
         selection = selection[0]
     if selection is None:
@@ -627,8 +634,8 @@ def build_parser() -> argparse.ArgumentParser:
     edit_arguments(sub)
     sub.add_argument("--out", required=True, type=_file(), metavar="FILE", help="safetensors file to write")
     sub.add_argument("--rank", type=_positive, help="of the change (default 1)")
-    sub.add_argument("--method", choices=METHODS, help="how the directions are found (default whitened)")
-    sub.add_argument("--solver", choices=SOLVERS, help="how the change along them is found (default lm)")
+    sub.add_argument("--method", choices=DIRECTIONS, help="how the directions are found (default whitened)")
+    sub.add_argument("--solver", choices=tuple(SOLVERS), help="how the change along them is found (default lm)")
     sub.add_argument("--loss", choices=LOSSES, help="absolute or squared distance to the goal (default l1)")
     sub.add_argument("--preserve", type=float, help="weight of leaving ordinary pictures alone (default 0)")
     sub.add_argument("--steps", type=_positive, help="of the other solvers than lm (default 2001)")
@@ -700,7 +707,7 @@ def build_parser() -> argparse.ArgumentParser:
 _OPTIONS = (
     (r"\bcollect_second_moment\(checkpoint=\.\.\.\)", "rewrite collect --resume"),
     (r"\brc\.(erase|zero)\b", r"--\1"),
-    (r"\btight=False\b", "--whole-map"),
+    (r"\bregion='map'", "--whole-map"),
     (r"\bskip_nonfinite=True\b", "--skip-nonfinite"),
     (r"`until`", "--until"),
     (r"\bforce=True\b", "--force"),

@@ -13,7 +13,7 @@ from ..errors import RewriteCoreError
 from ..layers.binding import bind, list_layers
 from ..layers.latents import sample_latents
 from ..pictures import paint
-from ..rewrites.rewriting import rewrite
+from ..rewrites.calls import rewrite
 from ..statistics.moments import collect_second_moment
 from .generator import ARCHITECTURES, load_chapels
 from .rules import RULES, score
@@ -57,7 +57,7 @@ def main() -> None:
                             rank=rank,
                             preserve=preserve,
                             loss=options.loss,
-                            tight=options.tight,
+                            region="box" if options.tight else "map",
                         )
                     except RewriteCoreError as error:
                         print(f"{rule.name:11} {info.name:28} {rank:4} {preserve:8g} {error}")

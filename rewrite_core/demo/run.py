@@ -20,8 +20,8 @@ from ..files import atomic_write, writable_path
 from ..layers.binding import BoundLayer, bind
 from ..layers.latents import sample_latents
 from ..pictures import paint, to_unit
+from ..rewrites.calls import rewrite
 from ..rewrites.change import Rewrite
-from ..rewrites.rewriting import rewrite
 from ..statistics.moments import SecondMoment, collect_second_moment
 from ..version import __version__, cpu_name
 from .rules import RULES, Rule, Score, score
@@ -40,7 +40,7 @@ CHOSEN: dict[str, tuple[str, int]] = {
 
 # On maps of 8x8 and 16x16 a pasted box is a few cells wide and the zeros beyond its edge would be most of what is
 # fitted, so the whole map is; l2 there has the exact closed form.
-OPTIONS = {"loss": "l2", "tight": False}
+OPTIONS = {"loss": "l2", "region": "map"}
 
 
 def _state(rule: Rule, latents: Tensor) -> list[str]:
@@ -69,7 +69,7 @@ def _sheet(
     def show(index: int) -> Tensor:
         return paint(layer.generator, latents[index : index + 1])[0]
 
-    (goal,) = paste_goals(layer, edit, latents, tight=False)
+    (goal,) = paste_goals(layer, edit, latents, region="map")
     preview = to_unit(layer.render(latents[edit.paste.index][None], goal.target))[0]
     top = [
         (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),

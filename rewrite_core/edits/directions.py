@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, RankError, RewriteCoreError, SelectionError
+from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice
 from ..layers.binding import BoundLayer
 from ..statistics.checks import check_inputs, check_keys, check_layer, check_moment
 from ..statistics.moments import SecondMoment
 from ..statistics.quantiles import UnitQuantiles
 from .selection import Selection
 
-METHODS = ("whitened", "svd", "mean", "units")
+DIRECTIONS = ("whitened", "svd", "mean", "units")
 _SQUARED = 1e-6  # squared singular values above this share of the first are known from the product to ten digits
 
 
@@ -72,7 +72,7 @@ def context_directions(
     keys: Tensor,
     weights: Tensor | None = None,
     rank: int = 1,
-    method: str = "whitened",
+    directions: str = "whitened",
     quantiles: UnitQuantiles | None = None,
 ) -> Tensor:
     """The directions D [R, I] (float64, orthonormal rows) that context keys reduce to.
@@ -82,7 +82,7 @@ def context_directions(
         keys: context keys, rows [n, I].
         weights: mask weight of each key [n]; default 1.
         rank: R, the number of directions.
-        method: "whitened" (appendix D): top R right singular vectors V of ``diag(w) M L^-T``, then orthonormal
+        directions: "whitened" (appendix D): top R right singular vectors V of ``diag(w) M L^-T``, then orthonormal
             rows of ``(L^-T V)^T``, each agreeing with the weighted mean key. Same span as whitening by C^(-1/2), by
             Cholesky alone. "svd": top R right singular vectors of the rows ``w C^-1 k``. "mean": their mean
             (rank 1 only). "units": one-hot rows, of the units that are most typical of the context: with `quantiles`
@@ -94,8 +94,7 @@ def context_directions(
         RankError: rank below 1, above I, or above the number of independent context keys.
         NonFiniteError, SelectionError: NaN keys; no key with positive weight.
     """
-    if method not in METHODS:
-        raise RewriteCoreError(f"There is no direction method {method!r}; choose from {list(METHODS)}.")
+    choice("directions", directions, DIRECTIONS)
     check_moment(moment)
     try:
         whole = 0 if isinstance(rank, bool) else operator.index(rank)  # numpy's whole numbers too
@@ -104,9 +103,9 @@ def context_directions(
     if not 1 <= whole <= moment.channels:
         raise RankError(f"The rank must be a whole number from 1 to the {moment.channels} channels, not {rank!r}.")
     rank = whole
-    if method == "mean" and rank != 1:
-        raise RankError(f"Method 'mean' has one direction; use rank=1, not {rank}.")
-    if method == "units":
+    if directions == "mean" and rank != 1:
+        raise RankError(f"directions='mean' is one direction; use rank=1, not {rank}.")
+    if directions == "units":
         units = rank_units(moment, keys, weights, quantiles)[:rank]
         return torch.nn.functional.one_hot(units, moment.channels).to(torch.float64)
 
@@ -118,16 +117,16 @@ def context_directions(
         raise SelectionError("Every context key is zero; mark a place where the layer has features.")
     weighted = rows * weights[:, None]
     mean = weighted.sum(0)
-    if method == "whitened":
+    if directions == "whitened":
         lower = moment.factor.lower.to(rows.device)
         white = torch.linalg.solve_triangular(lower, weighted.T, upper=False).T  # diag(w) M L^-T
         top = _top_right_vectors(white, rank)
         return _orthonormal_rows(torch.linalg.solve_triangular(lower.T, top.T, upper=True).T, mean)
     adjusted = moment.solve(weighted)
-    if method == "mean":
+    if directions == "mean":
         direction = adjusted.mean(0)
         if direction.norm() <= 1e-10 * adjusted.norm():
-            raise RankError("The context keys cancel out and have no mean direction; use method='whitened'.")
+            raise RankError("The context keys cancel out and have no mean direction; use directions='whitened'.")
         return (direction / direction.norm())[None]
     return _orthonormal_rows(_top_right_vectors(adjusted, rank), adjusted.mean(0))
 
@@ -135,8 +134,8 @@ def context_directions(
 def _top_right_vectors(rows: Tensor, rank: int) -> Tensor:
     """The top `rank` right singular vectors of rows [n, I], as rows.
 
-    From the n x n or the I x I product, whichever is smaller: several times faster than the rows' own decomposition, and
-    squaring costs nothing that is needed unless the last value is small beside the first.
+    From the n x n or the I x I product, whichever is smaller: several times faster than the rows' own decomposition,
+    and squaring costs nothing that is needed unless the last value is small beside the first.
     """
     if min(rows.shape) > 1:
         wide = rows.shape[0] <= rows.shape[1]
@@ -162,8 +161,8 @@ def context_keys(
     """
     check_layer(layer)
     if not isinstance(selections, Sequence):
-        raise TypeError(
-            f"selections is a list of rc.Selection (edit.keys has an edit's), not {type(selections).__name__}."
+        raise ArgumentError(
+            f"selections is a list of rc.Selection (edit.where has an edit's), not {type(selections).__name__}."
         )
     if not selections:
         raise SelectionError("There is no selection to read keys at; mark at least one place.")
@@ -192,7 +191,7 @@ def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, lat
     """The key to search for: C^-1 of the mask-weighted mean key, normalised; float64 [I] (paper, section 4)."""
     check_inputs(layer, moment, latents)
     if not isinstance(selection, Selection):
-        raise TypeError(f"What to search for is an rc.Selection or a key, not {type(selection).__name__}.")
+        raise ArgumentError(f"What to search for is an rc.Selection or a key, not {type(selection).__name__}.")
     rows, weights = context_keys(layer, [selection], latents)
     mean = (rows.double() * weights.double()[:, None]).sum(0) / weights.double().sum()
     if not torch.isfinite(mean).all():

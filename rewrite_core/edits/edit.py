@@ -49,8 +49,8 @@ class Edit:
         return self.pastes if len(self.pastes) > 1 else self.pastes[0] if self.pastes else None
 
     @property
-    def keys(self) -> list[Selection]:
-        """The context selections, or the pastes where no context was marked."""
+    def where(self) -> list[Selection]:
+        """Where the rule applies: the context selections, or the pastes where no context was marked."""
         if self.context:
             return self.context
         if self.pastes:

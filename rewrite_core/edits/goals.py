@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Box, Capture, window
-from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError
+from ..errors import NonFiniteError, SelectionError, SolverError, choice, whole_number
 from ..layers.binding import BoundLayer
 from ..statistics.moments import SecondMoment
 from .directions import context_keys, latent_of, rank_units
 from .edit import Edit
 from .selection import Selection
 
+REGIONS = ("box", "map")  # what is fitted
+BLENDS = ("mask", "box")  # through what the copy is pasted
+
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
     """The keys of the pasted region and the value they should have (paper, figure 3)."""
 
-    capture: Capture  # cropped to the region where tight
+    capture: Capture  # cropped to the box, where one is fitted
     target: Tensor  # [1, O, *map]; a whole one can be previewed with BoundLayer.render
     box: Box | None  # of the value map; None for the whole map
 
@@ -125,7 +128,7 @@ def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) 
     if boxes is None or not _crops(layer, capture.key, *boxes):
         raise SolverError(
             f"Layer {layer.name!r} cannot be run on a crop of its map (its maps are {tuple(capture.key.shape[2:])} and "
-            f"{size}, and a crop is padded with zeros); use tight=False."
+            f"{size}, and a crop is padded with zeros); use region='map'."
         )
     cropped = layer.crop(capture, *boxes)
     extra = {name: part.clone() for name, part in cropped.extra.items()}
@@ -182,15 +185,17 @@ def _check_apart(boxes: Sequence[Box], area: Tensor, index: int) -> None:
                 )
 
 
-def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = True, alpha: bool = True) -> list[Goal]:
+def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "box", blend: str = "mask") -> list[Goal]:
     """The goals of a copy and paste: the copied value patch composited at the centre of each paste. A place given twice
     counts once.
 
     Args:
-        tight: fit the pasted boxes only (the convolution then zero-pads at their edges), a goal each; not the whole map
-            of every picture that is pasted into.
-        alpha: composite through the copy's mask, not its bounding box.
+        region: "box": fit the pasted boxes only (the convolution then zero-pads at their edges), a goal each; "map":
+            the whole map of every picture that is pasted into.
+        blend: "mask": composite through the copy's mask; "box": its bounding box.
     """
+    choice("region", region, REGIONS)
+    choice("blend", blend, BLENDS)
     if edit.copy is None or not edit.pastes:
         missing = "copy ('object')" if edit.copy is None else "paste"
         raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
@@ -203,7 +208,7 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tr
             area, axes = edit.copy.area(size), len(size)
             copy_box = bounding_box(area)
             patch = _value(layer, source, size, copy_box)
-            area = area[window(copy_box)[2:]] if alpha else torch.ones_like(area[window(copy_box)[2:]])
+            area = area[window(copy_box)[2:]] if blend == "mask" else torch.ones_like(area[window(copy_box)[2:]])
             cover = area.to(capture.key)  # the area itself stays where looking at it waits for no GPU
         boxes = []
         for paste in pastes:
@@ -215,27 +220,25 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, tight: bool = Tr
             if box not in boxes:
                 boxes.append(box)
         _check_apart(boxes, area, pastes[0].index)
-        crops = [_crop(layer, capture, size, box) for box in boxes] if tight else [(capture, None)]
+        crops = [_crop(layer, capture, size, box) for box in boxes] if region == "box" else [(capture, None)]
         for cropped, fitted in crops:
-            target, region = _value(layer, capture, size, fitted), fitted or (*[0] * axes, *size)
+            target, whole = _value(layer, capture, size, fitted), fitted or (*[0] * axes, *size)
             for box in boxes:
-                _composite(target, region, box, patch, cover)
+                _composite(target, whole, box, patch, cover)
             goals.append(Goal(cropped, target, fitted))
     return goals
 
 
 def erase_goals(
-    layer: BoundLayer, moment: SecondMoment, edit: Edit, latents: Tensor, units: int = 30, tight: bool = False
+    layer: BoundLayer, moment: SecondMoment, edit: Edit, latents: Tensor, units: int = 30, region: str = "map"
 ) -> list[Goal]:
     """The goals of an erasure: the layer's own output with the `units` key channels of highest mean
-    k^2 / E[k^2] in the context zeroed; at each paste, or on the map of every picture that has one."""
+    k^2 / E[k^2] in the context zeroed; at each paste (region "box"), or on the map of every picture that has one."""
+    choice("region", region, REGIONS)
     if not edit.pastes:
         raise SelectionError("This edit has no paste selection; an erasure needs one to say what goes.")
-    if not isinstance(units, int) or not 1 <= units <= layer.in_channels:
-        raise RewriteCoreError(
-            f"units is a whole number from 1 to the {layer.in_channels} key channels, not {units!r}."
-        )
-    keys, weights = context_keys(layer, edit.keys, latents)
+    units = whole_number("units", units, most=layer.in_channels)
+    keys, weights = context_keys(layer, edit.where, latents)
     gone = rank_units(moment, keys, weights)[:units]
     goals = []
     for pastes in _by_picture(edit):
@@ -244,7 +247,7 @@ def erase_goals(
         without = capture.key.clone()
         without[:, gone.to(without.device)] = 0
         without = dataclasses.replace(capture, key=without)
-        boxes = dict.fromkeys(bounding_box(paste.area(size)) for paste in pastes) if tight else [None]
+        boxes = dict.fromkeys(bounding_box(paste.area(size)) for paste in pastes) if region == "box" else [None]
         for box in boxes:
             part, fitted = (capture, None) if box is None else _crop(layer, capture, size, box)
             goals.append(Goal(part, _value(layer, without, size, fitted), fitted))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters import FAMILIES, family_names
 from ..adapters.base import Box, Capture, LayerFamily, PostOperation
+from ..clock import stage
 from ..errors import RewriteCoreError, UnknownLayerError
 from ..modes import repeatable
 from .fingerprints import Trace, Traced, tensor_fingerprint
@@ -94,7 +95,8 @@ class BoundLayer:
         Noise that the generator draws is the same in every call on as many latents.
         """
         caught: list[Capture] = []
-        run_to([self], latents, lambda number, capture: caught.append(capture))
+        with stage("generator"):
+            run_to([self], latents, lambda number, capture: caught.append(capture))
         return caught[0]
 
     def capture_each(self, latents: Tensor) -> Capture:

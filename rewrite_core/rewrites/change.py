@@ -382,37 +382,37 @@ class Rewrite:
         tensors = {"directions": self.directions.cpu(), "coefficients": self.coefficients.cpu()}
         save_record(path, "rewrite", _VERSION, tensors, metadata)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Rewrite:
+        """Read a saved rewrite; ``Rewrite.load(path).apply(G)`` changes G as the original did, bit for bit.
 
-def load_rewrite(path: str | os.PathLike) -> Rewrite:
-    """Read a saved rewrite; ``load_rewrite(path).apply(G)`` changes G as the original did, bit for bit.
-
-    Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
-    """
-    name = os.fspath(path)
-    tensors, metadata = load_record(path, "rewrite", _VERSION)
-    directions, coefficients = tensors.get("directions"), tensors.get("coefficients")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
-    losses, edit = metadata.get("loss", []), metadata.get("edit")
-    groups = metadata.get("groups", 1)  # older files do not say
-    if (
-        directions is None
-        or coefficients is None
-        or not all(isinstance(text, str) for text in texts)
-        or not isinstance(losses, list)
-        or not all(isinstance(loss, (int, float)) for loss in losses)
-        or not isinstance(edit, str | None)
-        or not isinstance(groups, int)
-    ):
-        raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-    if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
-        raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
-    if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
-        raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
-    try:
-        edit = None if edit is None else Edit.from_json(edit)
-    except RewriteCoreError as error:
-        raise type(error)(f"{name}: {error}") from error
-    layer, fitted_to, solver = texts
-    final_loss = losses[-1] if losses else None
-    return Rewrite(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit, groups=groups)
+        Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
+        """
+        name = os.fspath(path)
+        tensors, metadata = load_record(path, "rewrite", _VERSION)
+        directions, coefficients = tensors.get("directions"), tensors.get("coefficients")
+        metadata = metadata if isinstance(metadata, dict) else {}
+        texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
+        losses, edit = metadata.get("loss", []), metadata.get("edit")
+        groups = metadata.get("groups", 1)  # older files do not say
+        if (
+            directions is None
+            or coefficients is None
+            or not all(isinstance(text, str) for text in texts)
+            or not isinstance(losses, list)
+            or not all(isinstance(loss, (int, float)) for loss in losses)
+            or not isinstance(edit, str | None)
+            or not isinstance(groups, int)
+        ):
+            raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
+        if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
+            raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
+        if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
+            raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
+        try:
+            edit = None if edit is None else Edit.from_json(edit)
+        except RewriteCoreError as error:
+            raise type(error)(f"{name}: {error}") from error
+        layer, fitted_to, solver = texts
+        final_loss = losses[-1] if losses else None
+        return cls(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit, groups=groups)

@@ -1,9 +1,11 @@
-"""``lm``: per-channel Levenberg-Marquardt on Lambda, all edits and channels in one fit; exact closed form where the problem
-is linear (L2)."""
+"""``lm``: per-channel Levenberg-Marquardt on Lambda, all edits and channels in one fit; the exact closed form where the
+problem is linear (L2)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,11 @@ from torch import Tensor
 from .. import ops
 from ..errors import NonFiniteError, SolverError
 from ..ops.fit_low_rank import STATUS
-from .problem import Problem, Solution, basis_maps, inputs_of, is_known, warn_underdetermined
+from .base import Solver
+from .problem import LayerProblem, LayerSolution, basis_maps, inputs_of, is_known
 
 
-def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The squared norm that demodulation divides by, as a quadratic in Lambda: constant [O], linear [O, J] (half
     the gradient) and quadratic [J, J], float64."""
     # [O, I, T] in its own precision: float32 products of all of W cost a tenth of float64 ones
@@ -29,7 +32,7 @@ def _demodulation(problem: Problem, style: Tensor, eps: float) -> tuple[Tensor, 
     return constant, linear, quadratic
 
 
-def fit_inputs(problem: Problem, group: int = 0) -> dict:
+def fit_inputs(problem: LayerProblem, group: int = 0) -> dict:
     """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, the pixels of all its
     regions flattened.
 
@@ -93,7 +96,7 @@ def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
     return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
 
 
-def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solution]:
+def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[LayerSolution]:
     """All problems (edits of one layer, same rank and loss) in one batched fit.
 
     Raises SolverError where what follows the layer is unknown.
@@ -103,8 +106,6 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
         raise SolverError(
             f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
         )
-    for problem in problems:
-        warn_underdetermined(problem)
     groups = first.layer.groups
     inputs = [fit_inputs(problem, group) for problem in problems for group in range(groups)]
     sizes = [part["basis"].shape[-1] for part in inputs]
@@ -140,7 +141,7 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
         i, channels = slice(number * groups, (number + 1) * groups), problem.coefficient_shape[0]
         solutions.append(
-            Solution(
+            LayerSolution(
                 coefficients=fit.coefficients[i].reshape(problem.coefficient_shape),
                 losses=[initial / channels, final / channels],
                 solver=fit.solver,
@@ -150,3 +151,21 @@ def solve_lm(problems: Sequence[Problem], backend: str = "auto") -> list[Solutio
             )
         )
     return solutions
+
+
+@dataclasses.dataclass(frozen=True)
+class LM(Solver):
+    """Levenberg-Marquardt on Lambda, every output channel by itself; for l2, where the value is linear in the weight,
+    the exact least-squares solution. It has no options: it runs until it is done.
+
+    Raises SolverError where what follows the layer is not known per channel.
+    """
+
+    name: ClassVar[str] = "lm"
+    preserves: ClassVar[bool] = True
+
+    def solve(
+        self, problems: Sequence[LayerProblem], *, progress: bool = False, backend: str = "auto"
+    ) -> list[LayerSolution]:
+        """All problems in one batched fit, on the ops' `backend`; nothing takes long enough for `progress`."""
+        return solve_lm(problems, backend)

@@ -1,5 +1,5 @@
-"""What a solver is given and what it returns: the coefficients Lambda of a rank-R change W1 = W0 + Lambda D (paper, eq. 10
-to 15)."""
+"""What a solver is given and what it returns: the coefficients Lambda of a rank-R change W1 = W0 + Lambda D (paper,
+eq. 10 to 15)."""
 
 from __future__ import annotations
 
@@ -15,33 +15,29 @@ from ..adapters.base import Capture
 from ..errors import UnderdeterminedWarning, warn
 from ..layers.binding import BoundLayer
 
-SOLVERS = ("lm", "projected", "adam", "unconstrained")
-LOSSES = ("l1", "l2")
-
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Make the layer's value of `capture` equal `target` by changing its weight along `directions`; and those of `more`
-    captures equal their targets, with the same change (an edit's other pastes)."""
+class LayerProblem:
+    """Make the layer's value of each region's capture equal its target, by changing the weight along `directions`.
+
+    Several regions are an edit's several pastes: one change for all of them.
+    """
 
     layer: BoundLayer
-    capture: Capture  # one latent, perhaps cropped
-    target: Tensor  # [1, O, H, W]
+    regions: tuple[tuple[Capture, Tensor], ...]  # each one latent, perhaps cropped, and its goal [1, O, *map]
     directions: Tensor  # [R, I], orthonormal rows
     loss: str = "l1"
     preserve: float = 0.0
-    generic: Tensor | None = (
-        None  # [R kh kw, R kh kw] (or one per group), second moment of the basis maps over ordinary images
-    )
-    more: tuple[tuple[Capture, Tensor], ...] = ()
+    generic: Tensor | None = None  # [R kh kw, R kh kw] (or one per group): generic_second_moment, where preserve > 0
 
     @property
-    def regions(self) -> tuple[tuple[Capture, Tensor], ...]:
-        return ((self.capture, self.target), *self.more)
+    def dtype(self) -> torch.dtype:
+        """What is computed in: that of the goals, float32 at least."""
+        return self.regions[0][1].dtype if self.regions else torch.float64
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.to(self.target.dtype)
+        return self.layer.weight.to(self.dtype)
 
     @property
     def coefficient_shape(self) -> tuple[int, ...]:
@@ -52,20 +48,21 @@ class Problem:
         pixels of all regions."""
         values = [self.layer.value(capture, weight) for capture, _ in self.regions]
         targets = [target for _, target in self.regions]
-        if self.more:
+        if len(self.regions) > 1:
             values, targets = ([torch.cat([part.flatten(2) for part in parts], 2)] for parts in (values, targets))
         return (F.l1_loss if self.loss == "l1" else F.mse_loss)(values[0], targets[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class Solution:
-    """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; status: how many
-    output channels ended how ("lm"), or ran as what ("projected", "unconstrained": "fused" or "autograd")."""
+class LayerSolution:
+    """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; final_loss:
+    None where nothing was fitted; status: how many output channels ended how ("lm"), or ran as what ("projected",
+    "unconstrained": "fused" or "autograd")."""
 
     coefficients: Tensor
     losses: list[float]
     solver: str
-    final_loss: float
+    final_loss: float | None
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     iterations: int = 0  # "lm": tried by all channels together; else the number of steps
 
@@ -123,17 +120,18 @@ def inputs_of(layer: BoundLayer, group: int) -> slice:
     return slice(group * size, (group + 1) * size)
 
 
-def is_known(problem: Problem) -> bool:
+def is_known(problem: LayerProblem) -> bool:
     """Whether what follows the layer is known, per channel."""
-    return problem.layer.post_operation(problem.capture) is not None
+    return problem.layer.post_operation(problem.regions[0][0]) is not None
 
 
-def warn_underdetermined(problem: Problem) -> None:
+def warn_underdetermined(problem: LayerProblem) -> None:
+    """Warn where a channel has at least as many unknowns as pixels."""
     rank, taps = len(problem.directions), math.prod(problem.coefficient_shape[2:])
     pixels = sum(math.prod(target.shape[2:]) for _, target in problem.regions)
     if rank * taps >= pixels and not problem.preserve:
         warn(
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
-            "other images: use tight=False where only a part of the map is fitted, a lower rank, or preserve=0.3.",
+            "other images: use region='map' where only a part of the map is fitted, a lower rank, or preserve=0.3.",
             UnderdeterminedWarning,
         )

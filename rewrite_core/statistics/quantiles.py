@@ -51,7 +51,7 @@ class UnitQuantiles:
 def collect_unit_quantiles(
     layer: BoundLayer, latents: Tensor, batch_size: int = 16, progress: bool = False
 ) -> UnitQuantiles:
-    """Quantiles of each unit of the layer's key over the images of `latents`, for ``method="units"``."""
+    """Quantiles of each unit of the layer's key over the images of `latents`, for ``directions="units"``."""
     check_layer(layer)
     check_latents(latents)
     if len(latents) == 0:

@@ -1,0 +1,58 @@
+"""What arithmetic an edit is solved in, whatever modes the caller is in."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from ..layers.binding import BoundLayer
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Float32 products on a GPU are of whole numbers, not of their first ten bits: coefficients would move by 3e-3.
+
+    By the older names, which every torch has and generators' own code reads: these, but not the newer ones, can be read
+    whichever were set. Only where the caller's own newer settings have no older name are the newer used."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    old, new = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")], []
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        new = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision")]
+
+    def read(places: list) -> list:
+        return [getattr(*place) for place in places]
+
+    def write(places: list, values: list) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.9 finds the older names old
+            for place, value in zip(places, values, strict=True):
+                setattr(*place, value)
+
+    precise = read(new)
+    try:
+        allowed = read(old)
+    except RuntimeError:
+        old, allowed = [], []
+    try:
+        write(old or new, [False, False] if old else ["ieee", "ieee"])
+        yield
+    finally:
+        write(old, allowed)
+        write(new, precise)  # the older names cannot say "none", what was never set
+
+
+@contextlib.contextmanager
+def plain_arithmetic(layer: BoundLayer) -> Iterator[None]:
+    """Whatever modes the caller is in: no autocast and no TF32, which would round what is solved for, and no inference
+    mode, whose tensors autograd refuses. The generator's own forward function may still set its own."""
+    with contextlib.ExitStack() as modes:
+        if layer.parameter.device.type == "cuda":
+            modes.enter_context(_no_tf32())
+        for kind in {"cpu", layer.parameter.device.type}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        yield

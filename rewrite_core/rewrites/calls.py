@@ -1,0 +1,239 @@
+"""The public calls: pastes, erasures, insertions and zeroings, each a maker of goals for :func:`.solving.solve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Capture
+from ..edits.directions import context_keys
+from ..edits.edit import Edit
+from ..edits.goals import BLENDS, REGIONS, Goal, erase_goals, paste_goals
+from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, choice, number
+from ..layers.binding import BoundLayer
+from ..solvers.base import Solver
+from ..solvers.removal import Removal
+from ..statistics.checks import check_inputs, check_keys
+from ..statistics.moments import SecondMoment
+from .change import Rewrite
+from .solving import Settings, Task, solve
+
+
+def rewrite(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    directions: str = "whitened",
+    region: str = "box",
+    blend: str = "mask",
+    loss: str = "l1",
+    preserve: float = 0.0,
+    solver: str | Solver = "lm",
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Solve one edit: the rank-R change of the layer that makes the pasted region come out as the copied one.
+
+    The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D). An edit with
+    several pastes has one change that is fitted to all of them: the loss is the mean over the pixels of all.
+
+    Args:
+        layer: from :func:`rewrite_core.bind`.
+        moment: second moment of that layer's keys.
+        edit: copy, paste and context; its selections index the rows of `latents`.
+        latents: [N, ...], the set the edit was made on.
+        rank: R, 1 to the number of key channels. "unconstrained" needs neither rank nor context.
+        directions: how they are found, see :func:`rewrite_core.context_directions`.
+        region: "box" fits the pasted box, zero-padded at its edge, as the reference does (SolverError where the layer
+            cannot be run so: other padding than zeros, or map sizes that are no multiples); "map" the whole map.
+        blend: "mask" composites through the copy's mask, "box" through its bounding box.
+        loss: "l1" (the reference's) or "l2", the mean over the region.
+        preserve: weight of the paper's L_smooth, the mean squared change that the rewrite makes to the values of
+            ordinary images before the activation, at the demodulation that the unchanged weight has; 0 is the
+            reference's objective. For "lm" and "adam".
+        solver: "lm" (default), "projected" (the reference's algorithm), "adam", or "unconstrained"; or one with options
+            of its own: :class:`rewrite_core.LM`, :class:`~rewrite_core.Projected`, :class:`~rewrite_core.Adam`,
+            :class:`~rewrite_core.Unconstrained`.
+        progress: show bars of what takes long.
+        backend: of the operations, see :func:`rewrite_core.explain`.
+
+    Raises:
+        MismatchError: the moment is of another layer or model.
+        SelectionError: a selection is missing, or two pastes of one picture overlap.
+        MaskError, RankError, NonFiniteError, SolverError: as their names say.
+    """
+    return rewrite_many(
+        layer,
+        moment,
+        [edit],
+        latents,
+        rank=rank,
+        directions=directions,
+        region=region,
+        blend=blend,
+        loss=loss,
+        preserve=preserve,
+        solver=solver,
+        progress=progress,
+        backend=backend,
+    )[0]
+
+
+def rewrite_many(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edits: Sequence[Edit],
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    directions: str = "whitened",
+    region: str = "box",
+    blend: str = "mask",
+    loss: str = "l1",
+    preserve: float = 0.0,
+    solver: str | Solver = "lm",
+    progress: bool = False,
+    backend: str = "auto",
+) -> list[Rewrite]:
+    """Solve several edits of one layer, each against the weight as it is now; "lm" fits them in one batch.
+
+    Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
+    """
+    settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
+    choice("region", region, REGIONS)
+    choice("blend", blend, BLENDS)
+    check_inputs(layer, moment, latents)
+
+    def task(edit: Edit) -> Task:
+        return _task(layer, edit, latents, lambda: paste_goals(layer, edit, latents, region, blend))
+
+    return solve(layer, moment, [task(edit) for edit in _checked(edits)], settings, latents)
+
+
+def erase(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    units: int = 30,
+    rank: int = 1,
+    directions: str = "whitened",
+    region: str = "map",
+    loss: str = "l1",
+    preserve: float = 0.0,
+    solver: str | Solver = "lm",
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Solve an erasure: the pasted region should come out as if the `units` key channels most typical of the
+    context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `region`: the reference
+    fits an erasure on the whole map, so that is the default."""
+    settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
+    choice("region", region, REGIONS)
+    check_inputs(layer, moment, latents)
+    _checked([edit])
+    task = _task(layer, edit, latents, lambda: erase_goals(layer, moment, edit, latents, units, region))
+    return solve(layer, moment, [task], settings, latents)[0]
+
+
+def zero(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    edit: Edit,
+    latents: Tensor,
+    *,
+    rank: int = 1,
+    directions: str = "whitened",
+    amount: float = 0.0,
+) -> Rewrite:
+    """The change that removes the weight's projection on the context's directions: ``Lambda = -W0 D^T``.
+
+    `amount` adds that multiple of the projection of an all-ones weight in its place, as in the reference.
+    """
+    settings = Settings(rank, directions, solver=Removal(number("amount", amount)))
+    check_inputs(layer, moment, latents)
+    _checked([edit])
+    return solve(layer, moment, [_task(layer, edit, latents, list)], settings, latents)[0]
+
+
+def insert(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    context: Tensor | None = None,
+    weights: Tensor | None = None,
+    rank: int = 1,
+    directions: str = "whitened",
+    loss: str = "l2",
+    preserve: float = 0.0,
+    solver: str | Solver = "lm",
+    progress: bool = False,
+    backend: str = "auto",
+) -> Rewrite:
+    """Insert key -> value pairs directly (paper, eq. 6 to 9), without pictures: the rank-R change of a linear or 1x1
+    layer that makes its output at `keys` come out as `values`. The language-model case: keys and values are vectors at
+    tokens.
+
+    Args:
+        keys: rows [n, I], such as ``layer.keys(z)[0].T[positions]``.
+        values: rows [n, O], what the layer should put out there, bias included.
+        context: rows [m, I] that say where the rule applies, reduced to `rank` directions; by default `keys`.
+        weights: of the rows that directions are made of, [m]; default 1.
+        rank: R. With rank n, or with n = 1, and independent keys the values are met exactly.
+        directions, loss, preserve, solver, progress, backend: those of :func:`rewrite`; "lm" is exact for "l2".
+            `preserve` needs a linear or 1x1 layer's second moment and nothing else.
+
+    Raises:
+        SolverError: the layer's output at a position depends on more than the key there.
+        RewriteCoreError: shapes that do not fit. MismatchError, RankError, NonFiniteError: as their names say.
+    """
+    settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
+    check_inputs(layer, moment)
+    for name, rows, channels in (("keys", keys, layer.in_channels), ("values", values, layer.out_channels)):
+        check_keys(rows, name)
+        if rows.ndim != 2 or rows.shape[1] != channels or len(rows) != len(keys) or len(rows) == 0:
+            raise RewriteCoreError(f"{name} must be rows [{len(keys)}, {channels}], not {list(rows.shape)}.")
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError(f"The {name} hold NaN or infinity.")
+    if not layer._layer.pointwise:
+        raise SolverError(
+            f"{layer.name!r} does not compute its value from one key vector (it has a kernel, a stride, padding or a "
+            "style); use rc.rewrite with selections there, or insert at a linear or 1x1 layer."
+        )
+
+    def goals() -> list[Goal]:
+        dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+        axes = [1] * (len(layer.kernel_size) - 1)  # the rows are the positions of a map
+        key, value = (
+            rows.detach().to(layer.parameter.device, dtype).T.reshape(1, rows.shape[1], -1, *axes)
+            for rows in (keys, values)
+        )
+        return [Goal(Capture(key), value, None)]
+
+    task = Task(goals, lambda inside_only: (keys if context is None else context, weights), meets=True)
+    return solve(layer, moment, [task], settings)[0]
+
+
+def _task(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Callable[[], list[Goal]]) -> Task:
+    """An edit's: it acts where the edit marks context."""
+    return Task(goals, lambda inside_only: context_keys(layer, edit.where, latents, inside_only), edit)
+
+
+def _checked(edits: Iterable[Edit]) -> list[Edit]:
+    if isinstance(edits, Edit):
+        raise SelectionError("rewrite_many takes a list of edits, not one Edit; use rc.rewrite for one.")
+    edits = list(edits)
+    if not edits:
+        raise SelectionError("There is no edit to make; give at least one.")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise SelectionError(f"An edit is an rc.Edit (rc.Edit.load reads a file), not {type(edit).__name__}.")
+    return edits

@@ -1,0 +1,164 @@
+"""From goals to changes: the one way that every call of :mod:`.calls` goes.
+
+keys of the context -> directions D;  goals -> regions of a problem;  solver -> Lambda;  Lambda D -> a Rewrite
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..clock import Clock, stage
+from ..edits.directions import DIRECTIONS, context_directions
+from ..edits.edit import Edit
+from ..edits.goals import Goal
+from ..errors import NonFiniteError, SolverError, choice, number, warn
+from ..layers.binding import BoundLayer
+from ..ops.fit_low_rank import LOSSES
+from ..solvers.adam import Adam
+from ..solvers.base import Solver
+from ..solvers.choice import solver_of
+from ..solvers.lm import LM
+from ..solvers.problem import LayerProblem, LayerSolution, generic_second_moment, warn_underdetermined
+from ..statistics.moments import SecondMoment
+from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
+from .arithmetic import plain_arithmetic
+from .change import Rewrite
+
+_GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How changes are solved for: what all calls have in common. Checked as it is made.
+
+    Raises:
+        SolverError: no such solver, or one without the preserve term is given one.
+        RewriteCoreError: no such directions or loss, or preserve is no weight.
+    """
+
+    rank: int = 1
+    directions: str = "whitened"
+    loss: str = "l1"
+    preserve: float = 0.0
+    solver: str | Solver = "lm"
+    progress: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        choice("directions", self.directions, DIRECTIONS)
+        choice("loss", self.loss, LOSSES)
+        number("preserve", self.preserve, least=0)
+        if self.preserve and not self.chosen.preserves:
+            raise SolverError(f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.")
+
+    @property
+    def chosen(self) -> Solver:
+        """The solver as an object."""
+        return solver_of(self.solver)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One change that is wanted: what it should make of which regions, and where it may act."""
+
+    goals: Callable[[], list[Goal]]
+    context: Callable[[bool], tuple[Tensor, Tensor | None]]  # keys [n, I] and weights [n]; given: inside the masks only
+    edit: Edit | None = None
+    meets: bool = False  # to meet its goal exactly is the point, with as many unknowns as there are
+
+
+def solve(
+    layer: BoundLayer, moment: SecondMoment, tasks: Sequence[Task], settings: Settings, latents: Tensor | None = None
+) -> list[Rewrite]:
+    """The change of each task, all solved against the weight as it is now. `latents` [N, ...] are those that edits
+    select from; None where there are none."""
+    solver = settings.chosen
+    if isinstance(solver, LM) and not layer.known:
+        warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', by autograd.")
+        solver = Adam()
+    with Clock().running() as clock, plain_arithmetic(layer):
+        with stage("check"):
+            moment.check(layer, latents)
+        quantiles = None
+        if settings.directions == "units" and solver.reduced and latents is not None:
+            with stage("directions"):
+                quantiles = collect_unit_quantiles(layer, latents, progress=settings.progress)
+        problems, boxes = [], []
+        for task in tasks:
+            with stage("goal"):
+                goals = task.goals()
+            with stage("directions"):
+                directions = _directions(layer, moment, task, settings, solver, quantiles)
+            problems.append(_problem(layer, moment, goals, directions, settings, latents))
+            if solver.preserves and not task.meets:  # the others are baselines
+                warn_underdetermined(problems[-1])
+            several = len(goals) > 1 and goals[0].box is not None
+            boxes.append(tuple(goal.box for goal in goals) if several else goals[0].box if goals else None)
+        with stage("fit"):
+            solutions = solver.solve(problems, progress=settings.progress, backend=settings.backend)
+        with stage("check"):
+            fitted_to = layer.weight_fingerprint(layer.weight)
+        return [
+            _change(problem, solution, fitted_to, edit=task.edit, seconds=dict(clock.seconds), box=box)
+            for task, problem, solution, box in zip(tasks, problems, solutions, boxes, strict=True)
+        ]
+
+
+def _directions(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    task: Task,
+    settings: Settings,
+    solver: Solver,
+    quantiles: UnitQuantiles | None,
+) -> Tensor:
+    """D [R, I]; for a solver that goes along none, every input channel, whatever the rank and the context."""
+    if not solver.reduced:
+        return torch.eye(layer.in_channels, device=layer.parameter.device)
+    # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
+    keys, weights = task.context(settings.directions != "units")
+    own = moment.within_groups(layer.groups)
+    return context_directions(own, keys, weights, settings.rank, settings.directions, quantiles)
+
+
+def _problem(
+    layer: BoundLayer,
+    moment: SecondMoment,
+    goals: Sequence[Goal],
+    directions: Tensor,
+    settings: Settings,
+    latents: Tensor | None,
+) -> LayerProblem:
+    directions, generic = directions.to(goals[0].target if goals else layer.parameter.device), None
+    if settings.preserve:
+        with stage("preserve"):
+            ordinary = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
+            generic = generic_second_moment(layer, directions, ordinary, moment.matrix())
+    regions = tuple((goal.capture, goal.target) for goal in goals)
+    return LayerProblem(layer, regions, directions, settings.loss, float(settings.preserve), generic)
+
+
+def _change(problem: LayerProblem, solution: LayerSolution, fitted_to: str, **details) -> Rewrite:
+    """The change that a solution is, in float32 at least."""
+    layer, coefficients = problem.layer, solution.coefficients
+    if not torch.isfinite(coefficients).all():
+        raise NonFiniteError(
+            f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
+        )
+    dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+    return Rewrite(
+        layer=layer.name,
+        directions=problem.directions.to(dtype),
+        coefficients=coefficients.to(dtype),
+        fitted_to=fitted_to,
+        solver=solution.solver,
+        losses=solution.losses,
+        final_loss=solution.final_loss,
+        status=solution.status,
+        bound=layer,
+        **details,
+    )

@@ -1,0 +1,203 @@
+"""Solvers that step on all of W.
+
+``projected``      the reference implementation's: Adam on W, projected back to D every few steps
+``unconstrained``  Adam on W, no directions: the baseline
+
+Fused (ops.fit_projected) where a kernel can take the problem and what follows the layer is known per channel; else
+through autograd, which makes the same steps but for rounding. The status says which. `backend`: "triton" and "cpp"
+insist on the one, "reference" on the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import select
+from ..errors import ArgumentError, SolverError, whole_number
+from ..progress import progress_bar
+from .problem import LayerProblem, LayerSolution, combine, is_known
+from .stepwise import Stepwise, finite_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected(Stepwise):
+    """The reference implementation's algorithm: Adam on W, and after steps 0, 10, 20, ... and the last one W is
+    replaced by its original part orthogonal to D plus its own projection on D.
+
+    Args:
+        steps: at least 1.
+        lr: learning rate, above 0.
+        project_every: so many steps lie between projections, at least 1.
+        project_gradient: project every gradient on D, too.
+    """
+
+    project_every: int = 10
+    project_gradient: bool = False
+    name: ClassVar[str] = "projected"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("project_every", whole_number("project_every", self.project_every))
+        if not isinstance(self.project_gradient, bool):
+            raise ArgumentError(f"project_gradient is True or False, not {self.project_gradient!r}.")
+
+    def solve(
+        self, problems: Sequence[LayerProblem], *, progress: bool = False, backend: str = "auto"
+    ) -> list[LayerSolution]:
+        """One problem after the other."""
+        return [self._solve(problem, progress, backend) for problem in problems]
+
+    def _solve(self, problem: LayerProblem, progress: bool, backend: str) -> LayerSolution:
+        original = problem.weight
+        directions = problem.directions.to(original.dtype)
+        if _fuses(problem, backend):
+            options = {"project_every": self.project_every, "project_gradient": self.project_gradient}
+            return _fused(problem, self, progress, backend, directions=directions, **options)
+        orthogonal = original - _project(original, directions)
+
+        def project(step: int, weight: Tensor) -> None:
+            if step % self.project_every == 0 or step == self.steps - 1:
+                weight.copy_(orthogonal + _project(weight, directions))
+
+        change_gradient = (lambda gradient: _project(gradient, directions)) if self.project_gradient else None
+        weight, losses, final_loss = _descend(problem, self, progress, project, change_gradient)
+        coefficients = torch.einsum("oi...,ri->or...", (weight - original).double(), directions.double())
+        status = {"autograd": len(original)}
+        return LayerSolution(coefficients.to(original.dtype), losses, self.name, final_loss, status, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconstrained(Stepwise):
+    """Adam on all of W: the baseline. Its directions are the identity, its coefficients the whole change.
+
+    Args:
+        steps: at least 1.
+        lr: learning rate, above 0.
+    """
+
+    name: ClassVar[str] = "unconstrained"
+    reduced: ClassVar[bool] = False
+
+    def solve(
+        self, problems: Sequence[LayerProblem], *, progress: bool = False, backend: str = "auto"
+    ) -> list[LayerSolution]:
+        """One problem after the other."""
+        return [self._solve(problem, progress, backend) for problem in problems]
+
+    def _solve(self, problem: LayerProblem, progress: bool, backend: str) -> LayerSolution:
+        if _fuses(problem, backend):
+            return _fused(problem, self, progress, backend)
+        weight, losses, final_loss = _descend(problem, self, progress)
+        status = {"autograd": len(weight)}
+        return LayerSolution(weight - problem.weight, losses, self.name, final_loss, status, self.steps)
+
+
+def _project(weight: Tensor, directions: Tensor) -> Tensor:
+    return combine(torch.einsum("oi...,ri->or...", weight, directions), directions)
+
+
+def _fuses(problem: LayerProblem, backend: str) -> bool:
+    """Whether ops.fit_projected has a kernel for this problem, by `backend`."""
+    layer, regions = problem.layer, problem.regions
+    if len(layer.kernel_size) != 2 or layer.groups != 1:  # the kernel is for dense 2-D convolutions
+        if backend not in ("auto", "reference"):
+            raise SolverError(f"{layer.name!r} is no dense 2-D convolution: use backend='auto'.")
+        return False
+    first = regions[0][1]
+    places = first.shape[2:] if len(regions) == 1 else (1, sum(math.prod(goal.shape[2:]) for _, goal in regions))
+    shape = layer.in_channels, *layer.kernel_size, *places
+    chosen = select("fit_projected", backend, first.new_empty(()).expand(shape)).name
+    reason = None
+    if not is_known(problem):
+        reason = f"What follows {layer.name!r} is not known per channel"
+    else:
+        styles = [layer.post_operation(capture).style for capture, _ in regions]
+        if styles[0] is not None and not all(torch.equal(style, styles[0]) for style in styles):
+            reason = "The pastes are on pictures of different styles, and the kernel knows one demodulation"
+    if chosen != "reference" and backend != "auto" and reason:
+        raise SolverError(f"{reason}: use backend='auto'.")
+    return chosen != "reference" and not reason
+
+
+def _maps(problem: LayerProblem) -> dict[str, Tensor]:
+    """What ops.fit_projected takes of each region; of several, their pixels side by side in one row."""
+    layer, weight, taps = problem.layer, problem.weight, math.prod(problem.layer.kernel_size)
+    maps: dict[str, list[Tensor]] = {name: [] for name in ("operator", "base", "target", "value", "shift")}
+    kernels = torch.eye(taps, dtype=weight.dtype, device=weight.device).reshape(taps, 1, *layer.kernel_size)
+    for capture, target in problem.regions:
+        operator = layer.linear(capture.key.transpose(0, 1), kernels)  # of each input map by itself
+        shift = layer.post_operation(capture).shift
+        shift = weight.new_zeros(()) if shift is None else shift.to(weight)
+        maps["operator"].append(operator.reshape(len(operator), *layer.kernel_size, *operator.shape[2:]))
+        maps["base"].append(layer.linear(capture.key, weight)[0])
+        maps["target"].append(target[0])
+        maps["value"].append(layer.value(capture, weight)[0])
+        maps["shift"].append(shift.expand(target.shape)[0])
+    if len(problem.regions) == 1:
+        return {name: parts[0] for name, parts in maps.items()}
+    return {name: torch.cat([part.flatten(-2)[..., None, :] for part in parts], -1) for name, parts in maps.items()}
+
+
+def _fused(problem: LayerProblem, solver: Stepwise, progress: bool, backend: str, **options: Any) -> LayerSolution:
+    """All steps in one kernel call."""
+    weight, after = problem.weight, problem.layer.post_operation(problem.regions[0][0])
+
+    def bar(ranges: Iterable[Any], count: int) -> Iterable[Any]:
+        return progress_bar(ranges, total=count, label=solver.name, unit="part")
+
+    with torch.no_grad():
+        maps = _maps(problem)
+        if after.shift is None:
+            del maps["shift"]
+        fit = ops.fit_projected(
+            **maps,
+            demodulation=None if after.style is None else (weight, after.style[0].to(weight), after.eps),
+            slope=after.slope,
+            gain=after.gain,
+            loss=problem.loss,
+            steps=solver.steps,
+            lr=solver.lr,
+            backend=backend,
+            progress=bar if progress else None,
+            **options,
+        )
+        losses = [finite_loss(loss) for loss in fit.losses.cpu()]
+        directions = options.get("directions")
+        change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
+        final_loss = problem.distance(weight + change).item()
+    return LayerSolution(fit.coefficients, losses, solver.name, final_loss, {"fused": len(weight)}, solver.steps)
+
+
+def _descend(
+    problem: LayerProblem,
+    solver: Stepwise,
+    progress: bool,
+    project: Callable[[int, Tensor], None] | None = None,
+    change_gradient: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[float], float]:
+    """The steps through autograd: the weight, the losses, and the loss at the end."""
+    weight = problem.weight.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([weight], lr=solver.lr)
+    losses = []
+    with torch.enable_grad():
+        for step in solver.counted(progress):
+            loss = problem.distance(weight)
+            optimiser.zero_grad()
+            loss.backward()
+            if change_gradient is not None:
+                weight.grad.copy_(change_gradient(weight.grad))
+            optimiser.step()
+            losses.append(finite_loss(loss.detach()))
+            if project is not None:
+                with torch.no_grad():
+                    project(step, weight)
+    with torch.no_grad():
+        final_loss = problem.distance(weight).item()
+    return weight.detach(), losses, final_loss
