@@ -59,7 +59,7 @@ gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
 gpu-check: $(GPU_CHECK)/.installed
 	$(GPU_PYTHON) -c 'import sys; sys.path[0] = "$(abspath $(GPU_CHECK))"; from rewrite_core.benchmarks.gpu_check import main; sys.exit(main())' --out '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
 
-$(SYSTEM_LIBRARY)/.installed: setup.py pyproject.toml CMakeLists.txt rewrite_core_command.py $(SOURCES)
+$(SYSTEM_LIBRARY)/.installed: setup.py pyproject.toml CMakeLists.txt $(SOURCES)
 	@$(PYTHON) -c "$$SYSTEM_CHECK" $(NEEDED)
 	rm -rf $(SYSTEM_LIBRARY)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target $(SYSTEM_LIBRARY) .

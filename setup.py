@@ -62,7 +62,6 @@ class CMakeBuild(build_ext):
 setup(
     # rewrite_core/kernels and rewrite_core/benchmarks are links to the folders at the root
     packages=find_packages(include=["rewrite_core", "rewrite_core.*"]),
-    py_modules=["rewrite_core_command"],
     package_data={
         "rewrite_core": ["py.typed", "__init__.pyi"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],

@@ -11,7 +11,7 @@ import operator
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -37,11 +37,21 @@ def quoted(value: object) -> str:
     return _SHORT.repr(value)
 
 
-class RewriteCoreError(ValueError):
-    """Base class: bad input to rewrite_core. Messages are printable, whatever they quote."""
+def argument(name: str, value: object = None) -> str:
+    """An argument as messages name it: "force=True", or the bare name where `value` is None."""
+    return name if value is None else f"{name}={value!r}"
 
-    def __init__(self, *args: object):
+
+class RewriteCoreError(ValueError):
+    """Base class: bad input to rewrite_core. Messages are printable, whatever they quote.
+
+    `advice` holds the arguments that the message names as the way out, {name: value}, each as :func:`argument` writes
+    it: {"force": True} where the message says "force=True". The command line names its options in their place.
+    """
+
+    def __init__(self, *args: object, advice: Mapping[str, object] | None = None):
         super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+        self.advice = dict(advice or {})
 
 
 class ArgumentError(RewriteCoreError, TypeError):
@@ -96,12 +106,17 @@ class DiagonalShiftWarning(UserWarning):
     """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
 
 
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning that names the line outside this package, and outside torch where that came between, that led here."""
+def warn(message: str, category: type[Warning] = UserWarning, *, advice: Mapping[str, object] | None = None) -> None:
+    """A warning that names the line outside this package, and outside torch where that came between, that led here.
+
+    `advice` is what RewriteCoreError's is, and an attribute of the warning.
+    """
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rewrite_core", "torch"):
         level, frame = level + 1, frame.f_back
-    warnings.warn(printable(message), category, stacklevel=level)
+    warning = category(printable(message))
+    warning.advice = dict(advice or {})  # type: ignore[attr-defined]
+    warnings.warn(warning, stacklevel=level)
 
 
 def _plain(value: Any) -> Any:

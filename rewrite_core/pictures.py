@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,6 +87,8 @@ def selected(picture: Tensor, selection: Selection, side: int) -> Image.Image:
 
 def heat(picture: Tensor, heatmap: Tensor, side: int, level: float, high: float) -> Image.Image:
     """A picture under a heat map [h, w] of scores, from 0 (transparent) to `high`, with an outline at `level`."""
+    from matplotlib import colormaps  # takes a quarter of a second to import
+
     image = to_image(picture, side)
     scores = _upscale(heatmap.float().numpy(), image.size)
     strength = np.clip(scores / max(high, 1e-12), 0, 1)
@@ -135,18 +136,26 @@ def grid(
     return sheet
 
 
+def in_rows(
+    images: Sequence[Image.Image], labels: Sequence[str], columns: int
+) -> list[list[tuple[Image.Image | None, str]]]:
+    """Rows for :func:`grid`: labelled images, `columns` to a row."""
+    cells: list[tuple[Image.Image | None, str]] = list(zip(images, labels, strict=True))
+    return [cells[i : i + columns] for i in range(0, len(cells), columns)]
+
+
 def before_after(
     before: Tensor, after: Tensor, side: int, labels: Sequence[str] | None = None, columns: int = 8
 ) -> list[list[tuple[Image.Image | None, str]]]:
     """Rows for :func:`grid`: pairs [N, 3, H, W] side by side, before on the left, `columns` pairs to a row."""
     pairs = []
-    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+    for old, new in zip(before, after, strict=True):
         old, new = to_image(old, side), to_image(new, side)
         pair = Image.new("RGB", (old.width + new.width + 2, old.height), _BACKGROUND)
         pair.paste(old, (0, 0))
         pair.paste(new, (old.width + 2, 0))
-        pairs.append((pair, labels[i] if labels else ""))
-    return [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
+        pairs.append(pair)
+    return in_rows(pairs, labels or [""] * len(pairs), columns)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> None:

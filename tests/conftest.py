@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.command_line import user_generator  # noqa: F401  a fixture
 
 import rewrite_core as rc
 from rewrite_core.backends import triton_reason, triton_version

@@ -9,7 +9,7 @@ import torch
 
 from rewrite_core import backends, ops
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
-from rewrite_core.cli.commands import main
+from rewrite_core.cli.main import main
 from rewrite_core.errors import RewriteCoreError
 
 FEATURES = torch.ones(2, 3)

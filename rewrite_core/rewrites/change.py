@@ -220,7 +220,8 @@ class Rewrite:
         if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
             raise MismatchError(
                 f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
-                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True.",
+                advice={"force": True},
             )
         record = self.directions.detach().clone(), self.coefficients.detach().clone()
         weight = _plus(bound, stack["weight"], *record)
@@ -362,7 +363,8 @@ class Rewrite:
         if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
             raise MismatchError(
                 f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
-                "(another model, another precision, or other edits below it); go back to that one, or pass force=True."
+                "(another model, another precision, or other edits below it); go back to that one, or pass force=True.",
+                advice={"force": True},
             )
         return attach(bound, self.directions, self.coefficients)
 

@@ -104,7 +104,8 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
     first = problems[0]
     if not all(map(is_known, problems)):
         raise SolverError(
-            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'."
+            f"What follows {first.layer.name!r} is not known per channel, so 'lm' cannot run; use solver='adam'.",
+            advice={"solver": "adam"},
         )
     groups = first.layer.groups
     inputs = [fit_inputs(problem, group) for problem in problems for group in range(groups)]

@@ -163,7 +163,10 @@ class SecondMoment:
                     f"The features are as large as {largest:.0e} and their squares overflow {about.dtype}; "
                     "scale them down or pass them as float64."
                 )
-            raise NonFiniteError("The features hold NaN or infinity; leave those images out with skip_nonfinite=True.")
+            raise NonFiniteError(
+                "The features hold NaN or infinity; leave those images out with skip_nonfinite=True.",
+                advice={"skip_nonfinite": True},
+            )
         count = (about.images - int(bad)) * about.positions
         self.count += count
         self.skipped += int(bad)
@@ -363,7 +366,8 @@ class SecondMoment:
         if progress:
             raise FileFormatError(
                 f"{os.fspath(path)} is a checkpoint of an unfinished collection; "
-                "resume it with collect_second_moment(checkpoint=...)."
+                "resume it with collect_second_moment(checkpoint=...).",
+                advice={"collect_second_moment(checkpoint=...)": None},
             )
         if layer is not None:
             moment.check(layer)

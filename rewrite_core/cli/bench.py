@@ -1,0 +1,39 @@
+"""``rewrite bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .command import Command, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", metavar="SUITE", help="second-moment, solve, edit, collect or all (default all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
+    parser.add_argument(
+        "--out", default="bench_out", metavar="DIR", help="for the numbers and pictures (default bench_out)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from .generator import usable_device
+
+    if usable_device(options.device).type != "cpu":
+        raise UsageError("The benchmarks measure the CPU so far; leave --device out.")
+    try:
+        from ..benchmarks.runner import main as run_benchmarks
+    except ModuleNotFoundError as error:
+        if error.name not in ("rewrite_core.benchmarks", "pytest", "pytest_benchmark"):
+            raise
+        raise UsageError(
+            f"{error.name} is not installed; run pip install '.[test]' in a checkout to benchmark."
+        ) from error
+    return run_benchmarks(options.names or ["all"], Path(options.out), options.quick)
+
+
+COMMAND = Command(
+    "bench", "time the kernels against stock PyTorch", "rewrite bench solve --out bench_out", add_arguments, run
+)
