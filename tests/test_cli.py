@@ -212,8 +212,8 @@ import sys, time
 from dataclasses import replace
 from rewrite_core.cli import main as command_line, info
 def run(options):
-    print("started", flush=True)
     try:
+        print("started", flush=True)
         time.sleep(60)
     finally:  # what an interrupt leaves to do
         print("cleaning", flush=True)
