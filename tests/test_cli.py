@@ -35,11 +35,15 @@ def test_every_example_can_be_parsed(tmp_path, monkeypatch):
 
 
 def test_the_words_that_options_take_are_the_librarys():
-    from rewrite_core.edits.directions import METHODS
-    from rewrite_core.solvers.problem import LOSSES, SOLVERS
+    from rewrite_core.edits.directions import DIRECTIONS
+    from rewrite_core.edits.goals import BLENDS, REGIONS
+    from rewrite_core.layers.latents import DISTRIBUTIONS
+    from rewrite_core.ops.fit_low_rank import LOSSES
+    from rewrite_core.solvers.choice import SOLVERS
 
     assert tuple(RULES) == names.DEMO_EDITS
-    assert tuple(METHODS) == names.DIRECTIONS
+    assert tuple(DIRECTIONS) == names.DIRECTIONS and tuple(DISTRIBUTIONS) == names.DISTRIBUTIONS
+    assert tuple(REGIONS) == names.REGIONS and tuple(BLENDS) == names.BLENDS
     assert tuple(LOSSES) == names.LOSSES and tuple(SOLVERS) == names.SOLVERS
 
 
@@ -86,14 +90,15 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
         4,
         "--loss",
         "l2",
-        "--whole-map",
+        "--region",
+        "map",
         "--out",
         rule,
         "--state-dict",
         tmp_path / "edited.safetensors",
         "--quiet",
     )
-    assert code == 0 and "closed_form" in out and rc.load_rewrite(rule).rank == 4
+    assert code == 0 and "closed_form" in out and rc.Rewrite.load(rule).rank == 4
     code, out, _ = run(capsys, "measure", "--rewrite", rule, "--rule", "spire", "--count", 200, "--seed", 2)
     report = json.loads(out)
     assert code == 0 and report["efficacy"] > 0.8 and report["pictures"] == 200
@@ -120,7 +125,7 @@ def test_a_whole_session_on_chapels(tmp_path, capsys):
     from rewrite_core.demo import chapels
 
     edited = chapels()
-    rc.load_rewrite(rule).apply(edited)
+    rc.Rewrite.load(rule).apply(edited)
     state = load_file(tmp_path / "edited.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in edited.state_dict().items())
 
@@ -141,7 +146,7 @@ def test_warnings_are_one_line(tmp_path, capsys, user_generator):
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--moment", "m.safetensors", "--zero", *MINE)
     for same in (("--count", 30), ("--count", 60), ("--count", 20)):  # samples of one seed begin alike
         assert run(capsys, *edit, *same)[2] == ""
-    for other in (("--seed", 2), ("--latents", "uniform")):
+    for other in (("--seed", 2), ("--distribution", "uniform")):
         code, _, err = run(capsys, *edit, *other)
         assert code == 0 and err.startswith("rewrite: warning: m.safetensors was collected on other latents"), err
         assert len(err.splitlines()) == 1

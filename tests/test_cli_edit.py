@@ -7,17 +7,17 @@ import numpy as np
 from helpers.command_line import LAYER, MINE, run, save_edit, square
 
 import rewrite_core as rc
-from rewrite_core.rewrites import rewriting
+from rewrite_core.rewrites import calls
 
 
 def test_the_shipped_edits_by_name_and_the_size_of_a_change(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("--layer", LAYER, "--rank", 4, "--loss", "l2", "--quiet")
-    code, out, err = run(capsys, "edit", "spire", *common, "--whole-map", "--out", "good.safetensors")
+    code, out, err = run(capsys, "edit", "spire", *common, "--region", "map", "--out", "good.safetensors")
     assert code == 0 and 0.1 < float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) < 1 and not err
-    code, out, err = run(capsys, "edit", "spire", *common, "--tight", "--out", "bad.safetensors")
+    code, out, err = run(capsys, "edit", "spire", *common, "--region", "box", "--out", "bad.safetensors")
     assert code == 0 and float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) > 2
-    assert "rewrite: warning: The change is" in err and "use --whole-map" in err
+    assert "rewrite: warning: The change is" in err and "use --region map" in err
     assert all(line.startswith("rewrite: warning: ") for line in err.splitlines())
 
 
@@ -25,17 +25,21 @@ def test_options_that_were_not_given_are_the_librarys_defaults(tmp_path, capsys,
     save_edit()
     seen = {}
     for name in ("rewrite", "erase", "zero"):
-        real = getattr(rewriting, name)
+        real = getattr(calls, name)
         monkeypatch.setattr(
-            rewriting, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1]
+            calls, name, lambda *a, _real=real, _name=name, **k: (seen.update({_name: k}), _real(*a, **k))[1]
         )
     edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 20, "--quiet", *MINE)
-    assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"alpha": True, "progress": False}
-    assert run(capsys, *edit, "--erase", 3, "--tight")[0] == 0
-    assert seen["erase"] == {"units": 3, "progress": False, "tight": True}
+    assert run(capsys, *edit)[0] == 0 and seen["rewrite"] == {"progress": False}
+    assert run(capsys, *edit, "--erase", 3, "--region", "box")[0] == 0
+    assert seen["erase"] == {"units": 3, "progress": False, "region": "box"}
     assert run(capsys, *edit, "--zero", "--rank", 2)[0] == 0 and seen["zero"] == {"rank": 2}
-    assert run(capsys, *edit, "--whole-map", "--box", "--preserve", 0.5)[0] == 0
-    assert seen["rewrite"] == {"alpha": False, "progress": False, "tight": False, "preserve": 0.5}
+    assert run(capsys, *edit, "--region", "map", "--blend", "box", "--preserve", 0.5)[0] == 0
+    assert seen["rewrite"] == {"blend": "box", "progress": False, "region": "map", "preserve": 0.5}
+    assert run(capsys, *edit, "--solver", "adam", "--steps", 3, "--lr", 0.1, "--directions", "svd")[0] == 0
+    assert seen["rewrite"] == {"progress": False, "solver": rc.Adam(steps=3, lr=0.1), "directions": "svd"}
+    assert run(capsys, *edit, "--solver", "projected", "--steps", 3, "--project-every", 2, "--project-gradient")[0] == 0
+    assert seen["rewrite"]["solver"] == rc.Projected(steps=3, project_every=2, project_gradient=True)
 
 
 def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
@@ -44,7 +48,7 @@ def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
     common = ("e.json", "--layer", "3", "--count", 20, "--quiet", *MINE)
     for option in ((), ("--solver", "adam", "--steps", 3), ("--erase", 3)):
         assert run(capsys, "edit", *common, "--out", "r.safetensors", *option)[0] == 0
-        assert rc.load_rewrite("r.safetensors").edit == edit
+        assert rc.Rewrite.load("r.safetensors").edit == edit
     stages = re.findall(r"(\w+) \d+ ms \((\d+)%\)", run(capsys, "edit", *common, "--out", "r.safetensors")[1])
     assert {"generator", "directions", "goal", "fit"} <= {stage for stage, _ in stages}
     assert 95 <= sum(int(share) for _, share in stages) <= 105

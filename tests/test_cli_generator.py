@@ -68,7 +68,7 @@ def test_a_whole_session_on_a_users_generator(tmp_path, capsys, user_generator):
             "u.safetensors",
             "--count",
             40,
-            "--latents",
+            "--distribution",
             "uniform",
             *MINE,
             "--quiet",
@@ -87,7 +87,7 @@ def test_loaders_that_take_a_path(tmp_path, capsys, monkeypatch):
         "--latent-size",
         64,
     )
-    code, _, err = run(capsys, "layers", *golden)
+    code, out, err = run(capsys, "layers", *golden)
     assert code == 0 and "layer5.conv" in out
     code, _, err = run(
         capsys,

@@ -77,16 +77,27 @@ BAD = [
         "--preserve would change nothing",
     ),
     (
-        ["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--whole-map", *MINE],
-        "--whole-map would change nothing",
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--zero", "--region", "map", *MINE],
+        "--region would change nothing",
     ),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--erase", "2", "--box", *MINE], "--box would change nothing"),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--steps", "20", *MINE], "--steps would change nothing"),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--erase", "2", "--blend", "box", *MINE],
+        "--blend would change nothing",
+    ),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--steps", "20", *MINE],
+        "no --steps; leave it out, or choose --solver projected or",
+    ),
     (
         ["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "unconstrained", "--rank", "2", *MINE],
         "--rank would change nothing",
     ),
-    (["edit", "e.json", "--layer", "3", "--out", "r", "--tight", "--whole-map", *MINE], "not allowed with"),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--erase", "2", "--zero", *MINE], "not allowed with"),
+    (
+        ["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "adam", "--project-every", "2", *MINE],
+        "The adam solver has no --project-every; leave it out, or choose --solver projected.",
+    ),
+    (["edit", "e.json", "--layer", "3", "--out", "r", "--solver", "adam", "--lr", "0", *MINE], "number greater than 0"),
     (["edit", "q.json", "--layer", "3", "--out", "r", *MINE], "or use --erase UNITS or --zero"),
     (["edit", "spire", "--layer", "3", "--out", "r", "--seed", "2"], "--seed 1"),
     (["edit", "spire", "--layer", "3", "--out", "r", *MINE], "spire: No such file"),

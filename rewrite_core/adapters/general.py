@@ -116,7 +116,8 @@ class GeneralLayer(LayerFamily):
         if weight.shape != self.canonical(self.weight).shape or not self._alone:
             raise SolverError(
                 f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, and "
-                "region='map'."
+                "region='map'.",
+                advice={"solver": "adam", "`preserve`": None, "region": "map"},
             )
         capture = Capture(key)
         return self.value(capture, weight) - self.value(capture, torch.zeros_like(weight))
@@ -125,7 +126,9 @@ class GeneralLayer(LayerFamily):
         return None
 
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
-        raise SolverError(f"Layer {self.path!r} cannot be run on a crop of its map; use region='map'.")
+        raise SolverError(
+            f"Layer {self.path!r} cannot be run on a crop of its map; use region='map'.", advice={"region": "map"}
+        )
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
         return self._outwards(value).to(output, copy=True).reshape(output.shape)

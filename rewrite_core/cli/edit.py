@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from .command import Command, UsageError
 from .messages import say
 from .options import (
+    BLENDS,
     DIRECTIONS,
     GENERATOR_NOTES,
     LOSSES,
+    REGIONS,
     SOLVERS,
     add_edit,
     add_generator,
@@ -19,6 +24,11 @@ from .options import (
     real,
 )
 
+if TYPE_CHECKING:
+    from ..solvers.base import Solver
+
+SOLVER_OPTIONS = ("steps", "lr", "project_every", "project_gradient")  # each solver takes some of them
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Defaults are the library's: None means that an option was not given, and what was given can be refused.
@@ -26,26 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_edit(parser)
     parser.add_argument("--out", required=True, type=output(), metavar="FILE", help="safetensors file to write")
     parser.add_argument("--rank", type=positive, help="of the change (default 1)")
-    parser.add_argument("--method", choices=DIRECTIONS, help="how the directions are found (default whitened)")
-    parser.add_argument("--solver", choices=SOLVERS, help="how the change along them is found (default lm)")
-    parser.add_argument("--loss", choices=LOSSES, help="absolute or squared distance to the goal (default l1)")
+    parser.add_argument("--directions", choices=DIRECTIONS, help="how they are found (default whitened)")
+    parser.add_argument(
+        "--region", choices=REGIONS, help="fit the pasted box (default, but for --erase) or the whole map"
+    )
+    parser.add_argument("--blend", choices=BLENDS, help="paste through the copy's mask (default) or its bounding box")
+    parser.add_argument("--loss", choices=LOSSES, help="absolute (default) or squared distance to the goal")
     parser.add_argument("--preserve", type=real(), help="weight of leaving ordinary pictures alone (default 0)")
-    parser.add_argument("--steps", type=positive, help="of the other solvers than lm (default 2001)")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--tight",
-        action="store_true",
-        default=None,
-        help="fit the pasted box, as if nothing were around it (default, but for --erase)",
-    )
-    where.add_argument(
-        "--whole-map",
-        dest="tight",
-        action="store_false",
-        default=None,
-        help="fit the whole map (default for --erase)",
-    )
-    parser.add_argument("--box", action="store_true", default=None, help="paste the copy's bounding box, not its mask")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--erase", type=positive, metavar="UNITS", help="erase: silence so many units in the paste")
     kind.add_argument("--zero", action="store_true", help="remove the weight's projection on the context")
@@ -55,43 +52,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.safetensors",
         help="also write the generator's whole edited state dict",
     )
+    group = parser.add_argument_group("solver")
+    group.add_argument("--solver", choices=SOLVERS, help="how the change along the directions is found (default lm)")
+    group.add_argument("--steps", type=positive, help="of projected, adam and unconstrained (default 2001)")
+    group.add_argument("--lr", type=real(above=0), help="learning rate of the same three (default 0.05)")
+    group.add_argument("--project-every", type=positive, metavar="STEPS", help="of projected (default 10)")
+    group.add_argument("--project-gradient", action="store_true", default=None, help="of projected: every gradient too")
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error."""
-    flags = {"tight": "--whole-map" if options.tight is False else "--tight"}
+    fit = ("solver", "loss", "preserve", "region", "blend", *SOLVER_OPTIONS)
     for holds, names, reason in (
-        (options.zero, ("solver", "loss", "preserve", "steps", "tight", "box"), "--zero fits nothing"),
-        (options.erase, ("box",), "--erase pastes nothing"),
-        (options.solver in (None, "lm"), ("steps",), "the lm solver runs until it is done"),
-        (options.solver == "unconstrained", ("rank", "method"), "the unconstrained solver has no directions"),
+        (options.zero, fit, "--zero fits nothing"),
+        (options.erase, ("blend",), "--erase pastes nothing"),
+        (options.solver == "unconstrained", ("rank", "directions"), "the unconstrained solver has no directions"),
     ):
         for name in names:
             if holds and getattr(options, name) is not None:
-                raise UsageError(f"{flags.get(name, f'--{name}')} would change nothing, for {reason}; leave it out.")
+                raise UsageError(f"{_flag(name)} would change nothing, for {reason}; leave it out.")
+
+
+def _solver(name: str | None, given: Mapping[str, Any]) -> Solver | None:
+    """The solver of that name with its options; None for the library's default."""
+    from ..solvers.choice import SOLVERS as KINDS
+
+    takes = {kind: [field.name for field in dataclasses.fields(KINDS[kind])] for kind in SOLVERS}
+    chosen = name or SOLVERS[0]
+    for option in given:
+        if option not in takes[chosen]:
+            others = " or ".join(kind for kind in SOLVERS if option in takes[kind])
+            raise UsageError(f"The {chosen} solver has no {_flag(option)}; leave it out, or choose --solver {others}.")
+    return KINDS[chosen](**given) if name else None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def run(options: argparse.Namespace) -> None:
     from ..errors import warn
     from ..files import atomic_write
     from ..layers.binding import bind
-    from ..rewrites.rewriting import erase, rewrite, zero
+    from ..rewrites.calls import erase, rewrite, zero
     from .generator import subject
     from .inputs import edit_named, moment_for
 
     _refuse_unused(options)
+    given = {name: getattr(options, name) for name in ("rank", "directions", "region", "blend", "loss", "preserve")}
+    given["solver"] = _solver(
+        options.solver, {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None}
+    )
+    given = {name: value for name, value in given.items() if value is not None}
     edit = edit_named(options.edit, options.generator, options.seed)
     on = subject(options, options.count)
     layer = bind(on.generator, options.layer)
     moment = moment_for(options.moment, layer, on)
-    names = ("rank", "method", "solver", "loss", "preserve", "steps", "tight")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.zero:
         change = zero(layer, moment, edit, on.latents, **given)
     elif options.erase:
         change = erase(layer, moment, edit, on.latents, units=options.erase, progress=on.progress, **given)
     else:
-        change = rewrite(layer, moment, edit, on.latents, alpha=not options.box, progress=on.progress, **given)
+        change = rewrite(layer, moment, edit, on.latents, progress=on.progress, **given)
     change.save(options.out)
     size = (change.weight_delta().double().norm() / layer.weight.double().norm()).item()
     whole = sum(change.seconds.values())
@@ -100,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
     if size > 1:
         warn(
             f"The change is {size:.1f} times the weight: look at rewrite render and rewrite measure before you believe "
-            "the loss; --preserve 0.3, --whole-map or a lower --rank make it smaller."
+            "the loss; --preserve 0.3, --region map or a lower --rank make it smaller."
         )
     if options.state_dict:
         from safetensors.torch import save_file
@@ -114,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
 COMMAND = Command(
     "edit",
     "solve an edit and save the rewrite",
-    "rewrite edit spire --layer synthesis.layer4.conv --rank 4 --loss l2 --whole-map --out spire.safetensors",
+    "rewrite edit spire --layer synthesis.layer4.conv --rank 4 --loss l2 --region map --out spire.safetensors",
     add_arguments,
     run,
     notes=GENERATOR_NOTES,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,10 +92,7 @@ def _latents(options: argparse.Namespace, count: int) -> Tensor:
         if options.generator != CHAPELS:
             raise UsageError("Say what latents your generator takes with --latent-size, such as 512 or 100x1x1.")
         size = (LATENT_SIZE,)
-    if options.latents == "uniform":
-        rows = np.random.RandomState(options.seed).uniform(-1, 1, (count, *size))
-        return torch.from_numpy(rows).float()
-    return sample_latents(math.prod(size), count, seed=options.seed).reshape(count, *size)
+    return sample_latents(size, count, options.seed, options.distribution)
 
 
 def _load(spec: str, checkpoint: str | None, device: torch.device) -> nn.Module:

@@ -17,12 +17,13 @@ from ..errors import argument, printable
 MOST_CHARACTERS = 600  # of one message; longer ones keep their beginning and their end, where the advice is
 
 OPTIONS = {
+    "directions": "--directions {}",
     "force": "--force",
     "preserve": "--preserve {}",
     "rank": "--rank {}",
+    "region": "--region {}",
     "skip_nonfinite": "--skip-nonfinite",
     "solver": "--solver {}",
-    "tight": "--whole-map",
     "rc.erase": "--erase UNITS",
     "rc.zero": "--zero",
     "`preserve`": "--preserve",

@@ -15,6 +15,9 @@ MOST_PICTURES, MOST_LATENTS = 10_000, 1_000_000  # in one file; for one, as all 
 # The library's own words, spelled here so that --help need not import torch; a test compares them.
 DEMO_EDITS = ("spire", "watermark", "reflection")
 DIRECTIONS = ("whitened", "svd", "mean", "units")
+DISTRIBUTIONS = ("normal", "uniform")
+REGIONS = ("box", "map")
+BLENDS = ("mask", "box")
 LOSSES = ("l1", "l2")
 SOLVERS = ("lm", "projected", "adam", "unconstrained")
 
@@ -146,7 +149,12 @@ def add_generator(parser: argparse.ArgumentParser, count: int | None = None) -> 
     group.add_argument(
         "--latent-size", type=size, metavar="SIZE", help="of one latent: 512, or 100x1x1 for [N, 100, 1, 1]"
     )
-    group.add_argument("--latents", choices=("normal", "uniform"), default="normal", help="uniform means -1..1")
+    group.add_argument(
+        "--distribution",
+        choices=DISTRIBUTIONS,
+        default="normal",
+        help="of the latents' numbers: standard normal, the default, or uniform in -1..1",
+    )
     group.add_argument(
         "--range",
         type=span,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..rewrites.change import load_rewrite
+from ..rewrites.change import Rewrite
 from .generator import Subject
 
 
 def before_after(on: Subject, latents: Tensor, files: Sequence[str], force: bool) -> tuple[Tensor, Tensor]:
     """Pictures [N, C, H, W] without and with the rewrites, in this order; the generator is left as it was."""
-    changes = [load_rewrite(path) for path in files]
+    changes = [Rewrite.load(path) for path in files]
     with contextlib.ExitStack() as applied:
         for change in changes:
             change.apply(on.generator, force=force)

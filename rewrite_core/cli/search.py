@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from .inputs import edit_named, moment_for
 
     edit = edit_named(options.edit, options.generator, options.seed)
-    all_of_them = {"query": (edit.query,), "context": edit.keys, "copy": (edit.copy,), "paste": edit.pastes}
+    all_of_them = {"query": (edit.query,), "context": edit.where, "copy": (edit.copy,), "paste": edit.pastes}
     selection = next(iter(all_of_them[options.selection]), None)
     if selection is None:
         raise UsageError(f"The edit has no {options.selection} selection; choose another with --selection.")

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--preserve", type=float, nargs="+", default=[0.0])
     parser.add_argument("--loss", default=OPTIONS["loss"])
-    parser.add_argument("--tight", action="store_true", help="fit the pasted box, as the reference does")
+    parser.add_argument("--region", default=OPTIONS["region"], help="box: fit the pasted box, as the reference does")
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--json", help="also write one JSON line per row here")
     options = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
                             rank=rank,
                             preserve=preserve,
                             loss=options.loss,
-                            region="box" if options.tight else "map",
+                            region=options.region,
                         )
                     except RewriteCoreError as error:
                         print(f"{rule.name:11} {info.name:28} {rank:4} {preserve:8g} {error}")

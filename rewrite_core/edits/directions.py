@@ -104,7 +104,9 @@ def context_directions(
         raise RankError(f"The rank must be a whole number from 1 to the {moment.channels} channels, not {rank!r}.")
     rank = whole
     if directions == "mean" and rank != 1:
-        raise RankError(f"directions='mean' is one direction; use rank=1, not {rank}.")
+        raise RankError(
+            f"directions='mean' is one direction; use rank=1, not {rank}.", advice={"directions": "mean", "rank": 1}
+        )
     if directions == "units":
         units = rank_units(moment, keys, weights, quantiles)[:rank]
         return torch.nn.functional.one_hot(units, moment.channels).to(torch.float64)
@@ -126,7 +128,10 @@ def context_directions(
     if directions == "mean":
         direction = adjusted.mean(0)
         if direction.norm() <= 1e-10 * adjusted.norm():
-            raise RankError("The context keys cancel out and have no mean direction; use directions='whitened'.")
+            raise RankError(
+                "The context keys cancel out and have no mean direction; use directions='whitened'.",
+                advice={"directions": "whitened"},
+            )
         return (direction / direction.norm())[None]
     return _orthonormal_rows(_top_right_vectors(adjusted, rank), adjusted.mean(0))
 

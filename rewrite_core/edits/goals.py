@@ -128,7 +128,8 @@ def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) 
     if boxes is None or not _crops(layer, capture.key, *boxes):
         raise SolverError(
             f"Layer {layer.name!r} cannot be run on a crop of its map (its maps are {tuple(capture.key.shape[2:])} and "
-            f"{size}, and a crop is padded with zeros); use region='map'."
+            f"{size}, and a crop is padded with zeros); use region='map'.",
+            advice={"region": "map"},
         )
     cropped = layer.crop(capture, *boxes)
     extra = {name: part.clone() for name, part in cropped.extra.items()}
@@ -198,7 +199,10 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "b
     choice("blend", blend, BLENDS)
     if edit.copy is None or not edit.pastes:
         missing = "copy ('object')" if edit.copy is None else "paste"
-        raise SelectionError(f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.")
+        raise SelectionError(
+            f"This edit has no {missing} selection; add one, or use rc.erase or rc.zero.",
+            advice={"rc.erase": None, "rc.zero": None},
+        )
     goals, patch = [], None
     for pastes in _by_picture(edit):
         capture = _capture_one(layer, pastes[0], latents)

@@ -53,7 +53,10 @@ class Settings:
         choice("loss", self.loss, LOSSES)
         number("preserve", self.preserve, least=0)
         if self.preserve and not self.chosen.preserves:
-            raise SolverError(f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.")
+            raise SolverError(
+                f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.",
+                advice={"preserve": 0},
+            )
 
     @property
     def chosen(self) -> Solver:

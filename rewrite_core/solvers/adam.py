@@ -40,7 +40,10 @@ class Adam(Stepwise):
         scale = None
         if problem.preserve:
             if not is_known(problem):
-                raise SolverError(f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.")
+                raise SolverError(
+                    f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.",
+                    advice={"preserve": 0},
+                )
             inputs = [fit_inputs(problem, group) for group in range(problem.layer.groups)]
             penalty = torch.stack([part["penalty"] for part in inputs]).to(weight.dtype)
             scale = torch.cat([part["penalty_scale"] for part in inputs]).to(weight.dtype)

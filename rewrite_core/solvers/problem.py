@@ -134,5 +134,5 @@ def warn_underdetermined(problem: LayerProblem) -> None:
             f"Each channel has {rank * taps} unknowns for {pixels} pixels, so the goal is met whatever that does to "
             "other images: use region='map' where only a part of the map is fitted, a lower rank, or preserve=0.3.",
             UnderdeterminedWarning,
-            advice={"tight": False, "preserve": 0.3},
+            advice={"region": "map", "preserve": 0.3},
         )
