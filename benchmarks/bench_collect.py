@@ -81,7 +81,7 @@ def make(
     exact /= count
 
     def ours() -> Tensor:
-        return collect_second_moment(layer, latents, batch_size, progress=False).matrix()
+        return collect_second_moment(layer, latents, batch_size=batch_size, progress=False).matrix()
 
     def bare() -> Tensor:
         def stop(module: nn.Module, args: tuple) -> None:

@@ -296,7 +296,7 @@ def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) 
         generator = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False)).requires_grad_(False)
         latents = F.avg_pool2d(torch.randn(8, channels, size, size), 3, 1, 1)
     layer = bind(generator, "0", forward=lambda g, z: g(z))
-    moment = collect_second_moment(layer, latents, 4, progress=False)
+    moment = collect_second_moment(layer, latents, batch_size=4, progress=False)
     assert moment.factor is not None  # made here, and kept
     mask = torch.zeros(size, size)
     box = slice(size // 4, size // 4 + side)
@@ -336,7 +336,7 @@ def make_click(size: int, name: str, backend: str) -> Problem:
         generator = StyleGAN2(size, **width).eval().requires_grad_(False)
     layer = bind(generator, name)
     latents = sample_latents(generator.style_dim, 8, seed=1)
-    moment = collect_second_moment(layer, latents, 4, progress=False)
+    moment = collect_second_moment(layer, latents, batch_size=4, progress=False)
     assert moment.factor is not None  # made here, and kept
     side = layer.values(latents[:1]).shape[2]
     mask = torch.zeros(side, side)

@@ -1,23 +1,364 @@
-"""Reading and writing files."""
+"""Reading and writing files: all or nothing, from one descriptor, and nothing from a file is believed unchecked."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import math
 import os
-import tempfile
+import platform
+import secrets
+import shutil
+import stat
+import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from .errors import FileFormatError
+from .errors import ArgumentError, FileFormatError, RewriteCoreError, printable, quoted
+
+try:
+    import fcntl
+except ImportError:  # where there are no such locks, what killed writers leave is not found
+    fcntl = None  # type: ignore[assignment]
+
+_DEEPEST = 32  # lists and objects in one another that JSON may have
+_HEADER = 100_000_000  # bytes of a safetensors header, a limit of the format
+_UNPACKED = 64 * 2**20, 100  # a compressed or expanded file may give so many bytes, or so many times its own
+_FORGOTTEN = 24 * 3600.0  # seconds after which a partial file of another machine counts as left behind
+
+
+def as_path(path: str | os.PathLike) -> str:
+    """The name of a file. Raises ArgumentError for what is none."""
+    given = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(given, str):
+        raise ArgumentError(f"A file is named by a str or a Path, not by {quoted(path)}.")
+    return given
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A file's name for a message."""
+    return printable(as_path(path))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def writable_path(path: str | os.PathLike) -> Path:
+    """The file that writing to `path` would make or replace, symbolic links followed.
+
+    Raises OSError where that cannot be: no such folder, a folder that may not be written to, a name that is too long,
+    or something there that is no regular file. Nothing is touched, so it can be asked before long work.
+    """
+    given, name = as_path(path), shown(path)
+    if not given or "\0" in given:
+        raise FileNotFoundError("The name of the file to write is empty or holds a null character; give another.")
+    try:
+        found = Path(os.path.realpath(given))
+        if found.is_dir() or given.endswith(os.sep):
+            raise IsADirectoryError(f"{name} is a folder; name a file in it.")
+        if os.path.lexists(found) and not found.is_file():
+            raise FileExistsError(f"{name} is a device, a pipe or a broken link, not a file to replace; name another.")
+        folder, last = shown(found.parent), shown(found.name)
+        if not found.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} to write {last} into; make it first.")
+        longest = os.pathconf(found.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    except (FileExistsError, FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:  # a name that is too long, a link that leads nowhere
+        raise type(error)(error.errno, f"{quoted(given)} cannot be written ({error.strerror}); name another.") from None
+    if len(os.fsencode(found.name)) > longest:
+        raise OSError(
+            f"The file name {quoted(found.name)} has {len(os.fsencode(found.name))} bytes and {folder} takes "
+            f"{longest} at most; give a shorter one."
+        )
+    if not os.access(found.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {folder} may not be written to; choose another for {last}.")
+    return found
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path of the same name; on success the file there is flushed and renamed to `path`.
+
+    A crash or an exception never leaves half a file, nor harms the one that was there. A symbolic link stays, and
+    the file it points to is replaced. Until it is renamed the file lies in a folder of its own beside `path`, which
+    nobody else may enter; one that a killed writer left there is removed by the next. The file gets the permissions
+    that any other file the user makes would get. Raises what :func:`writable_path` does, and OSError where the disk is
+    full.
+    """
+    path = writable_path(path)
+    _remove_left(path)
+    with _private_folder(path) as folder:
+        partial = folder / path.name
+        descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the umask is the system's to apply
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        try:
+            yield partial
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{shown(path)} cannot be written ({error}); what was there is as it was.") from error
+        partial.chmod(mode)  # a library may have put another file in its place
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _stem(path: Path) -> str:
+    """How the names of folders begin that `path` is written in: short enough for any name to follow."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:160])}."
+
+
+def _lock(folder: str | os.PathLike) -> tuple[int, bool]:
+    """A descriptor that keeps others out of the folder while it is open, and whether the file system has such locks.
+
+    Raises BlockingIOError where another process has it, another OSError where it is gone.
+    """
+    descriptor, locked = os.open(folder, os.O_RDONLY), False
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
+        if not os.path.samestat(os.stat(folder), os.fstat(descriptor)):
+            raise FileNotFoundError(folder)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, locked
+
+
+@contextlib.contextmanager
+def _private_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that only this process writes to; whoever finds it sees by its lock that it is in
+    use."""
+    while True:
+        folder = path.with_name(f"{_stem(path)}{_machine()}-{secrets.token_hex(4)}.partial")
+        os.mkdir(folder, 0o700)
+        try:
+            descriptor, _ = _lock(folder)
+            break
+        except (BlockingIOError, FileNotFoundError):  # taken for one left behind, in the moment before it was locked
+            continue
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the folders that killed writers of `path` left: nobody has their lock (on another machine, where locks may
+    not be seen: they are a day old)."""
+    with os.scandir(path.parent) as entries:
+        names = [each.name for each in entries if each.name.startswith(_stem(path)) and each.name.endswith(".partial")]
+    for name in names:
+        left = path.with_name(name)
+        try:
+            descriptor, locked = _lock(left)
+        except OSError:  # in use, or gone, or no folder of ours
+            continue
+        try:
+            ours = locked and name.startswith(f"{_stem(path)}{_machine()}-")
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode) and (
+                ours or time.time() - os.fstat(descriptor).st_mtime > _FORGOTTEN
+            ):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any, name: str, depth: int = 0) -> Any:
+    """A copy of `value` that JSON has room for: NumPy's numbers become Python's, arrays and tuples lists, NaN and
+    infinity None. Raises ArgumentError, with the place in `name`, for anything else."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        value = value.tolist()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value) and depth < _DEEPEST:
+        return {str(key): plain(item, f"{name}[{quoted(key)}]", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple) and depth < _DEEPEST:
+        return [plain(item, f"{name}[{number}]", depth + 1) for number, item in enumerate(value)]
+    raise ArgumentError(
+        f"{name} is {quoted(value)}, a {type(value).__name__}, which a file has no room for; use numbers, "
+        "text, and lists and dicts of them."
+    )
+
+
+def to_json(value: Any, name: str = "the record", indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: see :func:`plain`."""
+    return json.dumps(plain(value, name), indent=indent, allow_nan=False)
+
+
+def from_json(text: str | bytes, what: str) -> Any:
+    """What JSON says. Raises FileFormatError, which names `what`, where it cannot be read or goes too deep."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
+        raise FileFormatError(f"{what} cannot be read as JSON ({_why(error)}).") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        level = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+    if any(isinstance(each, dict | list) for each in level):
+        raise FileFormatError(f"{what} goes more than {_DEEPEST} lists or objects deep.")
+    return value
+
+
+def _why(error: BaseException) -> str:
+    """An exception's message, on one short line."""
+    text = " ".join(printable(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:160]}..."
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def open_file(path: str | os.PathLike, what: str = "file") -> BinaryIO:
+    """A regular file, opened once: what is read through it is of one file, whatever takes its name meanwhile."""
+    if not Path(as_path(path)).is_file():
+        raise FileNotFoundError(f"There is no {what} {shown(path)}.")
+    return open(path, "rb")
+
+
+def is_zip(file: BinaryIO) -> bool:
+    """Whether an open file begins as an .npz (a zip) does, whatever it is called."""
+    start = file.read(4)
+    file.seek(0)
+    return start == b"PK\x03\x04"
+
+
+def _check_unpacked(size: int, file: BinaryIO, path: str | os.PathLike) -> None:
+    """Raises FileFormatError where `size` bytes are far more than the file can mean."""
+    least, times = _UNPACKED
+    stored = os.fstat(file.fileno()).st_size
+    if size > max(least, times * stored):
+        raise FileFormatError(
+            f"{shown(path)} has {stored} bytes and would take {size} in memory: it is damaged, or made to exhaust it."
+        )
+
+
+def read_arrays(file: BinaryIO, path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an open .npz file, whose sizes are looked at first. Raises FileFormatError for anything else."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            _check_unpacked(sum(member.file_size for member in members), file, path)
+            for member in members:
+                with archive.open(member) as data:
+                    _check_array(data, member.file_size, path)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (FileFormatError, MemoryError):
+        raise
+    except Exception as error:  # numpy raises anything from BadZipFile to KeyError here
+        raise FileFormatError(f"{shown(path)} is no .npz of plain arrays ({_why(error)}).") from error
+
+
+def _check_array(data: IO[bytes], size: int, path: str | os.PathLike) -> None:
+    """Raises FileFormatError where the header of an array says that it is larger than its `size` bytes."""
+    version = np.lib.format.read_magic(data)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(data)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise FileFormatError(f"{shown(path)} is truncated: an array of {list(shape)} in it has {size} bytes.")
+
+
+def read_tensors(file: BinaryIO, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of an open safetensors file, in memory of their own: what becomes of the file later
+    does not matter. Raises FileFormatError for anything else."""
+    data = file.read()
+    try:
+        tensors = load(data)  # which checks every size against what is there
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise FileFormatError(f"{shown(path)} is truncated or not a safetensors file ({_why(error)}).") from error
+    header = from_json(data[8 : 8 + int.from_bytes(data[:8], "little")], shown(path))
+    return tensors, header.get("__metadata__") or {}
+
+
+def save_record(path: str | os.PathLike, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write one of the library's own safetensors files (a second moment, a rewrite), all or nothing.
+
+    `metadata` is anything that :func:`plain` takes; it is stored with the file's kind and format version.
+    """
+    text = to_json(metadata, "metadata")
+    if len(text) > _HEADER // 2:  # quotes in it are escaped once more
+        raise RewriteCoreError(
+            f"The metadata of {shown(path)} has {len(text)} characters, more than a safetensors file takes; "
+            "keep less in it."
+        )
+    header = {"format": f"rewrite_core.{kind}", "version": str(version), "metadata": text}
+    with atomic_write(path) as partial:
+        save_file({name: _owned(tensor) for name, tensor in tensors.items()}, partial, metadata=header)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, and with no other's memory."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def load_record(path: str | os.PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_record` wrote. Raises FileFormatError for anything else."""
+    with open_file(path) as file:
+        return record_of(file, path, kind, version)
+
+
+def record_of(
+    file: BinaryIO, path: str | os.PathLike, kind: str, version: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`load_record` from an open file."""
+    name = shown(path)
+    tensors, header = read_tensors(file, path)
+    found = header.get("format")
+    if found != f"rewrite_core.{kind}":
+        what = "a foreign file" if found is None else quoted(found)
+        raise FileFormatError(f"{name} is not a rewrite_core {kind.replace('_', ' ')} but {what}.")
+    if header.get("version") != str(version):
+        raise FileFormatError(
+            f"{name} has format version {quoted(header.get('version'))} and this library reads {version}; "
+            "upgrade rewrite_core or make the file again."
+        )
+    metadata = from_json(header.get("metadata", ""), f"The metadata of {name}")
+    if not isinstance(metadata, dict):
+        raise FileFormatError(f"{name} has metadata that is no JSON object but {_describe(metadata)}.")
+    return tensors, metadata
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------
 
 
 def read_state_dict(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -31,10 +372,40 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
     Raises FileNotFoundError, or FileFormatError for a truncated file or one that holds anything else.
     """
     if isinstance(source, Mapping):
-        name, content = "the dict", source
-    else:
-        path = Path(source)
-        name, content = str(path), _read(path)
+        return _state_of(source, "the dict")
+    with open_file(source, "checkpoint file at") as file:
+        state = _state_of(_read_checkpoint(file, source), shown(source))
+        # a tensor may repeat its numbers by its strides
+        _check_unpacked(sum(value.numel() * value.element_size() for value in state.values()), file, source)
+    return state
+
+
+def _read_checkpoint(file: BinaryIO, path: str | os.PathLike) -> Any:
+    suffix = Path(path).suffix
+    try:
+        if suffix == ".safetensors":
+            return read_tensors(file, path)[0]
+        if suffix == ".npz":
+            return read_arrays(file, path)
+        if is_zip(file):
+            with zipfile.ZipFile(file) as archive:
+                _check_unpacked(sum(member.file_size for member in archive.infolist()), file, path)
+            file.seek(0)
+        # Training checkpoints often carry their command line, a harmless bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        raise FileFormatError(
+            f"{shown(path)} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, of another "
+            "format than its ending says, or holds more than tensors; download it again or save "
+            "model.state_dict() alone."
+        ) from error
+
+
+def _state_of(content: Any, name: str) -> dict[str, Tensor]:
+    """The flat state dict in what was read."""
     for wrapper in ("state_dict", "g_ema"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             latent_avg = content.get("latent_avg")
@@ -45,127 +416,20 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
         raise FileFormatError(f"{name} holds no state dict but {_describe(content)}; save a state dict.")
     state = {}
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, (Tensor, np.ndarray)):
+        if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
             raise FileFormatError(
-                f"{name} holds no plain state dict: entry {key!r} is {_describe(value)}, "
+                f"{name} holds no plain state dict: entry {quoted(key)} is {_describe(value)}, "
                 "so save model.state_dict() alone."
             )
-        state[key] = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        state[key] = value if isinstance(value, Tensor) else _tensor_of(value, key, name)
     return state
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file at {path}.")
+def _tensor_of(array: np.ndarray, key: str, name: str) -> Tensor:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
-        # Training checkpoints often carry their command line, a harmless bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:
+        return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False), device="cpu")
+    except TypeError:
         raise FileFormatError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, of another "
-            "format than its ending says, or holds more than tensors; download it again or save "
-            "model.state_dict() alone."
-        ) from error
-
-
-def _describe(value: Any) -> str:
-    return "nothing" if isinstance(value, Mapping) and not value else f"a {type(value).__name__}"
-
-
-def writable_path(path: str | os.PathLike) -> Path:
-    """The file that writing to `path` would make or replace, symbolic links followed.
-
-    Raises OSError where that cannot be: no such folder, a folder that may not be written to, or something there
-    that is no regular file. Nothing is touched, so it can be asked before long work.
-    """
-    given = os.fspath(path)
-    if not given:
-        raise FileNotFoundError("The name of the file to write is empty; give one.")
-    path = Path(os.path.realpath(given))
-    if path.is_dir() or given.endswith(os.sep):
-        raise IsADirectoryError(f"{given} is a folder; name a file in it.")
-    if os.path.lexists(path) and not path.is_file():
-        raise FileExistsError(f"{given} is a device, a pipe or a broken link, not a file to replace; name another.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into; make it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"The folder {path.parent} may not be written to; choose another for {path.name}.")
-    return path
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`.
-
-    A crash or an exception never leaves half a file, nor harms the one that was there. A symbolic link stays, and
-    the file it points to is replaced. Raises what :func:`writable_path` does, and OSError where the disk is full.
-    """
-    path = writable_path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        # mkstemp makes files private; a result is as readable as any other file the user writes
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{path} cannot be written ({error}); what was there is as it was.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def is_npz(path: str | os.PathLike) -> bool:
-    """Whether the file at `path` begins as an .npz (a zip) does, whatever it is called."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def save_record(path: str | os.PathLike, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write one of the library's own safetensors files (a second moment, a rewrite), all or nothing.
-
-    `metadata` is any JSON; it is stored with the file's kind and format version.
-    """
-    header = {"format": f"rewrite_core.{kind}", "version": str(version), "metadata": json.dumps(metadata)}
-    with atomic_write(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
-
-
-def load_record(path: str | os.PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], dict]:
-    """Read what :func:`save_record` wrote. Raises FileFormatError for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise FileFormatError(f"{path} is truncated or not a safetensors file ({error}).") from error
-    found = header.get("format")
-    if found != f"rewrite_core.{kind}":
-        raise FileFormatError(f"{path} is not a rewrite_core {kind.replace('_', ' ')} but {found or 'a foreign file'}.")
-    if header.get("version") != str(version):
-        raise FileFormatError(
-            f"{path} has format version {header.get('version')} and this library reads {version}; "
-            "upgrade rewrite_core or make the file again."
-        )
-    try:
-        metadata = json.loads(header["metadata"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise FileFormatError(f"{path} has unreadable metadata ({error}).") from error
-    if not isinstance(metadata, dict):
-        raise FileFormatError(f"{path} has metadata that is no JSON object but {_describe(metadata)}.")
-    return tensors, metadata
+            f"{name} holds no plain state dict: entry {quoted(key)} has type {quoted(str(array.dtype))}, which no "
+            "tensor has; save numbers."
+        ) from None

@@ -14,6 +14,7 @@ from rewrite_core.backends import triton_reason, triton_version
 from rewrite_core.solvers.choice import SOLVERS
 
 DATA = Path(__file__).parent / "data"
+PROGRAMS = Path(__file__).parent / "programs"
 
 needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
 # What is said of machine code, its instructions, registers and spills, was found so with Triton 3.9. With 3.6 some of
@@ -48,6 +49,10 @@ def same_bits(a, b):
 def solver_of(name, steps):
     """The solver of that name, with so many steps if it has steps."""
     return rc.LM() if name == "lm" else SOLVERS[name](steps=steps)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
 
 
 def square(index, size, top, side):

@@ -165,7 +165,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, user_generator, monkey
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rewrite_core.statistics.moments.collect_second_moment", interrupt)
+    monkeypatch.setattr("rewrite_core.statistics.collection.collect_second_moments", interrupt)
     monkeypatch.setattr("rewrite_core.cli.inputs.collect_second_moment", interrupt)
     save_edit()
     Path("c.safetensors").touch()

@@ -149,7 +149,7 @@ def test_the_rules_hold_in_a_stack():
 
     for name, (path, rank) in CHOSEN.items():
         layer = rc.bind(generator, path)
-        moment = rc.collect_second_moment(layer, latents, 50, progress=False)
+        moment = rc.collect_second_moment(layer, latents, batch_size=50, progress=False)
         changes[name] = rc.rewrite(layer, moment, load_edit(name), latents, rank=rank, **OPTIONS)
     for change in changes.values():
         change.apply()

@@ -47,6 +47,7 @@ def bound(kind="stylegan2", several=False, change=None):
 
 LATENTS = rc.sample_latents(64, 92, seed=1)
 collect = functools.partial(rc.collect_second_moment, batch_size=8, progress=False)
+collect_all = functools.partial(rc.collect_second_moments, batch_size=8, progress=False)
 
 
 def oracle(layer, latents=LATENTS, batch_size=8):
@@ -93,7 +94,7 @@ def late(monkeypatch, cycles=20_000_000):
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_against_float64(kind, several):
     layers = bound(kind, several)
-    for moment, layer in zip(collect(layers=layers, latents=LATENTS), layers, strict=True):
+    for moment, layer in zip(collect_all(layers, LATENTS), layers, strict=True):
         assert_right(moment, layer)
         moment.check(layer, LATENTS)
 
@@ -104,9 +105,9 @@ def test_the_same_bits_as_batch_by_batch(kind, several, monkeypatch):
     """From run to run, and as `update` gives, which waits for each batch; also when the side stream is late."""
     layers = bound(kind, several)
     keys = [torch.randn(2, layer.in_channels, generator=torch.Generator().manual_seed(1)) for layer in layers]
-    first = collect(layers=layers, latents=LATENTS, keys=keys)
+    first = collect_all(layers, LATENTS, keys=keys)
     with late(monkeypatch):
-        delayed = collect(layers=layers, latents=LATENTS, keys=keys)
+        delayed = collect_all(layers, LATENTS, keys=keys)
     for one, other, layer in zip(first, delayed, layers, strict=True):
         assert_same(one, other)
         plain = rc.SecondMoment(layer.in_channels)
@@ -201,9 +202,9 @@ def test_no_host_synchronisation_between_batches(where, several, how, monkeypatc
     layers[0].generator.register_forward_pre_hook(watch)
     latents = rc.sample_latents(64, 8 * 13).to(where)
     try:
-        collect(layers=layers, latents=latents)  # compiles and chooses
+        collect_all(layers, latents)  # compiles and chooses
         passes.clear(), waits.clear()
-        collect(layers=layers, latents=latents, **how)
+        collect_all(layers, latents, **how)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(passes) == 13
@@ -253,9 +254,11 @@ def test_interrupted_collections_resume_to_the_same_bits(tmp_path, monkeypatch):
     keys = [None, torch.eye(layers[1].in_channels)[:2]]
     latents = rc.sample_latents(64, 8 * 40)
     ask = {"layers": layers, "latents": latents, "keys": keys, "until": 0.02}
-    want = collect(**ask)
+    want = collect_all(**ask)
     ticks = iter(range(10**6))
-    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # about every 6 batches
+    monkeypatch.setattr(
+        "rewrite_core.statistics.collection.time.monotonic", lambda: next(ticks)
+    )  # about every 6 batches
     paths, left = [tmp_path / "one", tmp_path / "two"], 0
 
     def interrupt(module, args):
@@ -270,7 +273,7 @@ def test_interrupted_collections_resume_to_the_same_bits(tmp_path, monkeypatch):
         left = 9 + interruptions % 3
         try:
             with late(monkeypatch, 2_000_000):
-                got = collect(**ask, checkpoint=paths)
+                got = collect_all(**ask, checkpoints=paths)
             break
         except KeyboardInterrupt:
             interruptions += 1

@@ -33,7 +33,7 @@ def bound(convolution: nn.Module) -> rc.BoundLayer:
 def test_generic_second_moment_of_1x1_layers(convolution):
     layer = bound(convolution)
     latents = torch.randn(20, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    moment = rc.collect_second_moment(layer, latents, 5, progress=False)
+    moment = rc.collect_second_moment(layer, latents, batch_size=5, progress=False)
     directions = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q.T
     with torch.no_grad():
         maps = basis_maps(layer, layer.keys(latents), directions).transpose(0, 1).flatten(1)

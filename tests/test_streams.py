@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import rewrite_core as rc
-from rewrite_core.statistics import moments, streams
+from rewrite_core.statistics import collection, launches, streams
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 
@@ -180,7 +180,7 @@ def machine(monkeypatch, seed=None):
         side = object.__new__(streams.SideStream)
         patch.setattr(streams, "cuda", one)
         streams.SideStream.__init__(side, torch.device("cpu"))
-        patch.setattr(moments, "side_stream", lambda device: side)
+        patch.setattr(collection, "side_stream", lambda device: side)
         patch.setattr(streams, "pinned", lambda tensor: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype))
         yield one
     assert one.current is one.main
@@ -252,7 +252,7 @@ def broken(z):
 def collect(generator, names=("second",), z=Z, **how):
     layers = [rc.bind(generator, name) for name in names]
     how = {"batch_size": 4, "progress": False} | how
-    return rc.collect_second_moment(layers=layers, latents=z, **how)
+    return rc.collect_second_moments(layers, z, **how)
 
 
 def assert_same(got, want):
@@ -363,14 +363,14 @@ def test_the_machine_notices(forgotten, monkeypatch):
         monkeypatch.setattr(streams.SideStream, "hold", lambda *args: None)
     elif forgotten == "held_elsewhere":
         generator = Static
-        monkeypatch.setattr(moments, "held_elsewhere", lambda tensor: False)
+        monkeypatch.setattr(launches, "held_elsewhere", lambda tensor: False)
     elif forgotten == "after":
         monkeypatch.setattr(streams.SideStream, "after", lambda self, origin: streams.cuda.stream(self._stream))
     else:  # maps of the first layer are not waited for
         generator, names = Overwriting, ("first", "second")
-        launch = moments._Ahead.launch
-        monkeypatch.setattr(moments._Ahead, "launch", lambda *args, last, **how: launch(*args, last=True, **how))
-        monkeypatch.setattr(moments._Ahead, "release", lambda self: None)
+        launch = launches.Launches.launch
+        monkeypatch.setattr(launches.Launches, "launch", lambda *args: launch(*args[:-1], True))
+        monkeypatch.setattr(launches.Launches, "release", lambda self: None)
     want = None
     with monkeypatch.context() as patch:
         patch.undo()
@@ -423,7 +423,9 @@ def test_checkpoints_hold_whole_batches_and_resume_to_the_same_bits(seed, tmp_pa
     z = torch.cat([broken(Z), Z])
     want = collect(Network(), names, z, keys=keys, skip_nonfinite=True)
     ticks = iter(range(10**6))
-    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # about every 5 batches
+    monkeypatch.setattr(
+        "rewrite_core.statistics.collection.time.monotonic", lambda: next(ticks)
+    )  # about every 5 batches
     chances = random.Random(seed)
     paths = [tmp_path / name for name in names]
     for _ in range(100):
@@ -440,7 +442,7 @@ def test_checkpoints_hold_whole_batches_and_resume_to_the_same_bits(seed, tmp_pa
             network.memory = gpu.memory
             network.register_forward_pre_hook(fail)
             try:
-                got = collect(network, names, z, keys=keys, skip_nonfinite=True, checkpoint=paths)
+                got = collect(network, names, z, keys=keys, skip_nonfinite=True, checkpoints=paths)
                 break
             except KeyboardInterrupt:
                 continue
@@ -453,9 +455,9 @@ def test_a_checkpoint_is_never_of_bad_keys(tmp_path, monkeypatch):
     z = Z.clone()
     z[22] = torch.nan
     ticks = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("rewrite_core.statistics.moments.time.monotonic", lambda: next(ticks))  # after every batch
+    monkeypatch.setattr("rewrite_core.statistics.collection.time.monotonic", lambda: next(ticks))  # after every batch
     with machine(monkeypatch), pytest.raises(rc.NonFiniteError, match="batch 5"):
-        collect(Network(), z=z, checkpoint=[tmp_path / "moment"])
+        collect(Network(), z=z, checkpoints=[tmp_path / "moment"])
     saved, progress, _ = rc.SecondMoment._load(tmp_path / "moment")
     assert progress["done"] == 20 and torch.equal(saved._sum, collect(Network(), z=z[:20])[0]._sum)
 
@@ -463,9 +465,9 @@ def test_a_checkpoint_is_never_of_bad_keys(tmp_path, monkeypatch):
 def test_a_real_generator(monkeypatch):
     layer = rc.bind(rc.load_proggan(DATA / "proggan_state.npz"), "layer5.conv")
     latents = rc.sample_latents(64, 30)
-    want = rc.collect_second_moment(layer, latents, 4, progress=False)
+    want = rc.collect_second_moment(layer, latents, batch_size=4, progress=False)
     with machine(monkeypatch, 3):
-        got = rc.collect_second_moment(layer, latents, 4, progress=False)
+        got = rc.collect_second_moment(layer, latents, batch_size=4, progress=False)
     assert_same([got], [want])
     assert got.fingerprint == want.fingerprint and not math.isnan(got.standard_error)
 

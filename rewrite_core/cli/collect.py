@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..layers.binding import bind
-    from ..statistics.moments import collect_second_moment
+    from ..statistics.collection import collect_second_moments
     from .generator import subject
 
     names = options.layer
@@ -49,11 +49,11 @@ def run(options: argparse.Namespace) -> None:
             raise UsageError(f"Each --layer takes one {option} of its own, in the same order.")
     on = subject(options, options.count)
     layers = [bind(on.generator, name) for name in names]
-    moments = collect_second_moment(
-        layers=layers,
-        latents=on.latents,
+    moments = collect_second_moments(
+        layers,
+        on.latents,
         batch_size=options.batch_size,
-        checkpoint=options.resume,
+        checkpoints=options.resume,
         progress=on.progress,
         latent_seed=on.seed,
         skip_nonfinite=options.skip_nonfinite,

@@ -10,7 +10,8 @@ from ..edits.edit import Edit
 from ..errors import warn
 from ..layers.binding import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
-from ..statistics.moments import SecondMoment, collect_second_moment
+from ..statistics.collection import collect_second_moment
+from ..statistics.second_moment import SecondMoment
 from .command import UsageError
 from .generator import Subject
 from .options import CHAPELS, DEMO_EDITS

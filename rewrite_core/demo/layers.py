@@ -14,7 +14,7 @@ from ..layers.binding import bind, list_layers
 from ..layers.latents import sample_latents
 from ..pictures import paint
 from ..rewrites.calls import rewrite
-from ..statistics.moments import collect_second_moment
+from ..statistics.collection import collect_second_moment
 from .generator import ARCHITECTURES, load_chapels
 from .rules import RULES, score
 from .run import EDIT_LATENTS, EDIT_SEED, OPTIONS
@@ -44,7 +44,7 @@ def main() -> None:
         if info.name not in options.layers if options.layers else len(info.value_size) != 2:
             continue  # the mapping network has no map for an edit's masks
         layer = bind(generator, info.name)
-        moment = collect_second_moment(layer, latents, 50, progress=False)
+        moment = collect_second_moment(layer, latents, batch_size=50, progress=False)
         for rule in RULES.values():
             for rank in options.ranks:
                 for preserve in options.preserve:

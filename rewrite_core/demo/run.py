@@ -22,7 +22,8 @@ from ..layers.latents import sample_latents
 from ..pictures import paint, to_unit
 from ..rewrites.calls import rewrite
 from ..rewrites.change import Rewrite
-from ..statistics.moments import SecondMoment, collect_second_moment
+from ..statistics.collection import collect_second_moment
+from ..statistics.second_moment import SecondMoment
 from ..version import __version__, cpu_name
 from .rules import RULES, Rule, Score, score
 from .world import LATENT_SIZE, ROOFS, scene_from_latents
@@ -128,7 +129,7 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
         seconds: dict[str, float] = {}
         if name not in moments:
             layer, clock = bind(generator, name), time.perf_counter()
-            moment = collect_second_moment(layer, latents, 50, progress=progress, latent_seed=EDIT_SEED)
+            moment = collect_second_moment(layer, latents, batch_size=50, progress=progress, latent_seed=EDIT_SEED)
             moments[name] = layer, moment, time.perf_counter() - clock
         layer, moment, seconds["collect"] = moments[name]
         edit = load_edit(rule.name)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice
 from ..layers.binding import BoundLayer
 from ..statistics.checks import check_inputs, check_keys, check_layer, check_moment
-from ..statistics.moments import SecondMoment
 from ..statistics.quantiles import UnitQuantiles
+from ..statistics.second_moment import SecondMoment
 from .selection import Selection
 
 DIRECTIONS = ("whitened", "svd", "mean", "units")

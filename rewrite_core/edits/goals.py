@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.base import Box, Capture, window
 from ..errors import NonFiniteError, SelectionError, SolverError, choice, whole_number
 from ..layers.binding import BoundLayer
-from ..statistics.moments import SecondMoment
+from ..statistics.second_moment import SecondMoment
 from .directions import context_keys, latent_of, rank_units
 from .edit import Edit
 from .selection import Selection

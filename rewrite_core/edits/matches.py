@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import NonFiniteError, RewriteCoreError
 from ..layers.binding import BoundLayer
 from ..statistics.checks import check_inputs
-from ..statistics.moments import SecondMoment, stream_keys
+from ..statistics.key_stream import stream_keys
+from ..statistics.second_moment import SecondMoment
 from .directions import query_key
 from .selection import Selection
 
@@ -84,5 +85,5 @@ def search(
         keep = scores.argsort(descending=True, stable=True)[:top]
         scores, indices, heatmaps = scores[keep], indices[keep], heatmaps[keep]
 
-    stream_keys(layer, latents, batch_size, 0, progress, f"search {layer.name}", consume)
+    stream_keys(layer, latents, batch_size, progress, f"search {layer.name}", consume)
     return SearchResult(indices, scores, heatmaps, float(np.quantile(torch.cat(sample).numpy(), 0.999)))

@@ -16,7 +16,7 @@ from ..layers.binding import BoundLayer
 from ..solvers.base import Solver
 from ..solvers.removal import Removal
 from ..statistics.checks import check_inputs, check_keys
-from ..statistics.moments import SecondMoment
+from ..statistics.second_moment import SecondMoment
 from .change import Rewrite
 from .solving import Settings, Task, solve
 

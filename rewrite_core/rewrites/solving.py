@@ -23,8 +23,8 @@ from ..solvers.base import Solver
 from ..solvers.choice import solver_of
 from ..solvers.lm import LM
 from ..solvers.problem import LayerProblem, LayerSolution, generic_second_moment, warn_underdetermined
-from ..statistics.moments import SecondMoment
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
+from ..statistics.second_moment import SecondMoment
 from .arithmetic import plain_arithmetic
 from .change import Rewrite
 

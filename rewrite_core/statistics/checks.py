@@ -1,4 +1,5 @@
-"""What public functions are given, told apart before it is used: each raises ArgumentError with what to pass instead."""
+"""What public functions are given, told apart before it is used: each raises ArgumentError with what to pass
+instead."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..layers.binding import BoundLayer
 from ..layers.latents import check_latents
-from .moments import SecondMoment
+from .second_moment import SecondMoment
 
 
 def _what(given: object) -> str:

@@ -9,7 +9,7 @@ from ..errors import NonFiniteError, RewriteCoreError
 from ..layers.binding import BoundLayer
 from ..layers.latents import check_latents
 from .checks import check_layer
-from .moments import stream_keys
+from .key_stream import stream_keys
 
 
 class UnitQuantiles:
@@ -58,5 +58,5 @@ def collect_unit_quantiles(
         raise RewriteCoreError("There are no latents to take quantiles over; give at least one.")
     quantiles = UnitQuantiles(layer.in_channels)
     label = f"unit quantiles of {layer.name}"
-    stream_keys(layer, latents, batch_size, 0, progress, label, lambda keys, done: quantiles.update(keys))
+    stream_keys(layer, latents, batch_size, progress, label, lambda keys, done: quantiles.update(keys))
     return quantiles

@@ -1,0 +1,331 @@
+"""The second moment of a layer's keys, C = E[k k^T] (paper, section 3.2): a sum and a count that add up."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import (
+    ArgumentError,
+    FileFormatError,
+    LatentsWarning,
+    MismatchError,
+    NonFiniteError,
+    RewriteCoreError,
+    quoted,
+    warn,
+    whole_number,
+)
+from ..files import shown
+from ..layers.binding import BoundLayer
+from ..layers.fingerprints import KIND
+from ..layers.latents import LatentRecipe, recipe_of
+from ..ops.spd_solve import SPDFactor, spd_factor
+from . import moment_file
+from .measuring import Keys, Note, checked, masked, measured, positions, square, sum_of
+from .standard_errors import relative_error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_NOISE = 2**-24  # the rounding of a float32 product, relative: pivots as large were seen in sums that should have none
+
+
+class SecondMoment:
+    """The uncentred second moment of keys with `channels` coordinates, kept as a float64 sum and a count.
+
+    ``layer`` and ``fingerprint`` say which layer of which weights the keys came from (None: unknown, and
+    then nothing is checked). ``latents`` is a dict with what is known of the latents, ``skipped`` the number of
+    images (or rows) left out for NaN or infinity. ``key_errors``, float64 [n], are the relative standard errors of
+    ``solve(keys)`` for the n keys that the collection was given (None: no keys, or too few batches so far).
+    """
+
+    def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
+        channels = whole_number("A second moment's number of channels", channels)
+        with torch.inference_mode(False):  # or it could not be written in place outside
+            self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
+        self.count = 0
+        self.skipped = 0
+        self.layer = layer
+        self.fingerprint = fingerprint
+        self.latents: dict[str, Any] = {}
+        self.key_errors: Tensor | None = None
+        self._groups = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
+        self._spread = 0.0
+        self._factor: SPDFactor | None = None
+        self._wide = True  # all keys were float64
+        self._blocks = 1  # of channels, with zeros between them: see within_groups
+
+    @property
+    def channels(self) -> int:
+        return len(self._sum)
+
+    def __repr__(self) -> str:
+        return f"SecondMoment({self.channels} channels, {self.count} keys, layer={quoted(self.layer)})"
+
+    def update(self, features: Tensor, skip_nonfinite: bool = False, mask: Tensor | None = None) -> None:
+        """Add keys: [N, C, *map] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
+
+        `mask` [N, *map] says which positions count: booleans, or whole numbers, of which 0 means that a position does
+        not. So padding stays out: ``moment.update(hidden.mT, mask=attention_mask)`` for hidden states [N, L, C] of a
+        transformer and its attention mask [N, L]. What lies outside the mask is not looked at.
+
+        With `skip_nonfinite`, images (or rows) that hold NaN or infinity are left out and counted in ``skipped``.
+        Waits for the features where they are on a GPU; :func:`collect_second_moment` does not.
+
+        Raises NonFiniteError (and leaves the moment as it was) on NaN and infinity otherwise, and on values too
+        large to square; ArgumentError for a wrong type, RewriteCoreError for a wrong shape.
+        Each update counts as one independent sample in :attr:`standard_error`.
+        """
+        self._add(features, skip_nonfinite, mask)
+
+    def _add(self, features: Tensor, skip_nonfinite: bool, mask: Tensor | None) -> tuple[Tensor, int]:
+        """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
+        features, counts = self._readable(features, mask)
+        keys = Keys(features.dtype, skip_nonfinite)
+        part = sum_of(features) if features.device.type == "cpu" else None
+        if part is not None and part.diagonal().isfinite().all():  # a look that costs nothing on a CPU
+            count = len(features) * positions(features) if counts is None else int(counts.sum())
+            note = Note(True, square(part).item(), 0, 0.0, count)
+        else:
+            del part
+            part, numbers = measured(features, counts, skip_nonfinite)
+            note = Note.read(numbers)
+        self._count(note, keys)
+        part = part.to(self._sum.device)
+        self._sum += part
+        return part, note.count
+
+    def _readable(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The features of an update, and how many positions of each image count, where not all do."""
+        features = checked(features, self.channels)
+        if mask is None or features.layout != torch.strided:  # which the operation refuses
+            return features, None
+        return masked(features, mask)
+
+    def _count(self, note: Note, keys: Keys) -> None:
+        """Count the keys of an update. Raises NonFiniteError, and changes nothing, where its sum is not finite."""
+        note.check(keys)
+        self.count += note.count
+        self.skipped += note.bad
+        if note.count:
+            self._groups += 1
+            self._spread += note.square / note.count
+            self._wide = self._wide and keys.dtype == torch.float64
+        self._factor = self.key_errors = None
+
+    def matrix(self) -> Tensor:
+        """C = sum / count, float64 [C, C]."""
+        if self.count == 0:
+            if self.skipped:
+                raise RewriteCoreError(
+                    f"This second moment holds no keys: all {self.skipped} images were left out for NaN or infinity."
+                )
+            raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
+        return self._sum / self.count
+
+    def within_groups(self, groups: int) -> SecondMoment:
+        """This moment with zeros between groups of channels: what bears on a grouped convolution, each of whose groups
+        has keys of its own. Itself for one group."""
+        if groups == 1:
+            return self
+        moment = SecondMoment(self.channels, self.layer, self.fingerprint)
+        blocks = (rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))
+        moment._sum.copy_(torch.block_diag(*blocks))
+        moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
+        return moment
+
+    @property
+    def standard_error(self) -> float:
+        """The relative standard error of C, sqrt(E|C - C_true|^2) / |C| in the Frobenius norm, NaN where unknown.
+
+        From the spread of the updates, taken as independent samples (batches of different images), by a one-way
+        analysis of variance: it needs their |S|^2 / n and the total only. Merged moments count with all their updates.
+        """
+        if self._groups < 2:
+            return math.nan
+        return relative_error(self._groups, self._spread, self.count, square(self._sum).item())
+
+    @property
+    def factor(self) -> SPDFactor:
+        """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
+        shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. Unless all keys were float64, C
+        is a sum of float32 products, and what is below their rounding counts as rank-deficient."""
+        if self._factor is None:
+            self._factor = spd_factor(self.matrix(), noise=self._noise, rank=self.count * self._blocks)
+        return self._factor
+
+    @property
+    def _noise(self) -> float:
+        """How exact an entry C_ij is, relative to sqrt(C_ii C_jj)."""
+        return 0.0 if self._wide else _NOISE
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """C^-1 k for each row of `keys` [n, C] (or one key [C]); float64, same shape (paper, eq. 14)."""
+        if not isinstance(keys, Tensor) or keys.is_nested:
+            what = "a nested one" if isinstance(keys, Tensor) else type(keys).__name__
+            raise ArgumentError(f"Keys must be a plain torch tensor, not {what}; use torch.as_tensor, or torch.stack.")
+        rows = torch.atleast_2d(keys).to(torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.channels:
+            raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
+        if not torch.isfinite(rows).all():
+            raise NonFiniteError("The keys hold NaN or infinity.")
+        return self.factor.solve(rows.T.to(self._sum.device)).T.reshape(keys.shape)
+
+    def check(self, layer: BoundLayer, latents: Tensor | None = None) -> None:
+        """Raise MismatchError where this moment was not collected from `layer` as it is now, or from latents of another
+        shape or distribution than `latents`, where that is known."""
+        if self.channels != layer.in_channels:
+            raise MismatchError(
+                f"The second moment has {self.channels} channels and {layer.name!r} has {layer.in_channels}; "
+                "collect it for this layer."
+            )
+        if self.layer is not None and self.layer != layer.name:
+            raise MismatchError(
+                f"The second moment is of layer {quoted(self.layer)}, not {layer.name!r}; collect it for this layer."
+            )
+        if latents is not None:
+            self._check_latents(latents)
+        if self.fingerprint is not None and latents is not None:
+            if not self.fingerprint.startswith(KIND):
+                raise MismatchError(
+                    "The second moment is from an earlier version of rewrite_core, which knew weights by another kind "
+                    "of fingerprint; collect it again."
+                )
+            if self.fingerprint != layer.fingerprint(latents):
+                raise MismatchError(
+                    f"The second moment was collected with other weights before {layer.name!r} (another model, "
+                    "another truncation, or an edit to an earlier layer); collect it again."
+                )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        given = recipe_of(latents)
+        for record in self.latents.get("merged", [self.latents]):
+            recipe = None if record.get("recipe") is None else LatentRecipe.from_dict(record["recipe"])
+            if given is not None and recipe is not None and given.kind != recipe.kind:
+                raise MismatchError(
+                    f"The second moment was collected from other latents ({recipe}; these are {given}); collect it "
+                    "from latents of the same shape and distribution."
+                )
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
+        warns where both were collected from the same latents, whose keys then count twice."""
+        if not isinstance(other, SecondMoment):
+            raise ArgumentError(
+                f"A second moment merges with another, not with {type(other).__name__}; update it with features."
+            )
+        joined = self._joined([self._facts(), other._facts()])
+        self._sum += other._sum.to(self._sum.device)
+        vars(self).update(joined)
+        return self
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> SecondMoment:
+        """Sum over the processes of a ``torch.distributed`` group, in place; returns self. Raises and warns on every
+        process as :meth:`merge` does.
+
+        What one process makes of all latents is met to 1e-12 where every process has whole batches of them; else to
+        1e-8 in float32, as a batch's sum rounds by where the batch begins.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RewriteCoreError("all_reduce needs torch.distributed; call init_process_group first.")
+        facts: list[dict] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(facts, self._facts(), group=group)
+        joined = self._joined(facts)
+        total = self._sum.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
+        dist.all_reduce(total, group=group)
+        self._sum.copy_(total)
+        vars(self).update(joined)
+        return self
+
+    def _facts(self) -> dict[str, Any]:
+        """All there is to a moment but its sum; ``latents`` is a list of what is known of each set of them."""
+        return {
+            "channels": self.channels,
+            "layer": self.layer,
+            "fingerprint": self.fingerprint,
+            "latents": self.latents.get("merged", [self.latents] if self.count else []),
+            "count": self.count,
+            "skipped": self.skipped,
+            "groups": self._groups,
+            "spread": self._spread,
+            "wide": self._wide,
+        }
+
+    @staticmethod
+    def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
+        """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
+        joined = {"_factor": None, "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
+        for name in ("channels", "layer", "fingerprint"):
+            values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
+            if len(values) > 1:
+                raise MismatchError(
+                    f"These second moments differ in {name} ({quoted(values[0])}, {quoted(values[1])}) and do not "
+                    "add up."
+                )
+            if name != "channels":
+                joined[name] = values[0] if values else None
+        known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
+        if sum(map(len, known)) > len(set().union(*known)):
+            warn(
+                "These second moments were collected from the same latents, whose keys now count twice; "
+                "merge moments of different latents.",
+                LatentsWarning,
+            )
+        sets = [part for fact in facts for part in fact["latents"]]
+        joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
+        sums = {name: sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")}
+        return joined | {
+            "count": sums["count"],
+            "skipped": sums["skipped"],
+            "_groups": sums["groups"],
+            "_spread": sums["spread"],
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write ``sum`` and its metadata as safetensors, all or nothing."""
+        self._save(path, {}, {})
+
+    def _save(self, path: str | os.PathLike, progress: dict[str, int], state: dict[str, Tensor]) -> None:
+        """Write a checkpoint: the moment, how far it is, and the state of the errors of its keys."""
+        facts = {name: value for name, value in self._facts().items() if name != "channels"}
+        errors = None if self.key_errors is None else self.key_errors.tolist()
+        facts |= {"latents": self.latents, "key_errors": errors, "progress": progress}
+        moment_file.write(path, self._sum, facts, state)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, layer: BoundLayer | None = None) -> SecondMoment:
+        """Read a saved second moment, or the reference implementation's ``r2m.npz`` (told apart by their content).
+
+        With `layer`, its name and channels are checked at once; the weights are checked when it is used.
+        Raises FileFormatError on a truncated or foreign file.
+        """
+        moment, progress, _ = cls._load(path)
+        if progress:
+            raise FileFormatError(
+                f"{shown(path)} is a checkpoint of an unfinished collection; "
+                "resume it with collect_second_moment(checkpoint=...).",
+                advice={"collect_second_moment(checkpoint=...)": None},
+            )
+        if layer is not None:
+            moment.check(layer)
+        return moment
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike) -> tuple[SecondMoment, dict[str, int], dict[str, Tensor]]:
+        """A moment, and of a checkpoint how far it is and the state of the errors of its keys."""
+        with torch.inference_mode(False):  # or the sum could not be written in place outside
+            stored = moment_file.read(path)
+        moment = cls(1, stored.layer, stored.fingerprint)
+        moment._sum = stored.sum
+        moment.count, moment.skipped, moment.latents = stored.count, stored.skipped, stored.latents
+        moment._groups, moment._spread, moment._wide = stored.groups, stored.spread, stored.wide
+        if stored.key_errors is not None:
+            moment.key_errors = torch.tensor(stored.key_errors, dtype=torch.float64, device="cpu")
+        return moment, stored.progress, stored.state
