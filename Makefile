@@ -27,7 +27,7 @@ lint: $(VENV)/.tools
 
 # The site, in site/; a warning is an error. `make docs SERVE=1` shows it at http://127.0.0.1:8000 and follows changes.
 docs: $(VENV)/.tools
-	$(VENV)/bin/mkdocs $(if $(SERVE),serve,build --quiet) --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs $(if $(SERVE),serve,build) --strict
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all
