@@ -16,35 +16,34 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from rewrite_core_command import main
+from rewrite_core.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"<!-- setup\n(?P<setup>.*?)-->|"
-    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)[^\n]*?(?:title=\"(?P<title>[^\"]+)\")?[^\n]*\n"
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)(?P<more>[^\n]*)\n"
     r"(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 
 
 def blocks(page):
-    """(kind, code) of what is to be run: "python", "console" or ("file", name)."""
+    """(kind, code) of what is to be run: "python", "console" or the name of a file."""
     for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
         if found["setup"]:
             yield "python", found["setup"]
-        elif found["title"]:
-            yield found["title"], found["code"]
+        elif title := re.search(r'title="([^"]+)"', found["more"]):
+            yield title[1], found["code"]
         elif found["language"] in ("python", "console") and not found["reason"]:
             yield found["language"], found["code"]
 
 
-def run_console(text, monkeypatch):
+def run_console(text):
     for line in text.replace("\\\n", " ").splitlines():
         command = re.fullmatch(r"\$ rewrite (.*)", line)
         if command:
-            monkeypatch.setattr(sys, "argv", ["rewrite", *shlex.split(command[1], comments=True), "--quiet"])
-            assert main() == 0, line
+            assert main([*shlex.split(command[1], comments=True), "--quiet"]) == 0, line
         else:
             assert not line.startswith("$"), f"say why this is not run: {line}"
 
@@ -62,7 +61,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
             if kind == "python":
                 exec(compile(code, f"{page.name}", "exec"), names)
             elif kind == "console":
-                run_console(code, monkeypatch)
+                run_console(code)
             else:
                 (tmp_path / kind).write_text(code, encoding="utf-8")
     for name in set(sys.modules) - before:
