@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     from .generator import usable_device
 
     if usable_device(options.device).type != "cpu":
-        raise UsageError("The benchmarks measure the CPU so far; leave --device out.")
+        raise UsageError("The benchmarks measure the CPU so far; use --device cpu.")
     try:
         from ..benchmarks.runner import main as run_benchmarks
     except ModuleNotFoundError as error:

@@ -8,17 +8,12 @@ import os
 
 from .command import Command, UsageError
 from .messages import say
-from .options import GENERATOR_NOTES, CheckpointFile, add_generator, output, positive, real
+from .options import GENERATOR_NOTES, SEVERAL, CheckpointFile, add_generator, add_layer, output, positive, real
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generator(parser, count=1000)
-    parser.add_argument(
-        "--layer",
-        required=True,
-        action="append",
-        help="its name, one of those that rewrite layers lists; repeat, with an --out each, for several",
-    )
+    add_layer(parser, SEVERAL)
     parser.add_argument(
         "--out", required=True, action="append", type=output(), metavar="FILE", help="safetensors file to write"
     )

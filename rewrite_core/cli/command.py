@@ -29,6 +29,7 @@ class Command:
     run            does it; what it returns is the exit status (None: 0)
     notes          what --help says besides
     interrupted    what to say of going on after Ctrl-C, such as "; run it again"
+    settings       whether options that are not given come from rewrite.toml
     """
 
     name: str
@@ -38,6 +39,7 @@ class Command:
     run: Callable[[argparse.Namespace], int | None]
     notes: str = ""
     interrupted: Callable[[argparse.Namespace], str] = _not_to_be_resumed
+    settings: bool = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +65,7 @@ def build_parser(commands: Sequence[Command], version: str) -> Parser:
             epilog=f"example:\n  {command.example}\n{command.notes}",
         )
         command.add_arguments(sub)
-        sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cpu)")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         sub.set_defaults(command=command)
     return parser

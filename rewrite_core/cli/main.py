@@ -13,12 +13,14 @@ from types import FrameType
 
 from ..errors import RewriteCoreError
 from ..version import __version__
-from . import bench, collect, demo, edit, info, layers, measure, render, search
+from . import bench, collect, demo, edit, info, init, layers, measure, render, search
 from .command import Command, Parser, UsageError, build_parser
 from .messages import out_of_memory, problem, say, show_warning
 from .options import lost_file
+from .settings import fill, read_settings
 
 COMMANDS: tuple[Command, ...] = (
+    init.COMMAND,
     demo.COMMAND,
     layers.COMMAND,
     collect.COMMAND,
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _interrupts(), warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
+            fill(options, read_settings() if command.settings else {})
             lost = lost_file(options)
             if lost:
                 raise UsageError(lost)

@@ -30,7 +30,11 @@ generators:
   rewrite_core:load_proggan and rewrite_core:load_stylegan2 do. A pickled network is opened with --allow-pickle only,
   since that runs whatever code is in it. The generator is called with latents [N, SIZE], or [N, 100, 1, 1] for
   --latent-size 100x1x1, and returns images in -1..1, or in what --range says.
+  rewrite init writes all this to rewrite.toml, which every command then reads in the working directory.
 """
+
+
+ONE, SEVERAL, OPTIONAL = "one", "several", "optional"  # what a command takes of layers
 
 
 class InputFile(str):
@@ -62,6 +66,7 @@ def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
 
 
 positive = whole(1)
+seed = whole(0, 2**32 - 1)
 
 
 def real(above: float = -math.inf) -> Callable[[str], float]:
@@ -137,7 +142,7 @@ def add_generator(parser: argparse.ArgumentParser, count: int | None = None) -> 
     """What names a generator and its latents; `count` is the default of --count, None for a command without it."""
     group = parser.add_argument_group("generator")
     whose = group.add_mutually_exclusive_group()
-    whose.add_argument("--generator", default=CHAPELS, metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
+    whose.add_argument("--generator", metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
     group.add_argument("--checkpoint", type=InputFile, metavar="FILE", help="state dict to load into it")
     whose.add_argument(
         "--allow-pickle",
@@ -152,21 +157,26 @@ def add_generator(parser: argparse.ArgumentParser, count: int | None = None) -> 
     group.add_argument(
         "--distribution",
         choices=DISTRIBUTIONS,
-        default="normal",
         help="of the latents' numbers: standard normal, the default, or uniform in -1..1",
     )
     group.add_argument(
-        "--range",
-        type=span,
-        default=(-1.0, 1.0),
-        metavar="LOW,HIGH",
-        help="what its images lie in, such as 0,1 (default -1,1)",
+        "--range", type=span, metavar="LOW,HIGH", help="what its images lie in, such as 0,1 (default -1,1)"
     )
-    group.add_argument(
-        "--seed", type=whole(0, 2**32 - 1), default=1, help="of the latents that selections index (default 1)"
-    )
+    group.add_argument("--seed", type=seed, help="of the latents that selections index (default 1)")
     if count is not None:
-        group.add_argument("--count", type=positive, default=count, help=f"number of latents (default {count})")
+        group.add_argument("--count", type=positive, help=f"number of latents (default {count})")
+        parser.set_defaults(usual_count=count)
+
+
+def add_layer(parser: argparse.ArgumentParser, kind: str = ONE) -> None:
+    """The layer to work on; where the command line names none, rewrite.toml may."""
+    more = "; repeat, with an --out each, for several" if kind == SEVERAL else ""
+    parser.add_argument(
+        "--layer",
+        action="append" if kind == SEVERAL else "store",
+        help=f"its name, one of those that rewrite layers lists{more}",
+    )
+    parser.set_defaults(layers=kind)
 
 
 def add_edit(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +188,7 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         metavar="EDIT",
         help=f"JSON file, in the reference implementation's format; or for the embedded generator {edits}",
     )
-    parser.add_argument("--layer", required=True, help="its name, one of those that rewrite layers lists")
+    add_layer(parser)
     parser.add_argument(
         "--moment", type=InputFile, metavar="FILE", help="from rewrite collect; collected afresh where not given"
     )
