@@ -31,8 +31,10 @@ def messages():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 text = text_of(node.args[0])
                 if text and (node.func.id.endswith("Error") or node.func.id == "warn"):
-                    advice = [ast.literal_eval(word.value) for word in node.keywords if word.arg == "advice"]
-                    yield f"{file.name}:{node.lineno}", text, advice[0] if advice else {}
+                    advice = next((word.value for word in node.keywords if word.arg == "advice"), None)
+                    if not isinstance(advice, ast.Attribute):  # error.advice is passed on
+                        where = f"{file.name}:{node.lineno}"
+                        yield where, text, {} if advice is None else ast.literal_eval(advice)
 
 
 MESSAGES = list(messages())
