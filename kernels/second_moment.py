@@ -39,6 +39,12 @@ TOGETHER = 64  # partial sums that it adds in one go
 
 
 @triton.jit
+def _cdiv(a, b):
+    """a / b, rounded up, for a >= 1; without a sum, which int32 might not hold: positions go up to 2^31 - 1 there."""
+    return (a - 1) // b + 1
+
+
+@triton.jit
 def _nearest_tf32(x):
     """The nearest float32 with 11 significant bits. NaN may become anything here, but stays in x minus this."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -94,8 +100,8 @@ def second_moment_kernel(
         row += 1
     column = tile - before
 
-    # A batch of maps easily has more than 2^31 elements, so blocks start at int64 addresses; within them int32 will do, and
-    # takes half the registers, of which there are too few where every number has an address of its own.
+    # A batch of maps easily has more than 2^31 elements, so blocks start at int64 addresses; within them int32 will do,
+    # and takes half the registers, of which there are too few where every number has an address of its own.
     rows = row * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = column * BLOCK_C + tl.arange(0, BLOCK_C)
     if NEAR:
@@ -108,7 +114,7 @@ def second_moment_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     excess = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)  # by which `total` is too large
 
-    blocks = tl.cdiv(positions, BLOCK_P)
+    blocks = _cdiv(positions, BLOCK_P)
     for step in range(0, tl.cdiv(blocks - part, slices)):
         start = (part + step * slices).to(tl.int64) * BLOCK_P
         first = start // pixels  # sample
@@ -204,6 +210,7 @@ class Config:
                keep the truncation within 1e-6 (tests/test_second_moment.py has the arithmetic)
     warps, stages
     resident   programs of these that a multiprocessor runs at a time
+    single     only for channels that one tile holds: as one of several it would spill
     """
 
     block: int
@@ -212,14 +219,16 @@ class Config:
     warps: int
     stages: int
     resident: int
+    single: bool = False
 
 
 _SMALL, _LARGE = {"warps": 4, "stages": 3, "resident": 2}, {"warps": 8, "stages": 3, "resident": 1}
 _IEEE = (Config(64, 32, 1, **_LARGE),)
 # By compute capability's major number and mode ("half": 16-bit input). For maps as networks make them, NCHW or
-# channels_last, these compile without register spills and fit as often as `resident` says: large tiles, which read least,
-# and small ones, of which two fill the gaps in each other's work. Where nothing was measured the largest tile is used that
-# the channels fill, the first of equals.
+# channels_last, these compile without register spills and fit as often as `resident` says: large tiles, which read
+# least, and small ones, of which two fill the gaps in each other's work. Where nothing was measured the largest tile is
+# used that the channels fill, the first of equals. What is missing spills: on sm_80 128 channels with 128 positions or
+# with "x3", on sm_90 two products a run of 128 positions, on sm_100 one.
 CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
     8: {
         "half": (Config(64, 128, 2, **_SMALL),),
@@ -228,20 +237,21 @@ CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
         "ieee": _IEEE,
     },
     9: {
-        "half": (Config(64, 128, 2, **_SMALL), Config(128, 64, 1, **_LARGE)),
+        "half": (Config(64, 128, 2, **_SMALL), Config(128, 128, 1, **_LARGE), Config(128, 64, 1, **_LARGE)),
         "tf32": (Config(64, 64, 1, **_SMALL), Config(128, 32, 1, **_LARGE)),
-        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 64, 1, **_SMALL)),
+        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 64, 1, **_SMALL), Config(128, 64, 1, **_LARGE, single=True)),
         "ieee": _IEEE,
     },
     10: {
-        "half": (Config(64, 128, 2, **_SMALL), Config(128, 64, 2, **_LARGE)),
+        "half": (Config(64, 128, 2, **_SMALL), Config(128, 128, 2, **_LARGE), Config(128, 64, 2, **_LARGE)),
         "tf32": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
         "x3": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
         "ieee": _IEEE,
     },
 }
-# Where numbers can only be read one by one, as in cropped maps, each has an address and a predicate of its own: these have
-# registers for them, and do not spill either. (Two bytes are also too few to be copied without passing through registers.)
+# Where numbers can only be read one by one, as in cropped maps, each has an address and a predicate of its own: these
+# have registers for them, and do not spill either. (Two bytes are also too few to be copied without passing through
+# registers.)
 SCATTERED: dict[str, Config] = {
     "half": Config(64, 64, 4, warps=8, stages=3, resident=2),
     "tf32": Config(64, 64, 1, **_SMALL),
@@ -255,7 +265,11 @@ def candidates(major: int, mode: str, channels: int, scattered: bool = False) ->
     if scattered:
         return (SCATTERED[mode],)
     table = CANDIDATES.get(major, CANDIDATES[8])[mode]  # others have what 8 has: mma.sync and 99 KiB or more
-    fitting = [config for config in table if config.block <= max(64, triton.next_power_of_2(channels))]
+    fitting = [
+        config
+        for config in table
+        if config.block <= max(64, triton.next_power_of_2(channels)) and not (config.single and channels > config.block)
+    ]
     return tuple(sorted(fitting, key=lambda config: -config.block))  # stable: of equal tiles the first stays first
 
 
@@ -299,7 +313,7 @@ class Layout:
         return any(size % 16 for size in [address, *sizes])
 
     def near(self, stride_c: int, channels: int, positions: int) -> bool:
-        """Whether int32 holds every distance from a block's first sample to what so many positions from there on have."""
+        """Whether int32 holds every distance from a block's first sample to what so many positions on have."""
         stride_n, stride_h, stride_w = self.strides
         along = self.pixels * stride_w if self.flat else self.pixels // self.width * stride_h + self.width * stride_w
         return channels * stride_c + min(self.samples, positions + 1) * stride_n + along < 2**31

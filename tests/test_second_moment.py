@@ -564,7 +564,8 @@ def test_triton_compiles_ahead_of_time(capability, mode, tmp_path, monkeypatch):
     cases = [
         (config, single, layout)
         for config in CANDIDATES[capability // 10][mode]
-        for single, layout in ((True, "map"), (False, "map"), (False, "channels_last"))
+        for single, layout in ((True, "map"), (False, "map"), (config.single, "channels_last"))
+        if single or not config.single
     ]
     cases += [(SCATTERED[mode], single, "cropped") for single in (False, True)]
     cases.append((CANDIDATES[capability // 10][mode][0], False, "long"))
@@ -591,6 +592,19 @@ def test_triton_compiles_ahead_of_time(capability, mode, tmp_path, monkeypatch):
             assert multiply and all(kind in line for line in multiply), case
             if layout == "map":  # read in place, 16 bytes at a time, while the products before are under way
                 assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), case
+
+
+@needs_triton
+def test_a_tile_that_spills_as_one_of_several_is_used_alone():
+    from rewrite_core.kernels.second_moment import candidates
+
+    def default(channels, mode="x3", major=9):
+        return candidates(major, mode, channels)[0]
+
+    assert [default(channels).block for channels in (64, 65, 128, 129, 512)] == [64, 128, 128, 64, 64]
+    assert default(128).single and [default(channels, major=8).block for channels in (100, 512)] == [64, 64]
+    assert [default(channels, "half").positions for channels in (64, 128, 512)] == [128, 128, 128]
+    assert [default(channels, "half").block for channels in (64, 128, 512)] == [64, 128, 128]
 
 
 @needs_triton
