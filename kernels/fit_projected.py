@@ -9,12 +9,12 @@ each, a step would read the operator 512 times. Its channels' change, running me
 global memory that stays in the caches (Triton cannot index registers by a loop's variable, and three times 4608 numbers
 for each of 8 channels are more than a multiprocessor has). A step walks blocks of weights: gradient as a product of
 tiles with the slopes, Adam's update, and, where all pixels are one tile, what the new weights add to the output, while
-the operator's tile is at hand; with more pixels the outputs take a second walk. Where it projects, the output comes from
-the basis maps instead. Products are of float32 numbers in three TF32 ones ("tf32x3"), which is float32 level.
+the operator's tile is at hand; with more pixels the outputs take a second walk. Where it projects, the output comes
+from the basis maps instead. Products are of float32 numbers in three TF32 ones ("tf32x3"), which is float32 level.
 
 **Floor**, I inputs, T taps, P pixels, O channels: 4 I T P O operations and about 16 I T O for Adam per step, and I T P
-numbers of the operator for each program. 512 -> 512 channels, 3x3, 10x10 and 2001 steps: 1.9 TFLOP, times three in TF32,
-and 0.24 TB of the operator at 8 channels a program, from the level-2 cache.
+numbers of the operator for each program. 512 -> 512 channels, 3x3, 10x10 and 2001 steps: 1.9 TFLOP, times three in
+TF32, and 0.24 TB of the operator at 8 channels a program, from the level-2 cache.
 """
 
 from __future__ import annotations
@@ -65,19 +65,17 @@ def _outputs(
     return total
 
 
+# inputs, width and stride are multiples of 16 by the launch: only where Triton is told does it read 16 bytes at a time
 @triton.jit(
     do_not_specialize=[
         "channels",
-        "inputs",
         "taps",
         "ranks",
         "pixels",
-        "width",
         "shift_channel",
         "shift_pixel",
         "steps",
         "project_every",
-        "stride",
     ]
 )
 def fit_kernel(
