@@ -11,8 +11,9 @@ neither rank nor region has a limit but that memory.
 
 **Linear systems** are over unknowns, or over pixels where these are fewer (and there is no penalty): L D L^T by blocks,
 left-looking. A block on the diagonal is eliminated in registers together with the identity, which becomes L^-1, so that
-everything else is products of tiles. These are float64 tensor-core products where the GPU has them and Triton makes them:
-3.9 does for sm_80, sm_90 and sm_100, 3.6 does not for sm_90, and multiplies in registers.
+everything else is products of tiles. These are float64 tensor-core products where the GPU has them and Triton makes
+them: 3.9 does for sm_80, sm_90 and sm_100 (m8n8k4), 3.6 for sm_80 (m8n8k4) and sm_90 (m16n8k16), while for sm_100 it
+multiplies in registers.
 
 **Floor**, J unknowns, P pixels, O channels, S the smaller of J and P: P J (S + 5) + S^3 / 3 + 2 S^2 operations per step
 and channel, 4 bytes per number read and written. At 512 channels, 3x3, 10x10 and rank 1 that is 0.3 GFLOP for 40

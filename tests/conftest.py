@@ -18,7 +18,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
 # What is said of machine code, its instructions, registers and spills, was found so with Triton 3.9. With 3.6 some of
-# it does not hold, and what suffers is speed: no float64 tensor cores on sm_90, a few spills, fewer programs side by
+# it does not hold, and what suffers is speed: no float64 tensor cores on sm_100, a few spills, fewer programs side by
 # side.
 needs_triton_compiler = pytest.mark.skipif(triton_reason((3, 9)) is not None, reason=str(triton_reason((3, 9))))
 # Triton 3.6's interpreter was found not to run with NumPy 2.4, and 3.9's to run.
