@@ -197,6 +197,28 @@ def _triton_missing() -> str | None:
     return None
 
 
+TRITON_CAPABILITY = (8, 0)  # of the oldest GPUs that Triton supports
+
+
+def triton_declines(device: torch.device) -> str | None:
+    """None where Triton's kernels are fast on this device, else why "auto" passes them over."""
+    if device.type != "cuda":
+        return "Triton's interpreter is for finding mistakes, not for speed"
+    capability = _capability(device)
+    if capability < TRITON_CAPABILITY:
+        have, least = (".".join(map(str, part)) for part in (capability, TRITON_CAPABILITY))
+        return (
+            f"this GPU has compute capability {have}, and Triton is made for {least} and newer: below, kernels spill "
+            "up to kilobytes of registers"
+        )
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, one program after the other (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,3 +313,16 @@ def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, ver
             assert reason is None
         else:
             assert reason.startswith("it needs Triton 3.5 or newer, and 3.4 is installed")
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((10, 3), True)])
+def test_an_old_gpu_is_not_given_to_triton_unasked(monkeypatch, capability, fast):
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    for op in ("fit_low_rank", "fit_projected", "second_moment"):
+        record = next(record for record in backends_of(op) if record.name == "triton")
+        reason = record.declines(on_gpu)
+        if fast:
+            assert reason is None
+        else:
+            assert reason.startswith("this GPU has compute capability 7.5, and Triton is made for 8.0 and newer: ")

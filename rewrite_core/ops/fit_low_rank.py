@@ -38,6 +38,7 @@ from ..backends import (
     extension_reason,
     select,
     transformed,
+    triton_declines,
     triton_interpreted,
     triton_reason,
 )
@@ -700,9 +701,7 @@ def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str |
 
 
 def _triton_declines(basis: Tensor, *args: object) -> str | None:
-    if basis.device.type != "cuda":
-        return "Triton's interpreter is for finding mistakes, not for speed"
-    return None
+    return triton_declines(basis.device)
 
 
 BACKENDS = (

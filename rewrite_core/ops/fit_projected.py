@@ -27,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Backend, extension, extension_reason, select, transformed, triton_interpreted, triton_reason
+from ..backends import (
+    Backend,
+    extension,
+    extension_reason,
+    select,
+    transformed,
+    triton_declines,
+    triton_interpreted,
+    triton_reason,
+)
 from ..errors import ArgumentError, RewriteCoreError, whole_number
 
 LOSSES = ("l1", "l2")
@@ -359,9 +368,7 @@ def _triton_supports(operator: Tensor, *args: object) -> str | None:
 
 
 def _triton_declines(operator: Tensor, *args: object) -> str | None:
-    if operator.device.type != "cuda":
-        return "Triton's interpreter is for finding mistakes, not for speed"
-    return None
+    return triton_declines(operator.device)
 
 
 BACKENDS = (

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ..backends import Backend, dispatched, extension, extension_reason, select, triton_interpreted, triton_reason
+from ..backends import (
+    Backend,
+    dispatched,
+    extension,
+    extension_reason,
+    select,
+    triton_declines,
+    triton_interpreted,
+    triton_reason,
+)
 from ..errors import ArgumentError, RewriteCoreError
 
 # as csrc/common.h numbers them
@@ -170,9 +179,7 @@ def _triton_supports(features: Tensor, out: Tensor | None = None, precision: str
 
 
 def _triton_declines(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
-    if features.device.type != "cuda":
-        return "Triton's interpreter is for finding mistakes, not for speed"
-    return None
+    return triton_declines(features.device)
 
 
 BACKENDS = (
