@@ -58,6 +58,7 @@ from ..ops.fit_low_rank import (
     Problem,
     _empty,
 )
+from .launching import launch_kernel
 from .tuning import choose, multiprocessors_of
 
 # What a kernel reads from outside must be wrapped.
@@ -1162,7 +1163,7 @@ def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
     }
 
 
-def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
+def launch(problem: Problem, config: Config | None = None) -> Outputs:
     """The outputs of ops.fit_low_rank's custom op. Nothing here waits for the GPU.
 
     config  in place of the one that was found the fastest
@@ -1181,7 +1182,7 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
     slow_rate = SMOOTHING_RATE if convex else SMOOTHING_SLOW ** (1 / (SLOW_SHARE * problem.max_iterations))
     slow_rate_well, fast_rate_well = (SMOOTHING_RATE,) * 2 if convex else (slow_rate**2, SMOOTHING_FAST)
 
-    def launch(config: Config, steps: int) -> None:
+    def fit(config: Config, steps: int) -> None:
         stride = scratch_size(unknowns, pixels, order, config)
         programs = min(edits * channels, multiprocessors_of(device) * config.resident, max(1, SCRATCH // stride))
         scratch = torch.empty(programs, stride, dtype=torch.float64, device=device)
@@ -1198,7 +1199,10 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
             "enable_fp_fusion": False,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
         }
         if problem.exact:
-            exact_kernel[(programs,)](
+            launch_kernel(
+                "fit_low_rank",
+                exact_kernel,
+                (programs,),
                 basis,
                 base,
                 target,
@@ -1216,7 +1220,10 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
                 **common,
             )
             return
-        fit_kernel[(programs,)](
+        launch_kernel(
+            "fit_low_rank",
+            fit_kernel,
+            (programs,),
             basis,
             base,
             target,
@@ -1254,6 +1261,6 @@ def fit_low_rank(problem: Problem, config: Config | None = None) -> Outputs:
             name = f"{kind}-{triton.next_power_of_2(order)}-{triton.next_power_of_2(pixels)}"
             name += f"-{min(triton.next_power_of_2(edits * channels), 1 << 14)}"
             steps = min(problem.max_iterations, MEASURED_STEPS)
-            config = choose(device, "fit_low_rank", name, candidates(order), lambda config: launch(config, steps))
-        launch(config, problem.max_iterations)
+            config = choose(device, "fit_low_rank", name, candidates(order), lambda config: fit(config, steps))
+        fit(config, problem.max_iterations)
     return outputs

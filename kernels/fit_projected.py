@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.fit_projected import BETA1, BETA2, EPSILON, Problem
+from .launching import launch_kernel
 from .tuning import choose
 
 RANKS = 16  # directions of a tile
@@ -325,7 +326,7 @@ def _whole(count: int, tile: int) -> int:
     return triton.cdiv(count, tile) * tile
 
 
-def fit_projected(problem: Problem, progress=None, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def launch(problem: Problem, progress=None, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """What ops.fit_projected returns, for float32. Nothing here waits for the GPU.
 
     config  in place of the one that was found the fastest
@@ -347,7 +348,7 @@ def fit_projected(problem: Problem, progress=None, config: Config | None = None)
     rates = torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float()
     weight = None if problem.weight is None else problem.weight.flatten(2).permute(2, 1, 0)
 
-    def launch(config: Config, steps: int) -> tuple[Tensor, Tensor]:
+    def descend(config: Config, steps: int) -> tuple[Tensor, Tensor]:
         tile = min(config.pixels, max(16, triton.next_power_of_2(pixels)))
         extent, size = _whole(pixels, tile), _whole(inputs, config.rows)
         more, beyond = size - inputs, extent - pixels
@@ -356,7 +357,10 @@ def fit_projected(problem: Problem, progress=None, config: Config | None = None)
         scratch = torch.empty(programs, stride, dtype=torch.float32, device=operator.device)
         losses = torch.empty(programs, steps, **wide)
         coefficients = base.new_empty(channels, taps, ranks if rank else size)
-        fit_kernel[(programs,)](
+        launch_kernel(
+            "fit_projected",
+            fit_kernel,
+            (programs,),
             F.pad(operator.transpose(0, 1), (0, beyond, 0, more)).contiguous(),
             base,
             target,
@@ -404,8 +408,8 @@ def fit_projected(problem: Problem, progress=None, config: Config | None = None)
         if config is None:
             name = "-".join(str(triton.next_power_of_2(size)) for size in (channels, inputs * taps, pixels))
             few = min(problem.steps, MEASURED_STEPS)
-            config = choose(operator.device, "fit_projected", name, CANDIDATES, lambda config: launch(config, few))
+            config = choose(operator.device, "fit_projected", name, CANDIDATES, lambda config: descend(config, few))
         for _ in [None] if progress is None else progress(iter([(0, 1)]), 1):
-            coefficients, losses = launch(config, problem.steps)
+            coefficients, losses = descend(config, problem.steps)
     coefficients = coefficients[..., : rank or inputs].transpose(1, 2)
     return coefficients.reshape(channels, rank or inputs, *kernel), losses.sum(0) / base.numel()

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
+from .launching import launch_kernel
 from .tuning import choose, multiprocessors_of
 
 MODES = ("tf32", "x3", "ieee")
@@ -334,7 +335,7 @@ def slices_of(tiles: int, blocks: int, programs: int) -> int:
     return min(sorted(choices), key=time)
 
 
-def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -> tuple[Tensor, int, bool]:
+def _partials(features: Tensor, mode: str, config: Config, multiprocessors: int) -> tuple[Tensor, int, bool]:
     """The partial sums [slices, tiles, block, block], the tile's size, and whether they are to be symmetrised."""
     channels = features.shape[1]
     layout = Layout.of(features)
@@ -345,7 +346,10 @@ def _launch(features: Tensor, mode: str, config: Config, multiprocessors: int) -
     slices = slices_of(tiles, triton.cdiv(positions, config.positions), multiprocessors * config.resident)
     partials = torch.empty(slices, tiles, block, block, dtype=torch.float32, device=features.device)
     stride_n, stride_h, stride_w = layout.strides
-    second_moment_kernel[(tiles, slices)](
+    launch_kernel(
+        "second_moment",
+        second_moment_kernel,
+        (tiles, slices),
         features,
         partials,
         channels,
@@ -391,11 +395,11 @@ def configuration(features: Tensor, mode: str) -> Config:
         "second_moment",
         name,
         choices,
-        lambda config: _launch(features, mode, config, properties.multi_processor_count),
+        lambda config: _partials(features, mode, config, properties.multi_processor_count),
     )
 
 
-def second_moment(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
+def launch(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
     """Add the second moment of ``features`` to the lower triangle of ``out``, and mirror it.
 
     config  in place of the one that was found the fastest
@@ -406,11 +410,14 @@ def second_moment(features: Tensor, out: Tensor, precision: str, config: Config 
     mode = precision if features.dtype == torch.float32 else "half"
     with torch.cuda.device_of(features):  # Triton launches on the current device
         config = config or configuration(features, mode)
-        partials, block, symmetrise = _launch(features, mode, config, multiprocessors_of(features.device))
+        partials, block, symmetrise = _partials(features, mode, config, multiprocessors_of(features.device))
         slices, tiles = partials.shape[:2]
         # a program of the interpreter takes the same time whatever its size
         entries = block * block // 2 if triton_interpreted() else REDUCED
-        add_partials_kernel[(tiles, block * block // entries)](
+        launch_kernel(
+            "second_moment",
+            add_partials_kernel,
+            (tiles, block * block // entries),
             partials,
             out,
             features.shape[1],

@@ -21,6 +21,7 @@ import torch
 import triton
 
 from ..errors import RewriteCoreError
+from .launching import refuse_in_graph
 
 Config = TypeVar("Config")  # a frozen dataclass of numbers
 
@@ -153,11 +154,7 @@ def choose(
     key = (device.index, op, name)
     if key in _chosen:
         return _chosen[key][0]
-    if torch.cuda.is_current_stream_capturing():
-        raise RewriteCoreError(
-            f"{op} has not yet run on data of such a type, size and layout in this process, and what its first call "
-            "compiles and measures cannot go into a CUDA graph: call it once before the capture."
-        )
+    refuse_in_graph(op)
     trials: tuple[Trial, ...] = ()
     if enabled():
         path = cache_folder(op, torch.cuda.get_device_name(device)) / f"{name}.json"

@@ -45,7 +45,7 @@ def on_gpu(problem, config=None):
     from rewrite_core.kernels import fit_low_rank as kernels
 
     config = config or kernels.candidates(kernels.plan(problem)[1])[0]
-    return [part.cpu() for part in kernels.fit_low_rank(to(problem, "cuda"), config)]
+    return [part.cpu() for part in kernels.launch(to(problem, "cuda"), config)]
 
 
 # The kernel is compiled anew for every mode: it takes part where a mode, a size or hostile data is its own.
@@ -1090,7 +1090,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 def agree(problem, channels=2, tolerance=1e-7, config=None, max_iterations=5, **options):
     problem = t.few(problem, channels)
-    run = lambda given: kernels.fit_low_rank(given, config)
+    run = lambda given: kernels.launch(given, config)
     return t.agree(run, problem, tolerance, max_iterations=max_iterations, **options)
 
 penalty = t.linear_problem(3, unknowns=18)["basis"]
@@ -1119,7 +1119,7 @@ for problem in (t.proggan_problem(1)[0], t.cast(t.random_problem(4, 1, (6, 6)), 
 # edits of unequal size in one launch, more channels than programs, broadcast shift; twice the same bits
 kernels.SCRATCH = 20000
 batch, weights = t.batch_of_unequal_edits(3)
-both = [t.agree(kernels.fit_low_rank, batch, pixel_weights=weights, max_iterations=2) for _ in range(2)]
+both = [t.agree(kernels.launch, batch, pixel_weights=weights, max_iterations=2) for _ in range(2)]
 kernels.SCRATCH = 1 << 27
 assert all(torch.equal(one, other) for one, other in zip(both[0][:5], both[1][:5]))
 # hostile: see test_hostile_float32_input for what each is
@@ -1130,7 +1130,7 @@ for number, kind in enumerate(t.HOSTILE):
         problem = {name: part[4:] if name in ("base", "target", "shift") else part for name, part in problem.items()}
         if demodulated:
             problem["demodulation"] = *(part[4:] for part in problem["demodulation"][:2]), problem["demodulation"][2]
-        ours = t.run(kernels.fit_low_rank, **t.few(problem, 2), max_iterations=3)
+        ours = t.run(kernels.launch, **t.few(problem, 2), max_iterations=3)
         theirs = t.run(t.ops._reference, **t.few(problem, 2), max_iterations=3)
         t.assert_sound(ours)
         assert torch.equal(ours.status, theirs.status), kind
@@ -1143,7 +1143,7 @@ for loss in ("l1", "l2"):
         agree({**problem, "target": problem["base"]}, slope=1.0, loss=loss)
         agree(problem, slope=slope, loss=loss, pixel_weights=torch.zeros(40))
         tiny = t.cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
-        found = t.run(kernels.fit_low_rank, **t.few(tiny, 2), slope=slope, loss=loss, max_iterations=5)
+        found = t.run(kernels.launch, **t.few(tiny, 2), slope=slope, loss=loss, max_iterations=5)
         assert (found.status == t.ops.NONFINITE).all() and not found.coefficients.any() and found.loss.isfinite().all()
 for kind in ("twin rows", "zero row", "constant maps"):
     problem = t.linear_problem()
@@ -1157,7 +1157,7 @@ good = t.ops._check(**t.CHECKED, **t.few(t.random_problem(0, 1, (4, 4)), 3))
 for name in ("basis", "base", "target", "shift", "constant", "linear", "quadratic"):
     data = getattr(good, name).clone()
     data.view(-1)[0] = float("nan") if name != "constant" else -1.0
-    statuses = kernels.fit_low_rank(good._replace(**{name: data}))[4][0]
+    statuses = kernels.launch(good._replace(**{name: data}))[4][0]
     assert statuses[0] == t.ops.NONFINITE, name
     assert name in ("basis", "quadratic") or (statuses[1:] != t.ops.NONFINITE).all(), name
 assert t.ops.fit_low_rank(**t.few(t.linear_problem(), 2), backend="triton", loss="l2").status.eq(0).all()

@@ -312,7 +312,7 @@ arguments = t.single(arguments)
 problem = t.problem_of(*arguments, **options)
 once = run(*arguments, **options)
 for config in kernels.CANDIDATES:
-    found = kernels.fit_projected(problem, config=config)
+    found = kernels.launch(problem, config=config)
     torch.testing.assert_close(found[1], once.losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(found[0], once.coefficients, rtol=1e-3, atol=1e-4)
 again = run(*arguments, **options, progress=lambda ranges, count: ranges)
@@ -511,7 +511,7 @@ def test_gpu_small(channels):
     problem = problem_of(*single(arguments), **{name: single(part) for name, part in options.items()})
     problem = type(problem)(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in problem))
     for config in kernels.CANDIDATES:
-        ours, again = kernels.fit_projected(problem, config=config), kernels.fit_projected(problem, config=config)
+        ours, again = kernels.launch(problem, config=config), kernels.launch(problem, config=config)
         assert all(torch.equal(one, other) for one, other in zip(ours, again))
         agree(
             arguments,

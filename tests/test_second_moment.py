@@ -346,7 +346,7 @@ for mode, config in sorted(configs, key=str):
     dtype = torch.bfloat16 if mode == "half" else torch.float32
     precision = "x3" if mode == "half" else mode
     for channels in (config.block - 3, config.block + 1):
-        close(t.normal(3, channels, 13, 11).to(dtype), run=kernels.second_moment, precision=precision, config=config)
+        close(t.normal(3, channels, 13, 11).to(dtype), run=kernels.launch, precision=precision, config=config)
 # 1, primes, odd: rows and maps of them
 for channels in (1, 2, 17, 67):
     for rows in (1, 31, 257):
@@ -362,7 +362,7 @@ values = torch.linspace(1, 2, 16)
 got = t.second_moment(values.expand(2048, -1), backend="triton")
 t.assert_close(got, 2048 * torch.outer(values.double(), values.double()), 1e-6)
 # many runs in one program: without compensation their float32 sum would be off by 2e-6
-close(torch.full((32768, 8), 1.1), 5e-7, run=kernels.second_moment, precision="ieee",
+close(torch.full((32768, 8), 1.1), 5e-7, run=kernels.launch, precision="ieee",
       config=kernels.Config(16, 16, 1, warps=4, stages=1, resident=1))
 # the split into two parts keeps channels apart, and scales from 1e-6 to 1e6
 close((t.normal(700, 45) * torch.logspace(-6, 6, 45, dtype=torch.float64)).float())
@@ -757,7 +757,7 @@ def test_gpu_small(channels):
         for config in (*configs, kernels.SCATTERED[mode]):
             features = normal(2, channels, 9, 13).to(torch.bfloat16 if mode == "half" else torch.float32)
             out = prefilled(channels).cuda()
-            kernels.second_moment(features.cuda(), out, "x3" if mode == "half" else mode, config)
+            kernels.launch(features.cuda(), out, "x3" if mode == "half" else mode, config)
             assert_close(out.cpu(), oracle(features), 3e-3 if mode == "tf32" else 2e-6)
 
 

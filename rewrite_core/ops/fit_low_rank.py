@@ -682,9 +682,9 @@ def _cpp_supports(basis: Tensor, *args: object) -> str | None:
 
 
 def _triton(problem: Problem) -> Outputs:
-    from ..kernels.fit_low_rank import fit_low_rank as run
+    from ..kernels.fit_low_rank import launch
 
-    return run(problem)
+    return launch(problem)
 
 
 def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str | None:

@@ -339,9 +339,9 @@ def _cpp(problem: Problem, progress=None, isa: str = "", tile: int | None = None
 
 
 def _triton(problem: Problem, progress=None) -> tuple[Tensor, Tensor]:
-    from ..kernels.fit_projected import fit_projected as run
+    from ..kernels.fit_projected import launch
 
-    return run(problem, progress)
+    return launch(problem, progress)
 
 
 def _kernels_support(operator: Tensor) -> str | None:

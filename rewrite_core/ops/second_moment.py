@@ -143,9 +143,9 @@ def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
 
 
 def _triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) -> None:
-    from ..kernels.second_moment import second_moment as run
+    from ..kernels.second_moment import launch
 
-    run(features, out, precision)
+    launch(features, out, precision)
 
 
 def _run(features: Tensor, out: Tensor, backend: str, precision: str) -> None:

@@ -1,0 +1,175 @@
+"""What a CUDA graph cannot take in is refused, against what Triton itself says that it would compile."""
+
+import random
+
+import pytest
+import torch
+from conftest import needs_triton
+
+from rewrite_core.errors import RewriteCoreError
+
+pytestmark = needs_triton
+
+
+class GPU:
+    """In place of Triton's launches: what is compiled, by Triton's own rules, and whether a graph is captured."""
+
+    def __init__(self):
+        self.compiled, self.capturing, self.launches, self.binders = set(), False, 0, {}
+
+    def key(self, kernel, *arguments, **constants):
+        """What Triton keeps a compiled kernel under."""
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.compiler import CUDABackend
+        from triton.runtime.jit import create_function_from_signature
+
+        if kernel not in self.binders:
+            backend = CUDABackend(GPUTarget("cuda", 90, 32))
+            self.binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialisation, options = self.binders[kernel](*arguments, **constants)
+        return kernel, str(specialisation), str(options)
+
+    def launch(self, kernel, *arguments, **constants):
+        key = self.key(kernel, *arguments, **constants)
+        assert not self.capturing or key in self.compiled, "an error of CUDA's: a kernel is loaded inside a capture"
+        self.compiled.add(key)
+        self.launches += 1
+
+
+class Watched:
+    """A kernel whose launches go to the stand-in."""
+
+    def __init__(self, kernel, gpu):
+        self.kernel, self.gpu = kernel, gpu
+        self.arg_names, self.do_not_specialize = kernel.arg_names, kernel.do_not_specialize
+
+    def __getitem__(self, programs):
+        assert all(count > 0 for count in programs)
+        return lambda *arguments, **constants: self.gpu.launch(self.kernel, *arguments, **constants)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    from rewrite_core.kernels import fit_low_rank, fit_projected, launching, second_moment
+
+    gpu = GPU()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launching, "_launched", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+    for module in (second_moment, fit_low_rank, fit_projected):
+        for name in ("second_moment_kernel", "add_partials_kernel", "fit_kernel", "exact_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Watched(getattr(module, name), gpu))
+    return gpu
+
+
+class Draw:
+    """Random values by name; the second of a pair has most of them from the first."""
+
+    def __init__(self):
+        self.random, self.first = random.Random(0), {}
+
+    def pair(self, make):
+        self.first = {}
+        first = make(self)
+        return first, make(self)
+
+    def __call__(self, name, values):
+        value = self.random.choice(values)
+        return self.first.setdefault(name, value) if self.random.random() < 0.85 else value
+
+
+def moment_call(draw):
+    from rewrite_core.kernels import second_moment
+
+    channels = draw("channels", (1, 16, 64, 96, 100, 112, 128, 200, 513))
+    sizes = draw("batch", (1, 2, 3, 16)), channels, draw("height", (1, 7, 8, 16)), draw("width", (2, 8, 9, 16))
+    features = torch.empty(sizes, dtype=draw("dtype", (torch.float32, torch.bfloat16)))
+    if draw("layout", ("map", "map", "channels_last")) == "channels_last":
+        features = features.contiguous(memory_format=torch.channels_last)
+    features = features[..., draw("crop", (0, 0, 0, 1)) :]
+    out = torch.empty(channels * channels + 1, dtype=torch.float64)[draw("misaligned", (0, 0, 0, 1)) :]
+    out = out[: channels * channels].view(channels, channels)
+    precision = draw("precision", ("x3", "x3", "ieee"))
+    return lambda: second_moment.launch(features, out, precision)
+
+
+def fit_call(draw):
+    from rewrite_core.kernels import fit_low_rank
+    from rewrite_core.ops.fit_low_rank import Problem
+
+    edits, channels, pixels = draw("edits", (1, 2)), draw("channels", (1, 8, 33)), draw("pixels", (4, 16, 100, 130))
+    dtype = draw("dtype", (torch.float32, torch.float64))
+    basis = torch.ones(edits, draw("unknowns", (9, 16, 18)), pixels, dtype=dtype)
+    maps = torch.ones(edits, channels, pixels, dtype=dtype)
+    shift = {"none": None, "bias": maps[..., :1].expand_as(maps), "noise": maps}[
+        draw("shift", ("none", "bias", "noise"))
+    ]
+    target = torch.ones(maps.numel() + 1, dtype=dtype)[draw("misaligned", (0, 0, 0, 1)) :][: maps.numel()].view_as(maps)
+    loss, slope, steps = draw("loss", ("l1", "l2")), draw("slope", (0.2, 1.0)), draw("steps", (5, 60))
+    none = (None,) * 3
+    problem = Problem(basis, maps, target, shift, *none, slope, 1.0, *none, loss, steps, 1e-5)
+    return lambda: fit_low_rank.launch(problem)
+
+
+def projected_call(draw):
+    from rewrite_core.kernels import fit_projected
+    from rewrite_core.ops.fit_projected import Problem
+
+    inputs, side, channels = (
+        draw("inputs", (1, 13, 32, 100)),
+        draw("side", (1, 4, 10, 13)),
+        draw("channels", (1, 5, 16)),
+    )
+    operator, base = torch.ones(inputs, 3, 3, side, side), torch.ones(channels, side, side)
+    directions = torch.ones(draw("rank", (0, 1, 17)), inputs)
+    shift = base[:, :1, :1].expand_as(base) if draw("shift", (True, False)) else None
+    loss, steps = draw("loss", ("l1", "l2")), draw("steps", (1, 20))
+    maps = (operator, base, base, base, shift, None, None)
+    problem = Problem(*maps, 0.0, 0.2, 1.0, directions, loss, steps, 0.05, 10, False)
+    return lambda: fit_projected.launch(problem)
+
+
+@pytest.mark.parametrize("make", [moment_call, fit_call, projected_call])
+def test_captures_are_refused_or_right(gpu, make):
+    """50 pairs of random shapes, the first warm: the second is refused just where Triton would compile."""
+    from rewrite_core.kernels import launching
+
+    draw = Draw()
+    refused = 0
+    for _ in range(50):
+        warm, captured = draw.pair(make)
+        gpu.compiled.clear()
+        launching._launched.clear()
+        gpu.capturing = False
+        warm()
+        warmed = set(gpu.compiled)
+        gpu.capturing = True
+        warm()  # the same again goes in
+        try:
+            captured()
+            assert gpu.compiled == warmed
+        except RewriteCoreError as error:
+            assert "call it once before the capture" in str(error)
+            refused += 1
+            gpu.capturing = False
+            captured()
+            assert gpu.compiled > warmed, "nothing had to be compiled"
+    assert 5 <= refused <= 45, "the pairs show nothing"
+
+
+def test_divisibility_counts_and_not_the_size(gpu):
+    from rewrite_core.kernels import second_moment
+
+    def call(channels):
+        second_moment.launch(torch.ones(2, channels, 8, 8), torch.ones(channels, channels).double(), "x3")
+
+    call(96)
+    gpu.capturing = True
+    call(112)
+    with pytest.raises(RewriteCoreError, match="second_moment has not yet run .* call it once before the capture"):
+        call(100)
+    gpu.capturing = False
+    call(100)
+    gpu.capturing = True
+    call(100)
