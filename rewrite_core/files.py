@@ -327,14 +327,14 @@ def _owned(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def load_record(path: str | os.PathLike, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_record` wrote. Raises FileFormatError for anything else."""
+def load_record(path: str | os.PathLike, kind: str, *versions: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_record` wrote, of any of `versions`. Raises FileFormatError for anything else."""
     with open_file(path) as file:
-        return record_of(file, path, kind, version)
+        return record_of(file, path, kind, *versions)
 
 
 def record_of(
-    file: BinaryIO, path: str | os.PathLike, kind: str, version: int
+    file: BinaryIO, path: str | os.PathLike, kind: str, *versions: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """:func:`load_record` from an open file."""
     name = shown(path)
@@ -343,9 +343,9 @@ def record_of(
     if found != f"rewrite_core.{kind}":
         what = "a foreign file" if found is None else quoted(found)
         raise FileFormatError(f"{name} is not a rewrite_core {kind.replace('_', ' ')} but {what}.")
-    if header.get("version") != str(version):
+    if header.get("version") not in map(str, versions):
         raise FileFormatError(
-            f"{name} has format version {quoted(header.get('version'))} and this library reads {version}; "
+            f"{name} has format version {quoted(header.get('version'))} and this library reads {max(versions)}; "
             "upgrade rewrite_core or make the file again."
         )
     metadata = from_json(header.get("metadata", ""), f"The metadata of {name}")

@@ -72,8 +72,8 @@ def latents() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def edit() -> rc.Edit:
-    return rc.Edit.load(DATA / "proggan_edit.json")
+def edit(latents) -> rc.Edit:
+    return rc.Edit.load(DATA / "proggan_edit.json").on(latents)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from conftest import same_bits, solver_of, square, state_bits
 import rewrite_core as rc
 from rewrite_core.files import save_record
 from rewrite_core.generators.proggan import ProgGAN
-from rewrite_core.rewrites import change as change_module
+from rewrite_core.rewrites import stack
 
 
 @pytest.fixture
@@ -318,8 +318,8 @@ def test_a_change_that_overflows_is_refused(generator, layer, changes):
 
 def test_applying_costs_the_same_however_many_are_on(monkeypatch, generator, layer, changes):
     before, one, calls = state_bits(generator), changes[0], []
-    combine = change_module.combine
-    monkeypatch.setattr(change_module, "combine", lambda *args: calls.append(args) or combine(*args))
+    combine = stack.combine
+    monkeypatch.setattr(stack, "combine", lambda *args: calls.append(args) or combine(*args))
     many = [
         rc.Rewrite(one.layer, one.directions, one.coefficients * 0.1 * i, one.fitted_to, "lm") for i in range(1, 13)
     ]

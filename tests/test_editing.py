@@ -105,7 +105,6 @@ def test_masks_survive_the_json_to_the_bit():
         (np.full((8, 8), np.nan), "0..1"),
         (np.full((8, 8), "a"), "numbers"),
         (np.full((8, 8), 1j), "numbers"),
-        ("mask.png", "not one of shape"),
         ([[1, 0], [1]], "rows of one length"),
     ],
 )

@@ -1,10 +1,11 @@
-"""Files of version 0.1 hold what they held. (rewrites and edits: below, as their rooms are rebuilt)"""
+"""Files of version 0.1 hold what they held."""
 
 import hashlib
 import json
 
+import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, same_bits, state_bits
 
 import rewrite_core as rc
 
@@ -22,3 +23,31 @@ def test_a_second_moment(layer, latents, moment):
     assert old.latents["count"] == 200 and "recipe" not in old.latents
     old.check(layer, latents)
     assert torch.allclose(old.matrix(), moment.matrix(), rtol=1e-6) and 0 < old.standard_error < 1
+
+
+def test_an_edit():
+    edit = rc.Edit.load(OLD / "edit.json")
+    masks = [hashlib.sha256((part.mask * 255).round().astype("uint8").tobytes()) for part in edit.selections]
+    assert [mask.hexdigest() for mask in masks] == EXPECTED["masks"]
+    assert [part.index for part in edit.selections] == [7, 11, 5, 3, 11, 19] and len(edit.pastes) == 2
+    assert edit.rows == {} and edit.recipe is None
+
+
+@pytest.mark.parametrize("name", ["rewrite", "zero"])
+def test_a_rewrite(generator, layer, moment, latents, name):
+    assert sha256(layer.weight) == EXPECTED["weight"]
+    before, change = state_bits(generator), rc.Rewrite.load(OLD / f"{name}.safetensors")
+    with change.apply(generator):
+        assert sha256(layer.weight) == EXPECTED[name]
+    assert same_bits(before, state_bits(generator))
+    assert change.size > 0 and change.edit.context and change.edit.rows == {}
+    with pytest.warns(rc.LatentsWarning):
+        rc.rewrite(layer, moment, change.edit, latents)
+
+
+def test_a_rewrite_saved_again_is_of_this_version(tmp_path):
+    old = rc.Rewrite.load(OLD / "rewrite.safetensors")
+    old.save(tmp_path / "new.safetensors")
+    new = rc.Rewrite.load(tmp_path / "new.safetensors")
+    assert repr(new) == repr(old) and new.edit == old.edit and new.fitted_to == old.fitted_to
+    assert torch.equal(new.directions, old.directions) and torch.equal(new.coefficients, old.coefficients)

@@ -93,6 +93,10 @@ class ComputedWeight(abc.ABC):
         """Why such a weight cannot be folded; None where it can."""
         return None
 
+    @abc.abstractmethod
+    def parts(self) -> list[str]:
+        """The names, in the module's state dict, of what the weight is computed from and of the folded weight."""
+
     def unfold(self) -> None:
         """Put the module back as it was, on the device and in the precision that the weight has now."""
         if self.folded:
@@ -137,7 +141,10 @@ class Parametrized(ComputedWeight):
         return self._stages[-1].value
 
     def compute(self) -> Tensor:
-        return getattr(self.module, self.name)
+        return self._stages()  # not the property, which parametrize.cached() answers from its cache
+
+    def parts(self) -> list[str]:
+        return [f"parametrizations.{self.name}"]
 
     def _fold(self, value: nn.Parameter) -> None:
         with evaluating(self.module):  # registering computes once, and spectral norm iterates in train mode
@@ -222,6 +229,10 @@ class Hooked(_Detached):
         with _kept(self.module):
             return self._run()
 
+    def parts(self) -> list[str]:
+        names = [*self.module._parameters, *self.module._buffers]
+        return [NAME, *(name for name in names if name.startswith(f"{NAME}_"))]
+
     def refusal(self) -> str | None:
         if self.folded:
             return None
@@ -264,6 +275,9 @@ class Normalised(_Detached):
 
     def compute(self) -> Tensor:
         return getattr(self.module, _method(self.module))()
+
+    def parts(self) -> list[str]:
+        return [NAME, *self.module._buffers]
 
     def _fold(self, value: nn.Parameter) -> None:
         self._take(value, [NAME, *self.module._buffers])  # the singular vectors too: its state dict fits no other norm

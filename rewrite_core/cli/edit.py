@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         change = rewrite(layer, moment, edit, on.latents, progress=on.progress, **given)
     change.save(options.out)
-    size = (change.weight_delta().double().norm() / layer.weight.double().norm()).item()
+    size = change.size
     whole = sum(change.seconds.values())
     took = ", ".join(f"{stage} {took * 1e3:.0f} ms ({took / whole:.0%})" for stage, took in change.seconds.items())
     say(f"{change!r} -> {options.out}\nsize of the change, |dW| / |W|: {size:.2f}\n{took}")

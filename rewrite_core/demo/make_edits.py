@@ -62,8 +62,8 @@ def _clear(scenes: Scene, painted: Tensor, change: dict) -> Tensor:
     return (error <= error.median()).nonzero()[:, 0]
 
 
-def make_edit(rule: Rule, scenes: Scene, painted: Tensor) -> Edit:
-    """The edit of `rule` on a set of scenes, whose order the selections index, as the generator painted them."""
+def make_edit(rule: Rule, scenes: Scene, painted: Tensor, latents: Tensor) -> Edit:
+    """The edit of `rule` on a set of scenes, those of `latents`, as the generator painted them."""
     is_source, undo = _SOURCES[rule.name]
     targets = rule.concerns(scenes).nonzero()[:, 0]
     targets = targets[_clear(scenes[targets], painted[targets], rule.change)].tolist()
@@ -82,6 +82,7 @@ def make_edit(rule: Rule, scenes: Scene, painted: Tensor) -> Edit:
         copy=Selection(source, _lasso(scenes[source : source + 1], undo, margin)),
         paste=Selection(target, _lasso(scenes[target : target + 1], rule.change, margin)),
         context=[Selection(i, _lasso(scenes[i : i + 1], rule.change, margin)) for i in [target, *others]],
+        latents=latents,
     )
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
     scenes, painted = scene_from_latents(latents), paint(chapels(), latents)
     for rule in RULES.values():
-        edit = make_edit(rule, scenes, painted)
+        edit = make_edit(rule, scenes, painted, latents)
         edit.save(folder / f"{rule.name}.json")
         print(rule.name, edit)
 

@@ -173,23 +173,13 @@ def context_keys(
         raise SelectionError("There is no selection to read keys at; mark at least one place.")
     rows, weights = [], []
     for selection in selections:
-        keys = layer.keys(latent_of(selection, latents))
+        keys = layer.keys(selection.latent(latents))
         area = selection.area(tuple(keys.shape[2:])).to(keys.device).reshape(-1)
         flat = keys[0].reshape(len(keys[0]), -1).T
         inside = area > 0 if inside_only else torch.ones_like(area, dtype=torch.bool)
         rows.append(flat[inside])
         weights.append(area[inside])
     return torch.cat(rows), torch.cat(weights)
-
-
-def latent_of(selection: Selection, latents: Tensor) -> Tensor:
-    """The one-row batch of latents a selection points at. Raises SelectionError out of range."""
-    if selection.index >= len(latents):
-        raise SelectionError(
-            f"Selection {selection.index} is out of range: there are {len(latents)} latents; "
-            "sample more, with the seed the edit was made with."
-        )
-    return latents[selection.index : selection.index + 1]
 
 
 def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, latents: Tensor) -> Tensor:

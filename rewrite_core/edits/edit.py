@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from ..errors import FileFormatError, RewriteCoreError, SelectionError
+from torch import Tensor
+
+from ..errors import FileFormatError, LatentsWarning, RewriteCoreError, SelectionError, quoted, warn
 from ..files import atomic_write
+from ..layers.latents import LatentRecipe, check_rows, recipe_of, row_digests
 from .selection import Selection
 
 _FIELDS = {"object": "copy", "paste": "paste", "key": "context", "query": "query"}
+_LATENTS = "latents"  # a field of ours: the latents that the edit's selections index
 
 
 class Edit:
@@ -22,6 +28,17 @@ class Edit:
             of several: the copied patch goes to each of them, and one change is fitted to all.
         context: the places that share the context (``key`` in the JSON); by default the paste itself.
         query: the selection last searched for; kept, not used by :func:`rewrite_core.rewrite`.
+        latents: [N, ...] that the selections index, where they are at hand: the edit then knows them again, and calls
+            with others are refused. ``change.edit`` always does.
+
+    Attributes:
+        recipe: how those latents are drawn (``normal 512, seed 1, 1000 rows``); None where it is not known.
+        rows: {index: digest} of each latent that a selection names; empty where they are not known.
+
+    Two edits are equal where they mark the same places.
+
+    Raises:
+        SelectionError: it marks nothing, holds what is no selection, an empty list, or an index beyond `latents`.
     """
 
     def __init__(
@@ -30,9 +47,12 @@ class Edit:
         paste: Selection | Sequence[Selection] | None = None,
         context: Iterable[Selection] | None = None,
         query: Selection | None = None,
+        latents: Tensor | None = None,
     ):
         if not isinstance(context, Iterable | None):
             raise SelectionError(f"context is a list of rc.Selection objects, not one {type(context).__name__}.")
+        if isinstance(paste, Sequence) and not paste:
+            raise SelectionError("paste is an empty list; give at least one rc.Selection, or leave it out.")
         context = list(() if context is None else context) or None
         pastes = paste if isinstance(paste, Sequence) else (paste,)
         for part in (copy, query, *pastes, *(context or ())):
@@ -42,6 +62,11 @@ class Edit:
         if not (copy or self.pastes or context or query):
             raise SelectionError("An edit needs at least one selection.")
         self.copy, self.context, self.query = copy, context, query
+        self.recipe: LatentRecipe | None = None
+        self.rows: dict[int, str] = {}
+        self._warns = False  # of a file that does not say what latents it is of
+        if latents is not None:
+            self._learn(latents)
 
     @property
     def paste(self) -> Selection | tuple[Selection, ...] | None:
@@ -59,23 +84,106 @@ class Edit:
 
     @property
     def selections(self) -> list[Selection]:
+        """All of them: copy, pastes, context, query."""
         return [part for part in (self.copy, *self.pastes, *(self.context or ()), self.query) if part is not None]
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and all(getattr(self, name) == getattr(other, name) for name in _FIELDS.values())
 
     def __repr__(self) -> str:
-        return f"Edit(copy={self.copy}, paste={self.paste}, context={self.context}, query={self.query})"
+        made = f", latents={self.recipe}" if self.recipe else ""
+        return f"Edit(copy={self.copy}, paste={self.paste}, context={self.context}, query={self.query}{made})"
 
-    def to_json(self) -> str:
-        """The edit in the reference implementation's JSON. Several pastes, which that has not, are a list in the place
-        of one, as ``key`` is."""
-        record = {}
+    def _repr_html_(self) -> str:
+        """For notebooks: the masks, by what they are for."""
+        marked = {"copy": [self.copy], "paste": self.pastes, "context": self.context or (), "query": [self.query]}
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{''.join(part._repr_html_() for part in parts)}</td></tr>"
+            for name, selected in marked.items()
+            if (parts := [part for part in selected if part is not None])
+        )
+        made = f"<small>{html.escape(str(self.recipe))}</small>" if self.recipe else ""
+        return f"<table>{rows}</table>{made}"
+
+    # --- the latents that it was made on
+
+    def _learn(self, latents: Tensor) -> None:
+        for part in self.selections:
+            part.latent(latents)  # out of range
+        self.recipe, self.rows = recipe_of(latents), row_digests(latents, {part.index for part in self.selections})
+
+    def on(self, latents: Tensor) -> Edit:
+        """This edit, knowing its latents [N, ...] again: the same object where it does already.
+
+        Raises MismatchError where it knows other ones, SelectionError where it selects beyond them.
+        """
+        if self.rows:
+            self.check(latents)
+            return self
+        return Edit(self.copy, self.pastes or None, self.context, self.query, latents)
+
+    def check(self, latents: Tensor) -> None:
+        """Check that `latents` [N, ...] are those that the edit was made on, where it knows them. Every call that takes
+        both does. An edit from a file that does not say warns, once (LatentsWarning).
+
+        Raises MismatchError where a row that a selection names is another one, SelectionError where there is none.
+        """
+        for part in self.selections:
+            part.latent(latents)
+        if self.rows:
+            check_rows(self.rows, self.recipe, latents, "The edit")
+        elif self._warns:
+            self._warns = False
+            warn(
+                "The edit's file does not say which latents its selections index (the reference's does not): make sure "
+                "that they are these; edit.on(latents) remembers them.",
+                LatentsWarning,
+            )
+
+    # --- in files
+
+    def _to_record(self, entry: Callable[[Selection], list]) -> dict[str, Any]:
+        record: dict[str, Any] = {}
         for field, name in _FIELDS.items():
             part = getattr(self, name)
             if part is not None:
-                record[field] = part._to_json() if isinstance(part, Selection) else [p._to_json() for p in part]
-        return json.dumps(record)
+                record[field] = entry(part) if isinstance(part, Selection) else [*map(entry, part)]
+        if self.rows:
+            recipe = None if self.recipe is None else self.recipe.to_dict()
+            record[_LATENTS] = {"recipe": recipe, "rows": {str(index): row for index, row in self.rows.items()}}
+        return record
+
+    @classmethod
+    def _from_record(cls, record: Any, entry: Callable[[Any, str], Selection]) -> Edit:
+        if not isinstance(record, dict):
+            raise FileFormatError(f"An edit is a JSON object, not a {type(record).__name__}.")
+        foreign = sorted(set(record) - set(_FIELDS) - {_LATENTS})
+        if foreign or not record:
+            found = quoted(foreign[:3]) if foreign else "nothing"
+            raise FileFormatError(f"Not an edit: it holds {found}, where an edit has some of {list(_FIELDS)}.")
+        parts = {}
+        for field, name in _FIELDS.items():
+            if field not in record:
+                continue
+            value = record[field]
+            several = field == "paste" and isinstance(value, list) and all(isinstance(part, list) for part in value)
+            if field == "key" or several:
+                if not isinstance(value, list) or (several and not value):
+                    raise FileFormatError(f"{field!r} should hold a list of [index, PNG data URL].")
+                parts[name] = [entry(part, field) for part in value]
+            else:
+                parts[name] = entry(value, field)
+        edit = cls(**parts)
+        edit._warns = _LATENTS not in record
+        if not edit._warns:
+            edit.recipe, edit.rows = _read_latents(record[_LATENTS])
+        return edit
+
+    def to_json(self) -> str:
+        """The edit in the reference implementation's JSON. Several pastes, which that has not, are a list in the place
+        of one, as ``key`` is; and ``latents``, where they are known, is a field of ours: their recipe, and a digest of
+        each row that a selection names."""
+        return json.dumps(self._to_record(Selection._to_json), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Edit:
@@ -86,23 +194,7 @@ class Edit:
             raise FileFormatError(f"Not JSON, or cut off (line {error.lineno}): {error.msg}.") from error
         except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
             raise FileFormatError(f"Not an edit: its JSON cannot be read ({error}).") from error
-        if not isinstance(record, dict):
-            raise FileFormatError(f"An edit is a JSON object, not a {type(record).__name__}.")
-        foreign = sorted(set(record) - set(_FIELDS))
-        if foreign or not record:
-            raise FileFormatError(
-                f"Not an edit: it holds {foreign[:3] or 'nothing'}, where an edit has some of {list(_FIELDS)}."
-            )
-        parts = {}
-        for field, value in record.items():
-            several = field == "paste" and isinstance(value, list) and all(isinstance(part, list) for part in value)
-            if field == "key" or several:
-                if not isinstance(value, list) or (several and not value):
-                    raise FileFormatError(f"{field!r} should hold a list of [index, PNG data URL].")
-                parts[_FIELDS[field]] = [Selection._from_json(part, field) for part in value]
-            else:
-                parts[_FIELDS[field]] = Selection._from_json(value, field)
-        return cls(**parts)
+        return cls._from_record(record, Selection._from_json)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON, all or nothing."""
@@ -120,4 +212,21 @@ class Edit:
         try:
             return cls.from_json(text)
         except RewriteCoreError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from error
+            raise type(error)(f"{os.fspath(path)}: {error}", advice=error.advice) from error
+
+
+def _read_latents(record: Any) -> tuple[LatentRecipe | None, dict[int, str]]:
+    """The recipe and the digests of rows from a file."""
+    rows = record.get("rows") if isinstance(record, dict) else None
+    if not isinstance(rows, dict) or not rows or record.keys() != {"recipe", "rows"} or not all(_is_row(rows)):
+        raise FileFormatError(
+            "'latents' should hold a recipe and, by their numbers, digests of rows; the edit is damaged or foreign."
+        )
+    recipe = None if record["recipe"] is None else LatentRecipe.from_dict(record["recipe"])
+    return recipe, {int(index): digest for index, digest in rows.items()}
+
+
+def _is_row(rows: Mapping[str, Any]) -> Iterable[bool]:
+    for index, digest in rows.items():
+        whole = index.isascii() and index.isdecimal() and len(index) < 19 and str(int(index)) == index
+        yield whole and isinstance(digest, str) and len(digest) == 16 and set(digest) <= set("0123456789abcdef")

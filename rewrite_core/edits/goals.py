@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Box, Capture, window
-from ..errors import NonFiniteError, SelectionError, SolverError, choice, whole_number
+from ..errors import NonFiniteError, SelectionError, SolverError, choice, warn, whole_number
 from ..layers.binding import BoundLayer
 from ..statistics.second_moment import SecondMoment
-from .directions import context_keys, latent_of, rank_units
+from .directions import context_keys, rank_units
 from .edit import Edit
 from .selection import Selection
 
@@ -136,8 +136,8 @@ def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) 
     return Capture(cropped.key.clone(), extra), boxes[1]
 
 
-def _capture_one(layer: BoundLayer, selection, latents: Tensor) -> Capture:
-    capture = layer.capture_each(latent_of(selection, latents))
+def _capture_one(layer: BoundLayer, selection: Selection, latents: Tensor) -> Capture:
+    capture = layer.capture_each(selection.latent(latents))
     if not torch.isfinite(capture.key).all():
         raise NonFiniteError(
             f"The keys of {layer.name!r} hold NaN or infinity for latent {selection.index}; choose another picture."
@@ -172,6 +172,14 @@ def _composite(target: Tensor, region: Box, box: Box, patch: Tensor, area: Tenso
     place, own = window(_shifted(common, region)), window(_shifted(common, box))
     cover, pasted = area[own[2:]], target[place]
     pasted.copy_((1 - cover) * pasted + cover * patch[own])
+
+
+def _once(boxes: Sequence[Box], index: int) -> list[Box]:
+    """Each box once; a warning where one was there twice."""
+    once = list(dict.fromkeys(boxes))
+    if len(once) < len(boxes):
+        warn(f"Two pastes of picture {index} fall on the same place of the map, and count once.")
+    return once
 
 
 def _check_apart(boxes: Sequence[Box], area: Tensor, index: int) -> None:
@@ -221,8 +229,8 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "b
                 centre = (around[axis] + around[axis + axes]) // 2
                 place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
             box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
-            if box not in boxes:
-                boxes.append(box)
+            boxes.append(box)
+        boxes = _once(boxes, pastes[0].index)
         _check_apart(boxes, area, pastes[0].index)
         crops = [_crop(layer, capture, size, box) for box in boxes] if region == "box" else [(capture, None)]
         for cropped, fitted in crops:
@@ -251,8 +259,8 @@ def erase_goals(
         without = capture.key.clone()
         without[:, gone.to(without.device)] = 0
         without = dataclasses.replace(capture, key=without)
-        boxes = dict.fromkeys(bounding_box(paste.area(size)) for paste in pastes) if region == "box" else [None]
-        for box in boxes:
+        found = [bounding_box(paste.area(size)) for paste in pastes]
+        for box in _once(found, pastes[0].index) if region == "box" else [None]:
             part, fitted = (capture, None) if box is None else _crop(layer, capture, size, box)
             goals.append(Goal(part, _value(layer, without, size, fitted), fitted))
     return goals

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
+import html
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import FileFormatError, MaskError, SelectionError
+from ..errors import FileFormatError, MaskError, SelectionError, quoted
+from .masks import mask_bytes, png_of, read_png
 
 _URL_PREFIX = "data:image/png;base64,"
 
 
-def _mask_bytes(mask) -> np.ndarray:
-    if isinstance(mask, Tensor):
-        mask = mask.detach().cpu()
-        mask = (mask.double() if mask.is_floating_point() else mask).numpy()  # numpy has no bfloat16
-    try:
-        mask = np.asarray(mask)
-    except ValueError as error:
-        raise MaskError(f"A mask is an array with rows of one length ({error}).") from error
-    if not 1 <= mask.ndim <= 3 or 0 in mask.shape:
-        raise MaskError(f"A mask is an array [H, W], [L] or [D, H, W], not one of shape {list(mask.shape)}.")
-    mask = np.atleast_2d(mask)
-    if mask.dtype == bool:
-        return mask.astype(np.uint8) * 255
-    if not (np.issubdtype(mask.dtype, np.floating) or np.issubdtype(mask.dtype, np.integer)):
-        raise MaskError(f"A mask holds booleans or numbers in 0..1, not {mask.dtype}.")
-    if not np.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-        raise MaskError("A mask holds values in 0..1; divide 0..255 masks by 255.")
-    return np.rint(mask.astype(np.float64) * 255).astype(np.uint8)
-
-
 def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _row(index: object) -> int:
+    if isinstance(index, bool) or not isinstance(index, int | np.integer) or index < 0:
+        raise SelectionError(f"A selection's index is a row of the latents, 0 or more, not {quoted(index)}.")
+    return int(index)
 
 
 class Selection:
@@ -45,21 +35,59 @@ class Selection:
 
     Args:
         index: row of the latents `z` that the edit is used with.
-        mask: [H, W], bool or numbers in 0..1, at any resolution. Stored in 8 bits, as the JSON does. Of a sequence (the
-            tokens at a linear layer) [L], which becomes [1, L]; of a volume [D, H, W], or [H, W] for all its slices.
+        mask: what is marked, at any resolution; kept in 8 bits, as the JSON does. One of
+
+            * a tensor, array or nested list [H, W], bool or numbers in 0..1; of a sequence (the tokens at a linear
+              layer) [L], which becomes [1, L]; of a volume [D, H, W], or [H, W] for all its slices.
+            * a PIL picture of any mode, or the path of a picture (PNG, JPEG, WEBP, TIFF, BMP, GIF, PPM or TGA).
+              Where it has transparency, what is painted counts, in whatever colour: its alpha is the mask. Where it
+              has none, or is opaque everywhere, its brightness is the mask: white is marked, black is not.
 
     Raises:
-        MaskError: wrong shape or type, values outside 0..1, or an empty mask.
+        MaskError: wrong shape or type, values outside 0..1, more than 8192 x 8192 pixels, or an empty mask.
         SelectionError: the index is not a whole number of at least zero.
+        FileNotFoundError: there is no picture at that path.
     """
 
-    def __init__(self, index: int, mask):
-        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
-            raise SelectionError(f"A selection's index is a row of the latents, 0 or more, not {index!r}.")
-        self.index = int(index)
-        self._bytes = _mask_bytes(mask)
+    def __init__(self, index: int, mask: Any):
+        self.index = _row(index)
+        self._bytes = mask_bytes(mask)
+        self._check_marked()
+
+    def _check_marked(self) -> None:
         if not self._bytes.any():
             raise MaskError(f"The mask of selection {self.index} is empty; mark at least one pixel.")
+
+    @classmethod
+    def box(cls, index: int, box: Sequence[int], size: int | Sequence[int]) -> Selection:
+        """The selection of a box.
+
+        Args:
+            index: row of the latents.
+            box: (top, left, bottom, right) in pixels of the picture, bottom and right exclusive. In general where it
+                starts on each axis, then where it ends: (start, stop) of a sequence, six numbers of a volume.
+            size: of the picture, (height, width), or one number where it is as wide as high.
+
+        Raises:
+            MaskError: no such box in a picture of that size.
+        """
+        try:
+            ends = [operator.index(number) for number in box]
+            axes = len(ends) // 2
+            sizes = [operator.index(size)] * axes if not isinstance(size, Sequence) else [*map(operator.index, size)]
+        except TypeError:
+            raise MaskError(
+                f"A box is whole numbers (top, left, bottom, right) and a size (height, width), not {quoted(box)} and "
+                f"{quoted(size)}."
+            ) from None
+        starts, stops = ends[:axes], ends[axes:]
+        if not 1 <= axes <= 3 or len(ends) != 2 * axes or len(sizes) != axes:
+            raise MaskError(f"A box (top, left, bottom, right) needs a size (height, width), not {ends} in {sizes}.")
+        if not all(0 <= start < stop <= whole for start, stop, whole in zip(starts, stops, sizes)):
+            raise MaskError(f"The box {ends} is empty, or not inside a picture of {sizes}.")
+        mask = np.zeros(sizes, dtype=bool)
+        mask[tuple(map(slice, starts, stops))] = True
+        return cls(index, mask)
 
     @property
     def mask(self) -> np.ndarray:
@@ -89,26 +117,70 @@ class Selection:
             )
         return area
 
-    def __eq__(self, other) -> bool:
+    def latent(self, latents: Tensor) -> Tensor:
+        """The one-row batch of `latents` [N, ...] that it points at. Raises SelectionError out of range."""
+        if self.index >= len(latents):
+            raise SelectionError(
+                f"Selection {self.index} is out of range: there are {len(latents)} latents; "
+                "sample more, with the seed the edit was made with."
+            )
+        return latents[self.index : self.index + 1]
+
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Selection) and self.index == other.index and np.array_equal(self._bytes, other._bytes)
 
     def __hash__(self) -> int:
         return hash((self.index, self._bytes.tobytes()))
 
-    def __repr__(self) -> str:
+    def _facts(self) -> str:
         size = "x".join(map(str, self._bytes.shape))
-        return f"Selection({self.index}, {size} mask, {self.mask.mean():.1%} marked)"
+        return f"{size} mask, {self._bytes.mean() / 255:.1%} marked"
+
+    def __repr__(self) -> str:
+        return f"Selection({self.index}, {self._facts()})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the mask, and whose it is. A volume's slices one above the other."""
+        planes = self._plane()
+        side = max(planes.shape)
+        height, width = (max(1, round(96 * length / side)) for length in planes.shape)
+        small = planes if side <= 192 else _resized(planes, 2 * height, 2 * width)
+        source = _URL_PREFIX + base64.b64encode(png_of(small)).decode("ascii")
+        text = html.escape(f"picture {self.index}: {self._facts()}")
+        picture = f'<img src="{source}" width="{width}" height="{height}" alt="{text}" style="border: 1px solid gray">'
+        return f'<div style="display: inline-block; margin: 2px">{picture}<br><small>{text}</small></div>'
+
+    # --- in files
+
+    def _plane(self) -> np.ndarray:
+        """The mask [H, W]; slices of a volume one above the other."""
+        return self._bytes.reshape(-1, self._bytes.shape[-1])
+
+    @property
+    def _slices(self) -> list[int]:
+        """How many slices the plane has, in a list; an empty one where the mask is no volume."""
+        return [] if self._bytes.ndim == 2 else [len(self._bytes)]
+
+    @classmethod
+    def _of_plane(cls, index: object, plane: np.ndarray, slices: Sequence[object], field: str) -> Selection:
+        if slices:
+            if type(slices[0]) is not int or slices[0] < 1 or len(plane) % slices[0]:
+                raise FileFormatError(
+                    f"{field!r} says that its mask has {quoted(slices[0])} slices, which do not divide it."
+                )
+            plane = plane.reshape(slices[0], -1, plane.shape[-1])
+        selection = cls.__new__(cls)
+        selection.index, selection._bytes = _row(index), plane
+        selection._check_marked()
+        return selection
 
     def _to_json(self) -> list:
         """The reference implementation's [index, PNG data URL]."""
-        buffer = io.BytesIO()
-        planes = self._bytes.reshape(-1, self._bytes.shape[-1])
-        Image.fromarray(planes).convert("RGB").save(buffer, format="png")
-        record = [self.index, _URL_PREFIX + base64.b64encode(buffer.getvalue()).decode("ascii")]
-        return record if self._bytes.ndim == 2 else [*record, len(self._bytes)]  # slices one above the other
+        colours = np.repeat(self._plane()[..., None], 3, -1)  # as the reference writes it
+        return [self.index, _URL_PREFIX + base64.b64encode(png_of(colours)).decode("ascii"), *self._slices]
 
     @classmethod
-    def _from_json(cls, record, field: str) -> Selection:
+    def _from_json(cls, record: Any, field: str) -> Selection:
         if not (isinstance(record, list) and len(record) in (2, 3) and isinstance(record[1], str)):
             raise FileFormatError(f"{field!r} should hold [index, PNG data URL].")
         index, url, *slices = record
@@ -116,19 +188,7 @@ class Selection:
         if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
             raise FileFormatError(f"The mask of {field!r} is not a base64 image data URL.")
         try:
-            image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-            pixels = np.asarray(image.convert("RGB"))[:, :, 0]  # the reference reads the first channel
-        except (
-            binascii.Error,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-            OSError,
-            ValueError,
-            SyntaxError,
-        ) as error:
+            coded = base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as error:
             raise FileFormatError(f"The mask of {field!r} cannot be decoded ({error}).") from error
-        if slices:
-            if type(slices[0]) is not int or slices[0] < 1 or len(pixels) % slices[0]:
-                raise FileFormatError(f"{field!r} says that its mask has {slices[0]!r} slices, which do not divide it.")
-            pixels = pixels.reshape(slices[0], -1, pixels.shape[-1])
-        return cls(index, pixels.astype(np.float64) / 255)
+        return cls._of_plane(index, read_png(coded, f"The mask of {field!r}"), slices, field)

@@ -2,104 +2,36 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import html
 import math
 import os
-from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Box
 from ..edits.edit import Edit
-from ..errors import FileFormatError, MismatchError, NonFiniteError, RewriteCoreError, SolverError
-from ..files import load_record, save_record
+from ..errors import MismatchError, SolverError, number, warn
 from ..layers.binding import BoundLayer, bind
 from ..layers.fingerprints import tensor_fingerprint
-from ..solvers.problem import combine
+from . import stack as stacks
+from .exports import edited_state_dict, lora_factors
 from .parametrization import LowRankChange, attach
-
-_VERSION = 1
-
-
-class _Stack(TypedDict):
-    """The rewrites that are on one module's weight, and that weight before and after them.
-
-    Kept as an attribute of the module itself: no global state, and it is copied, pickled and dropped with the
-    module. Plain containers of plain tensors, so that none of that needs this library, a Rewrite or its generator.
-    """
-
-    base: Tensor  # the weight before the first rewrite, as the module stored it then
-    weight: Tensor  # the weight with all of them, to notice when something else changes it
-    rewrites: dict[str, tuple[Tensor, Tensor]]  # content id: directions and coefficients, in the order applied
+from .stack import Change, Stack
+from .storage import finite, load_rewrite, save_rewrite
 
 
-_STACK = "_rewrite_core_stack"
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a change was found: what :class:`Rewrite` has under the same names."""
 
-
-def _holds(bound: BoundLayer, weight: Tensor) -> bool:
-    """Whether the layer's parameter is `weight`, wherever the generator was moved or cast to since."""
-    parameter = bound.parameter.detach()
-    return torch.equal(parameter, weight.to(parameter))
-
-
-def _stack_of(bound: BoundLayer) -> _Stack | None:
-    """What is on the layer's weight, on the weight's device; None where nothing is, or where the weight has been put
-    back by other means (load_state_dict)."""
-    stack: _Stack | None = getattr(bound.module, _STACK, None)
-    if stack is None or (_holds(bound, stack["base"]) and not _holds(bound, stack["weight"])):
-        return None
-    device = bound.parameter.device
-    return {**stack, "base": stack["base"].to(device), "weight": stack["weight"].to(device)}
-
-
-def _delta(directions: Tensor, coefficients: Tensor) -> Tensor:
-    return combine(coefficients.double(), directions.double()).to(coefficients.dtype)
-
-
-def _plus(bound: BoundLayer, weight: Tensor, directions: Tensor, coefficients: Tensor) -> Tensor:
-    """A weight in native layout with a rewrite on it. A float16 or bfloat16 weight is added to in the coefficients'
-    float32 and rounded once."""
-    delta = bound.to_native(_delta(directions, coefficients)).to(weight.device)
-    return (weight + delta).to(weight.dtype)
-
-
-def _check_untouched(bound: BoundLayer, stack: _Stack) -> None:
-    if _holds(bound, stack["weight"]):
-        return
-    was, now = stack["weight"].dtype, bound.parameter.dtype
-    tied = [
-        name
-        for name, module in bound.generator.named_modules()
-        if module is not bound.module and hasattr(module, _STACK)
-        if any(parameter is bound.parameter for parameter in module.parameters(recurse=False))
-    ]
-    if tied:
-        reason = f"is shared with {tied[0]!r}, which has been rewritten too; revert that rewrite first, or use"
-    elif was != now:
-        reason = f"was {was} when a rewrite was applied and is {now} with other values now; restore it, or use"
-    else:
-        reason = "was changed by something else since a rewrite was applied; restore it, or use"
-    raise MismatchError(
-        f"The weight of {bound.name!r} {reason} revert(force=True) to go back to the weight recorded then."
-    )
-
-
-def _check_stored(bound: BoundLayer) -> None:
-    """Raise MismatchError where the weight became computed over the rewrites: what is written to it would be lost."""
-    computed = bound._layer.computed
-    if computed is not None and not computed.folded:
-        raise MismatchError(
-            f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this "
-            "rewrite was applied; take that off first."
-        )
-
-
-def _write(bound: BoundLayer, weight: Tensor) -> None:
-    # a parameter made in inference mode can only be changed in inference mode
-    with torch.inference_mode(bound.parameter.is_inference()), torch.no_grad():
-        bound.parameter.copy_(weight)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    final_loss: float | None = None
+    status: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    box: Box | tuple[Box, ...] | None = None
 
 
 class Rewrite:
@@ -110,7 +42,7 @@ class Rewrite:
         coefficients: Lambda, [O, R, *kernel].
         losses: the loss before the first step, then one entry per step ("lm": before and after).
         final_loss: the loss of the finished change over the region it was fitted to, in float32 at least; None where
-            nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a tight region has the rest
+            nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a fitted box has the rest
             of its map around it instead of zeros: the loss measured then differs by that.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
         status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many
@@ -118,8 +50,11 @@ class Rewrite:
         seconds: wall time of each stage, none counted twice: "generator" (its forward passes up to the layer), "check"
             (whether the moment is the layer's; it has forward passes of its own), "directions", "goal", "preserve" and
             "fit".
-        layer, rank, groups, edit, box: the layer's name, R, the groups of a grouped convolution (else 1), the edit, the
-            fitted box of the value map (where several regions are fitted, a tuple of theirs, picture by picture).
+        size: |dW| / |W0|, of Frobenius norms: up to 0.5 pictures stay whole, above 1 look before you believe. None for
+            a file that does not say, until it is applied.
+        layer, rank, groups, edit, box: the layer's name, R, the groups of a grouped convolution (else 1), the edit,
+            which knows the latents it was solved on, the fitted box of the value map (where several are fitted, a
+            tuple of them, picture by picture).
     """
 
     def __init__(
@@ -129,51 +64,69 @@ class Rewrite:
         coefficients: Tensor,
         fitted_to: str,
         solver: str,
-        losses: Sequence[float] = (),
-        final_loss: float | None = None,
+        fit: Fit | None = None,
         edit: Edit | None = None,
-        status: dict[str, int] | None = None,
-        seconds: dict[str, float] | None = None,
-        box: Box | tuple[Box, ...] | None = None,
         bound: BoundLayer | None = None,
         groups: int = 1,
     ):
+        fit = fit or Fit()
         self.layer = layer
         self.directions = directions
         self.coefficients = coefficients
         self.fitted_to = fitted_to  # fingerprint of the weight the change was fitted to
         self.solver = solver
-        self.losses = list(losses)
-        self.final_loss = final_loss
+        self.losses = list(fit.losses)
+        self.final_loss = fit.final_loss
         self.edit = edit
-        self.status = status or {}
-        self.seconds = seconds or {}
-        self.box = box
+        self.status = fit.status
+        self.seconds = fit.seconds
+        self.box = fit.box
         self.groups = groups if bound is None else bound.groups
-        # where apply() acts by default comes last, after the other layers this is still applied to
-        self._layers = [] if bound is None else [bound]
+        self.size: float | None = None if bound is None else self._size_on(bound.parameter)
+        self._made_on = bound  # where apply() acts; None for a loaded or copied one
+        self._layers: list[BoundLayer] = []  # that it was applied to and may still be on, the last one last
         self._entered: list[BoundLayer] = []  # one for each `with` block that is open
 
     def __getstate__(self) -> dict:
         """A copied or pickled rewrite knows no generator: it must not take a copy of one along."""
-        return self.__dict__ | {"_layers": [], "_entered": []}
+        return self.__dict__ | {"_made_on": None, "_layers": [], "_entered": []}
 
     @property
     def rank(self) -> int:
         return len(self.directions)
 
-    def __repr__(self) -> str:
+    def _facts(self) -> str:
         loss = f", loss {self.losses[0]:.4g} -> {self.final_loss:.4g}" if self.losses else ""
-        return f"Rewrite({self.layer!r}, rank {self.rank}, {self.solver}{loss})"
+        return f"rank {self.rank}, {self.solver}{loss}"
+
+    def __repr__(self) -> str:
+        return f"Rewrite({self.layer!r}, {self._facts()})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, how large, and the edit that it came from."""
+        size = "" if self.size is None else f", |dW| / |W| {self.size:.2f}"
+        edit = "" if self.edit is None else self.edit._repr_html_()
+        return f"<div><b>Rewrite of {html.escape(self.layer)}</b>: {html.escape(self._facts() + size)}{edit}</div>"
 
     def weight_delta(self) -> Tensor:
         """Lambda D, [O, I, *kernel], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
-        return _delta(self.directions, self.coefficients)
+        return stacks.delta(self.directions, self.coefficients)
+
+    def _size_on(self, weight: Tensor) -> float:
+        """|Lambda D| / |weight|: from D D^T, which is small, without making Lambda D."""
+        outputs = self.coefficients.double().reshape(*self.coefficients.shape[:2], -1).chunk(self.groups)
+        squares = 0.0
+        for own, rows in zip(outputs, self.directions.double().chunk(self.groups, 1)):  # a group has its part of D
+            squares += torch.einsum("ort,rs,ost->", own, rows @ rows.T, own).item()
+        whole = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+        return math.sqrt(max(0.0, squares)) / whole if whole else math.inf
 
     @property
     def _id(self) -> str:
         """What this change is, by its bits: a saved and loaded one, or a copy, is the same change."""
         return tensor_fingerprint(self.directions) + tensor_fingerprint(self.coefficients)
+
+    # --- which generator
 
     def _bind(self, generator: nn.Module | BoundLayer) -> BoundLayer:
         bound = generator if isinstance(generator, BoundLayer) else bind(generator, self.layer)
@@ -187,16 +140,49 @@ class Rewrite:
             )
         return bound
 
+    def _target(self, generator: nn.Module | BoundLayer | None, call: str) -> BoundLayer:
+        """The layer to act on: of `generator`, else of the one it was made on, else of that it was applied to last."""
+        if generator is None:
+            if self._made_on is None and not self._layers:
+                raise MismatchError(f"This rewrite was loaded or copied; name the generator to change: {call}(G).")
+            generator = self._made_on or self._layers[-1]
+        return self._bind(generator)
+
     def _is_on(self, bound: BoundLayer) -> bool:
-        stack = _stack_of(bound)
+        with stacks.locked(bound._layer):
+            stack = stacks.read(bound)
         return stack is not None and self._id in stack["rewrites"]
 
+    def _places(self) -> list[BoundLayer]:
+        """Where it may be on: the one it was made on, and then those that it was applied to, the last one last."""
+        return [*([] if self._made_on is None else [self._made_on]), *self._layers]
+
+    def _where_on(self, places: list[BoundLayer]) -> BoundLayer | None:
+        """The last of `places` that it is on."""
+        return next((place for place in reversed(places) if self._is_on(place)), None)
+
+    def _remember(self, bound: BoundLayer) -> None:
+        """Before the write: an interrupt after it must not leave a generator that revert() does not know of."""
+        others = [other for other in self._layers if other.module is not bound.module and self._is_on(other)]
+        self._layers = [*others, bound]
+
+    # --- apply and revert
+
     @torch.inference_mode(False)  # what is kept on the module outlives the caller's inference mode
-    def apply(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> Rewrite:
-        """Change the weight in place; returns self. Rewrites stack, on one layer or on several.
+    def apply(
+        self, generator: nn.Module | BoundLayer | None = None, strength: float = 1.0, force: bool = False
+    ) -> Rewrite:
+        """Change the weight in place, to ``W0 + strength Lambda D``; returns self. Rewrites stack, on one layer or on
+        several.
+
+        A generator in torch.compile or in a captured CUDA graph sees the change, as its weight's memory stays. Where
+        the weight is computed (spectral norm, parametrizations) a graph that was captured before does not: capture it
+        again.
 
         Args:
-            generator: by default the one that the rewrite was made on, or applied to last.
+            generator: by default the one that the rewrite was made on. A loaded or copied one acts on the one that it
+                was applied to last.
+            strength: how much of the change; 0.5 is half of it, -1 its inverse. It is on record for :meth:`revert`.
             force: apply it also where the layer's weight is not the one it was fitted to (a finetuned copy). Rewrites
                 that something else has changed the weight over are then part of it, and can no longer be reverted.
 
@@ -205,42 +191,58 @@ class Rewrite:
                 the weight was changed by something else since other rewrites were applied.
             NonFiniteError: the weight would overflow its precision. Nothing is changed then.
         """
-        if generator is None and not self._layers:
-            raise MismatchError("This rewrite was loaded or copied; name the generator to change: apply(G).")
-        bound = self._bind(self._layers[-1] if generator is None else generator)
-        stack = _stack_of(bound)
+        strength = number("strength", strength)
+        bound = self._target(generator, "apply")
+        with stacks.writing(bound._layer):
+            stack = self._below(bound, stacks.settle(bound), force)
+            change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength)
+            weight = stacks.plus(bound, stack["weight"], change)
+            stacks.check_finite(bound, weight)
+            if self.size is None:
+                self.size = self._size_on(stack["base"])
+            self._remember(bound)
+            stacks.write(bound, stack["base"], weight, stacks.changes(stack) | {self._id: change})
+        return self
+
+    def _below(self, bound: BoundLayer, stack: Stack | None, force: bool) -> Stack:
+        """The record that this change goes on top of, where it may."""
+        present = bound.parameter.detach().clone()
+        fresh: Stack = {"base": present, "weight": present, "rewrites": {}}
+        if stack is not None and not stacks.holds(bound, stack["weight"]) and self._fits(bound, present):
+            # something else has changed the weight, and this is a change of what it made of it
+            warn(
+                f"The weight of {self.layer!r} was changed by something else since rewrites were applied to it; they "
+                "are part of it or gone, and can no longer be reverted."
+            )
+            return fresh
         if stack is not None and self._id in stack["rewrites"]:
             raise MismatchError("This rewrite is applied already; revert it first.")
         if stack is not None and not force:
-            _check_untouched(bound, stack)
-        if stack is None or not _holds(bound, stack["weight"]):
-            base = bound.parameter.detach().clone()
-            stack = _Stack(base=base, weight=base, rewrites={})
-        below = (bound._layer.canonical(stack[name].to(bound.parameter.dtype)) for name in ("base", "weight"))
-        if not force and all(bound.weight_fingerprint(weight) != self.fitted_to for weight in below):
-            raise MismatchError(
-                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
-                "(another model, another precision, or other edits below it); go back to that one, or pass force=True.",
-                advice={"force": True},
+            stacks.check_untouched(
+                bound,
+                stack,
+                "a rewrite that is fitted to it as it is now can be applied, this one with force=True only",
             )
-        record = self.directions.detach().clone(), self.coefficients.detach().clone()
-        weight = _plus(bound, stack["weight"], *record)
-        if not torch.isfinite(weight.to(bound.parameter.dtype)).all():
-            raise NonFiniteError(
-                f"With this rewrite the weight of {self.layer!r} would hold NaN or infinity in "
-                f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
-            )
-        bound.fold()
-        _write(bound, weight)
-        rewrites = stack["rewrites"] | {self._id: record}
-        setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rewrites))
-        self._layers = [other for other in self._layers if other.module is not bound.module and self._is_on(other)]
-        self._layers.append(bound)
-        return self
+        if stack is None or not stacks.holds(bound, stack["weight"]):
+            stack = fresh
+        if not force and not any(self._fits(bound, weight) for weight in (stack["base"], stack["weight"])):
+            self._refuse_weight(bound)
+        return stack
+
+    def _fits(self, bound: BoundLayer, weight: Tensor) -> bool:
+        """Whether it was fitted to a weight in native layout."""
+        return bound.weight_fingerprint(bound._layer.canonical(weight.to(bound.parameter.dtype))) == self.fitted_to
+
+    def _refuse_weight(self, bound: BoundLayer) -> None:
+        raise MismatchError(
+            f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
+            "(another model, another precision, or other edits below it); go back to that one, or pass force=True.",
+            advice={"force": True},
+        )
 
     @torch.inference_mode(False)
     def revert(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> Rewrite:
-        """Undo :meth:`apply`, bit for bit; other rewrites on the layer stay. Returns self.
+        """Undo :meth:`apply`, bit for bit, whatever its strength; other rewrites on the layer stay. Returns self.
 
         A generator that was moved or cast since goes back to its original weight, moved or cast. Layers that share one
         weight are reverted in the opposite order of applying.
@@ -252,40 +254,49 @@ class Rewrite:
 
         Raises MismatchError where this rewrite is not applied, or something else has changed the weight.
         """
-        places = self._layers if generator is None else [self._bind(generator)]
-        bound = next((place for place in reversed(places) if self._is_on(place)), None)
+        places = self._places() if generator is None else [self._bind(generator)]
+        bound = self._where_on(places)
         if bound is None:
+            for place in places:  # what an interrupt left half done
+                with stacks.writing(place._layer):
+                    stacks.settle(place)
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
-        _check_stored(bound)  # with force, too
-        stack = _stack_of(bound)
-        if not force:
-            _check_untouched(bound, stack)
-        rest = {key: change for key, change in stack["rewrites"].items() if key != self._id}
-        weight = stack["base"]
-        for record in rest.values():
-            weight = _plus(bound, weight, *record)
-        _write(bound, weight)
-        if rest:
-            setattr(bound.module, _STACK, _Stack(base=stack["base"], weight=weight, rewrites=rest))
-        else:
-            delattr(bound.module, _STACK)
-            bound.unfold()
+        with stacks.writing(bound._layer):
+            stacks.check_stored(bound)  # with force, too
+            stack = stacks.settle(bound)
+            if stack is None or self._id not in stack["rewrites"]:
+                raise MismatchError("This rewrite was reverted by another thread just now.")
+            if not force:
+                stacks.check_untouched(
+                    bound,
+                    stack,
+                    "leave it, to keep what it is now; revert(force=True) loses that, for the weight recorded then",
+                )
+            rest = {key: change for key, change in stacks.changes(stack).items() if key != self._id}
+            weight = stack["base"]
+            for change in rest.values():
+                weight = stacks.plus(bound, weight, change)
+            stacks.write(bound, stack["base"], weight, rest)
+        if self._made_on is not None:  # a loaded one acts on the last again
+            self._layers = [place for place in self._layers if self._is_on(place)]
         return self
 
     @property
     def applied(self) -> bool:
         """Whether this change is on a generator that this object was made on or applied to."""
-        return any(map(self._is_on, self._layers))
+        return any(map(self._is_on, self._places()))
 
     def __enter__(self) -> Rewrite:
         """Apply, unless it is applied already; leaving the outermost `with` block reverts in either case, so
         ``with change:`` and ``with change.apply(G):`` are alike."""
-        if not (self._layers and self._is_on(self._layers[-1])):
+        bound = self._where_on(self._places())
+        if bound is None:
             self.apply()
-        self._entered.append(self._layers[-1])
+            bound = self._layers[-1]
+        self._entered.append(bound)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         bound = self._entered.pop()
         inner = any(outer.module is bound.module for outer in self._entered)
         if not inner and self._is_on(bound):
@@ -293,41 +304,25 @@ class Rewrite:
 
     # --- in the forms that other tools take
 
-    def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Tensor]:
+    @torch.inference_mode(False)
+    def state_dict(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> dict[str, Any]:
         """The generator's plain state dict with this change in it (and those that are applied); a copy. The generator
-        is left as it is. Of a generator in torch.compile or DataParallel it is that of the module inside.
+        is only read. Of a generator in torch.compile or DataParallel it is that of the module inside.
 
         A weight that was computed (spectral norm, parametrizations) is in it under its plain name, as it is used: load
         it into the generator with that norm left out. Otherwise it loads where the original did.
 
         Arguments and errors are those of :meth:`apply`.
         """
-        if generator is None and not self._layers:
-            raise MismatchError("This rewrite was loaded or copied; name the generator: state_dict(G).")
-        bound = self._bind(self._layers[-1] if generator is None else generator)
-        on, places = self._is_on(bound), list(self._layers)
-        stack = getattr(bound.module, _STACK, None)
-        before = None if stack is None else bound.parameter.detach().clone()
-        if not on:
-            self.apply(bound, force)
-        try:
-            state = {  # a module's extra state is anything
-                key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-                for key, value in bound.generator.state_dict().items()
-            }
-            name, weight = bound._layer.weight_name, bound.parameter.detach().clone()
-        finally:
-            if not on:
-                if stack is None:
-                    self.revert(bound)
-                else:  # forced, apply() has made others' rewrites part of what is below
-                    _write(bound, before)
-                    setattr(bound.module, _STACK, stack)
-                self._layers = places
-        path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
-        prefix = f"{path}." if path else ""  # in a compiled part not the layer's name
-        state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}parametrizations.{name}.")}
-        return state | {f"{prefix}{name}": weight}
+        bound = self._target(generator, "state_dict")
+        with stacks.locked(bound._layer):
+            stack = stacks.read(bound)
+            if stack is not None and self._id in stack["rewrites"]:
+                return edited_state_dict(bound, bound.parameter)
+            stack = self._below(bound, stack, force)
+            weight = stacks.plus(bound, stack["weight"], Change(self.directions, self.coefficients, 1.0))
+            stacks.check_finite(bound, weight)
+            return edited_state_dict(bound, weight)
 
     def lora(self) -> tuple[Tensor, Tensor]:
         """The change as a LoRA-style pair (A, B), with B A = Lambda D and no further scale.
@@ -338,13 +333,9 @@ class Rewrite:
 
         Raises SolverError for a grouped convolution, which uses parts of Lambda D only.
         """
-        if self.groups > 1 or any(bound.groups > 1 for bound in self._layers):
+        if self.groups > 1 or any(bound.groups > 1 for bound in self._places()):
             raise SolverError(f"{self.layer!r} is a grouped convolution, which one pair of factors does not describe.")
-        kernel = self.coefficients.shape[2:]
-        taps = math.prod(kernel)
-        one_hot = torch.eye(taps, dtype=self.directions.dtype, device=self.directions.device)
-        a = torch.einsum("ri,st->rsit", self.directions, one_hot).reshape(self.rank * taps, -1, *kernel)
-        return a, self.coefficients.reshape(len(self.coefficients), -1, *[1] * len(kernel)).clone()
+        return lora_factors(self.directions, self.coefficients)
 
     def parametrize(self, generator: nn.Module | BoundLayer | None = None, force: bool = False) -> LowRankChange:
         """Register the change as a ``torch.nn.utils.parametrize`` parametrization instead of applying it.
@@ -355,22 +346,18 @@ class Rewrite:
         Raises:
             MismatchError: as :meth:`apply`; and for a weight that is computed by a hook or a method.
         """
-        if generator is None and not self._layers:
-            raise MismatchError("This rewrite was loaded or copied; name the generator to change: parametrize(G).")
-        bound = self._bind(self._layers[-1] if generator is None else generator)
-        if self._is_on(bound):
-            raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
-        if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
-            raise MismatchError(
-                f"The weight of {self.layer!r}, {bound.parameter.dtype} now, is not the one this rewrite was fitted to "
-                "(another model, another precision, or other edits below it); go back to that one, or pass force=True.",
-                advice={"force": True},
-            )
-        return attach(bound, self.directions, self.coefficients)
+        bound = self._target(generator, "parametrize")
+        with stacks.writing(bound._layer):
+            if self._is_on(bound):
+                raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
+            if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
+                self._refuse_weight(bound)
+            return attach(bound, self.directions, self.coefficients)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write directions and coefficients as safetensors, with the layer, the fingerprint of the weight they
         were fitted to, the solver and the edit; all or nothing."""
+        losses = [self.losses[0], self.final_loss] if self.losses else []
         metadata = {
             "layer": self.layer,
             "rank": self.rank,
@@ -378,11 +365,11 @@ class Rewrite:
             "solver": self.solver,
             "weight_layout": "OIHW",
             "fitted_to": self.fitted_to,
-            "loss": [self.losses[0], self.final_loss] if self.losses else [],
-            "edit": None if self.edit is None else self.edit.to_json(),
+            "loss": losses if all(finite(loss) is not None for loss in losses) else [],
+            "size": finite(self.size),
         }
-        tensors = {"directions": self.directions.cpu(), "coefficients": self.coefficients.cpu()}
-        save_record(path, "rewrite", _VERSION, tensors, metadata)
+        tensors = {"directions": self.directions, "coefficients": self.coefficients}
+        save_rewrite(path, tensors, metadata, self.edit)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Rewrite:
@@ -390,31 +377,18 @@ class Rewrite:
 
         Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
         """
-        name = os.fspath(path)
-        tensors, metadata = load_record(path, "rewrite", _VERSION)
-        directions, coefficients = tensors.get("directions"), tensors.get("coefficients")
-        metadata = metadata if isinstance(metadata, dict) else {}
-        texts = [metadata.get(field) for field in ("layer", "fitted_to", "solver")]
-        losses, edit = metadata.get("loss", []), metadata.get("edit")
-        groups = metadata.get("groups", 1)  # older files do not say
-        if (
-            directions is None
-            or coefficients is None
-            or not all(isinstance(text, str) for text in texts)
-            or not isinstance(losses, list)
-            or not all(isinstance(loss, (int, float)) for loss in losses)
-            or not isinstance(edit, str | None)
-            or not isinstance(groups, int)
-        ):
-            raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-        if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
-            raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
-        if not all(part.is_floating_point() and part.isfinite().all() for part in (directions, coefficients)):
-            raise FileFormatError(f"{name} holds NaN, infinity or no floating-point numbers; make it again.")
-        try:
-            edit = None if edit is None else Edit.from_json(edit)
-        except RewriteCoreError as error:
-            raise type(error)(f"{name}: {error}") from error
-        layer, fitted_to, solver = texts
-        final_loss = losses[-1] if losses else None
-        return cls(layer, directions, coefficients, fitted_to, solver, losses, final_loss, edit, groups=groups)
+        factors, facts, edit = load_rewrite(path)
+        losses = facts["loss"]
+        fit = Fit(losses, losses[-1] if losses else None)
+        change = cls(
+            facts["layer"],
+            factors["directions"],
+            factors["coefficients"],
+            facts["fitted_to"],
+            facts["solver"],
+            fit,
+            edit,
+            groups=facts["groups"],
+        )
+        change.size = facts["size"]
+        return change

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adapters.weights import Folded, Parametrized
-from ..errors import MismatchError
+from ..errors import ArgumentError, MismatchError, quoted
 from ..layers.binding import BoundLayer
 from ..modes import evaluating
+from .stack import delta, writing
 
 
 class LowRankChange(nn.Module):
@@ -24,19 +24,34 @@ class LowRankChange(nn.Module):
         device = bound.parameter.device
         self.register_buffer("directions", directions.detach().to(device, copy=True))
         self.register_buffer("coefficients", coefficients.detach().to(device, copy=True))
-        self.enabled = True
         self._layer = bound._layer
+        self._enabled = True
         self._order = list(bound.module._parameters)  # torch puts a parameter back as the last
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the change is in the weight."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        if not isinstance(on, bool):
+            raise ArgumentError(f"enabled is True or False, not {quoted(on)}.")
+        with writing(self._layer):
+            self._enabled = on
+
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self._enabled:
             return weight
-        delta = torch.einsum("or...,ri->oi...", self.coefficients.double(), self.directions.double())
-        return (weight + self._layer.native(delta.to(self.coefficients.dtype))).to(weight.dtype)
+        return (weight + self._layer.native(delta(self.directions, self.coefficients))).to(weight.dtype)
 
     def remove(self) -> None:
         """Take it off the module, whose weight is then as it was, bit for bit. Raises MismatchError where it is not on
         the module any more, or under a rewrite that is applied."""
+        with writing(self._layer):
+            self._remove()
+
+    def _remove(self) -> None:
         module, name = self._layer.module, self._layer.weight_name
         stages = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
         place = next((i for i, stage in enumerate(stages) if stage is self), None)

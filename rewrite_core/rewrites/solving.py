@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..adapters.base import Box
 from ..clock import Clock, stage
 from ..edits.directions import DIRECTIONS, context_directions
 from ..edits.edit import Edit
@@ -26,7 +27,7 @@ from ..solvers.problem import LayerProblem, LayerSolution, generic_second_moment
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from ..statistics.second_moment import SecondMoment
 from .arithmetic import plain_arithmetic
-from .change import Rewrite
+from .change import Fit, Rewrite
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
 
@@ -83,6 +84,7 @@ def solve(
     if isinstance(solver, LM) and not layer.known:
         warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', by autograd.")
         solver = Adam()
+    edits = [None if task.edit is None else task.edit.on(latents) for task in tasks]  # other latents are refused
     with Clock().running() as clock, plain_arithmetic(layer):
         with stage("check"):
             moment.check(layer, latents)
@@ -101,13 +103,16 @@ def solve(
                 warn_underdetermined(problems[-1])
             several = len(goals) > 1 and goals[0].box is not None
             boxes.append(tuple(goal.box for goal in goals) if several else goals[0].box if goals else None)
+        for task in tasks:
+            if task.edit is not None:
+                task.edit.check(latents)  # warns where it is not known whether these are the latents
         with stage("fit"):
             solutions = solver.solve(problems, progress=settings.progress, backend=settings.backend)
         with stage("check"):
             fitted_to = layer.weight_fingerprint(layer.weight)
         return [
-            _change(problem, solution, fitted_to, edit=task.edit, seconds=dict(clock.seconds), box=box)
-            for task, problem, solution, box in zip(tasks, problems, solutions, boxes, strict=True)
+            _change(problem, solution, fitted_to, edit, dict(clock.seconds), box)
+            for edit, problem, solution, box in zip(edits, problems, solutions, boxes, strict=True)
         ]
 
 
@@ -145,7 +150,14 @@ def _problem(
     return LayerProblem(layer, regions, directions, settings.loss, float(settings.preserve), generic)
 
 
-def _change(problem: LayerProblem, solution: LayerSolution, fitted_to: str, **details) -> Rewrite:
+def _change(
+    problem: LayerProblem,
+    solution: LayerSolution,
+    fitted_to: str,
+    edit: Edit | None,
+    seconds: dict[str, float],
+    box: Box | tuple[Box, ...] | None,
+) -> Rewrite:
     """The change that a solution is, in float32 at least."""
     layer, coefficients = problem.layer, solution.coefficients
     if not torch.isfinite(coefficients).all():
@@ -159,9 +171,7 @@ def _change(problem: LayerProblem, solution: LayerSolution, fitted_to: str, **de
         coefficients=coefficients.to(dtype),
         fitted_to=fitted_to,
         solver=solution.solver,
-        losses=solution.losses,
-        final_loss=solution.final_loss,
-        status=solution.status,
+        fit=Fit(solution.losses, solution.final_loss, solution.status, seconds, box),
+        edit=edit,
         bound=layer,
-        **details,
     )
