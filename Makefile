@@ -9,10 +9,14 @@ OUT ?= demo_out
 
 SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
 
-.PHONY: demo test lint docs bench gpu-check clean
+.PHONY: demo studio test lint docs bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
+
+# The page that edits are drawn in, on the embedded generator.
+studio: $(VENV)/.installed
+	$(VENV)/bin/rewrite studio
 
 # Side by side; passive, as OpenMP's spinning threads would take the others' cores.
 test: $(VENV)/.installed

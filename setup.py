@@ -66,6 +66,7 @@ setup(
         "rewrite_core": ["py.typed", "__init__.pyi"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
         "rewrite_core.demo": ["*.safetensors", "*.json"],
+        "rewrite_core.studio": ["page/*"],
     },
     ext_modules=[Extension("rewrite_core._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

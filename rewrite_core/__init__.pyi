@@ -37,6 +37,7 @@ from .rewrites.calls import rewrite_many as rewrite_many
 from .rewrites.calls import zero as zero
 from .rewrites.change import Rewrite as Rewrite
 from .rewrites.parametrization import LowRankChange as LowRankChange
+from .session import Session as Session
 from .solvers.adam import Adam as Adam
 from .solvers.lm import LM as LM
 from .solvers.projected import Projected as Projected
@@ -46,4 +47,5 @@ from .statistics.collection import collect_second_moments as collect_second_mome
 from .statistics.quantiles import UnitQuantiles as UnitQuantiles
 from .statistics.quantiles import collect_unit_quantiles as collect_unit_quantiles
 from .statistics.second_moment import SecondMoment as SecondMoment
+from .studio.opening import open_studio as open_studio
 from .version import __version__ as __version__

@@ -27,11 +27,8 @@ ROOMS = (
     ("solvers",),
     ("rewrites",),
     ("evaluation", "session"),
-    ("pictures", "demo", "studio"),
-    ("__init__",),  # the public names
-    ("benchmarks",),  # uses them as anyone does
-    ("cli",),
-    ("__main__",),
+    ("pictures", "demo", "cli", "studio"),
+    ("__init__", "__main__", "benchmarks"),  # the public names, and what uses them as anyone does
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -1,0 +1,241 @@
+"""Replay: a forward pass that runs only what follows a layer.
+
+One pass is recorded: what the largest modules that do not contain the layer put out before it is reached. A replayed
+pass runs the generator's own ``forward`` again with those modules answering from the record, so that nothing before the
+layer is computed twice, whatever the generator is written like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import RewriteCoreError
+from ..modes import repeatable
+from .binding import BoundLayer
+from .latents import for_generator
+
+
+def modules_before(layer: BoundLayer) -> list[nn.Module]:
+    """The largest modules of the generator that do not contain the layer; those of them that run before it are what a
+    record holds. The modules on the way to the layer run themselves."""
+    generator, site = layer.generator, layer._layer.site
+    around = {module for module in generator.modules() if any(part is site for part in module.modules())}
+    children = {child: None for module in around if module is not site for child in module.children()}
+    return [child for child in children if child not in around]
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, type and device that takes no memory: for what nothing will read."""
+    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+class _Output:
+    """What one call of a module put out; its tensors are held only once something outside the record reads them."""
+
+    def __init__(self, output: Any):
+        leaves, self._shape = tree_flatten(output)
+        self._tensors = {i: weakref.ref(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        self._leaves = [_stand_in(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._held: set[int] = set()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Keep `tensor`, one of the output's own, as it is now: what follows may write to it."""
+        for i, reference in self._tensors.items():
+            if i not in self._held and reference() is tensor:
+                self._leaves[i] = tensor.detach().clone()
+                self._held.add(i)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The output's tensors that are still alive."""
+        for reference in self._tensors.values():
+            tensor = reference()
+            if tensor is not None:
+                yield tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._leaves[i].numel() * self._leaves[i].element_size() for i in self._held)
+
+    def answer(self) -> Any:
+        """The output, in copies."""
+        leaves = [leaf.clone() if i in self._held else leaf for i, leaf in enumerate(self._leaves)]
+        return tree_unflatten(leaves, self._shape)
+
+
+class _Reads(TorchDispatchMode):
+    """Sees which recorded outputs are read by operations that a replayed pass runs itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0  # how many recorded modules are running, one in another
+        self._outputs: dict[int, list[tuple[weakref.ref[Tensor], _Output]]] = {}
+
+    def watch(self, output: _Output) -> None:
+        for tensor in output.tensors():  # several modules put out one tensor where one of them works in place
+            self._outputs.setdefault(id(tensor), []).append((weakref.ref(tensor), output))
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside:
+            for leaf in tree_flatten((args, kwargs))[0]:
+                if isinstance(leaf, Tensor):
+                    self.read(leaf)
+        return operation(*args, **(kwargs or {}))
+
+    def read(self, tensor: Tensor) -> None:
+        for reference, output in self._outputs.get(id(tensor), ()):
+            if reference() is tensor:
+                output.hold(tensor)
+
+
+class Record:
+    """What the modules before a layer put out for one batch of latents; made by :func:`record`.
+
+    Attributes: ``images``, what the generator painted in the recorded pass; ``nbytes``, the memory it holds.
+    """
+
+    def __init__(self, layer: BoundLayer, latents: Tensor):
+        self._layer, self._latents = layer, latents
+        self._outputs: dict[nn.Module, list[_Output]] = {}
+        self._random: list[Tensor] | None = None
+        self.images: Tensor
+        self._record()
+
+    @property
+    def nbytes(self) -> int:
+        held = sum(output.nbytes for outputs in self._outputs.values() for output in outputs)
+        return held + self._latents.numel() * self._latents.element_size() + self.images.nbytes
+
+    def touches(self, module: nn.Module) -> bool:
+        """Whether a change of this module's weights would make the record wrong."""
+        return any(part is module for recorded in self._outputs for part in recorded.modules())
+
+    def _pass(self) -> Tensor:
+        layer = self._layer
+        with torch.no_grad(), repeatable(layer.generator, id(layer.own_forward)):
+            latents = for_generator(self._latents, layer.generator).clone()  # a first operation may write to it
+            images = layer._forward(layer.generator, latents)
+        if not isinstance(images, Tensor):
+            raise RewriteCoreError(
+                f"The generator returns a {type(images).__name__} and not images alone; bind it with a `forward` "
+                "that does."
+            )
+        return images
+
+    def _record(self) -> None:
+        reads, reached, me = _Reads(), False, threading.get_ident()
+
+        def entered(module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() == me and not reached:
+                reads.inside += 1
+
+        def left(module: nn.Module, args: tuple, output: Any) -> None:
+            if threading.get_ident() != me or reached:
+                return
+            reads.inside -= 1
+            if not reads.inside:
+                told = _Output(output)
+                self._outputs.setdefault(module, []).append(told)
+                reads.watch(told)
+
+        def reach(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal reached
+            if threading.get_ident() == me and not reached:
+                reached = True
+                self._random = _random_states(self._layer.generator)
+
+        with contextlib.ExitStack() as stack:
+            for module in modules_before(self._layer):
+                stack.callback(module.register_forward_pre_hook(entered).remove)
+                stack.callback(module.register_forward_hook(left).remove)
+            stack.callback(self._layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True).remove)
+            stack.enter_context(reads)
+            self.images = self._pass()
+        if not reached:
+            raise RewriteCoreError(
+                f"The forward pass never called {self._layer.name!r} as a module, so it cannot be replayed from there."
+            )
+
+    def replay(self) -> Tensor:
+        """The images with the generator as it is now: only what follows the layer is computed."""
+        me, handles, answering = threading.get_ident(), [], []
+        left = {module: list(outputs) for module, outputs in self._outputs.items()}
+
+        def reach(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if threading.get_ident() == me and self._random is not None:
+                _set_random_states(self._layer.generator, self._random)
+                for handle in place:
+                    handle.remove()
+
+        place = [self._layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)]
+        try:
+            for module, outputs in left.items():
+                answer = _Answer(module, outputs, me)
+                answering.append(answer)
+                handles.append(module.register_forward_hook(answer.give))
+            return self._pass()
+        finally:
+            for handle in (*handles, *place):
+                handle.remove()
+            for answer in answering:
+                answer.remove()
+
+
+class _Answer:
+    """In one thread, a module that answers from a record as long as there are answers, then runs again."""
+
+    def __init__(self, module: nn.Module, outputs: list[_Output], thread: int):
+        self._module, self._outputs, self._thread = module, outputs, thread
+        self._own = module.__dict__.get("forward")
+        self._forward = module.forward
+        self._told: list[Any] = []
+        module.forward = self._skip
+
+    def _mine(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def _skip(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._mine() or not self._outputs:
+            return self._forward(*args, **kwargs)
+        self._told.append(self._outputs.pop(0).answer())
+        return self._told[-1]
+
+    def give(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The last hook of the module: hooks of the user have changed the output before it was recorded."""
+        return self._told.pop() if self._mine() and self._told else None
+
+    def remove(self) -> None:
+        if self._own is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._own
+
+
+def _devices(generator: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in generator.parameters() if p.device.type == "cuda"})
+
+
+def _random_states(generator: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, _devices(generator))]
+
+
+def _set_random_states(generator: nn.Module, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(_devices(generator), states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+def record(layer: BoundLayer, latents: Tensor) -> Record:
+    """Run the generator on latents [N, ...] to its end and keep what the modules before `layer` put out.
+
+    Raises RewriteCoreError where the generator returns anything but images, or never calls the layer as a module.
+    """
+    return Record(layer, latents)

@@ -1,1 +1,0 @@
-"""Adam on a layer's whole weight with projection onto directions, fused."""

@@ -1,1 +1,0 @@
-"""Solves with symmetric positive definite matrices: C^-1 K for second moments C (paper, eq. 14)."""

@@ -1,0 +1,285 @@
+"""Sessions: edits again and again on the same pictures of one generator, with nothing computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.base import Capture
+from .edits.edit import Edit
+from .edits.matches import SearchResult, search
+from .edits.selection import Selection
+from .errors import RewriteCoreError, SelectionError, warn, whole_number
+from .layers.binding import BoundLayer
+from .layers.latents import check_latents
+from .layers.replay import Record, record
+from .rewrites.calls import erase, rewrite, zero
+from .rewrites.change import Rewrite
+from .statistics.checks import check_layer, check_moment
+from .statistics.second_moment import SecondMoment
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def generator_lock(generator: nn.Module) -> threading.RLock:
+    """The one lock around a generator, which all sessions of it share."""
+    with _making:
+        return _locks.setdefault(generator, threading.RLock())
+
+
+class _Kept:
+    """What is kept while it fits in `memory` bytes, the least recently used going first. Not thread safe by itself."""
+
+    def __init__(self, memory: int):
+        self.memory, self.nbytes = memory, 0
+        self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> Any | None:
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def put(self, key: Hashable, item: Any, nbytes: int) -> None:
+        self.drop(key)
+        if nbytes > self.memory:
+            return
+        self._items[key] = item, nbytes
+        self.nbytes += nbytes
+        while self.nbytes > self.memory:
+            self.drop(next(iter(self._items)))
+
+    def drop(self, key: Hashable) -> None:
+        if key in self._items:
+            self.nbytes -= self._items.pop(key)[1]
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.nbytes = 0
+
+
+class _Remembering(BoundLayer):
+    """A bound layer that runs the generator once for each latent, and looks at its weights once."""
+
+    def __init__(self, session: Session):
+        self.__dict__.update(session.layer.__dict__)
+        self._session = weakref.ref(session)
+
+    def capture(self, latents: Tensor) -> Capture:
+        session = self._session()
+        if session is None or len(latents) != 1:
+            return super().capture(latents)
+        key = "capture", latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        found = session._kept.get(key)
+        if found is None:
+            found = super().capture(latents)
+            parts = [found.key, *found.extra.values()]
+            session._kept.put(key, found, sum(part.nbytes for part in parts))
+        return Capture(found.key, dict(found.extra))
+
+    def fingerprint(self, latents: Tensor) -> str:
+        session = self._session()
+        if session is None:
+            return super().fingerprint(latents)
+        if session._fingerprint is None:
+            session._fingerprint = super().fingerprint(latents)
+        return session._fingerprint
+
+
+class Session:
+    """One layer of a generator, its second moment and a set of latents, kept ready for edit after edit.
+
+    What does not change between edits is computed once: the key maps of the pictures in use, the factor of C, and
+    everything that the generator does before the layer (see :mod:`rewrite_core.layers.replay`). Results are those of
+    the free functions, bit for bit. Every method may be called from any thread; they take turns at the generator.
+
+    Args:
+        layer: from :func:`rewrite_core.bind`.
+        moment: second moment of that layer's keys.
+        latents: [N, ...], the pictures that edits select from.
+        memory: bytes to keep at most, the least recently used going first.
+
+    Attributes:
+        replays: whether pictures are replayed from the layer on. False, after a warning, where a replayed pass was not
+            the full pass to the bit (modules that write, several runs, randomness of the generator's own).
+
+    Raises:
+        MismatchError: the moment is of another layer or model.
+    """
+
+    def __init__(self, layer: BoundLayer, moment: SecondMoment, latents: Tensor, *, memory: int = 2 << 30):
+        check_layer(layer)
+        check_moment(moment)
+        check_latents(latents)
+        self.layer, self.moment, self.latents = layer, moment, latents
+        self.replays = True
+        self._kept = _Kept(whole_number("memory", memory, 1, 2**62))
+        self._lock = generator_lock(layer.generator)
+        self._fingerprint: str | None = None
+        self._proved: set[int] = set()  # batch sizes whose replay was compared with a full pass
+        self._remembering = _Remembering(self)
+        with self._lock:
+            self._state = self._versions()
+            moment.check(self._remembering, latents)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that is kept now, in bytes."""
+        return self._kept.nbytes
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """The generator's tensors and how often each was written to, but for the layer's own weight."""
+        own = {id(tensor) for tensor in self.layer.module.parameters(recurse=False)}
+        generator = self.layer.generator
+        tensors = (tensor for group in (generator.parameters(), generator.buffers()) for tensor in group)
+        return [(id(t), 0 if t.is_inference() else t._version) for t in tensors if id(t) not in own]
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn at the generator. What was kept is forgotten where somebody has changed the weights since."""
+        with self._lock:
+            now = self._versions()
+            if now != self._state:
+                self._kept.clear()
+                self._proved.clear()
+                self._fingerprint, self._state = None, now
+            try:
+                yield
+            finally:
+                self._state = self._versions()
+
+    def images(
+        self, rows: int | Sequence[int], rewrites: Sequence[Rewrite] = (), strength: float | Sequence[float] = 1.0
+    ) -> Tensor:
+        """The images of some latents, as the generator returns them for ``latents[rows]``, bit for bit.
+
+        Args:
+            rows: numbers of latents.
+            rewrites: changes that are on while the pictures are made, in this order; the generator itself is not left
+                changed. Their layer need not be the session's; where it runs earlier, the whole pass is run.
+            strength: one factor for all of them, or one each (see :meth:`rewrite_core.Rewrite.apply`).
+
+        Raises:
+            SelectionError: a row is not there. MismatchError: a rewrite is of another generator.
+        """
+        rows = [rows] if isinstance(rows, int) else [int(row) for row in rows]
+        if not rows or not all(0 <= row < len(self.latents) for row in rows):
+            raise SelectionError(f"rows are numbers from 0 to {len(self.latents) - 1}, at least one, not {rows[:8]}.")
+        strengths = [strength] * len(rewrites) if isinstance(strength, int | float) else list(strength)
+        if len(strengths) != len(rewrites):
+            raise RewriteCoreError(f"There are {len(rewrites)} rewrites and {len(strengths)} strengths; give one each.")
+        with self._turn():
+            kept = self._record(rows)
+            with self._changed(rewrites, strengths):
+                if kept is None or any(kept.touches(change._bind(self.layer.generator).module) for change in rewrites):
+                    return self.layer.render(self.latents[rows])
+                return kept.replay()
+
+    def _record(self, rows: list[int]) -> Record | None:
+        """The record of these rows; None where they cannot be replayed."""
+        if not self.replays:
+            return None
+        key = ("record", *rows)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = record(self.layer, self.latents[rows])
+            if len(rows) not in self._proved:
+                if not torch.equal(kept.replay(), kept.images):
+                    self.replays = False
+                    warn(
+                        f"What follows {self.layer.name!r} cannot be replayed to the bit in this generator (modules "
+                        "that write, or randomness of its own), so every picture takes a whole pass."
+                    )
+                    return None
+                self._proved.add(len(rows))
+            self._kept.put(key, kept, kept.nbytes)
+        return kept
+
+    @contextlib.contextmanager
+    def _changed(self, rewrites: Sequence[Rewrite], strengths: Sequence[float]) -> Iterator[None]:
+        """The generator with changes on; its own bits are put back."""
+        together: dict[str, tuple[Rewrite, float]] = {}  # a change that is given twice is on once, as strong as both
+        for change, factor in zip(rewrites, strengths, strict=True):
+            together[change._id] = change, factor + together.get(change._id, (change, 0.0))[1]
+        with contextlib.ExitStack() as stack:
+            for change, factor in together.values():
+                change.apply(self.layer.generator, strength=factor, force=True)
+                stack.callback(change.revert, self.layer.generator, force=True)
+            yield
+
+    def search(self, selection: Selection | Tensor, top: int = 12) -> SearchResult:
+        """:func:`rewrite_core.search` among the session's latents."""
+        with self._turn():
+            return search(self._remembering, self.moment, selection, self.latents, top=top)
+
+    def rewrite(self, edit: Edit, **options: Any) -> Rewrite:
+        """:func:`rewrite_core.rewrite` with the session's layer, moment and latents."""
+        return self._solved(rewrite, edit, options)
+
+    def erase(self, edit: Edit, **options: Any) -> Rewrite:
+        """:func:`rewrite_core.erase` with the session's layer, moment and latents."""
+        return self._solved(erase, edit, options)
+
+    def zero(self, edit: Edit, **options: Any) -> Rewrite:
+        """:func:`rewrite_core.zero` with the session's layer, moment and latents."""
+        return self._solved(zero, edit, options)
+
+    def _solved(self, call: Callable[..., Rewrite], edit: Edit, options: dict[str, Any]) -> Rewrite:
+        with self._turn():
+            change = call(self._remembering, self.moment, edit, self.latents, **options)
+            change._layers = [self.layer]
+            return change
+
+
+class Latest:
+    """One thread that works through calls; a new call replaces the one that waits, so that dragging never queues up."""
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Future, Callable[[], Any]] | None = None
+        self._wake = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._run, daemon=True, name="rewrite_core latest").start()
+
+    def submit(self, call: Callable[[], Any]) -> Future:
+        """The result of ``call()``; cancelled where a newer call came before it began."""
+        future: Future = Future()
+        with self._wake:
+            if self._waiting is not None:
+                self._waiting[0].cancel()
+            self._waiting = future, call
+            self._wake.notify()
+        return future
+
+    def close(self) -> None:
+        """End the thread after the call that runs."""
+        with self._wake:
+            self._closed = True
+            if self._waiting is not None:
+                self._waiting[0].cancel()
+                self._waiting = None
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while self._waiting is None and not self._closed:
+                    self._wake.wait()
+                if self._waiting is None:
+                    return
+                future, call = self._waiting
+                self._waiting = None
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # whoever waits for the result is told
+                future.set_exception(error)

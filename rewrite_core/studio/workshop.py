@@ -1,0 +1,522 @@
+"""What the studio works on: one generator, the layers in use, the edit in hand and the stack of rules.
+
+No web in here: the server only turns requests into these calls. What a person does is written to a session file as they
+go, so that a crash or a reload loses at most the last stroke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import pictures
+from ..edits.edit import Edit
+from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError
+from ..files import atomic_write
+from ..layers.binding import LayerInfo, bind, list_layers
+from ..rewrites.change import Rewrite
+from ..session import Latest, Session, generator_lock
+from ..statistics.collection import collect_second_moment
+from ..statistics.second_moment import SecondMoment
+
+MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
+SESSION_FILE = "studio.json"
+KINDS = ("rewrite", "erase", "zero")
+_MOST_FRAMES = 120
+
+
+@dataclasses.dataclass
+class Settings:
+    """How an edit is solved: the arguments of :func:`rewrite_core.rewrite`."""
+
+    rank: int = 4
+    loss: str = "l2"
+    region: str = "map"
+    preserve: float = 0.0
+    strength: float = 1.0
+    units: int = 30
+
+    def change(self, values: object) -> None:
+        """Take over what a page sends. Raises RewriteCoreError for what no setting can be."""
+        if not isinstance(values, dict) or not values.keys() <= self.__dict__.keys():
+            raise RewriteCoreError(f"Settings are an object with some of {list(self.__dict__)}.")
+        for name, value in values.items():
+            kind = type(getattr(self, name))
+            good = isinstance(value, int | float) and not isinstance(value, bool) if kind is not str else True
+            if not good or not isinstance(value, int | float | str) or (kind is str) != isinstance(value, str):
+                raise RewriteCoreError(f"{name} is of another type than {value!r}.")
+            if not isinstance(value, str) and not math.isfinite(value):
+                raise RewriteCoreError(f"{name} is a finite number, not {value!r}.")
+            setattr(self, name, kind(value))
+
+
+@dataclasses.dataclass
+class Rule:
+    """A change on the stack, with its switch and strength."""
+
+    number: int
+    name: str
+    change: Rewrite
+    on: bool = True
+    strength: float = 1.0
+
+    def describe(self) -> dict[str, Any]:
+        change = self.change
+        return {
+            "number": self.number,
+            "name": self.name,
+            "on": self.on,
+            "strength": self.strength,
+            "layer": change.layer,
+            "rank": change.rank,
+            "size": change.size,
+        }
+
+
+def moment_file(folder: Path, layer: str) -> Path:
+    """Where a layer's second moment is kept."""
+    return folder / f"moment-{re.sub(r'[^A-Za-z0-9]+', '-', layer)}.safetensors"
+
+
+class Cancelled(RewriteCoreError):
+    """A person stopped what was running."""
+
+
+class Workshop:
+    """The studio's state. Every method may be called from any thread.
+
+    Args:
+        session: the layer, moment and latents to begin with.
+        folder: where the session file, moments and rules lie; nothing is read or written outside it.
+        span: what range the generator's images lie in.
+        name: what the page calls the generator.
+    """
+
+    def __init__(
+        self, session: Session, folder: Path, span: tuple[float, float] = (-1.0, 1.0), name: str = "generator"
+    ):
+        self.folder, self.span, self.name = folder.resolve(), span, name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.generator: nn.Module = session.layer.generator
+        self.latents: Tensor = session.latents
+        self.sessions = {session.layer.name: session}
+        self.layer = session.layer.name
+        self.settings = Settings()
+        self.edit_json = "{}"
+        self.rules: list[Rule] = []
+        self.live: Rewrite | None = None
+        self.live_report: dict[str, Any] = {}
+        self.version = 0  # of all that pictures depend on
+        self._state = threading.RLock()
+        self._latest = Latest()
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
+        self._cancel = threading.Event()
+        self._layers: list[LayerInfo] | None = None
+        self._resuming = True
+        self._resume()
+        self._resuming = False
+
+    @property
+    def session(self) -> Session:
+        return self.sessions[self.layer]
+
+    # --- telling pages
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `listener` with every event; returns what ends that."""
+        with self._state:
+            self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def tell(self, **event: Any) -> None:
+        for listener in list(self._listeners):
+            listener(event)
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._save()
+        self.tell(kind="state", version=self.version)
+
+    def describe(self) -> dict[str, Any]:
+        """All that a page shows, but for pictures."""
+        with self._state:
+            height, width = self.picture_size
+            return {
+                "name": self.name,
+                "layer": self.layer,
+                "pictures": len(self.latents),
+                "height": height,
+                "width": width,
+                "map": list(self.map_size),
+                "settings": dataclasses.asdict(self.settings),
+                "edit": json.loads(self.edit_json),
+                "rules": [rule.describe() for rule in self.rules],
+                "conflicts": self.conflicts(),
+                "live": self.live_report if self.live is not None else None,
+                "version": self.version,
+                "memory": self.session.nbytes,
+            }
+
+    # --- pictures
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        if not hasattr(self, "_picture_size"):
+            height, width = self.session.images([0]).shape[-2:]
+            self._picture_size = int(height), int(width)
+        return self._picture_size
+
+    @property
+    def map_size(self) -> tuple[int, ...]:
+        """The size of the layer's value map."""
+        sizes = self.__dict__.setdefault("_map_sizes", {})
+        if self.layer not in sizes:
+            sizes[self.layer] = tuple(self.session.layer.values(self.latents[:1]).shape[2:])
+        return sizes[self.layer]
+
+    def _rewrites(self, original: bool, strength: float | None) -> tuple[list[Rewrite], list[float]]:
+        if original:
+            return [], []
+        with self._state:
+            on = [(rule.change, rule.strength) for rule in self.rules if rule.on]
+            if self.live is not None:
+                on.append((self.live, self.settings.strength if strength is None else strength))
+        return [change for change, _ in on], [factor for _, factor in on]
+
+    def paint(self, rows: Sequence[int], original: bool = False, strength: float | None = None) -> Tensor:
+        """Pictures [N, 3, H, W] in 0..1, with the stack and the live change on."""
+        changes, strengths = self._rewrites(original, strength)
+        images = self.session.images(list(rows), changes, strengths)
+        return pictures.to_unit(images, self.span).clamp(0, 1).nan_to_num(0)
+
+    def sheet(self, rows: Sequence[int], side: int, original: bool = False, strength: float | None = None) -> bytes:
+        """A PNG of pictures side by side, each `side` pixels at its longer side."""
+        tiles = [pictures.to_image(picture, side) for picture in self.paint(rows, original, strength)]
+        sheet = Image.new("RGB", (sum(tile.width for tile in tiles), max(tile.height for tile in tiles)))
+        left = 0
+        for tile in tiles:
+            sheet.paste(tile, (left, 0))
+            left += tile.width
+        return _png(sheet)
+
+    def differences(self, rows: Sequence[int]) -> list[float]:
+        """How much each picture differs from the original: mean absolute difference, 0..1."""
+        before, after = self.paint(rows, original=True), self.paint(rows)
+        return (after - before).abs().mean((1, 2, 3)).tolist()
+
+    # --- the edit
+
+    def take_edit(self, text: str) -> None:
+        """Replace the edit in hand by the reference implementation's JSON; nothing is solved."""
+        if text.strip() not in ("", "{}"):
+            edit = Edit.from_json(text)
+            for part in edit.selections:
+                if part.index >= len(self.latents):
+                    raise SelectionError(f"Picture {part.index} is not among the {len(self.latents)} of this studio.")
+            text = edit.on(self.latents).to_json()  # refused where it was made on other latents
+        with self._state:
+            self.edit_json = text or "{}"
+            if not self._resuming:
+                self._save()
+
+    def take_settings(self, values: object) -> None:
+        with self._state:
+            self.settings.change(values)
+            self._save()
+
+    def fit(self, kind: str = "rewrite") -> dict[str, Any]:
+        """Solve the edit in hand; it is live until it is kept or dropped. A newer call replaces one that waits."""
+        if kind not in KINDS:
+            raise RewriteCoreError(f"An edit is one of {', '.join(KINDS)}, not {kind!r}.")
+        return self._latest.submit(lambda: self._fit(kind)).result()
+
+    def _fit(self, kind: str) -> dict[str, Any]:
+        with self._state:
+            edit, settings, session = Edit.from_json(self.edit_json), dataclasses.replace(self.settings), self.session
+        common = {"rank": settings.rank}
+        solving = common | {"loss": settings.loss, "region": settings.region, "preserve": settings.preserve}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if kind == "rewrite":
+                change = session.rewrite(edit, **solving)
+            elif kind == "erase":
+                change = session.erase(edit, units=settings.units, **solving)
+            else:
+                change = session.zero(edit, **common)
+        report = {
+            "kind": kind,
+            "layer": change.layer,
+            "rank": change.rank,
+            "size": change.size,
+            "loss": [change.losses[0], change.final_loss] if change.losses else None,
+            "seconds": change.seconds,
+            "warnings": [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)],
+        }
+        with self._state:
+            self.live, self.live_report = change, report
+            report["pictures"] = self._effect(edit)
+            self._changed()
+        return report
+
+    def _effect(self, edit: Edit) -> dict[str, float] | None:
+        """How far the pictures that are pasted into changed, inside the pasted areas and around them."""
+        if not edit.pastes:
+            return None
+        rows = list(dict.fromkeys(paste.index for paste in edit.pastes))
+        change = (self.paint(rows) - self.paint(rows, original=True)).abs().mean(1)
+        inside = torch.zeros_like(change)
+        for paste in edit.pastes:
+            where = rows.index(paste.index)
+            inside[where] = torch.maximum(inside[where], paste.area(tuple(change.shape[1:])))
+        outside = 1 - inside
+        return {
+            "inside": float((change * inside).sum() / inside.sum().clamp_min(1)),
+            "outside": float((change * outside).sum() / outside.sum().clamp_min(1)),
+        }
+
+    def drop_live(self) -> None:
+        with self._state:
+            self.live, self.live_report = None, {}
+            self._changed()
+
+    def find(self, selection: list, top: int = 12) -> dict[str, Any]:
+        """The pictures where a selection's key fires, best first, with heat maps in 0..1."""
+        from ..edits.selection import Selection
+
+        found = self.session.search(Selection._from_json(selection, "query"), top=max(1, min(int(top), 200)))
+        high = max(float(found.heatmaps.max()), 1e-12)
+        return {
+            "rows": found.indices.tolist(),
+            "scores": found.scores.tolist(),
+            "level": found.level / high,
+            "heat": (found.heatmaps / high).clamp(0, 1).nan_to_num(0).tolist(),
+        }
+
+    # --- rules
+
+    def keep(self, name: str) -> Rule:
+        """Put the live change on the stack."""
+        with self._state:
+            if self.live is None:
+                raise RewriteCoreError("There is no change to keep; make one first.")
+            rule = self._add(self.live, name)
+            rule.strength, self.live, self.live_report = self.settings.strength, None, {}
+            self._changed()
+            return rule
+
+    def _add(self, change: Rewrite, name: str) -> Rule:
+        number = max((rule.number for rule in self.rules), default=0) + 1
+        rule = Rule(number, name.strip()[:80] or f"rule {number}", change)
+        change.save(self.folder / f"rule-{number}.safetensors")
+        self.rules.append(rule)
+        return rule
+
+    def drop_in(self, name: str, data: bytes) -> Rule:
+        """A saved rule of somebody's goes on the stack."""
+        with atomic_write(self.folder / "incoming.safetensors") as partial:
+            partial.write_bytes(data)
+        try:
+            change = Rewrite.load(self.folder / "incoming.safetensors")
+            change._bind(self.generator)
+        finally:
+            (self.folder / "incoming.safetensors").unlink(missing_ok=True)
+        with self._state:
+            rule = self._add(change, name)
+            self._changed()
+            return rule
+
+    def rule(self, number: int) -> Rule:
+        for rule in self.rules:
+            if rule.number == number:
+                return rule
+        raise RewriteCoreError(f"There is no rule {number} on the stack.")
+
+    def arrange(self, wanted: object) -> None:
+        """Order, names, switches and strengths of all rules; a rule that is left out is taken off the stack."""
+        if not isinstance(wanted, list) or not all(isinstance(item, dict) for item in wanted):
+            raise RewriteCoreError("Rules are a list of objects with number, name, on and strength.")
+        with self._state:
+            rules = []
+            for item in wanted:
+                rule = self.rule(item.get("number", -1))
+                strength = item.get("strength", rule.strength)
+                if not isinstance(strength, int | float) or isinstance(strength, bool) or not -10 <= strength <= 10:
+                    raise RewriteCoreError(f"A strength is a number from -10 to 10, not {strength!r}.")
+                name = str(item.get("name", rule.name)).strip()[:80] or rule.name
+                rules.append(dataclasses.replace(rule, name=name, on=bool(item.get("on", rule.on)), strength=strength))
+            gone = {rule.number for rule in self.rules} - {rule.number for rule in rules}
+            self.rules = rules
+            self._changed()
+            for number in gone:
+                (self.folder / f"rule-{number}.safetensors").unlink(missing_ok=True)
+
+    def conflicts(self) -> list[list[int]]:
+        """Pairs of rules that are on, of one layer, whose directions overlap: each changes what the other set."""
+        found, on = [], [rule for rule in self.rules if rule.on]
+        for i, one in enumerate(on):
+            for other in on[i + 1 :]:
+                if one.change.layer != other.change.layer:
+                    continue
+                a, b = one.change.directions.double(), other.change.directions.double()
+                if a.shape[1] == b.shape[1] and float(torch.linalg.matrix_norm(a @ b.T, 2)) > 0.5:
+                    found.append([one.number, other.number])
+        return found
+
+    # --- layers
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The generator's layers, in the order it runs them."""
+        if self._layers is None:
+            with generator_lock(self.generator), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._layers = list_layers(self.generator, self.latents[:2], self.session.layer.own_forward)
+        return [
+            {
+                "name": info.name,
+                "channels": info.in_channels,
+                "map": list(info.value_size),
+                "ready": self._ready(info.name),
+            }
+            for info in self._layers
+            if len(info.value_size) == 2
+        ]
+
+    def _ready(self, layer: str) -> bool:
+        return layer in self.sessions or moment_file(self.folder, layer).exists()
+
+    def choose_layer(self, name: str) -> None:
+        """Work at another layer; its second moment is read from the folder or collected, with progress told."""
+        if name not in [layer["name"] for layer in self.layers()]:
+            raise RewriteCoreError(f"There is no layer {name!r} to work at.")
+        if name not in self.sessions:
+            layer = bind(self.generator, name, forward=self.session.layer.own_forward)
+            self.sessions[name] = Session(layer, self._moment(layer), self.latents, memory=self.session._kept.memory)
+        with self._state:
+            self.layer, self.live, self.live_report = name, None, {}
+            self._changed()
+
+    def _moment(self, layer: Any) -> SecondMoment:
+        path = moment_file(self.folder, layer.name)
+        if path.exists():
+            with contextlib.suppress(FileFormatError, MismatchError):
+                moment = SecondMoment.load(path)
+                moment.check(layer, self.latents)
+                return moment
+        self._cancel.clear()
+        total = min(len(self.latents), MOMENT_PICTURES)
+
+        moment, done = SecondMoment(layer.in_channels), 0
+        for batch in self.latents[:total].split(50):
+            if self._cancel.is_set():
+                self.tell(kind="progress", what=f"statistics of {layer.name}", done=total, total=total)
+                raise Cancelled(f"Collecting the statistics of {layer.name} was stopped.")
+            with generator_lock(self.generator):
+                part = collect_second_moment(layer, batch, progress=False)
+            moment = part if done == 0 else moment.merge(part)
+            done += len(batch)
+            self.tell(kind="progress", what=f"statistics of {layer.name}", done=done, total=total)
+        moment.save(path)
+        return moment
+
+    def cancel(self) -> None:
+        self._cancel.set()
+
+    # --- files
+
+    def _save(self) -> None:
+        record = {
+            "version": 1,
+            "layer": self.layer,
+            "settings": dataclasses.asdict(self.settings),
+            "edit": json.loads(self.edit_json),
+            "rules": [
+                {"number": rule.number, "name": rule.name, "on": rule.on, "strength": rule.strength}
+                for rule in self.rules
+            ],
+        }
+        with atomic_write(self.folder / SESSION_FILE) as partial:
+            partial.write_text(json.dumps(record), encoding="utf-8")
+
+    def _resume(self) -> None:
+        """Take up what the folder holds; what cannot be read is left out, and said."""
+        path = self.folder / SESSION_FILE
+        if not path.exists():
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self.settings.change(record["settings"])
+            self.take_edit(json.dumps(record["edit"]))
+            for item in record["rules"]:
+                change = Rewrite.load(self.folder / f"rule-{int(item['number'])}.safetensors")
+                change._bind(self.generator)
+                self.rules.append(Rule(item["number"], item["name"], change, bool(item["on"]), float(item["strength"])))
+            if record["layer"] != self.layer and record["layer"] in [each["name"] for each in self.layers()]:
+                self.choose_layer(record["layer"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"What the studio kept in {path.name} could not all be read ({error}).", stacklevel=2)
+
+    def checkpoint(self) -> bytes:
+        """The generator's state dict with all rules that are on, as safetensors."""
+        from safetensors.torch import save
+
+        changes, strengths = self._rewrites(False, None)
+        with generator_lock(self.generator), self.session._changed(changes, strengths):
+            state = self.generator.state_dict()
+            return save({name: value.detach().clone().contiguous() for name, value in state.items()})
+
+    def before_after(self, rows: Sequence[int], side: int = 128) -> bytes:
+        """A PNG: pairs of pictures, before and after."""
+        pairs = pictures.before_after(
+            self.paint(rows, original=True), self.paint(rows), side, [f"picture {row}" for row in rows], columns=4
+        )
+        return _png(
+            pictures.grid(pairs, title=", ".join(rule.name for rule in self.rules if rule.on) or "before and after")
+        )
+
+    def walk(self, rows: Sequence[int], frames: int = 48, side: int = 256) -> bytes:
+        """A GIF that walks through the latents of some pictures and back, with the rules on."""
+        frames = max(2, min(frames, _MOST_FRAMES))
+        stops = torch.stack([*self.latents[list(rows)], self.latents[rows[0]]])
+        places = torch.linspace(0, len(stops) - 1, frames + 1)[:-1]
+        first = places.long()
+        share = (places - first).reshape(-1, *[1] * (stops.ndim - 1))
+        latents = torch.lerp(stops[first], stops[first + 1], share.to(stops.dtype))
+        changes, strengths = self._rewrites(False, None)
+        images = []
+        with generator_lock(self.generator), self.session._changed(changes, strengths):
+            for batch in latents.split(12):
+                images.append(self.session.layer.render(batch))
+        tiles = [pictures.to_image(p, side) for p in pictures.to_unit(torch.cat(images), self.span)]
+        buffer = io.BytesIO()
+        tiles[0].save(buffer, "GIF", save_all=True, append_images=tiles[1:], duration=80, loop=0)
+        return buffer.getvalue()
+
+    def close(self) -> None:
+        self._latest.close()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Workshop]:
+        try:
+            yield self
+        finally:
+            self.close()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
