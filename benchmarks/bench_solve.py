@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewrite_core import SecondMoment, context_directions
 from rewrite_core.ops import spd_solve
-from rewrite_core.ops.spd_solve import spd_factor
+from rewrite_core.ops.spd_solve_op.factor import spd_factor
 
 from .harness import Case, Contender, Problem
 

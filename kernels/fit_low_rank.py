@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.fit_low_rank import (
+from ..ops.fit_low_rank_op.problem import (
     BOUNDED,
     CONVERGED,
     DAMPING_DOWN,
@@ -54,9 +54,9 @@ from ..ops.fit_low_rank import (
     SMOOTHING_RATE,
     SMOOTHING_SLOW,
     ZERO_RESIDUAL,
+    FitLowRankProblem,
     Outputs,
-    Problem,
-    _empty,
+    empty_outputs,
 )
 from .launching import launch_kernel
 from .tuning import choose, multiprocessors_of
@@ -1109,7 +1109,7 @@ def candidates(order: int) -> tuple[Config, ...]:
     return SMALL if order <= 16 else LARGE
 
 
-def plan(problem: Problem) -> tuple[bool, int]:
+def plan(problem: FitLowRankProblem) -> tuple[bool, int]:
     """Whether the linear systems are over pixels, and their order."""
     _, unknowns, pixels = problem.basis.shape
     over_pixels = not problem.exact and problem.penalty is None and pixels < unknowns
@@ -1123,7 +1123,7 @@ def scratch_size(unknowns: int, pixels: int, order: int, config: Config) -> int:
     return 2 * order_size**2 + ORDER_VECTORS * order_size + UNKNOWN_VECTORS * size + PIXEL_VECTORS * extent
 
 
-def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
+def _prepare(problem: FitLowRankProblem, over_pixels: bool) -> dict[str, Tensor | None]:
     """What the channels of an edit share."""
     basis, wide = problem.basis, {"dtype": torch.float64, "device": problem.basis.device}
     edits, unknowns, pixels = basis.shape
@@ -1163,12 +1163,12 @@ def _prepare(problem: Problem, over_pixels: bool) -> dict[str, Tensor | None]:
     }
 
 
-def launch(problem: Problem, config: Config | None = None) -> Outputs:
+def launch(problem: FitLowRankProblem, config: Config | None = None) -> Outputs:
     """The outputs of ops.fit_low_rank's custom op. Nothing here waits for the GPU.
 
     config  in place of the one that was found the fastest
     """
-    outputs = _empty(problem.basis, problem.base)
+    outputs = empty_outputs(problem.basis, problem.base)
     edits, unknowns, pixels = problem.basis.shape
     channels = problem.base.shape[1]
     if not edits or not channels:

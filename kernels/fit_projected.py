@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.fit_projected import BETA1, BETA2, EPSILON, Problem
+from ..ops.fit_projected_op.problem import BETA1, BETA2, EPSILON, FitProjectedProblem
 from .launching import launch_kernel
 from .tuning import choose
 
@@ -326,7 +326,7 @@ def _whole(count: int, tile: int) -> int:
     return triton.cdiv(count, tile) * tile
 
 
-def launch(problem: Problem, progress=None, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def launch(problem: FitProjectedProblem, progress=None, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """What ops.fit_projected returns, for float32. Nothing here waits for the GPU.
 
     config  in place of the one that was found the fastest

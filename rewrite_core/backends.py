@@ -1,6 +1,6 @@
 """Which implementation of an op runs, and why not the others.
 
-Each op module ``rewrite_core/ops/<op>.py`` declares two things this file reads:
+Each op's ``rewrite_core/ops/<op>_op/register.py`` declares two things this file reads:
 
 ``BACKENDS``         a tuple of :class:`Backend` records (any order; ``ORDER`` decides)
 ``example(device)``  a tuple of small valid arguments on that device, for :func:`explain`
@@ -68,12 +68,16 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _registration(op: str) -> ModuleType:
+    return importlib.import_module(f"rewrite_core.ops.{op}_op.register")
+
+
 @functools.cache
 def backends_of(op: str) -> tuple[Backend, ...]:
     """The op's backends in the order "auto" tries them."""
     if op not in OPS:
         raise RewriteCoreError(f"there is no op {op!r}: the ops are {', '.join(OPS)}.")
-    records = importlib.import_module(f"rewrite_core.ops.{op}").BACKENDS
+    records = _registration(op).BACKENDS
     return tuple(sorted(records, key=lambda record: ORDER.index(record.name)))
 
 
@@ -269,7 +273,7 @@ def explain() -> Explanation:
     choices = []
     for op in OPS:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            args = importlib.import_module(f"rewrite_core.ops.{op}").example(device)
+            args = _registration(op).example(device)
             try:
                 chosen = select(op, "auto", *args).name
             except BackendUnavailable:  # REWRITE_CORE_BACKEND names one that cannot: the reasons follow

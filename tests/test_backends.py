@@ -12,6 +12,7 @@ from rewrite_core import backends, ops
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
 from rewrite_core.cli.main import main
 from rewrite_core.errors import RewriteCoreError
+from rewrite_core.ops.second_moment_op import reference, register
 
 FEATURES = torch.ones(2, 3)
 
@@ -62,7 +63,7 @@ def test_every_op_has_a_reference_and_a_cpu_extension(op):
     assert names == [name for name in backends.ORDER if name in names], "not in the order of auto"
     assert "cpp" in names and names[-1] == "reference"
     assert all(record.op == op for record in records)
-    args = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+    args = importlib.import_module(f"rewrite_core.ops.{op}_op.register").example("cpu")
     assert select(op, "auto", *args).name == "cpp"
     assert select(op, "reference", *args).name == "reference"
     for name in ("cpp", "reference"):
@@ -94,12 +95,11 @@ def records(*rows):
 
 
 def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
-    module = importlib.import_module("rewrite_core.ops.second_moment")
     never, always = (lambda *a: "it cannot"), (lambda *a: None)
 
     def chosen(backend, *rows):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "BACKENDS", records(*rows))
+            patch.setattr(register, "BACKENDS", records(*rows))
             patch.setattr(backends, "backends_of", backends_of.__wrapped__)  # the other one remembers what there was
             return select("second_moment", backend, FEATURES).name
 
@@ -113,8 +113,7 @@ def test_auto_takes_the_first_that_supports_the_call(monkeypatch):
 
 
 def test_supports_sees_the_arguments():
-    module = importlib.import_module("rewrite_core.ops.second_moment")
-    record = next(record for record in module.BACKENDS if record.name == "cpp")
+    record = next(record for record in register.BACKENDS if record.name == "cpp")
     assert record.supports(FEATURES) is None
     assert "meta" in record.supports(FEATURES.to("meta"))
 
@@ -142,15 +141,14 @@ def test_an_unknown_backend_is_one_sentence_on_the_command_line(monkeypatch, cap
 
 def test_public_ops_honour_the_choice(monkeypatch):
     """What select says is what runs: each backend is replaced by one that leaves a mark."""
-    module = importlib.import_module("rewrite_core.ops.second_moment")
-    for name, mark in (("_cpp", 2.0), ("_reference", 3.0)):
+    for module, name, mark in ((register, "run_cpp", 2.0), (reference, "run_reference", 3.0)):
         monkeypatch.setattr(module, name, lambda features, out, mark=mark: out.fill_(mark))
     backends._load.cache_clear()
     try:
-        assert module.second_moment(FEATURES)[0, 0] == 2
-        assert module.second_moment(FEATURES, backend="reference")[0, 0] == 3
+        assert ops.second_moment(FEATURES)[0, 0] == 2
+        assert ops.second_moment(FEATURES, backend="reference")[0, 0] == 3
         monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
-        assert module.second_moment(FEATURES)[0, 0] == 3
+        assert ops.second_moment(FEATURES)[0, 0] == 3
     finally:
         backends._load.cache_clear()
 
@@ -181,8 +179,7 @@ def test_works_without_the_extension():
     done = run_without_extension("""
 import importlib, torch
 from rewrite_core.backends import explain, BackendUnavailable
-second_moment = importlib.import_module("rewrite_core.ops.second_moment").second_moment
-spd_solve = importlib.import_module("rewrite_core.ops.spd_solve").spd_solve
+from rewrite_core.ops import second_moment, spd_solve
 c = second_moment(torch.eye(3))
 assert torch.equal(c, torch.eye(3, dtype=torch.float64))
 assert torch.equal(spd_solve(c, torch.ones(3)), torch.ones(3, dtype=torch.float64))
@@ -218,7 +215,7 @@ def test_import_errors_inside_the_extension_are_not_swallowed():
 def test_nothing_is_loaded_before_it_is_used():
     code = """
 import sys
-import rewrite_core.ops.second_moment, rewrite_core.ops.spd_solve
+import rewrite_core.ops
 assert "rewrite_core._C" not in sys.modules, "extension"
 assert "rewrite_core.kernels" not in sys.modules, "kernels"
 """
@@ -248,6 +245,10 @@ def fittable(generator):
     return [torch.randn(*shape, generator=generator) for shape in ((2, 7), (3, 7), (3, 7))]
 
 
+def projectable(generator):
+    return [torch.randn(*shape, generator=generator) for shape in ((2, 1, 1, 1, 3), (4, 1, 3), (4, 1, 3))]
+
+
 def added_to(features):
     return ops.second_moment(features, out=torch.ones(features.shape[1], features.shape[1], dtype=torch.float64))
 
@@ -257,6 +258,7 @@ CALLS = {  # a function of tensors, and what makes them
     "second_moment, out": (added_to, lambda generator: [torch.randn(5, 3, generator=generator)]),
     "spd_solve": (ops.spd_solve, solvable),
     "fit_low_rank": (lambda *given: ops.fit_low_rank(*given, slope=0.2).coefficients, fittable),
+    "fit_projected": (lambda *given: ops.fit_projected(*given, steps=3, slope=0.2).coefficients, projectable),
 }
 
 
@@ -287,18 +289,6 @@ def test_torch_sees_ops_it_transforms(name):
     assert not torch.func.grad(lambda *given: call(*given).sum())(*several[0]).any()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_no_op_refuses_to_be_one():
-    operator, base = torch.ones(2, 1, 1, 1, 3), torch.ones(4, 1, 3)
-
-    def losses(target):
-        return ops.fit_projected(operator, base, target, steps=2).losses
-
-    for change in (torch.vmap, lambda call: torch.jit.trace(call, (base,))):
-        with pytest.raises(RewriteCoreError, match="call it outside torch.func and torch.jit.trace"):
-            change(losses)(torch.zeros(1, *base.shape))
-
-
 @pytest.mark.parametrize(("version", "fits"), [((3, 4), False), ((3, 5), True), ((3, 10), True), (None, True)])
 def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, version, fits):
     """ "auto" must not choose it: the failure would come from the compiler, in the middle of an edit."""
@@ -306,7 +296,7 @@ def test_a_triton_that_does_not_compile_a_kernel_is_passed_over(monkeypatch, ver
     monkeypatch.setattr(backends, "_triton_missing", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for op in ("fit_low_rank", "fit_projected", "second_moment"):
-        example = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+        example = importlib.import_module(f"rewrite_core.ops.{op}_op.register").example("cpu")
         record = next(record for record in backends_of(op) if record.name == "triton")
         reason = record.supports(*example)
         if fits or op == "second_moment":

@@ -1,6 +1,5 @@
 import base64
 import functools
-import importlib
 import io
 import json
 import math
@@ -18,17 +17,20 @@ from conftest import needs_triton, needs_triton_compiler, needs_triton_interpret
 from PIL import Image
 from torch import library
 
+from rewrite_core import ops
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
-
-# the module; rewrite_core.ops.fit_low_rank is the function of the same name
-ops = importlib.import_module("rewrite_core.ops.fit_low_rank")
+from rewrite_core.ops.fit_low_rank_op import problem as facts
+from rewrite_core.ops.fit_low_rank_op import reference, register
 
 DATA = Path(__file__).parent / "data"
 ISAS = ("portable", "avx2", "avx512")
-CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
+CPU = {
+    "reference": reference.run_reference,
+    **{f"cpp-{isa}": functools.partial(register.run_cpp, isa=isa) for isa in ISAS},
+}
 
 
-NO_GPU = triton_reason(ops.TRITON) if torch.cuda.is_available() else "there is no GPU here"
+NO_GPU = triton_reason(facts.TRITON) if torch.cuda.is_available() else "there is no GPU here"
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
 
 
@@ -69,8 +71,16 @@ def run(implementation, *args, **kwargs):
         load = staticmethod(lambda: implementation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "select", lambda *args: Record)
+        patch.setattr(register, "select", lambda *args: Record)
         return ops.fit_low_rank(*args, **kwargs)
+
+
+def prepared(basis, base, target, demodulation=None, **options):
+    """What the implementations are given: a FitLowRankProblem."""
+    plain = {"slope": 1.0, "gain": 1.0, "loss": "l1", "max_iterations": 60, "tolerance": 1e-5}
+    given = dict.fromkeys(facts.FitLowRankProblem._fields) | plain | options
+    given |= {"basis": basis, "base": base, "target": target}
+    return facts.prepare(facts.FitLowRankProblem(**given), demodulation)
 
 
 # Problems: dictionaries of fit_low_rank's arguments, unbatched, float64.
@@ -272,7 +282,7 @@ def assert_sound(result, problem=None, loss="l1"):
     for part in result[:3]:
         assert part.isfinite().all()
     assert (result.loss <= result.initial_loss).all()
-    assert set(result.status.flatten().tolist()) <= set(ops.STATUS)
+    assert set(result.status.flatten().tolist()) <= set(facts.STATUS)
     if problem is not None:
         got = losses_of(result.coefficients, problem, loss)
         torch.testing.assert_close(got, result.loss, rtol=1e-6, atol=1e-12 * (1 + result.initial_loss.max().item()))
@@ -285,9 +295,9 @@ def test_demodulated_change_keeps_a_share_of_the_weight(fit):
         result = fit(**problem, loss=loss)
         x = result.coefficients
         reach = ((x @ quadratic) * x).sum(-1).div(constant).sqrt()
-        assert reach.max() < ops.REACH * (1 + 1e-9)
-        bounded = result.status == ops.BOUNDED
-        assert bounded.any() and (reach[bounded] > 0.99 * ops.REACH).all()
+        assert reach.max() < facts.REACH * (1 + 1e-9)
+        bounded = result.status == facts.BOUNDED
+        assert bounded.any() and (reach[bounded] > 0.99 * facts.REACH).all()
         assert_sound(result, problem, loss)
 
 
@@ -323,7 +333,7 @@ def test_l1_is_no_worse_than_adam_on_golden_layers(fit, name):
     result = fit(**problem)
     assert_sound(result, problem)
     assert result.loss.mean().item() <= 1.001 * adam_on_golden(name)
-    assert (result.status == ops.CONVERGED).all()
+    assert (result.status == facts.CONVERGED).all()
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
@@ -376,7 +386,7 @@ def test_closed_form_is_least_squares(fit, unknowns):
     wanted = root * (problem["target"] - 1.7 * problem["base"])
     exact = torch.linalg.lstsq((1.7 * root * problem["basis"]).T, wanted.T).solution.T
     torch.testing.assert_close(result.coefficients, exact, rtol=1e-8, atol=1e-10)
-    assert (result.status == ops.CONVERGED).all() and result.solver == "closed_form"
+    assert (result.status == facts.CONVERGED).all() and result.solver == "closed_form"
     assert (result.iterations == 1).all()
 
 
@@ -397,7 +407,7 @@ def test_closed_form_of_rank_deficient_basis(fit, kind):
     wanted = problem["target"] - problem["base"]
     best = (wanted - wanted @ torch.linalg.pinv(basis, rtol=1e-7) @ basis).square().mean(-1)
     assert_sound(result, None)
-    assert (result.status == ops.SHIFTED).all()
+    assert (result.status == facts.SHIFTED).all()
     # what tells nearly equal rows apart is fitted a little too, with coefficients that stay bounded
     torch.testing.assert_close(result.loss, best, rtol=1e-5 if kind == "nearly twin rows" else 1e-8, atol=1e-20)
     assert result.coefficients.abs().max() < 1e3 * wanted.abs().max()
@@ -593,7 +603,7 @@ def test_derivative_of_segments_against_finite_differences():
     problem, _ = segmented_problem(3, 1)
     names = ("basis", "base", "target", "shift")
     rest = problem["demodulation"], problem["slope"], problem["gain"], problem["segments"]
-    model = ops._Model(*(problem[name] for name in names), *rest[0], *rest[1:])
+    model = reference.Model(*(problem[name] for name in names), *rest[0], *rest[1:])
     x = 0.02 * torch.randn(32, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def value(x):
@@ -611,7 +621,7 @@ def test_derivative_of_segments_against_finite_differences():
 def test_derivative_against_finite_differences(demodulated):
     problem = random_problem(3, 2, (5, 5), demodulated)
     constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
-    model = ops._Model(
+    model = reference.Model(
         problem["basis"],
         problem["base"],
         problem["target"],
@@ -642,7 +652,7 @@ def test_derivative_against_finite_differences(demodulated):
 
 def test_sharp_kink_is_the_limit_of_the_rounded_one():
     problem = random_problem(3, 2, (5, 5))
-    model = ops._Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
+    model = reference.Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
     lin, m, _ = model.linearise(torch.zeros(32, 18, dtype=torch.float64))
     rounded = model.residual(lin, m, torch.full((32,), 1e-9, dtype=torch.float64))
     for ours, sharp in zip(rounded[:2], model.residual(lin, m)[:2]):
@@ -743,7 +753,7 @@ def test_zero_residual_is_left_alone(fit, loss, demodulated):
     problem["target"] = torch.cat([met[:16], problem["target"][16:]])
     result = fit(**problem, loss=loss)
     assert_sound(result, problem, loss)
-    assert (result.status[:16] == ops.ZERO_RESIDUAL).all() and not result.coefficients[:16].any()
+    assert (result.status[:16] == facts.ZERO_RESIDUAL).all() and not result.coefficients[:16].any()
     assert (result.loss[16:] < 0.8 * result.initial_loss[16:]).all()
 
 
@@ -780,7 +790,7 @@ def test_degenerate_problems(fit, loss, slope, kind):
     result = fit(**problem, loss=loss)
     assert_sound(result, problem, loss)
     if kind in ("zero basis", "zero gain"):
-        assert (result.status == ops.DEGENERATE).all() and not result.coefficients.any()
+        assert (result.status == facts.DEGENERATE).all() and not result.coefficients.any()
     elif kind == "one pixel":  # bounded by demodulation, so not always reachable
         assert (result.loss < 0.5 * result.initial_loss).double().mean() > 0.5
     else:
@@ -796,8 +806,8 @@ def test_no_pixel_counts(fit):
     for slope, loss in ((0.2, "l1"), (0.2, "l2"), (1.0, "l1"), (1.0, "l2")):
         result = fit(**batch, slope=slope, pixel_weights=weights, loss=loss)
         assert_sound(result)
-        assert (result.status[0] == ops.DEGENERATE).all() and not result.coefficients[0].any()
-        assert not result.loss[0].any() and (result.status[1] != ops.DEGENERATE).all()
+        assert (result.status[0] == facts.DEGENERATE).all() and not result.coefficients[0].any()
+        assert not result.loss[0].any() and (result.status[1] != facts.DEGENERATE).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -887,7 +897,7 @@ def test_hostile_float32_input(fit, kind, size, demodulated, loss):
     problem = hostile_problem(kind, demodulated, size)
     result = fit(**{name: single(item) for name, item in problem.items()}, loss=loss)
     assert_sound(result)
-    assert (result.status != ops.NONFINITE).all()
+    assert (result.status != facts.NONFINITE).all()
     if kind == "zero residual":  # but for its rounding to float32
         assert (result.loss <= 1e-5 * size * (1 if loss == "l1" else size)).all()
 
@@ -901,7 +911,7 @@ def test_numbers_too_large_are_reported(fit, loss, slope):
     assert result.coefficients.isfinite().all() and not result.loss.isnan().any()
     tiny = cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
     result = fit(**tiny, slope=slope, loss=loss)  # the answer does not fit float32
-    assert (result.status == ops.NONFINITE).all() and not result.coefficients.any()
+    assert (result.status == facts.NONFINITE).all() and not result.coefficients.any()
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
@@ -953,30 +963,29 @@ def test_strides_and_gradients_are_accepted():
 def test_custom_op_contract():
     problem = cast(random_problem(1, 1, (4, 4)), torch.float32)
     keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
-    defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
-    args = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
+    args = prepared(**{k: problem[k] for k in keys}, max_iterations=5)
     library.opcheck(torch.ops.rewrite_core.fit_low_rank, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target": torch.zeros(1, 1, 1)}, "target has the wrong"),
-        ({"basis": torch.zeros(1, 9, 99)}, "base has the wrong"),
+        ({"target": torch.zeros(1, 1, 1)}, r"target must be \[B, O, P\]"),
+        ({"basis": torch.zeros(1, 9, 99)}, r"base must be \[B, O, P\]"),
         ({"basis": torch.zeros(9, 16)}, r"\[B, J, P\]"),
-        ({"basis": torch.zeros(1, 9, 16, dtype=torch.float64)}, "must be equal"),
-        ({"linear": None}, "together"),
-        ({"penalty": torch.eye(9, dtype=torch.float64)[None]}, "together"),
-        ({"constant": torch.ones(1, 32)}, "constant has the wrong"),
-        ({"loss": "huber"}, "unknown loss"),
+        ({"basis": torch.zeros(1, 9, 16, dtype=torch.float64)}, "convert one to the other"),
+        ({"linear": None}, "three tensors"),
+        ({"penalty": torch.eye(9, dtype=torch.float64)[None]}, "without a penalty_scale"),
+        ({"constant": torch.ones(1, 32)}, "constant is torch.float32"),
+        ({"constant": torch.ones(1, 31).double()}, r"constant must be \[B, O\]"),
+        ({"loss": "huber"}, "no loss 'huber'"),
         ({"segments": torch.zeros(1, 16).long()}, r"\[B, G, O\]"),
     ],
 )
 def test_the_raw_op_checks_too(change, words):
     problem = cast(random_problem(1, 1, (4, 4)), torch.float32)
     keys = ("basis", "base", "target", "shift", "demodulation", "slope", "gain")
-    defaults = {"pixel_weights": None, "penalty": None, "penalty_scale": None, "loss": "l1"}
-    good = ops._check(**{k: problem[k] for k in keys}, **defaults, max_iterations=5, tolerance=1e-5)
+    good = prepared(**{k: problem[k] for k in keys}, max_iterations=5)
     with pytest.raises(ValueError, match=words):
         torch.ops.rewrite_core.fit_low_rank(*good._replace(**change))
 
@@ -1047,7 +1056,7 @@ def test_whole_numbers_of_numpy():
 
 def test_explained():
     assert {record.name for record in backends_of("fit_low_rank")} >= {"cpp", "reference"}
-    assert all(isinstance(code, int) and word for code, word in ops.STATUS.items())
+    assert all(isinstance(code, int) and word for code, word in facts.STATUS.items())
 
 
 # The GPU kernel: in Triton's interpreter, compiled for GPUs this machine lacks, and on one
@@ -1069,7 +1078,7 @@ def few(problem, channels):
 
 def agree(kernel, problem, tolerance=1e-7, **options):
     """The kernel takes the steps of the reference: same status, same number, the same numbers but for rounding."""
-    ours, theirs = run(kernel, **problem, **options), run(ops._reference, **problem, **options)
+    ours, theirs = run(kernel, **problem, **options), run(reference.run_reference, **problem, **options)
     assert_sound(ours)
     assert torch.equal(ours.status, theirs.status), (ours.status, theirs.status)
     assert torch.equal(ours.iterations, theirs.iterations), (ours.iterations, theirs.iterations)
@@ -1131,7 +1140,7 @@ for number, kind in enumerate(t.HOSTILE):
         if demodulated:
             problem["demodulation"] = *(part[4:] for part in problem["demodulation"][:2]), problem["demodulation"][2]
         ours = t.run(kernels.launch, **t.few(problem, 2), max_iterations=3)
-        theirs = t.run(t.ops._reference, **t.few(problem, 2), max_iterations=3)
+        theirs = t.run(t.reference.run_reference, **t.few(problem, 2), max_iterations=3)
         t.assert_sound(ours)
         assert torch.equal(ours.status, theirs.status), kind
         assert ((ours.loss - theirs.loss).abs() <= 1e-3 * theirs.initial_loss).all(), kind
@@ -1144,33 +1153,26 @@ for loss in ("l1", "l2"):
         agree(problem, slope=slope, loss=loss, pixel_weights=torch.zeros(40))
         tiny = t.cast({**problem, "basis": problem["basis"] * 1e-30, "target": problem["target"] * 1e30}, torch.float32)
         found = t.run(kernels.launch, **t.few(tiny, 2), slope=slope, loss=loss, max_iterations=5)
-        assert (found.status == t.ops.NONFINITE).all() and not found.coefficients.any() and found.loss.isfinite().all()
+        assert (found.status == t.facts.NONFINITE).all() and found.loss.isfinite().all()
+        assert not found.coefficients.any()
 for kind in ("twin rows", "zero row", "constant maps"):
     problem = t.linear_problem()
     basis = problem["basis"]
     basis[4] = basis[2] if kind == "twin rows" else 0
     basis[:] = basis[:, :1] if kind == "constant maps" else basis
     found = agree(problem, loss="l2", tolerance=0.1)  # what nothing determines differs
-    assert (found.status == t.ops.SHIFTED).all()
+    assert (found.status == t.facts.SHIFTED).all()
 # on a GPU nothing is looked into: NaN and wrong signs come out as a status
-good = t.ops._check(**t.CHECKED, **t.few(t.random_problem(0, 1, (4, 4)), 3))
+good = t.prepared(max_iterations=2, **t.few(t.random_problem(0, 1, (4, 4)), 3))
 for name in ("basis", "base", "target", "shift", "constant", "linear", "quadratic"):
     data = getattr(good, name).clone()
     data.view(-1)[0] = float("nan") if name != "constant" else -1.0
     statuses = kernels.launch(good._replace(**{name: data}))[4][0]
-    assert statuses[0] == t.ops.NONFINITE, name
-    assert name in ("basis", "quadratic") or (statuses[1:] != t.ops.NONFINITE).all(), name
+    assert statuses[0] == t.facts.NONFINITE, name
+    assert name in ("basis", "quadratic") or (statuses[1:] != t.facts.NONFINITE).all(), name
 assert t.ops.fit_low_rank(**t.few(t.linear_problem(), 2), backend="triton", loss="l2").status.eq(0).all()
 print("all of it ran")
 """
-CHECKED = {
-    "pixel_weights": None,
-    "penalty": None,
-    "penalty_scale": None,
-    "loss": "l1",
-    "max_iterations": 2,
-    "tolerance": 1e-5,
-}
 
 
 @needs_triton_interpreter
@@ -1297,7 +1299,7 @@ def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
     if triton_reason() is None:
         record = next(record for record in backends_of("fit_low_rank") if record.name == "triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        small = importlib.import_module("rewrite_core.ops.fit_low_rank").example("cpu")
+        small = register.example("cpu")
         number = torch.empty(())
         assert record.supports(*small._replace(basis=number.expand(1, 576, 4096))) is None
         assert "up to 1024" in record.supports(*small._replace(basis=number.expand(1, 1025, 4)))
@@ -1349,7 +1351,7 @@ def test_gpu_small(rank, size):
 @pytest.mark.parametrize(("rank", "size"), [(64, (12, 12)), (64, (4, 4)), (32, (20, 20)), (1, (64, 64))], ids=str)
 def test_gpu_large(rank, size):
     problem = random_problem(13, rank, size, channels=4)
-    ours, theirs = (run(which, **problem, max_iterations=4) for which in (on_gpu, ops._reference))
+    ours, theirs = (run(which, **problem, max_iterations=4) for which in (on_gpu, reference.run_reference))
     assert ((ours.loss - theirs.loss).abs() <= 1e-3 * theirs.initial_loss).all()
 
 

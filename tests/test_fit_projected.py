@@ -16,7 +16,9 @@ from conftest import needs_triton, needs_triton_compiler, needs_triton_interpret
 import rewrite_core as rc
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 from rewrite_core.ops import fit_projected
-from rewrite_core.ops.fit_projected import TRITON, _cpp, transformed_maps, winograd_tile
+from rewrite_core.ops.fit_projected_op import register
+from rewrite_core.ops.fit_projected_op.problem import TRITON
+from rewrite_core.ops.fit_projected_op.winograd import POINTS, transformed_maps, winograd_tile
 
 ISAS = ["portable", "avx2", "avx512"]
 
@@ -103,18 +105,14 @@ def test_every_instruction_set_and_tile(isa, tile):
 
     def run(*arguments, **options):
         problem = []
-        select = rc.ops.fit_projected.__globals__["select"]
 
         class Catch:
-            def load(self):
-                return lambda given, progress: problem.append(given) or (torch.empty(0), torch.empty(0))
+            load = staticmethod(lambda: lambda given, _: problem.append(given) or (torch.empty(0), torch.empty(0)))
 
-        rc.ops.fit_projected.__globals__["select"] = lambda *a: Catch()
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(register, "select", lambda *_: Catch)
             fit_projected(*arguments, **options)
-        finally:
-            rc.ops.fit_projected.__globals__["select"] = select
-        return rc.ops.fit_projected.__globals__["ProjectedResult"](*_cpp(problem[0], isa=isa, tile=tile))
+        return rc.ops.ProjectedResult(*register.run_cpp(problem[0], isa=isa, tile=tile))
 
     for demodulated in (False, True):
         agree(*make(channels=19, size=(6, 11), demodulated=demodulated), run=run)
@@ -214,7 +212,7 @@ def test_transformed_maps_multiply_as_the_convolution_does(tile):
     (operator, *_), _ = make(inputs=8, size=(9, 11))
     weight = torch.randn(8, 3, 3, dtype=torch.float64)
     maps = transformed_maps(operator, tile).double()[0]  # [products, slots, 8]
-    points = torch.tensor(rc.ops.fit_projected.__globals__["POINTS"][tile], dtype=torch.float64)
+    points = torch.tensor(POINTS[tile], dtype=torch.float64)
     n = tile + 2
     rows = torch.cat([points[:, None] ** torch.arange(3), torch.eye(3, dtype=torch.float64)[2:]])
     kernels = (rows @ weight @ rows.T).reshape(8, n * n)
@@ -277,9 +275,9 @@ def test_what_the_kernel_leaves_to_others():
 def test_golden_curve_of_the_reference(name, golden_moment, layer, edit, latents):
     """test_rewriting holds the others, fused; here the steps through autograd are held to the same."""
     golden = read_npz("proggan_expected.npz")
-    options = {"solver": "projected", "steps": 201, "project_gradient": name.startswith("lowrank")}
+    solver = rc.Projected(steps=201, project_gradient=name.startswith("lowrank"))
     for backend, status in (("reference", "autograd"), ("cpp", "fused")):
-        change = rc.rewrite(layer, golden_moment, edit, latents, backend=backend, **options)
+        change = rc.rewrite(layer, golden_moment, edit, latents, solver=solver, backend=backend)
         curve = golden[f"{name}_loss"]
         assert ((torch.tensor(change.losses) - curve).abs() / curve).max() < 0.02
         assert change.solver == "projected" and change.status == {status: 48}
@@ -516,9 +514,7 @@ def test_gpu_small(channels):
         agree(
             arguments,
             options,
-            run=lambda *a, ours=ours, **k: rc.ops.fit_projected.__globals__["ProjectedResult"](
-                *(p.cpu() for p in ours)
-            ),
+            run=lambda *a, ours=ours, **k: rc.ops.ProjectedResult(*(p.cpu() for p in ours)),
         )
 
 
@@ -537,7 +533,8 @@ def test_gpu_goal_equal_to_the_value_pulls_at_nothing(slope):
 @pytest.mark.parametrize("name", [pytest.param("projected_rank1", marks=needs_gpu)])
 def test_gpu_golden_curve_of_the_reference(name, golden_moment, generator, edit, latents):
     layer = rc.bind(generator.cuda(), "layer5.conv")
-    change = rc.rewrite(layer, golden_moment, edit, latents.cuda(), solver="projected", steps=201, backend="triton")
+    solver = rc.Projected(steps=201)
+    change = rc.rewrite(layer, golden_moment, edit, latents.cuda(), solver=solver, backend="triton")
     curve = read_npz("proggan_expected.npz")[f"{name}_loss"]
     assert ((torch.tensor(change.losses) - curve).abs() / curve).max() < 0.02
     assert change.status == {"fused": 48}

@@ -27,8 +27,11 @@ ROOMS = (
     ("solvers",),
     ("rewrites",),
     ("evaluation", "session"),
-    ("pictures", "demo", "cli", "studio"),
-    ("__init__", "__main__", "benchmarks"),  # the public names, and what uses them as anyone does
+    ("pictures", "demo", "studio"),
+    ("__init__",),  # the public names
+    ("benchmarks",),  # uses them as anyone does
+    ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -96,7 +96,7 @@ def moment_call(draw):
 
 def fit_call(draw):
     from rewrite_core.kernels import fit_low_rank
-    from rewrite_core.ops.fit_low_rank import Problem
+    from rewrite_core.ops.fit_low_rank_op.problem import FitLowRankProblem
 
     edits, channels, pixels = draw("edits", (1, 2)), draw("channels", (1, 8, 33)), draw("pixels", (4, 16, 100, 130))
     dtype = draw("dtype", (torch.float32, torch.float64))
@@ -108,13 +108,13 @@ def fit_call(draw):
     target = torch.ones(maps.numel() + 1, dtype=dtype)[draw("misaligned", (0, 0, 0, 1)) :][: maps.numel()].view_as(maps)
     loss, slope, steps = draw("loss", ("l1", "l2")), draw("slope", (0.2, 1.0)), draw("steps", (5, 60))
     none = (None,) * 3
-    problem = Problem(basis, maps, target, shift, *none, slope, 1.0, *none, loss, steps, 1e-5)
+    problem = FitLowRankProblem(basis, maps, target, shift, *none, slope, 1.0, *none, loss, steps, 1e-5)
     return lambda: fit_low_rank.launch(problem)
 
 
 def projected_call(draw):
     from rewrite_core.kernels import fit_projected
-    from rewrite_core.ops.fit_projected import Problem
+    from rewrite_core.ops.fit_projected_op.problem import FitProjectedProblem
 
     inputs, side, channels = (
         draw("inputs", (1, 13, 32, 100)),
@@ -126,7 +126,7 @@ def projected_call(draw):
     shift = base[:, :1, :1].expand_as(base) if draw("shift", (True, False)) else None
     loss, steps = draw("loss", ("l1", "l2")), draw("steps", (1, 20))
     maps = (operator, base, base, base, shift, None, None)
-    problem = Problem(*maps, 0.0, 0.2, 1.0, directions, loss, steps, 0.05, 10, False)
+    problem = FitProjectedProblem(*maps, 0.0, 0.2, 1.0, directions, loss, steps, 0.05, 10, False)
     return lambda: fit_projected.launch(problem)
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, PROGRAMS, relative
 
 import rewrite_core as rc
-from rewrite_core.ops.spd_solve import DiagonalShiftWarning
+from rewrite_core.errors import DiagonalShiftWarning
 
 
 def test_golden_second_moment(golden, moment):

@@ -1,5 +1,4 @@
 import functools
-import importlib
 import os
 import re
 import subprocess
@@ -10,15 +9,18 @@ import torch
 from conftest import needs_triton, needs_triton_compiler, needs_triton_interpreter
 from torch import library
 
+from rewrite_core import ops
 from rewrite_core.backends import BackendUnavailable, extension
 from rewrite_core.errors import RewriteCoreError
+from rewrite_core.ops.second_moment_op import problem, reference, register
 
-# the module; rewrite_core.ops.second_moment is the function of the same name
-ops = importlib.import_module("rewrite_core.ops.second_moment")
 second_moment = ops.second_moment
 
 ISAS = ("portable", "avx2", "avx512")
-CPU = {"reference": ops._reference, **{f"cpp-{isa}": functools.partial(ops._cpp, isa=isa) for isa in ISAS}}
+CPU = {
+    "reference": reference.run_reference,
+    **{f"cpp-{isa}": functools.partial(register.run_cpp, isa=isa) for isa in ISAS},
+}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
@@ -87,7 +89,7 @@ def features_of(layout, dtype=torch.float32):
     return LAYOUTS[layout](lambda *shape: normal(*shape).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype, accumulate):
     features = features_of(layout, dtype)
@@ -224,7 +226,7 @@ def test_same_bits_for_any_number_of_threads(shape, isa):
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             results.append(prefilled(shape[1]))
-            ops._cpp(features, results[-1], isa)
+            register.run_cpp(features, results[-1], isa)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], result) for result in results[1:])

@@ -1,4 +1,3 @@
-import importlib
 import math
 import os
 import subprocess
@@ -13,11 +12,11 @@ import torch
 from torch import library
 
 import rewrite_core as rc
+from rewrite_core import ops
 from rewrite_core.backends import backends_of, extension
 from rewrite_core.errors import NonFiniteError, RewriteCoreError
+from rewrite_core.ops.spd_solve_op import register
 
-# the module; rewrite_core.ops.spd_solve is the function of the same name
-ops = importlib.import_module("rewrite_core.ops.spd_solve")
 spd_factor, spd_solve, DiagonalShiftWarning = ops.spd_factor, ops.spd_solve, ops.DiagonalShiftWarning
 
 EPSILON = np.finfo(np.float64).eps
@@ -65,12 +64,12 @@ def test_every_instruction_set(n, isa):
     if order.index(isa) > order.index(extension().isa()):
         pytest.skip(f"this CPU has no {isa}")
     matrix = torch.stack([second_moment(n, seed=seed) for seed in range(3)])
-    lower, info = ops._cpp_factor(matrix, 1e-13, isa)
+    lower, info = register._cpp_factor(matrix, 1e-13, isa)
     assert info.tolist() == [0, 0, 0]
     assert torch.equal(lower, lower.tril())
     assert ((lower @ lower.mT - matrix).norm() / matrix.norm()).item() < 1e-14
     b = right_sides(3, n, 6)
-    x = ops._cpp_solve(lower, b, isa)
+    x = register._cpp_solve(lower, b, isa)
     assert ((matrix @ x - b).norm() / b.norm()).item() < 1e-12
 
 
@@ -84,8 +83,8 @@ def test_same_bits_for_any_number_of_threads(n):
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             for batch in (slice(None), slice(0, 1)):
-                lower, _info = ops._cpp_factor(matrix[batch], 1e-13)
-                results.append((lower[0], ops._cpp_solve(lower, b[batch])[0]))
+                lower, _info = register._cpp_factor(matrix[batch], 1e-13)
+                results.append((lower[0], register._cpp_solve(lower, b[batch])[0]))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -326,7 +325,7 @@ def test_info_names_the_first_bad_pivot():
     matrix[1, 100, 100] = -1
     matrix[2, 0, 0] = math.nan
     for isa in ("portable", ""):
-        assert ops._cpp_factor(matrix, 1e-13, isa)[1].tolist() == [0, 101, 1]
+        assert register._cpp_factor(matrix, 1e-13, isa)[1].tolist() == [0, 101, 1]
 
 
 @backends
@@ -376,7 +375,7 @@ def test_fewer_threads_than_asked_for(tmp_path):
     """OpenMP may give a call fewer: what the missing ones would have written is not read (here it would be 1e306)."""
     code = """
 import torch
-from rewrite_core.ops.spd_solve import spd_factor
+from rewrite_core.ops import spd_factor
 torch.set_num_threads(4)
 factor = spd_factor(4 * torch.eye(300, dtype=torch.float64))
 assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))

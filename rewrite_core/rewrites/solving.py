@@ -18,7 +18,7 @@ from ..edits.edit import Edit
 from ..edits.goals import Goal
 from ..errors import NonFiniteError, SolverError, choice, number, warn
 from ..layers.binding import BoundLayer
-from ..ops.fit_low_rank import LOSSES
+from ..ops.fit_low_rank_op.problem import LOSSES
 from ..solvers.adam import Adam
 from ..solvers.base import Solver
 from ..solvers.choice import solver_of

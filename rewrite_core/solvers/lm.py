@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import NonFiniteError, SolverError
-from ..ops.fit_low_rank import STATUS
+from ..ops.fit_low_rank_op.problem import STATUS
 from .base import Solver
 from .problem import LayerProblem, LayerSolution, basis_maps, inputs_of, is_known
 

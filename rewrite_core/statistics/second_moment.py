@@ -24,7 +24,7 @@ from ..files import shown
 from ..layers.binding import BoundLayer
 from ..layers.fingerprints import KIND
 from ..layers.latents import LatentRecipe, recipe_of
-from ..ops.spd_solve import SPDFactor, spd_factor
+from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
 from . import moment_file
 from .measuring import Keys, Note, checked, masked, measured, positions, square, sum_of
 from .standard_errors import relative_error

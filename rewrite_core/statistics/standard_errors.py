@@ -19,7 +19,7 @@ from ..errors import (
     RewriteCoreError,
 )
 from ..files import shown
-from ..ops.spd_solve import spd_factor
+from ..ops.spd_solve_op.factor import spd_factor
 
 if TYPE_CHECKING:
     from .second_moment import SecondMoment

@@ -1,11 +1,11 @@
-"""Second moment of keys: sum of k k^T over positions, in float64 (paper, section 3.2; DESIGN 2)."""
+"""``second_moment``: the public function, its operators of torch, its backends."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, library
 
-from ..backends import (
+from ...backends import (
     Backend,
     dispatched,
     extension,
@@ -15,11 +15,7 @@ from ..backends import (
     triton_interpreted,
     triton_reason,
 )
-from ..errors import ArgumentError, RewriteCoreError
-
-# as csrc/common.h numbers them
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
+from .problem import DTYPES, PRECISIONS, check, check_apart, check_types
 
 
 def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3") -> Tensor:
@@ -49,11 +45,11 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     On a GPU it works on the current stream, waits for nothing, and can be captured in a CUDA graph, but for the first
     call on features of a kind, which compiles and measures.
 
-    Raises ArgumentError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``, and where a graph
-    is captured before such a first call.
+    Raises ArgumentError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or ``out``, and where a
+    graph is captured before such a first call.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
-    _check_types(features, out, precision)  # the rest the ops check
+    check_types(features, out, precision)  # the rest the ops check
     if features.requires_grad:
         features = features.detach()
     if dispatched(features):
@@ -66,69 +62,7 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     return out
 
 
-def _check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
-    if not isinstance(features, Tensor):
-        raise ArgumentError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
-    if features.is_nested:
-        raise ArgumentError("features are a nested tensor, and must be a plain one: add up the moments of its parts.")
-    if out is not None and not isinstance(out, Tensor):
-        raise ArgumentError(
-            f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width."
-        )
-    if precision not in PRECISIONS:
-        raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
-
-
-def _check(features: Tensor, out: Tensor | None, precision: str) -> None:
-    _check_types(features, out, precision)
-    if features.layout != torch.strided:
-        raise ArgumentError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
-    if features.dtype not in DTYPES:
-        raise ArgumentError(
-            f"features are {features.dtype}, and must be float32, float64, bfloat16 or float16: "
-            "convert them with .float()."
-        )
-    shape = features.shape
-    if len(shape) not in (2, 4) or shape[1] == 0:
-        raise RewriteCoreError(f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}.")
-    if out is None:
-        return
-    if out.dtype != torch.float64:
-        raise ArgumentError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
-    channels = shape[1]
-    if out.shape != (channels, channels) or not out.is_contiguous():
-        how = "" if out.is_contiguous() else " that is not contiguous"
-        raise RewriteCoreError(
-            f"out must be a contiguous [{channels}, {channels}] tensor for these features, not {list(out.shape)}{how}."
-        )
-    if out.device != features.device:
-        raise RewriteCoreError(
-            f"out is on {out.device} and the features are on {features.device}: move one to the other."
-        )
-    if out.requires_grad:
-        raise RewriteCoreError("out requires gradients and is written in place: pass out.detach().")
-
-
-def _overlap(features: Tensor, out: Tensor) -> bool:
-    if not features.numel():
-        return False
-    reach = features.element_size()
-    for size, stride in zip(features.shape, features.stride()):
-        reach += (size - 1) * stride * features.element_size()
-    start, out_start = features.data_ptr(), out.data_ptr()
-    return start < out_start + out.nbytes and out_start < start + reach
-
-
-def _reference(features: Tensor, out: Tensor) -> None:
-    rows = features.movedim(1, -1).reshape(-1, features.shape[1])
-    for block in rows.split(1 << 16):  # the float64 copy stays small
-        block = block.double()
-        out.addmm_(block.T, block)
-    lower = out.tril()  # BLAS sums the two triangles in different orders
-    out.copy_(lower + lower.tril(-1).T)
-
-
-def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
+def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
     shape = (*features.shape, 1, 1)[:4]
     strides = (*features.stride(), 0, 0)[:4]
     extension().second_moment(
@@ -142,8 +76,8 @@ def _cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
     )
 
 
-def _triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) -> None:
-    from ..kernels.second_moment import launch
+def run_triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) -> None:
+    from ...kernels.second_moment import launch
 
     launch(features, out, precision)
 
@@ -183,9 +117,9 @@ def _triton_declines(features: Tensor, out: Tensor | None = None, precision: str
 
 
 BACKENDS = (
-    Backend("second_moment", "triton", f"{__name__}:_triton", _triton_supports, _triton_declines),
-    Backend("second_moment", "cpp", f"{__name__}:_cpp", _cpp_supports),
-    Backend("second_moment", "reference", f"{__name__}:_reference", _reference_supports),
+    Backend("second_moment", "triton", f"{__name__}:run_triton", _triton_supports, _triton_declines),
+    Backend("second_moment", "cpp", f"{__name__}:run_cpp", _cpp_supports),
+    Backend("second_moment", "reference", f"{__package__}.reference:run_reference", _reference_supports),
 )
 
 
@@ -199,6 +133,7 @@ library.define(
     "(Tensor features, str backend='auto', str precision='x3') -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+
 library.define(
     "rewrite_core::second_moment_",
     "(Tensor(a!) out, Tensor features, str backend='auto', str precision='x3') -> ()",
@@ -207,7 +142,7 @@ library.define(
 
 
 def _add_up(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
-    _check(features, None, precision)
+    check(features, None, precision)
     out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
     _run(features, out, backend, precision)
     return out
@@ -218,14 +153,13 @@ library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd", _add_up
 
 @library.register_fake("rewrite_core::second_moment")
 def _(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
-    _check(features, None, precision)
+    check(features, None, precision)
     return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
 
 
 def _add_to(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
-    _check(features, out, precision)
-    if _overlap(features, out):
-        raise RewriteCoreError("out shares memory with the features, which it would overwrite: pass another one.")
+    check(features, out, precision)
+    check_apart(features, out)
     _run(features, out, backend, precision)
     torch.autograd.graph.increment_version(out)  # so that autograd notices the write, as custom_op would
 
@@ -235,4 +169,4 @@ library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd", _add_t
 
 @library.register_fake("rewrite_core::second_moment_")
 def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
-    _check(features, out, precision)
+    check(features, out, precision)

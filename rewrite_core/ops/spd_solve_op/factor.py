@@ -1,21 +1,22 @@
-"""Solves with symmetric positive definite matrices: C^-1 K for second moments C (DESIGN 2; paper, eq. 14)."""
+"""A Cholesky factor to solve with many times: shifts of rank-deficient matrices, refinement, condition."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from ..backends import Backend, dispatched, extension, extension_reason, select
-from ..errors import ArgumentError, DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
+from ...backends import select
+from ...errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
+from .problem import Cholesky, check_matrix, check_rhs
 
 EPSILON = torch.finfo(torch.float64).eps
+
 SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
+
 LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
 
@@ -38,7 +39,7 @@ class SPDFactor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
         [B, n] or [B, n, m]), with one step of iterative refinement. NaN and infinity in ``rhs`` raise
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN."""
-        _check_rhs(self.matrix, rhs)
+        check_rhs(self.matrix, rhs)
         if rhs.device.type == "cpu" and not torch.isfinite(rhs).all():  # elsewhere it would wait; NaN comes out as NaN
             raise NonFiniteError(
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
@@ -92,15 +93,15 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
 
     A rank-deficient matrix (dead or duplicated channels, fewer keys than channels) gets the smallest of
     0, s, 10 s, 100 s, ... added to its diagonal that makes a factor fit to solve with, where s is eps times
-    each entry (of a dead channel: the mean one), and a DiagonalShiftWarning tells the size. "Fit" means that every pivot
-    is above n eps and above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is below n,
-    rounding error is all that any factor has there: no shift below n eps or `noise` times an entry will do.
+    each entry (of a dead channel: the mean one), and a DiagonalShiftWarning tells the size. "Fit" means that every
+    pivot is above n eps and above `noise` times its diagonal entry; below that it is rounding error. Where `rank` is
+    below n, rounding error is all that any factor has there: no shift below n eps or `noise` times an entry will do.
 
     Raises ArgumentError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
     an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), or one with a clearly negative eigenvalue.
     SciPy: ``scipy.linalg.cho_factor``.
     """
-    _check_matrix(matrix)
+    check_matrix(matrix)
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
     matrix = matrix.detach().double()
     full = matrix if matrix.ndim == 3 else matrix[None]
@@ -129,13 +130,13 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
             )
         if mean <= 0:
             raise RewriteCoreError(
-                f"The mean diagonal of the matrix{which} is {mean:.3g}, and a second moment's is positive: collect keys "
-                "that are not all zero first."
+                f"The mean diagonal of the matrix{which} is {mean:.3g}, and a second moment's is positive: collect "
+                "keys that are not all zero first."
             )
         if mean < SMALLEST:
             raise RewriteCoreError(
-                f"The mean diagonal of the matrix{which} is {mean:.3g}, too close to float64's smallest number to solve "
-                "with: scale the keys up."
+                f"The mean diagonal of the matrix{which} is {mean:.3g}, too close to float64's smallest number to "
+                "solve with: scale the keys up."
             )
         means.append(mean)
     shift = full.new_zeros(len(full))
@@ -188,139 +189,3 @@ def _shift(
         f"({relative[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
         DiagonalShiftWarning,
     )
-
-
-def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
-    """The solution x of ``matrix @ x = rhs`` for a symmetric positive definite matrix, accurate to float64.
-
-    matrix   [n, n] or [B, n, n], float32 or float64
-    rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
-    backend  "auto", "cpp" or "reference"
-
-    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; use :func:`spd_factor` to
-    solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
-    what is raised. Not differentiable: gradients stop here.
-    SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
-    """
-    _check_matrix(matrix)
-    _check_rhs(matrix, rhs)
-    op = torch.ops.rewrite_core.spd_solve if dispatched(matrix) or dispatched(rhs) else _solve
-    return op(matrix.detach(), rhs.detach(), backend)
-
-
-def _check_matrix(matrix: Tensor) -> None:
-    if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
-        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ArgumentError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
-    if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
-        raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
-
-
-def _check_rhs(matrix: Tensor, rhs: Tensor) -> None:
-    if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
-        what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
-        raise ArgumentError(f"The right-hand side must be a real floating-point tensor, not {what}.")
-    batch, n = matrix.shape[:-2], matrix.shape[-1]
-    if rhs.ndim not in (len(batch) + 1, len(batch) + 2) or rhs.shape[: len(batch) + 1] != (*batch, n):
-        wanted = ", ".join(str(size) for size in (*batch, n))
-        raise RewriteCoreError(
-            f"The right-hand side of a {list(matrix.shape)} matrix must be [{wanted}] or [{wanted}, m], "
-            f"not {list(rhs.shape)}: keys are rows, so pass keys.T."
-        )
-    if rhs.device != matrix.device:
-        raise RewriteCoreError(
-            f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one of them."
-        )
-
-
-class Cholesky(NamedTuple):
-    """One backend: what differs between them; checks, shifts and refinement are shared."""
-
-    # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
-    # (a list, or a tensor [B, 3] that is still to be read)
-    examine: Callable[[Tensor], list[list[float]] | Tensor]
-    # [B, n, n], least -> lower [B, n, n], info [B]: 0, or which pivot is not above `least` times its diagonal entry
-    factor: Callable[[Tensor, float], tuple[Tensor, Tensor]]
-    solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
-
-
-def _reference_examine(matrix: Tensor) -> Tensor:
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    difference = (matrix - matrix.mT).abs().amax((-2, -1))  # of infinity with itself: NaN, which amax keeps
-    return torch.stack([diagonal.mean(-1), diagonal.abs().amax(-1), difference], -1)
-
-
-def _reference_factor(matrix: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    pivots, diagonal = (part.diagonal(dim1=-2, dim2=-1) for part in (lower, matrix))
-    bad = pivots.square() <= least * diagonal
-    return lower, torch.where(info == 0, (bad.any(-1) * (bad.int().argmax(-1) + 1)).to(info), info)
-
-
-_reference = Cholesky(_reference_examine, _reference_factor, lambda lower, rhs: torch.cholesky_solve(rhs, lower))
-
-
-def _cpp_examine(matrix: Tensor) -> list[list[float]]:
-    matrix = matrix.contiguous()
-    return extension().examine(matrix.data_ptr(), len(matrix), matrix.shape[-1], torch.get_num_threads())
-
-
-def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Tensor]:
-    lower = matrix.clone(memory_format=torch.contiguous_format)
-    info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
-    extension().cholesky(
-        lower.data_ptr(), len(matrix), matrix.shape[-1], least, info.data_ptr(), torch.get_num_threads(), isa
-    )
-    return lower, info
-
-
-def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
-    lower = lower.contiguous()
-    x = rhs.mT.clone(memory_format=torch.contiguous_format)  # one right-hand side a row
-    batch = len(lower) if lower.ndim == 3 else 1
-    extension().cholesky_solve(
-        lower.data_ptr(), batch, lower.shape[-1], x.data_ptr(), x.shape[-2], torch.get_num_threads(), isa
-    )
-    return x.mT
-
-
-_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve)
-
-
-def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
-    if matrix.device.type != "cpu":
-        reason = f"it works on CPU tensors, and the matrix is on {matrix.device}"
-        if matrix.device.type == "cuda":
-            reason += ", where torch.linalg (cuSOLVER) factors: no kernel of ours has been measured to be faster"
-        return reason
-    return extension_reason()
-
-
-BACKENDS = (
-    Backend("spd_solve", "cpp", f"{__name__}:_cpp", _cpp_supports),
-    Backend("spd_solve", "reference", f"{__name__}:_reference"),
-)
-
-
-def example(device: str) -> tuple[Tensor, Tensor]:
-    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(64, dtype=torch.float64, device=device)
-
-
-# define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
-library.define(
-    "rewrite_core::spd_solve",
-    "(Tensor matrix, Tensor rhs, str backend='auto') -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
-    return spd_factor(matrix, backend).solve(rhs).contiguous()
-
-
-library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
-
-
-@library.register_fake("rewrite_core::spd_solve")
-def _(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
-    return rhs.new_empty(rhs.shape, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Adam on a layer's whole weight with projection onto directions, fused."""

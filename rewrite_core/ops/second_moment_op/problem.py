@@ -1,0 +1,68 @@
+"""What ``second_moment`` takes, and the checks of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, RewriteCoreError
+
+# as csrc/common.h numbers them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
+
+
+def check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
+    if not isinstance(features, Tensor):
+        raise ArgumentError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
+    if features.is_nested:
+        raise ArgumentError("features are a nested tensor, and must be a plain one: add up the moments of its parts.")
+    if out is not None and not isinstance(out, Tensor):
+        raise ArgumentError(
+            f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width."
+        )
+    if precision not in PRECISIONS:
+        raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
+
+
+def check(features: Tensor, out: Tensor | None, precision: str) -> None:
+    check_types(features, out, precision)
+    if features.layout != torch.strided:
+        raise ArgumentError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
+    if features.dtype not in DTYPES:
+        raise ArgumentError(
+            f"features are {features.dtype}, and must be float32, float64, bfloat16 or float16: "
+            "convert them with .float()."
+        )
+    shape = features.shape
+    if len(shape) not in (2, 4) or shape[1] == 0:
+        raise RewriteCoreError(f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}.")
+    if out is None:
+        return
+    if out.dtype != torch.float64:
+        raise ArgumentError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
+    channels = shape[1]
+    if out.shape != (channels, channels) or not out.is_contiguous():
+        how = "" if out.is_contiguous() else " that is not contiguous"
+        raise RewriteCoreError(
+            f"out must be a contiguous [{channels}, {channels}] tensor for these features, not {list(out.shape)}{how}."
+        )
+    if out.device != features.device:
+        raise RewriteCoreError(
+            f"out is on {out.device} and the features are on {features.device}: move one to the other."
+        )
+    if out.requires_grad:
+        raise RewriteCoreError("out requires gradients and is written in place: pass out.detach().")
+
+
+def check_apart(features: Tensor, out: Tensor) -> None:
+    """Refuse an `out` that lies in the features' memory: what is read would be written."""
+    if not features.numel():
+        return
+    reach = features.element_size()
+    for size, stride in zip(features.shape, features.stride()):
+        reach += (size - 1) * stride * features.element_size()
+    start, out_start = features.data_ptr(), out.data_ptr()
+    if start < out_start + out.nbytes and out_start < start + reach:
+        raise RewriteCoreError("out shares memory with the features, which it would overwrite: pass another one.")

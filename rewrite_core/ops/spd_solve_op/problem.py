@@ -1,0 +1,47 @@
+"""What ``spd_solve`` takes and the checks of it; what a backend of it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError, RewriteCoreError
+
+
+def check_matrix(matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
+        what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ArgumentError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
+    if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
+        raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
+
+
+def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
+    if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
+        what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
+        raise ArgumentError(f"The right-hand side must be a real floating-point tensor, not {what}.")
+    batch, n = matrix.shape[:-2], matrix.shape[-1]
+    if rhs.ndim not in (len(batch) + 1, len(batch) + 2) or rhs.shape[: len(batch) + 1] != (*batch, n):
+        wanted = ", ".join(str(size) for size in (*batch, n))
+        raise RewriteCoreError(
+            f"The right-hand side of a {list(matrix.shape)} matrix must be [{wanted}] or [{wanted}, m], "
+            f"not {list(rhs.shape)}: keys are rows, so pass keys.T."
+        )
+    if rhs.device != matrix.device:
+        raise RewriteCoreError(
+            f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one of them."
+        )
+
+
+class Cholesky(NamedTuple):
+    """One backend: what differs between them; checks, shifts and refinement are shared."""
+
+    # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
+    # (a list, or a tensor [B, 3] that is still to be read)
+    examine: Callable[[Tensor], list[list[float]] | Tensor]
+    # [B, n, n], least -> lower [B, n, n], info [B]: 0, or which pivot is not above `least` times its diagonal entry
+    factor: Callable[[Tensor, float], tuple[Tensor, Tensor]]
+    solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]

@@ -1,0 +1,94 @@
+"""``spd_solve``: the public function, its operator of torch, its backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, library
+
+from ...backends import Backend, dispatched, extension, extension_reason
+from .factor import spd_factor
+from .problem import Cholesky, check_matrix, check_rhs
+
+
+def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    """The solution x of ``matrix @ x = rhs`` for a symmetric positive definite matrix, accurate to float64.
+
+    matrix   [n, n] or [B, n, n], float32 or float64
+    rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
+    backend  "auto", "cpp" or "reference"
+
+    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; use :func:`spd_factor` to
+    solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
+    what is raised. Not differentiable: gradients stop here.
+    SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
+    """
+    check_matrix(matrix)
+    check_rhs(matrix, rhs)
+    op = torch.ops.rewrite_core.spd_solve if dispatched(matrix) or dispatched(rhs) else _solve
+    return op(matrix.detach(), rhs.detach(), backend)
+
+
+def _cpp_examine(matrix: Tensor) -> list[list[float]]:
+    matrix = matrix.contiguous()
+    return extension().examine(matrix.data_ptr(), len(matrix), matrix.shape[-1], torch.get_num_threads())
+
+
+def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Tensor]:
+    lower = matrix.clone(memory_format=torch.contiguous_format)
+    info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
+    extension().cholesky(
+        lower.data_ptr(), len(matrix), matrix.shape[-1], least, info.data_ptr(), torch.get_num_threads(), isa
+    )
+    return lower, info
+
+
+def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
+    lower = lower.contiguous()
+    x = rhs.mT.clone(memory_format=torch.contiguous_format)  # one right-hand side a row
+    batch = len(lower) if lower.ndim == 3 else 1
+    extension().cholesky_solve(
+        lower.data_ptr(), batch, lower.shape[-1], x.data_ptr(), x.shape[-2], torch.get_num_threads(), isa
+    )
+    return x.mT
+
+
+run_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve)
+
+
+def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
+    if matrix.device.type != "cpu":
+        reason = f"it works on CPU tensors, and the matrix is on {matrix.device}"
+        if matrix.device.type == "cuda":
+            reason += ", where torch.linalg (cuSOLVER) factors: no kernel of ours has been measured to be faster"
+        return reason
+    return extension_reason()
+
+
+BACKENDS = (
+    Backend("spd_solve", "cpp", f"{__name__}:run_cpp", _cpp_supports),
+    Backend("spd_solve", "reference", f"{__package__}.reference:run_reference"),
+)
+
+
+def example(device: str) -> tuple[Tensor, Tensor]:
+    return torch.eye(64, dtype=torch.float64, device=device), torch.ones(64, dtype=torch.float64, device=device)
+
+
+# define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
+library.define(
+    "rewrite_core::spd_solve",
+    "(Tensor matrix, Tensor rhs, str backend='auto') -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    return spd_factor(matrix, backend).solve(rhs).contiguous()
+
+
+library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
+
+
+@library.register_fake("rewrite_core::spd_solve")
+def _(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
+    return rhs.new_empty(rhs.shape, dtype=torch.float64)
