@@ -1,17 +1,19 @@
 """The exceptions and warnings that the library raises on its input. Each message is one sentence that says what to do.
 
-And what makes them: :func:`warn` names the user's line; :func:`whole_number`, :func:`number` and :func:`choice` check
-one argument; :func:`quoted` shows a value that may come from a file.
+And what makes them: :func:`warn` names the user's line, :func:`silent` keeps it quiet; :func:`whole_number`,
+:func:`number` and :func:`choice` check one argument; :func:`quoted` shows a value that may come from a file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import operator
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 
@@ -106,11 +108,27 @@ class DiagonalShiftWarning(UserWarning):
     """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
 
 
+_silent: contextvars.ContextVar[tuple[type[Warning], ...]] = contextvars.ContextVar("silent", default=())
+
+
+@contextlib.contextmanager
+def silent(category: type[Warning]) -> Iterator[None]:
+    """Inside, in this thread alone, :func:`warn` says nothing of this category. (``warnings.catch_warnings`` is the
+    process's: two threads in it can leave the filters of one behind.)"""
+    token = _silent.set((*_silent.get(), category))
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def warn(message: str, category: type[Warning] = UserWarning, *, advice: Mapping[str, object] | None = None) -> None:
     """A warning that names the line outside this package, and outside torch where that came between, that led here.
 
     `advice` is what RewriteCoreError's is, and an attribute of the warning.
     """
+    if issubclass(category, _silent.get()):
+        return
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rewrite_core", "torch"):
         level, frame = level + 1, frame.f_back

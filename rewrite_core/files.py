@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import platform
-import secrets
 import shutil
 import stat
 import time
@@ -62,25 +62,26 @@ def writable_path(path: str | os.PathLike) -> Path:
     given, name = as_path(path), shown(path)
     if not given or "\0" in given:
         raise FileNotFoundError("The name of the file to write is empty or holds a null character; give another.")
+    found = Path(os.path.realpath(given))
+    folder, last = shown(found.parent), shown(found.name)
     try:
-        found = Path(os.path.realpath(given))
+        there = found.parent.is_dir()
+        longest = os.pathconf(found.parent, "PC_NAME_MAX") if there and hasattr(os, "pathconf") else 255
+        size = len(os.fsencode(found.name))
+        if size > longest:
+            raise OSError(
+                f"The file name {quoted(last)} has {size} bytes and {folder} takes {longest}; give a shorter one."
+            )
         if found.is_dir() or given.endswith(os.sep):
             raise IsADirectoryError(f"{name} is a folder; name a file in it.")
         if os.path.lexists(found) and not found.is_file():
             raise FileExistsError(f"{name} is a device, a pipe or a broken link, not a file to replace; name another.")
-        folder, last = shown(found.parent), shown(found.name)
-        if not found.parent.is_dir():
+        if not there:
             raise FileNotFoundError(f"There is no folder {folder} to write {last} into; make it first.")
-        longest = os.pathconf(found.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    except (FileExistsError, FileNotFoundError, IsADirectoryError):
-        raise
-    except OSError as error:  # a name that is too long, a link that leads nowhere
-        raise type(error)(error.errno, f"{quoted(given)} cannot be written ({error.strerror}); name another.") from None
-    if len(os.fsencode(found.name)) > longest:
-        raise OSError(
-            f"The file name {quoted(found.name)} has {len(os.fsencode(found.name))} bytes and {folder} takes "
-            f"{longest} at most; give a shorter one."
-        )
+    except OSError as error:
+        if error.errno is None:  # one of these
+            raise
+        raise OSError(f"{quoted(given)} cannot be written ({error.strerror}); name another.") from None
     if not os.access(found.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"The folder {folder} may not be written to; choose another for {last}.")
     return found
@@ -97,7 +98,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     full.
     """
     path = writable_path(path)
-    _remove_left(path)
     with _private_folder(path) as folder:
         partial = folder / path.name
         descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the umask is the system's to apply
@@ -113,19 +113,49 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
 
 
-def _machine() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
+@contextlib.contextmanager
+def _private_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that only this process writes to: the first of those that may be called so that
+    is free, or that a killed writer left. Others that were left are removed."""
+    for number in itertools.count():
+        folder, descriptor = _partial(path, number), None
+        while descriptor is None:
+            try:
+                os.mkdir(folder, 0o700)
+                descriptor, _ = _lock(folder)
+                (folder / _owner()).touch()
+            except FileExistsError:
+                if not _removed(folder):
+                    break
+            except (BlockingIOError, FileNotFoundError):  # taken for one that was left, before it was locked
+                continue
+        if descriptor is not None:
+            break
+    try:
+        for left in itertools.takewhile(
+            os.path.lexists, (_partial(path, each) for each in itertools.count(number + 1))
+        ):
+            _removed(left)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _stem(path: Path) -> str:
-    """How the names of folders begin that `path` is written in: short enough for any name to follow."""
-    return f".{os.fsdecode(os.fsencode(path.name)[:160])}."
+def _partial(path: Path, number: int) -> Path:
+    """The folder that `path` is written in where so many others are in use; its own name is never too long."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{number}.partial")
 
 
-def _lock(folder: str | os.PathLike) -> tuple[int, bool]:
+def _owner() -> str:
+    """A file in a folder that says which machine made it: locks are not always seen by others."""
+    return f"machine-{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _lock(folder: Path) -> tuple[int, bool]:
     """A descriptor that keeps others out of the folder while it is open, and whether the file system has such locks.
 
-    Raises BlockingIOError where another process has it, another OSError where it is gone.
+    Raises BlockingIOError where another process has it, another OSError where it is gone or may not be read.
     """
     descriptor, locked = os.open(folder, os.O_RDONLY), False
     try:
@@ -145,44 +175,25 @@ def _lock(folder: str | os.PathLike) -> tuple[int, bool]:
     return descriptor, locked
 
 
-@contextlib.contextmanager
-def _private_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that only this process writes to; whoever finds it sees by its lock that it is in
-    use."""
-    while True:
-        folder = path.with_name(f"{_stem(path)}{_machine()}-{secrets.token_hex(4)}.partial")
-        os.mkdir(folder, 0o700)
-        try:
-            descriptor, _ = _lock(folder)
-            break
-        except (BlockingIOError, FileNotFoundError):  # taken for one left behind, in the moment before it was locked
-            continue
+def _removed(folder: Path) -> bool:
+    """Whether there is no such folder any more: one that a killed writer left is removed. Nobody has its lock and this
+    machine made it, or it is a day old."""
     try:
-        yield folder
+        descriptor, locked = _lock(folder)
+    except FileNotFoundError:
+        return True
+    except OSError:  # in use, or another user's
+        return False
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISDIR(facts.st_mode):
+            return False
+        machines = [name for name in os.listdir(folder) if name.startswith("machine-")]
+        if (locked and machines in ([], [_owner()])) or time.time() - facts.st_mtime > _FORGOTTEN:
+            shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
-
-
-def _remove_left(path: Path) -> None:
-    """Remove the folders that killed writers of `path` left: nobody has their lock (on another machine, where locks may
-    not be seen: they are a day old)."""
-    with os.scandir(path.parent) as entries:
-        names = [each.name for each in entries if each.name.startswith(_stem(path)) and each.name.endswith(".partial")]
-    for name in names:
-        left = path.with_name(name)
-        try:
-            descriptor, locked = _lock(left)
-        except OSError:  # in use, or gone, or no folder of ours
-            continue
-        try:
-            ours = locked and name.startswith(f"{_stem(path)}{_machine()}-")
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode) and (
-                ours or time.time() - os.fstat(descriptor).st_mtime > _FORGOTTEN
-            ):
-                shutil.rmtree(left, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------
@@ -254,12 +265,16 @@ def is_zip(file: BinaryIO) -> bool:
     return start == b"PK\x03\x04"
 
 
+class _Oversized(FileFormatError):
+    """A file that says that it holds more than it can."""
+
+
 def _check_unpacked(size: int, file: BinaryIO, path: str | os.PathLike) -> None:
     """Raises FileFormatError where `size` bytes are far more than the file can mean."""
     least, times = _UNPACKED
     stored = os.fstat(file.fileno()).st_size
     if size > max(least, times * stored):
-        raise FileFormatError(
+        raise _Oversized(
             f"{shown(path)} has {stored} bytes and would take {size} in memory: it is damaged, or made to exhaust it."
         )
 
@@ -288,7 +303,7 @@ def _check_array(data: IO[bytes], size: int, path: str | os.PathLike) -> None:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(data)
     if math.prod(shape) * dtype.itemsize > size:
-        raise FileFormatError(f"{shown(path)} is truncated: an array of {list(shape)} in it has {size} bytes.")
+        raise _Oversized(f"{shown(path)} is truncated: an array of {list(shape)} in it has {size} bytes.")
 
 
 def read_tensors(file: BinaryIO, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -394,7 +409,7 @@ def _read_checkpoint(file: BinaryIO, path: str | os.PathLike) -> Any:
         # Training checkpoints often carry their command line, a harmless bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):
+    except (PermissionError, MemoryError, _Oversized):
         raise
     except Exception as error:
         raise FileFormatError(
@@ -422,6 +437,10 @@ def _state_of(content: Any, name: str) -> dict[str, Tensor]:
                 "so save model.state_dict() alone."
             )
         state[key] = value if isinstance(value, Tensor) else _tensor_of(value, key, name)
+        if state[key].is_meta:
+            raise FileFormatError(
+                f"{name}: entry {quoted(key)} is on the meta device and has no numbers; save real weights."
+            )
     return state
 
 

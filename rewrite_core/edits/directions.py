@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice
 from ..layers.binding import BoundLayer
-from ..statistics.checks import check_inputs, check_keys, check_layer, check_moment
+from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles
-from ..statistics.second_moment import SecondMoment
+from ..statistics.second_moment import SecondMoment, check_inputs, check_moment
 from .selection import Selection
 
 DIRECTIONS = ("whitened", "svd", "mean", "units")

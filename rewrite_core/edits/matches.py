@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, RewriteCoreError
 from ..layers.binding import BoundLayer
-from ..statistics.checks import check_inputs
 from ..statistics.key_stream import stream_keys
-from ..statistics.second_moment import SecondMoment
+from ..statistics.second_moment import SecondMoment, check_inputs
 from .directions import query_key
 from .selection import Selection
 

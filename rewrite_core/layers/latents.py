@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError, whole_number
+from ..errors import ArgumentError, FileFormatError, MismatchError, RewriteCoreError, SelectionError, whole_number
 
 DISTRIBUTIONS = ("normal", "uniform")
 _LARGEST_SEED = 2**32 - 1  # of numpy.random.RandomState
@@ -23,9 +23,9 @@ _MOST_NUMBERS = 2**40  # of one sample: four terabytes
 
 
 def check_latents(latents: Tensor) -> None:
-    """Raises TypeError for anything but a tensor, RewriteCoreError for one without rows."""
+    """Raises ArgumentError for anything but a tensor, RewriteCoreError for one without rows."""
     if not isinstance(latents, Tensor):
-        raise TypeError(
+        raise ArgumentError(
             f"latents must be a torch tensor [N, ...], not {type(latents).__name__}: use torch.as_tensor, or "
             "torch.stack for several tensors."
         )

@@ -15,8 +15,8 @@ from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverErr
 from ..layers.binding import BoundLayer
 from ..solvers.base import Solver
 from ..solvers.removal import Removal
-from ..statistics.checks import check_inputs, check_keys
-from ..statistics.second_moment import SecondMoment
+from ..statistics.checks import check_keys
+from ..statistics.second_moment import SecondMoment, check_inputs
 from .change import Rewrite
 from .solving import Settings, Task, solve
 

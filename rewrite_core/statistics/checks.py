@@ -7,36 +7,21 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..layers.binding import BoundLayer
-from ..layers.latents import check_latents
-from .second_moment import SecondMoment
 
 
-def _what(given: object) -> str:
+def what_is(given: object) -> str:
+    """What was given in place of something else, for a message."""
     return f"the generator ({type(given).__name__})" if isinstance(given, nn.Module) else type(given).__name__
 
 
-def check_inputs(layer: BoundLayer, moment: SecondMoment, latents: Tensor | None = None) -> None:
-    """The first arguments that the functions of an edit have in common; no latents, no check of them."""
-    check_layer(layer)
-    check_moment(moment)
-    if latents is not None:
-        check_latents(latents)
-
-
 def check_layer(layer: BoundLayer) -> None:
+    """Raises ArgumentError for anything but a bound layer."""
     if not isinstance(layer, BoundLayer):
-        raise ArgumentError(f"layer is what rc.bind(generator, name) returns, not {_what(layer)}.")
-
-
-def check_moment(moment: SecondMoment) -> None:
-    if not isinstance(moment, SecondMoment):
-        raise ArgumentError(
-            f"moment is what rc.collect_second_moment(layer, latents) returns, or rc.SecondMoment.load(path), not "
-            f"{_what(moment)}."
-        )
+        raise ArgumentError(f"layer is what rc.bind(generator, name) returns, not {what_is(layer)}.")
 
 
 def check_keys(keys: Tensor, name: str = "keys") -> None:
+    """Raises ArgumentError for anything but a floating-point tensor."""
     if not isinstance(keys, Tensor) or not keys.is_floating_point():
-        what = keys.dtype if isinstance(keys, Tensor) else _what(keys)
+        what = keys.dtype if isinstance(keys, Tensor) else what_is(keys)
         raise ArgumentError(f"{name} must be a floating-point tensor of key vectors, not {what}: use torch.as_tensor.")

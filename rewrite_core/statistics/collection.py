@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,12 @@ from ..progress import progress_bar
 from .checks import check_layer
 from .key_stream import batch_named
 from .launches import Launches
+from .masks import Mask, batch_mask, check_mask
 from .part import Part
 from .second_moment import SecondMoment
 from .streams import side_stream
 
 CHECKPOINT_SECONDS = 5.0  # between two checkpoints
-
-Mask = Tensor | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Collection:
 
     def _feed(self, behind: list[Part], first: int, batch: Tensor) -> None:
         """Run the generator on a batch, the latents from `first` on, and add its keys to the parts that lack them."""
-        mask = self._mask_of(first, batch)
+        mask = batch_mask(self._asked.mask, first, batch)
         left = len(behind)
 
         def consume(which: int, capture: Capture) -> None:
@@ -114,12 +113,6 @@ class Collection:
             for which, part in enumerate(behind):
                 part.moment.fingerprint = trace.fingerprint(which)
         self._launches.passed()
-
-    def _mask_of(self, first: int, batch: Tensor) -> Tensor | None:
-        mask = self._asked.mask
-        if mask is None or isinstance(mask, Tensor):
-            return None if mask is None else mask[first : first + len(batch)]
-        return mask(batch)
 
     def _add(self, part: Part, key: Tensor, mask: Tensor | None, latents: tuple[int, int], last: bool) -> None:
         skip_nonfinite, side = self._asked.skip_nonfinite, side_stream(key.device)
@@ -163,21 +156,12 @@ def check_asked(latents: Tensor, asked: Asked) -> Asked:
     check_latents(latents)
     if latents.ndim == 0 or len(latents) == 0:
         raise RewriteCoreError("Collecting a second moment needs at least one latent, a row of a tensor [N, ...].")
-    mask = asked.mask
-    if mask is not None and not callable(mask) and not isinstance(mask, Tensor):
-        raise ArgumentError(
-            f"mask is a tensor [N, *map], or a function that makes one of a batch of latents, not "
-            f"{type(mask).__name__}."
-        )
-    if isinstance(mask, Tensor) and (mask.ndim == 0 or len(mask) != len(latents)):
-        raise RewriteCoreError(
-            f"The mask has {list(mask.shape)} numbers for {len(latents)} latents; give a row for each."
-        )
+    check_mask(asked.mask, latents)
     return Asked(
         batch_size=whole_number("batch_size", asked.batch_size),
         until=None if asked.until is None else number("`until`, the relative error to stop at,", asked.until, above=0),
         skip_nonfinite=bool(asked.skip_nonfinite),
-        mask=mask,
+        mask=asked.mask,
         progress=bool(asked.progress),
         first=asked.first,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, whole_number
 from ..layers.binding import BoundLayer
 from ..progress import progress_bar
 
@@ -34,6 +34,7 @@ def stream_keys(
 ) -> None:
     """Feed the key maps of `latents`, batch by batch, to `consume(keys, rows done)`, which must raise NonFiniteError on
     NaN or infinity; the batch is then named."""
+    batch_size = whole_number("batch_size", batch_size)
     with progress_bar(total=len(latents), label=label, unit="img", show=progress) as bar:
         for first in range(0, len(latents), batch_size):
             batch = latents[first : first + batch_size]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, NonFiniteError, RewriteCoreError
+from .masks import positions_that_count
 
 
 def square(matrix: Tensor) -> Tensor:
@@ -76,21 +77,9 @@ def masked(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Zeros add nothing to a sum, so nothing has to be gathered, and a GPU is not waited for.
     """
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise ArgumentError(
-            f"mask must be a tensor of booleans or whole numbers, 0 for what does not count, not {what}."
-        )
-    shape = (len(features), *features.shape[2:])
-    if mask.shape != shape:
-        raise RewriteCoreError(
-            f"A mask of features {list(features.shape)} has one number for each position, {list(shape)}, not "
-            f"{list(mask.shape)}."
-        )
-    mask = mask.to(features.device, non_blocking=True) != 0
-    return features.masked_fill(mask.logical_not()[:, None], 0), mask.flatten(1).sum(
-        1
-    ) if mask.ndim > 1 else mask.long()
+    counting = positions_that_count(features, mask)
+    counts = counting.view(len(counting), -1).sum(1)
+    return features.masked_fill(counting.logical_not()[:, None], 0), counts
 
 
 def sum_of(features: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError
-from ..files import is_zip, open_file, read_arrays, record_of, save_record, shown
+from ..errors import ArgumentError, FileFormatError
+from ..files import is_zip, open_file, plain, read_arrays, record_of, save_record, shown
 from ..layers.latents import LatentRecipe
 
 VERSION = 1
@@ -38,7 +38,15 @@ class Stored:
 
 
 def write(path: str | os.PathLike, total: Tensor, facts: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write a sum, float64 [C, C], with the other fields of :class:`Stored`."""
+    """Write a sum, float64 [C, C], with the other fields of :class:`Stored`.
+
+    Raises ArgumentError for a record of latents that :func:`read` would refuse.
+    """
+    if not _are_latents(plain(facts["latents"], "latents")):
+        raise ArgumentError(
+            "A second moment's `latents` holds something of another type than collect_second_moment puts there: give "
+            "`count` and `used` as whole numbers, `fingerprint` and `mask` as text."
+        )
     save_record(path, "second_moment", VERSION, {"sum": total.cpu(), **state}, facts)
 
 

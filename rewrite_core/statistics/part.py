@@ -62,6 +62,7 @@ class Part:
         if self.keys is not None and progress:
             self.keys.resume(state, path)
         self.moment, self.done = saved, progress["done"] if progress else saved.latents.get("used", total)
+        self.moment.latents = saved.latents | {"count": total}
         if type(self.done) is not int or not 0 <= self.done <= total:
             raise FileFormatError(f"{shown(path)} says that {self.done!r} of {total} latents are in it.")
 

@@ -23,9 +23,10 @@ from ..errors import (
 from ..files import shown
 from ..layers.binding import BoundLayer
 from ..layers.fingerprints import KIND
-from ..layers.latents import LatentRecipe, recipe_of
+from ..layers.latents import LatentRecipe, check_latents, recipe_of
 from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
 from . import moment_file
+from .checks import check_layer, what_is
 from .measuring import Keys, Note, checked, masked, measured, positions, square, sum_of
 from .standard_errors import relative_error
 
@@ -46,6 +47,11 @@ class SecondMoment:
 
     def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
         channels = whole_number("A second moment's number of channels", channels)
+        for name, text in (("layer", layer), ("fingerprint", fingerprint)):
+            if not isinstance(text, str | None):
+                raise ArgumentError(
+                    f"A second moment's {name} is text, or None where it is not known, not {what_is(text)}."
+                )
         with torch.inference_mode(False):  # or it could not be written in place outside
             self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
@@ -179,6 +185,7 @@ class SecondMoment:
     def check(self, layer: BoundLayer, latents: Tensor | None = None) -> None:
         """Raise MismatchError where this moment was not collected from `layer` as it is now, or from latents of another
         shape or distribution than `latents`, where that is known."""
+        check_layer(layer)
         if self.channels != layer.in_channels:
             raise MismatchError(
                 f"The second moment has {self.channels} channels and {layer.name!r} has {layer.in_channels}; "
@@ -295,7 +302,8 @@ class SecondMoment:
     def _save(self, path: str | os.PathLike, progress: dict[str, int], state: dict[str, Tensor]) -> None:
         """Write a checkpoint: the moment, how far it is, and the state of the errors of its keys."""
         facts = {name: value for name, value in self._facts().items() if name != "channels"}
-        errors = None if self.key_errors is None else self.key_errors.tolist()
+        known = self.key_errors is not None and bool(self.key_errors.isfinite().all())
+        errors = self.key_errors.tolist() if known else None
         facts |= {"latents": self.latents, "key_errors": errors, "progress": progress}
         moment_file.write(path, self._sum, facts, state)
 
@@ -329,3 +337,20 @@ class SecondMoment:
         if stored.key_errors is not None:
             moment.key_errors = torch.tensor(stored.key_errors, dtype=torch.float64, device="cpu")
         return moment, stored.progress, stored.state
+
+
+def check_moment(moment: SecondMoment) -> None:
+    """Raises ArgumentError for anything but a second moment."""
+    if not isinstance(moment, SecondMoment):
+        raise ArgumentError(
+            f"moment is what rc.collect_second_moment(layer, latents) returns, or rc.SecondMoment.load(path), not "
+            f"{what_is(moment)}."
+        )
+
+
+def check_inputs(layer: BoundLayer, moment: SecondMoment, latents: Tensor | None = None) -> None:
+    """Checks the first arguments that the functions of an edit have in common; no latents, no check of them."""
+    check_layer(layer)
+    check_moment(moment)
+    if latents is not None:
+        check_latents(latents)

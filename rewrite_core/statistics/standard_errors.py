@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from ..errors import (
     MismatchError,
     NonFiniteError,
     RewriteCoreError,
+    silent,
 )
 from ..files import shown
 from ..ops.spd_solve_op.factor import spd_factor
@@ -131,8 +131,7 @@ class KeyErrors:
             moment.key_errors = (self._variances / moment.count).sqrt()
 
     def _evaluate(self, moment: SecondMoment) -> None:
-        with warnings.catch_warnings():  # whoever solves with the result is told
-            warnings.simplefilter("ignore", DiagonalShiftWarning)
+        with silent(DiagonalShiftWarning):  # whoever solves with the result is told
             # N C, as a copy to divide by N would be one matrix more
             factor = spd_factor(moment._sum, noise=moment._noise)
 
