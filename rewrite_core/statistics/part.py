@@ -72,7 +72,7 @@ class Part:
         if self.keys is not None:
             self.keys.count(self.keys.add(part), added)
             del part  # there is to be one matrix at a time beside the sum
-            self.keys.tell(self.moment)
+            self._tell_errors(self.keys)
         self.done += count
 
     def launch(
@@ -99,7 +99,14 @@ class Part:
         if self._total is not None:
             self.moment._sum.copy_(self._total)
             if self.keys is not None:
-                self.keys.tell(self.moment)
+                self._tell_errors(self.keys)
+
+    def _tell_errors(self, keys: KeyErrors) -> None:
+        """Set the errors of the moment's keys, where they are known."""
+        moment = self.moment
+        errors = keys.errors(moment._sum, moment.count, moment._noise)
+        if errors is not None:
+            moment.key_errors = errors
 
     @property
     def error(self) -> float:

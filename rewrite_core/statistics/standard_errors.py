@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,6 @@ from ..errors import (
 )
 from ..files import shown
 from ..ops.spd_solve_op.factor import spd_factor
-
-if TYPE_CHECKING:
-    from .second_moment import SecondMoment
 
 LEAST = 8  # batches before their spread is believed
 
@@ -102,7 +98,7 @@ class KeyErrors:
 
     @property
     def due(self) -> bool:
-        """Whether :meth:`tell` has to be called before the next batch."""
+        """Whether :meth:`errors` has to be called before the next batch."""
         batches = self._batches
         return batches >= LEAST and batches & (batches - 1) == 0 and batches != self._evaluated
 
@@ -123,28 +119,30 @@ class KeyErrors:
         if self._solved:
             self._counts[group] += count
 
-    def tell(self, moment: SecondMoment) -> None:
-        """Set the errors of `moment`, which holds all batches that were taken in, where they are known."""
-        if self.due and moment.count >= moment.channels:
-            self._evaluate(moment)
-        if not self._variances.isnan().any():
-            moment.key_errors = (self._variances / moment.count).sqrt()
+    def errors(self, total: Tensor, count: int, noise: float) -> Tensor | None:
+        """The errors, float64 [n], where they are known, after all batches that were taken in, whose sum is `total`.
 
-    def _evaluate(self, moment: SecondMoment) -> None:
+        `noise` is how exact an entry of it is, relative to the roots of its diagonal's.
+        """
+        if self.due and count >= len(total):
+            self._evaluate(total, count, noise)
+        return None if self._variances.isnan().any() else (self._variances / count).sqrt()
+
+    def _evaluate(self, total: Tensor, count: int, noise: float) -> None:
         with silent(DiagonalShiftWarning):  # whoever solves with the result is told
             # N C, as a copy to divide by N would be one matrix more
-            factor = spd_factor(moment._sum, noise=moment._noise)
+            factor = spd_factor(total, noise=noise)
 
         def solve(rhs: Tensor) -> Tensor:
-            return factor.solve(rhs).mul_(moment.count)
+            return factor.solve(rhs).mul_(count)
 
         counts = torch.tensor(self._counts, dtype=torch.float64, device="cpu")
         used = counts > 0
         if used.any():
             counts, products = counts[used], self._products.cpu()[used]
             spread = solve(products.flatten(0, 1).T).T.reshape(products.shape)
-            total = spread.sum(0).square().sum(1) / counts.sum()
-            between = (spread.square().sum(2) / counts[:, None]).sum(0) - total
+            whole = spread.sum(0).square().sum(1) / counts.sum()
+            between = (spread.square().sum(2) / counts[:, None]).sum(0) - whole
             variances = between.clamp(min=0) / (len(counts) - 1)
             self._variances = variances / self._directions.cpu().square().sum(1)
         self._directions = solve(self._keys.T).T.to(self._device, memory_format=torch.contiguous_format)
