@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def whole_number(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> int:
+def whole_number(name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
     """`value` as an int, NumPy's whole numbers too.
 
     Raises ArgumentError for anything else, RewriteCoreError for one that is out of range.
@@ -159,9 +159,7 @@ def whole_number(name: str, value: object, least: int = 1, most: int = 2**31 - 1
     return whole
 
 
-def number(
-    name: str, value: object, least: float = -math.inf, most: float = math.inf, above: float = -math.inf
-) -> float:
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> float:
     """`value` as a float, NumPy's numbers too, in least..most and greater than `above`.
 
     Raises ArgumentError for anything else, RewriteCoreError for NaN, infinity and what is out of range.

@@ -117,29 +117,35 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def _private_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that only this process writes to: the first of those that may be called so that
     is free, or that a killed writer left. Others that were left are removed."""
-    for number in itertools.count():
-        folder, descriptor = _partial(path, number), None
-        while descriptor is None:
-            try:
-                os.mkdir(folder, 0o700)
-                descriptor, _ = _lock(folder)
-                (folder / _owner()).touch()
-            except FileExistsError:
-                if not _removed(folder):
-                    break
-            except (BlockingIOError, FileNotFoundError):  # taken for one that was left, before it was locked
-                continue
-        if descriptor is not None:
-            break
+    number = 0
+    while (descriptor := _claimed(_partial(path, number))) is None:
+        number += 1
+    folder = _partial(path, number)
     try:
-        for left in itertools.takewhile(
-            os.path.lexists, (_partial(path, each) for each in itertools.count(number + 1))
-        ):
+        others = (_partial(path, each) for each in itertools.count(number + 1))
+        for left in itertools.takewhile(os.path.lexists, others):
             _removed(left)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def _claimed(folder: Path) -> int | None:
+    """A descriptor that keeps others out of a folder that was just made; None where that one is in use."""
+    while True:
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            if not _removed(folder):
+                return None
+            continue
+        try:
+            descriptor, _ = _lock(folder)
+        except (BlockingIOError, FileNotFoundError):  # taken for one that was left, in the moment before it was locked
+            continue
+        (folder / _owner()).touch()
+        return descriptor
 
 
 def _partial(path: Path, number: int) -> Path:
@@ -358,7 +364,7 @@ def record_of(
     if found != f"rewrite_core.{kind}":
         what = "a foreign file" if found is None else quoted(found)
         raise FileFormatError(f"{name} is not a rewrite_core {kind.replace('_', ' ')} but {what}.")
-    if header.get("version") not in map(str, versions):
+    if header.get("version") not in [str(version) for version in versions]:
         raise FileFormatError(
             f"{name} has format version {quoted(header.get('version'))} and this library reads {max(versions)}; "
             "upgrade rewrite_core or make the file again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -40,8 +41,5 @@ def progress_bar(
     hidden: bool | None = True
     if show:
         hidden = False if in_notebook() else None  # None: where stderr is no terminal
-    if hidden is False:
-        from tqdm.auto import tqdm  # a widget
-    else:
-        from tqdm import tqdm
-    return tqdm(steps, total=total, initial=start, desc=label or None, unit=unit, disable=hidden)
+    make: type[tqdm] = importlib.import_module("tqdm" if hidden is not False else "tqdm.auto").tqdm  # a widget there
+    return make(steps, total=total, initial=start, desc=label or None, unit=unit, disable=hidden)

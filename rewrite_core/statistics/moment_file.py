@@ -83,14 +83,16 @@ def _stored(tensors: dict[str, Tensor], metadata: dict[str, Any], name: str) -> 
     ):
         raise FileFormatError(f"{name} has metadata of the wrong types.")
     spread = math.nan if spread is None else float(spread)
-    return Stored(total, *counts[:2], *texts, latents, counts[2], spread, wide, errors, progress, tensors)
+    count, skipped, groups = counts
+    layer, fingerprint = texts
+    return Stored(total, count, skipped, layer, fingerprint, latents, groups, spread, wide, errors, progress, tensors)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 

@@ -268,7 +268,7 @@ class SecondMoment:
     @staticmethod
     def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
         """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
-        joined = {"_factor": None, "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
+        joined: dict[str, Any] = {"_factor": None, "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
         for name in ("channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
@@ -302,9 +302,14 @@ class SecondMoment:
     def _save(self, path: str | os.PathLike, progress: dict[str, int], state: dict[str, Tensor]) -> None:
         """Write a checkpoint: the moment, how far it is, and the state of the errors of its keys."""
         facts = {name: value for name, value in self._facts().items() if name != "channels"}
-        known = self.key_errors is not None and bool(self.key_errors.isfinite().all())
-        errors = self.key_errors.tolist() if known else None
-        facts |= {"latents": self.latents, "key_errors": errors, "progress": progress}
+        errors = self.key_errors
+        if errors is not None and not errors.isfinite().all():
+            errors = None
+        facts |= {
+            "latents": self.latents,
+            "key_errors": None if errors is None else errors.tolist(),
+            "progress": progress,
+        }
         moment_file.write(path, self._sum, facts, state)
 
     @classmethod
