@@ -23,8 +23,8 @@ from .layers.latents import check_latents
 from .layers.replay import Record, record
 from .rewrites.calls import erase, rewrite, zero
 from .rewrites.change import Rewrite
-from .statistics.checks import check_layer, check_moment
-from .statistics.second_moment import SecondMoment
+from .statistics.checks import check_layer
+from .statistics.second_moment import SecondMoment, check_moment
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
