@@ -21,6 +21,7 @@ from rewrite_core import ops
 from rewrite_core.backends import BackendUnavailable, backends_of, extension, triton_reason
 from rewrite_core.ops.fit_low_rank_op import problem as facts
 from rewrite_core.ops.fit_low_rank_op import reference, register
+from rewrite_core.ops.fit_low_rank_op.model import Model
 
 DATA = Path(__file__).parent / "data"
 ISAS = ("portable", "avx2", "avx512")
@@ -602,8 +603,8 @@ def test_segments_in_any_order_batch_and_weight(fit):
 def test_derivative_of_segments_against_finite_differences():
     problem, _ = segmented_problem(3, 1)
     names = ("basis", "base", "target", "shift")
-    rest = problem["demodulation"], problem["slope"], problem["gain"], problem["segments"]
-    model = reference.Model(*(problem[name] for name in names), *rest[0], *rest[1:])
+    rest = (problem[name] for name in ("demodulation", "slope", "gain", "segments"))
+    model = Model(*(problem[name] for name in names), *rest)
     x = 0.02 * torch.randn(32, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def value(x):
@@ -620,13 +621,13 @@ def test_derivative_of_segments_against_finite_differences():
 @pytest.mark.parametrize("demodulated", [True, False])
 def test_derivative_against_finite_differences(demodulated):
     problem = random_problem(3, 2, (5, 5), demodulated)
-    constant, linear, quadratic = problem.get("demodulation") or (None, None, None)
-    model = reference.Model(
+    demodulation = problem.get("demodulation")
+    model = Model(
         problem["basis"],
         problem["base"],
         problem["target"],
         problem["shift"].expand_as(problem["base"]),
-        *(None if part is None else part[None] for part in (constant, linear, quadratic)),
+        None if demodulation is None else tuple(part[None] for part in demodulation),
         problem["slope"],
         problem["gain"],
     )
@@ -652,7 +653,7 @@ def test_derivative_against_finite_differences(demodulated):
 
 def test_sharp_kink_is_the_limit_of_the_rounded_one():
     problem = random_problem(3, 2, (5, 5))
-    model = reference.Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, None, None, 0.2, 1.4)
+    model = Model(*(problem[k] for k in ("basis", "base", "target", "shift")), None, 0.2, 1.4)
     lin, m, _ = model.linearise(torch.zeros(32, 18, dtype=torch.float64))
     rounded = model.residual(lin, m, torch.full((32,), 1e-9, dtype=torch.float64))
     for ours, sharp in zip(rounded[:2], model.residual(lin, m)[:2]):

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,7 +143,8 @@ def prepare(given: FitLowRankProblem, demodulation: tuple[Tensor, Tensor, Tensor
     if demodulation is not None and (len(demodulation) != 3 or any(part is None for part in demodulation)):
         raise RewriteCoreError("demodulation must be three tensors (constant, linear, quadratic), or None.")
     if demodulation is not None:
-        given = given._replace(**dict(zip(DEMODULATION, demodulation)))
+        constant, linear, quadratic = demodulation
+        given = given._replace(constant=constant, linear=linear, quadratic=quadratic)
     tensors = {name: getattr(given, name) for name in AXES}
     for name, data in tensors.items():
         if data is None and name not in ("basis", "base", "target"):
@@ -167,7 +168,7 @@ def prepare(given: FitLowRankProblem, demodulation: tuple[Tensor, Tensor, Tensor
             data = data.to(torch.int64 if name == "segments" else torch.float64)
         return data if batched else data[None]
 
-    taken = {name: None if data is None else ready(name, data) for name, data in tensors.items()}
+    taken: dict[str, Any] = {name: None if data is None else ready(name, data) for name, data in tensors.items()}
     if taken["penalty"] is not None and taken["penalty_scale"] is None:
         taken["penalty_scale"] = given.base.new_ones(taken["base"].shape[:2], dtype=torch.float64)
     problem = given._replace(**taken, max_iterations=whole_number("max_iterations", given.max_iterations))

@@ -103,9 +103,9 @@ def fit_low_rank(
         outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     else:  # what the op does, without checking a second time
         outputs = select("fit_low_rank", backend, *problem).load()(problem)
-    if basis.ndim == 2:
-        outputs = tuple(output[0] for output in outputs)
-    return FitResult(*outputs, "closed_form" if problem.exact else "lm")
+    coefficients, final, initial, iterations, status = outputs if basis.ndim == 3 else [output[0] for output in outputs]
+    solver = "closed_form" if problem.exact else "lm"
+    return FitResult(coefficients, final, initial, iterations, status, solver)
 
 
 def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
@@ -117,7 +117,7 @@ def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
         if data is None or isinstance(data, Tensor)
     ]
     edits, unknowns, pixels = problem.basis.shape
-    styles = 1 if problem.segments is None else problem.constant.shape[1]
+    styles = 1 if problem.segments is None or problem.constant is None else problem.constant.shape[1]
     extension().fit_low_rank(
         inputs=[0 if data is None else data.data_ptr() for data in inputs],
         shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
@@ -147,7 +147,7 @@ def run_triton(problem: FitLowRankProblem) -> Outputs:
     return launch(problem)
 
 
-def _triton_supports(basis: Tensor, *args: Tensor | float | str | None) -> str | None:
+def _triton_supports(basis: Tensor, *args: Any) -> str | None:
     reason = triton_reason(TRITON)
     if reason is None and FitLowRankProblem(basis, *args).segments is not None:
         reason = "it has one demodulation per edit, and segments ask for several"

@@ -20,7 +20,7 @@ where the plain sum has 784 (900 with the zeros around), and about 210 additions
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class FitProjectedProblem(NamedTuple):
 def value_of(problem: FitProjectedProblem, lin: Tensor, weight: Tensor | None) -> Tensor:
     """The value [O, P] of a linear output; weight [O, I kh kw] is read for demodulation only."""
     out = lin
-    if weight is not None:
+    if weight is not None and problem.style is not None:
         taps = weight.shape[1] // len(problem.style)
         square = problem.style.square().repeat_interleave(taps)
         out = (weight.square() @ square + problem.eps).rsqrt()[:, None] * lin
@@ -109,7 +109,9 @@ def prepare(
         project_every=every,
     )
     check(problem)
-    tensors = {name: part.detach() for name, part in problem._asdict().items() if isinstance(part, Tensor)}
+    tensors: dict[str, Any] = {
+        name: part.detach() for name, part in problem._asdict().items() if isinstance(part, Tensor)
+    }
     problem = problem._replace(**tensors)
     if value is None:
         weight = None if problem.weight is None else problem.weight.flatten(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .problem import FitProjectedProblem, value_of
 
 
-def run_reference(problem: FitProjectedProblem, progress=None) -> tuple[Tensor, Tensor]:
+def run_reference(problem: FitProjectedProblem, progress: object = None) -> tuple[Tensor, Tensor]:
     """Autograd and torch.optim.Adam, on the operator as a matrix."""
     operator, directions = problem.operator, problem.directions
     inputs, *kernel = operator.shape[:3]
@@ -36,7 +36,7 @@ def run_reference(problem: FitProjectedProblem, progress=None) -> tuple[Tensor, 
             loss.backward()
         losses.append(loss.detach().double())
         with torch.no_grad():
-            if problem.project_gradient:
+            if problem.project_gradient and change.grad is not None:
                 change.grad.copy_(project(change.grad))
             optimiser.step()
             if len(directions) and (step % problem.project_every == 0 or step == problem.steps - 1):

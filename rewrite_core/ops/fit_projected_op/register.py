@@ -85,10 +85,19 @@ def fit_projected(
         operator,
         base,
         target,
-        *(base, shift, None, None, 0.0),
+        base,
+        shift,
+        None,
+        None,
+        0.0,
         slope,
         gain,
-        *(base, loss, steps, lr, project_every, project_gradient),
+        base,
+        loss,
+        steps,
+        lr,
+        project_every,
+        project_gradient,
     )
     problem = prepare(given, demodulation, value, directions)
     if dispatched(base):
@@ -114,7 +123,7 @@ def run_cpp(
     extra = padded - inputs
     directions = F.pad(directions, (0, extra)).contiguous()
     weight = square = None
-    if problem.weight is not None:
+    if problem.weight is not None and problem.style is not None:
         weight = F.pad(problem.weight.flatten(2), (0, 0, 0, extra)).contiguous()
         square = F.pad(problem.style.square(), (0, extra)).contiguous()
     base, target, value = (part.contiguous() for part in (problem.base, problem.target, problem.value))
@@ -122,7 +131,7 @@ def run_cpp(
     shift = shift.expand(channels, height, width)
     if shift.stride(1) != width * shift.stride(2):  # one stride over all pixels
         shift = shift.contiguous()
-    wide = {"dtype": torch.float64, "device": base.device}
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": base.device}
     count = torch.arange(1, problem.steps + 1, **wide)
     rates = torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float()
 

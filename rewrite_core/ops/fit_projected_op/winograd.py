@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ def transformed_maps(operator: Tensor, tile: int) -> Tensor:
     if tile:
         n = tile + 2
         # the inverse of the polynomials' values at the points: a tile of the map is a linear form of products
-        options = {"dtype": torch.float64, "device": operator.device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": operator.device}
         matrix = torch.zeros(n, n, **options)
         matrix[:, :-1] = torch.tensor(POINTS[tile], **options) ** torch.arange(n, **options)[:, None]
         matrix[-1, -1] = 1

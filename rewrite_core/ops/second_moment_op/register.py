@@ -52,13 +52,12 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     check_types(features, out, precision)  # the rest the ops check
     if features.requires_grad:
         features = features.detach()
-    if dispatched(features):
-        op, op_into = torch.ops.rewrite_core.second_moment, torch.ops.rewrite_core.second_moment_
-    else:
-        op, op_into = _add_up, _add_to
+    seen = dispatched(features)
     if out is None:
-        return op(features, backend, precision)
-    op_into(out, features, backend, precision)
+        add_up = torch.ops.rewrite_core.second_moment if seen else _add_up
+        return add_up(features, backend, precision)
+    add_to = torch.ops.rewrite_core.second_moment_ if seen else _add_to
+    add_to(out, features, backend, precision)
     return out
 
 
