@@ -236,7 +236,7 @@ class Session:
     def _solved(self, call: Callable[..., Rewrite], edit: Edit, options: dict[str, Any]) -> Rewrite:
         with self._turn():
             change = call(self._remembering, self.moment, edit, self.latents, **options)
-            change._layers = [self.layer]
+            change._made_on = self.layer
             return change
 
 

@@ -26,7 +26,7 @@ ROOMS = (
     ("edits",),
     ("solvers",),
     ("rewrites",),
-    ("evaluation", "session"),
+    ("evaluation", "exchange", "session"),
     ("pictures", "demo", "studio"),
     ("__init__",),  # the public names
     ("benchmarks",),  # uses them as anyone does

@@ -13,7 +13,7 @@ from types import FrameType
 
 from ..errors import RewriteCoreError
 from ..version import __version__
-from . import bench, collect, demo, edit, info, init, layers, measure, render, search, studio
+from . import bench, collect, demo, edit, export, info, init, layers, measure, render, search, studio
 from .command import Command, Parser, UsageError, build_parser
 from .messages import out_of_memory, problem, say, show_warning
 from .options import lost_file
@@ -28,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     edit.COMMAND,
     render.COMMAND,
     measure.COMMAND,
+    export.COMMAND,
     studio.COMMAND,
     bench.COMMAND,
     info.COMMAND,

@@ -1,0 +1,1 @@
+"""Exchange: rewrites in the formats that other tools read and write."""
