@@ -1,7 +1,8 @@
 """The exceptions and warnings that the library raises on its input. Each message is one sentence that says what to do.
 
 And what makes them: :func:`warn` names the user's line, :func:`silent` keeps it quiet; :func:`whole_number`,
-:func:`number` and :func:`choice` check one argument; :func:`quoted` shows a value that may come from a file.
+:func:`number`, :func:`choice` and :func:`flag` check one argument; :func:`quoted` shows a value that may come from a
+file.
 """
 
 from __future__ import annotations
@@ -177,6 +178,14 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
         which = f" {' and '.join(limits)}" if limits else ""
         raise (RewriteCoreError if right else ArgumentError)(f"{name} must be a number{which}, not {quoted(value)}.")
     return real
+
+
+def flag(name: str, value: object) -> bool:
+    """`value`, which is True or False. Raises ArgumentError for anything else, such as the text "no"."""
+    value = _plain(value)
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False, not {quoted(value)}.")
+    return value
 
 
 def choice(name: str, value: object, options: Collection[str]) -> str:

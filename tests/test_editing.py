@@ -137,8 +137,8 @@ def _golden_text():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "Not JSON"),
-        (_golden_text()[:300], "Not JSON"),
+        ("", "cannot be read as JSON"),
+        (_golden_text()[:300], "cannot be read as JSON"),
         ("[1, 2]", "JSON object"),
         ("{}", "nothing"),
         ('{"126": {"value": "-5.0"}}', "126"),

@@ -25,7 +25,7 @@ def test_search_takes_a_direction_and_any_top(layer, moment, edit, latents):
 def test_bad_input(generator, layer, moment, edit, latents):
     with pytest.raises(rc.RewriteCoreError, match="top"):
         rc.search(layer, moment, edit.copy, latents, top=0)
-    with pytest.raises(rc.RewriteCoreError, match="latents"):
+    with pytest.raises(rc.RewriteCoreError, match="there are none"):
         rc.search(layer, moment, torch.ones(64), latents[:0])
     with pytest.raises(TypeError, match="torch.as_tensor"):
         rc.search(layer, moment, edit.copy, latents.numpy())

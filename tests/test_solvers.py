@@ -72,7 +72,7 @@ def test_more_unknowns_than_pixels_warn():
         (lambda: rc.Unconstrained(lr=0), rc.RewriteCoreError, "above 0"),
         (lambda: rc.Projected(lr=float("nan")), rc.RewriteCoreError, "lr must be a number"),
         (lambda: rc.Projected(project_every=0), rc.RewriteCoreError, "project_every must be an integer"),
-        (lambda: rc.Projected(project_gradient=1), rc.ArgumentError, "True or False"),
+        (lambda: rc.Projected(project_gradient=1), rc.ArgumentError, "project_gradient must be True or False"),
         (lambda: rc.LM(steps=5), TypeError, "steps"),
         (lambda: rc.Adam(project_every=5), TypeError, "project_every"),
         (lambda: solver_of("lbfgs"), rc.SolverError, "choose from"),

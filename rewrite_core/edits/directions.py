@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice
+from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice, quoted
 from ..layers.binding import BoundLayer
+from ..layers.latents import check_latents
 from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles
 from ..statistics.second_moment import SecondMoment, check_inputs, check_moment
@@ -27,7 +28,14 @@ def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> t
     rows = keys.detach().to(torch.float64)
     if weights is None:
         weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    weights = torch.as_tensor(weights, device=rows.device).detach().to(torch.float64).reshape(-1)
+    try:
+        weights = torch.as_tensor(weights, device=rows.device).detach()
+        right = not weights.is_complex()
+    except (TypeError, ValueError, RuntimeError):
+        right = False
+    if not right:
+        raise ArgumentError(f"weights are real numbers, one for each context key, not {quoted(weights)}.")
+    weights = weights.to(torch.float64).reshape(-1)
     if len(weights) != len(rows):
         raise RewriteCoreError(f"There are {len(rows)} context keys and {len(weights)} weights; give one each.")
     if not (torch.isfinite(rows).all() and torch.isfinite(weights).all()):
@@ -58,6 +66,8 @@ def rank_units(
     (the reference's choice of what to erase).
     """
     rows, weights = _check_rows(moment, keys, weights)
+    if not isinstance(quantiles, UnitQuantiles | None):
+        raise ArgumentError(f"quantiles is what rc.collect_unit_quantiles returns, not {quoted(quantiles)}.")
     if quantiles is None:
         scale = moment.matrix().diagonal().to(rows.device)
         scores = rows.square() / torch.where(scale > 0, scale, torch.inf)
@@ -165,10 +175,13 @@ def context_keys(
     With ``inside_only=False`` every position of the marked images is a row, weight 0 outside the masks.
     """
     check_layer(layer)
-    if not isinstance(selections, Sequence):
-        raise ArgumentError(
-            f"selections is a list of rc.Selection (edit.where has an edit's), not {type(selections).__name__}."
-        )
+    check_latents(latents)
+    several = isinstance(selections, Sequence)
+    for given in selections if several else [selections]:
+        if not several or not isinstance(given, Selection):
+            raise ArgumentError(
+                f"selections is a list of rc.Selection (edit.where has an edit's), not one of {type(given).__name__}."
+            )
     if not selections:
         raise SelectionError("There is no selection to read keys at; mark at least one place.")
     rows, weights = [], []
@@ -184,7 +197,8 @@ def context_keys(
 
 def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, latents: Tensor) -> Tensor:
     """The key to search for: C^-1 of the mask-weighted mean key, normalised; float64 [I] (paper, section 4)."""
-    check_inputs(layer, moment, latents)
+    check_inputs(layer, moment)
+    check_latents(latents)
     if not isinstance(selection, Selection):
         raise ArgumentError(f"What to search for is an rc.Selection or a key, not {type(selection).__name__}.")
     rows, weights = context_keys(layer, [selection], latents)

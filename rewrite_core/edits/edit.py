@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import FileFormatError, LatentsWarning, RewriteCoreError, SelectionError, quoted, warn
-from ..files import atomic_write
-from ..layers.latents import LatentRecipe, check_rows, recipe_of, row_digests
+from ..errors import ArgumentError, FileFormatError, LatentsWarning, RewriteCoreError, SelectionError, quoted, warn
+from ..files import atomic_write, from_json, open_file, shown, to_json
+from ..layers.latents import LatentRecipe, check_latents, check_rows, recipe_of, row_digests
 from .selection import Selection
 
 _FIELDS = {"object": "copy", "paste": "paste", "key": "context", "query": "query"}
@@ -54,11 +53,11 @@ class Edit:
         if isinstance(paste, Sequence) and not paste:
             raise SelectionError("paste is an empty list; give at least one rc.Selection, or leave it out.")
         context = list(() if context is None else context) or None
-        pastes = paste if isinstance(paste, Sequence) else (paste,)
-        for part in (copy, query, *pastes, *(context or ())):
-            if part is not None and not isinstance(part, Selection):
+        self.pastes = tuple(paste) if isinstance(paste, Sequence) else () if paste is None else (paste,)
+        single = [part for part in (copy, query) if part is not None]
+        for part in (*single, *self.pastes, *(context or ())):
+            if not isinstance(part, Selection):
                 raise SelectionError(f"An edit is made of rc.Selection objects, not {type(part).__name__}.")
-        self.pastes = tuple(part for part in pastes if part is not None)
         if not (copy or self.pastes or context or query):
             raise SelectionError("An edit needs at least one selection.")
         self.copy, self.context, self.query = copy, context, query
@@ -108,6 +107,7 @@ class Edit:
     # --- the latents that it was made on
 
     def _learn(self, latents: Tensor) -> None:
+        check_latents(latents)
         for part in self.selections:
             part.latent(latents)  # out of range
         self.recipe, self.rows = recipe_of(latents), row_digests(latents, {part.index for part in self.selections})
@@ -128,6 +128,7 @@ class Edit:
 
         Raises MismatchError where a row that a selection names is another one, SelectionError where there is none.
         """
+        check_latents(latents)
         for part in self.selections:
             part.latent(latents)
         if self.rows:
@@ -183,18 +184,14 @@ class Edit:
         """The edit in the reference implementation's JSON. Several pastes, which that has not, are a list in the place
         of one, as ``key`` is; and ``latents``, where they are known, is a field of ours: their recipe, and a digest of
         each row that a selection names."""
-        return json.dumps(self._to_record(Selection._to_json), allow_nan=False)
+        return to_json(self._to_record(Selection._to_json), "the edit")
 
     @classmethod
     def from_json(cls, text: str) -> Edit:
         """Read the reference implementation's JSON. Raises FileFormatError, MaskError or SelectionError."""
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"Not JSON, or cut off (line {error.lineno}): {error.msg}.") from error
-        except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
-            raise FileFormatError(f"Not an edit: its JSON cannot be read ({error}).") from error
-        return cls._from_record(record, Selection._from_json)
+        if not isinstance(text, str | bytes):
+            raise ArgumentError(f"from_json takes the text of an edit, not {quoted(text)}; rc.Edit.load reads a file.")
+        return cls._from_record(from_json(text, "The edit"), Selection._from_json)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON, all or nothing."""
@@ -204,15 +201,16 @@ class Edit:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Edit:
         """Read the JSON at `path`. Errors name the file."""
+        with open_file(path, "edit") as file:
+            data = file.read()
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise FileFormatError(f"{os.fspath(path)} is not an edit: it is not text.") from error
+            raise FileFormatError(f"{shown(path)} is not an edit: it is not text.") from error
         try:
             return cls.from_json(text)
         except RewriteCoreError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}", advice=error.advice) from error
+            raise type(error)(f"{shown(path)}: {error}", advice=error.advice) from error
 
 
 def _read_latents(record: Any) -> tuple[LatentRecipe | None, dict[int, str]]:

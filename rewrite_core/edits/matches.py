@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, RewriteCoreError
+from ..errors import NonFiniteError, RewriteCoreError, flag, whole_number
 from ..layers.binding import BoundLayer
+from ..layers.latents import check_latents
 from ..statistics.key_stream import stream_keys
 from ..statistics.second_moment import SecondMoment, check_inputs
 from .directions import query_key
 from .selection import Selection
 
+_SHOWN = 20  # matches in a notebook
 _LEVEL_POSITIONS = 4_000_000  # that the level is estimated from; all of them where there are no more
 
 
@@ -32,6 +34,16 @@ class SearchResult:
     scores: Tensor
     heatmaps: Tensor
     level: float
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the best matches and how strong they are."""
+        rows = "".join(
+            f"<tr><td>{index}</td><td>{score:.4g}</td></tr>"
+            for index, score in zip(self.indices.tolist()[:_SHOWN], self.scores.tolist())
+        )
+        more = f" of {len(self.indices)}" if len(self.indices) > _SHOWN else ""
+        head = "<tr><th>picture</th><th>match</th></tr>"
+        return f"<table>{head}{rows}</table><small>the best{more}; outlines are drawn at {self.level:.4g}</small>"
 
 
 def search(
@@ -54,12 +66,17 @@ def search(
         SelectionError, MaskError, MismatchError: as their names say.
     """
     check_inputs(layer, moment, latents)
-    if top < 1 or len(latents) == 0:
-        raise RewriteCoreError(f"A search needs a top of at least 1 and some latents, not {top} of {len(latents)}.")
+    check_latents(latents)
+    top, batch_size = whole_number("top", top), whole_number("batch_size", batch_size)
+    flag("progress", progress)
+    if len(latents) == 0:
+        raise RewriteCoreError("A search needs latents to look through, and there are none.")
     moment.check(layer, latents)
     key = selection if isinstance(selection, Tensor) else query_key(layer, moment, selection, latents)
-    if key.shape != (layer.in_channels,):
-        raise RewriteCoreError(f"A key to search for has shape [{layer.in_channels}], not {list(key.shape)}.")
+    if key.shape != (layer.in_channels,) or key.is_complex():
+        raise RewriteCoreError(
+            f"A key to search for is real, of shape [{layer.in_channels}], not {key.dtype} of {list(key.shape)}."
+        )
     if not torch.isfinite(key).all():
         raise NonFiniteError("The key to search for holds NaN or infinity.")
     top = min(top, len(latents))

@@ -11,8 +11,18 @@ from ..adapters.base import Capture
 from ..edits.directions import context_keys
 from ..edits.edit import Edit
 from ..edits.goals import BLENDS, REGIONS, Goal, erase_goals, paste_goals
-from ..errors import NonFiniteError, RewriteCoreError, SelectionError, SolverError, choice, number
+from ..errors import (
+    ArgumentError,
+    NonFiniteError,
+    RewriteCoreError,
+    SelectionError,
+    SolverError,
+    choice,
+    number,
+    quoted,
+)
 from ..layers.binding import BoundLayer
+from ..layers.latents import check_latents
 from ..solvers.base import Solver
 from ..solvers.removal import Removal
 from ..statistics.checks import check_keys
@@ -107,7 +117,8 @@ def rewrite_many(
     settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
-    check_inputs(layer, moment, latents)
+    check_inputs(layer, moment)
+    check_latents(latents)
 
     def task(edit: Edit) -> Task:
         return _task(layer, edit, latents, lambda: paste_goals(layer, edit, latents, region, blend))
@@ -136,7 +147,8 @@ def erase(
     fits an erasure on the whole map, so that is the default."""
     settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
     choice("region", region, REGIONS)
-    check_inputs(layer, moment, latents)
+    check_inputs(layer, moment)
+    check_latents(latents)
     _checked([edit])
     task = _task(layer, edit, latents, lambda: erase_goals(layer, moment, edit, latents, units, region))
     return solve(layer, moment, [task], settings, latents)[0]
@@ -157,7 +169,8 @@ def zero(
     `amount` adds that multiple of the projection of an all-ones weight in its place, as in the reference.
     """
     settings = Settings(rank, directions, solver=Removal(number("amount", amount)))
-    check_inputs(layer, moment, latents)
+    check_inputs(layer, moment)
+    check_latents(latents)
     _checked([edit])
     return solve(layer, moment, [_task(layer, edit, latents, list)], settings, latents)[0]
 
@@ -230,6 +243,8 @@ def _task(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Callable[[], li
 def _checked(edits: Iterable[Edit]) -> list[Edit]:
     if isinstance(edits, Edit):
         raise SelectionError("rewrite_many takes a list of edits, not one Edit; use rc.rewrite for one.")
+    if not isinstance(edits, Iterable):
+        raise ArgumentError(f"rewrite_many takes a list of rc.Edit, not {quoted(edits)}.")
     edits = list(edits)
     if not edits:
         raise SelectionError("There is no edit to make; give at least one.")

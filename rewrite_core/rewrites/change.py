@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import math
 import os
+import threading
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Box
 from ..edits.edit import Edit
-from ..errors import MismatchError, SolverError, number, warn
+from ..errors import MismatchError, SolverError, flag, number, warn
 from ..layers.binding import BoundLayer, bind
 from ..layers.fingerprints import tensor_fingerprint
 from . import stack as stacks
@@ -32,6 +34,14 @@ class Fit:
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     box: Box | tuple[Box, ...] | None = None
+
+
+class _Here(threading.local):
+    """What one thread does with a change: threads may share it, and apply it to a generator each."""
+
+    def __init__(self) -> None:
+        self.layers: list[BoundLayer] = []  # that it was applied to, the last one last
+        self.entered: list[BoundLayer] = []  # one for each `with` block that is open
 
 
 class Rewrite:
@@ -85,11 +95,16 @@ class Rewrite:
         self.size: float | None = None if bound is None else self._size_on(bound.parameter)
         self._made_on = bound  # where apply() acts; None for a loaded or copied one
         self._layers: list[BoundLayer] = []  # that it was applied to and may still be on, the last one last
-        self._entered: list[BoundLayer] = []  # one for each `with` block that is open
+        self._here = _Here()
 
     def __getstate__(self) -> dict:
         """A copied or pickled rewrite knows no generator: it must not take a copy of one along."""
-        return self.__dict__ | {"_made_on": None, "_layers": [], "_entered": []}
+        state = self.__dict__ | {"_made_on": None, "_layers": []}
+        return {key: value for key, value in state.items() if key != "_here"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._here = _Here()
 
     @property
     def rank(self) -> int:
@@ -143,19 +158,22 @@ class Rewrite:
     def _target(self, generator: nn.Module | BoundLayer | None, call: str) -> BoundLayer:
         """The layer to act on: of `generator`, else of the one it was made on, else of that it was applied to last."""
         if generator is None:
-            if self._made_on is None and not self._layers:
+            known = self._places(others=self._made_on is None)
+            if not known:
                 raise MismatchError(f"This rewrite was loaded or copied; name the generator to change: {call}(G).")
-            generator = self._made_on or self._layers[-1]
+            generator = self._made_on or known[-1]
         return self._bind(generator)
 
     def _is_on(self, bound: BoundLayer) -> bool:
-        with stacks.locked(bound._layer):
+        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer):
             stack = stacks.read(bound)
         return stack is not None and self._id in stack["rewrites"]
 
-    def _places(self) -> list[BoundLayer]:
-        """Where it may be on: the one it was made on, and then those that it was applied to, the last one last."""
-        return [*([] if self._made_on is None else [self._made_on]), *self._layers]
+    def _places(self, others: bool = True) -> list[BoundLayer]:
+        """Where it may be on, the likeliest last: those that other threads applied it to, the one that it was made on,
+        and those that this thread applied it to."""
+        made_on = [] if self._made_on is None else [self._made_on]
+        return [*(self._layers if others else []), *made_on, *self._here.layers]
 
     def _where_on(self, places: list[BoundLayer]) -> BoundLayer | None:
         """The last of `places` that it is on."""
@@ -163,8 +181,18 @@ class Rewrite:
 
     def _remember(self, bound: BoundLayer) -> None:
         """Before the write: an interrupt after it must not leave a generator that revert() does not know of."""
-        others = [other for other in self._layers if other.module is not bound.module and self._is_on(other)]
-        self._layers = [*others, bound]
+        for layers in (self._layers, self._here.layers):
+            layers.append(bound)
+
+    def _forget(self) -> None:
+        """Drop the generators that it is off; a loaded one keeps the last. Outside of any lock, as it takes others."""
+        last = [] if self._made_on is not None else self._here.layers[-1:]
+        for layers in (self._layers, self._here.layers):
+            for i, place in reversed([*enumerate(layers)]):
+                twice = any(place.module is later.module for later in layers[i + 1 :])
+                if twice or (place not in last and not self._is_on(place)):
+                    with contextlib.suppress(ValueError):  # another thread dropped it
+                        layers.remove(place)
 
     # --- apply and revert
 
@@ -191,9 +219,9 @@ class Rewrite:
                 the weight was changed by something else since other rewrites were applied.
             NonFiniteError: the weight would overflow its precision. Nothing is changed then.
         """
-        strength = number("strength", strength)
+        strength, force = number("strength", strength), flag("force", force)
         bound = self._target(generator, "apply")
-        with stacks.writing(bound._layer):
+        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
             stack = self._below(bound, stacks.settle(bound), force)
             change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength)
             weight = stacks.plus(bound, stack["weight"], change)
@@ -202,6 +230,7 @@ class Rewrite:
                 self.size = self._size_on(stack["base"])
             self._remember(bound)
             stacks.write(bound, stack["base"], weight, stacks.changes(stack) | {self._id: change})
+        self._forget()
         return self
 
     def _below(self, bound: BoundLayer, stack: Stack | None, force: bool) -> Stack:
@@ -254,14 +283,15 @@ class Rewrite:
 
         Raises MismatchError where this rewrite is not applied, or something else has changed the weight.
         """
+        force = flag("force", force)
         places = self._places() if generator is None else [self._bind(generator)]
         bound = self._where_on(places)
         if bound is None:
             for place in places:  # what an interrupt left half done
-                with stacks.writing(place._layer):
+                with stacks.module_lock(place._layer), stacks.weight_lock(place._layer), stacks.writing():
                     stacks.settle(place)
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
-        with stacks.writing(bound._layer):
+        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
             stacks.check_stored(bound)  # with force, too
             stack = stacks.settle(bound)
             if stack is None or self._id not in stack["rewrites"]:
@@ -277,8 +307,7 @@ class Rewrite:
             for change in rest.values():
                 weight = stacks.plus(bound, weight, change)
             stacks.write(bound, stack["base"], weight, rest)
-        if self._made_on is not None:  # a loaded one acts on the last again
-            self._layers = [place for place in self._layers if self._is_on(place)]
+        self._forget()
         return self
 
     @property
@@ -289,16 +318,16 @@ class Rewrite:
     def __enter__(self) -> Rewrite:
         """Apply, unless it is applied already; leaving the outermost `with` block reverts in either case, so
         ``with change:`` and ``with change.apply(G):`` are alike."""
-        bound = self._where_on(self._places())
+        bound = self._where_on(self._places(others=self._made_on is None))
         if bound is None:
             self.apply()
-            bound = self._layers[-1]
-        self._entered.append(bound)
+            bound = self._here.layers[-1]
+        self._here.entered.append(bound)
         return self
 
     def __exit__(self, *_: object) -> None:
-        bound = self._entered.pop()
-        inner = any(outer.module is bound.module for outer in self._entered)
+        bound = self._here.entered.pop()
+        inner = any(outer.module is bound.module for outer in self._here.entered)
         if not inner and self._is_on(bound):
             self.revert(bound)
 
@@ -314,8 +343,9 @@ class Rewrite:
 
         Arguments and errors are those of :meth:`apply`.
         """
+        force = flag("force", force)
         bound = self._target(generator, "state_dict")
-        with stacks.locked(bound._layer):
+        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer):
             stack = stacks.read(bound)
             if stack is not None and self._id in stack["rewrites"]:
                 return edited_state_dict(bound, bound.parameter)
@@ -346,8 +376,9 @@ class Rewrite:
         Raises:
             MismatchError: as :meth:`apply`; and for a weight that is computed by a hook or a method.
         """
+        force = flag("force", force)
         bound = self._target(generator, "parametrize")
-        with stacks.writing(bound._layer):
+        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
             if self._is_on(bound):
                 raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
             if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adapters.weights import Folded, Parametrized
-from ..errors import ArgumentError, MismatchError, quoted
+from ..errors import MismatchError, flag
 from ..layers.binding import BoundLayer
 from ..modes import evaluating
-from .stack import delta, writing
+from .stack import delta, module_lock, writing
 
 
 class LowRankChange(nn.Module):
@@ -35,9 +35,8 @@ class LowRankChange(nn.Module):
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
-        if not isinstance(on, bool):
-            raise ArgumentError(f"enabled is True or False, not {quoted(on)}.")
-        with writing(self._layer):
+        on = flag("enabled", on)
+        with module_lock(self._layer), writing():
             self._enabled = on
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ class LowRankChange(nn.Module):
     def remove(self) -> None:
         """Take it off the module, whose weight is then as it was, bit for bit. Raises MismatchError where it is not on
         the module any more, or under a rewrite that is applied."""
-        with writing(self._layer):
+        with module_lock(self._layer), writing():
             self._remove()
 
     def _remove(self) -> None:

@@ -16,7 +16,7 @@ from ..clock import Clock, stage
 from ..edits.directions import DIRECTIONS, context_directions
 from ..edits.edit import Edit
 from ..edits.goals import Goal
-from ..errors import NonFiniteError, SolverError, choice, number, warn
+from ..errors import NonFiniteError, SolverError, choice, flag, number, warn
 from ..layers.binding import BoundLayer
 from ..ops.fit_low_rank_op.problem import LOSSES
 from ..solvers.adam import Adam
@@ -53,6 +53,7 @@ class Settings:
         choice("directions", self.directions, DIRECTIONS)
         choice("loss", self.loss, LOSSES)
         number("preserve", self.preserve, least=0)
+        flag("progress", self.progress)
         if self.preserve and not self.chosen.preserves:
             raise SolverError(
                 f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.",

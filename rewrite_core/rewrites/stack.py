@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,33 +59,28 @@ def plus(bound: BoundLayer, weight: Tensor, change: Change) -> Tensor:
 # --- one thread at a time, and nothing derived is left -------------------------------------------------------------
 
 _guard = threading.Lock()
-_locks: dict[tuple, list] = {}  # of what is being looked at or written: [lock, threads that want it]
+_locks: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()  # those in use
 
 
-@contextlib.contextmanager
-def _held(place: tuple) -> Iterator[None]:
+def _lock(place: tuple) -> Any:
     with _guard:
-        entry = _locks.setdefault(place, [threading.RLock(), 0])
-        entry[1] += 1
-    try:
-        with entry[0]:
-            yield
-    finally:
-        with _guard:
-            entry[1] -= 1
-            if not entry[1]:
-                del _locks[place]
+        return _locks.setdefault(place, threading.RLock())
 
 
-@contextlib.contextmanager
-def locked(layer: LayerFamily) -> Iterator[None]:
-    """Inside, this thread alone reads and writes the record and the weight through this library: of the module, and of
-    the memory of its weight, which other modules may share."""
-    with contextlib.ExitStack() as held:
-        held.enter_context(_held(("module", id(layer.module))))
-        if layer.computed is None:
-            held.enter_context(_held(("memory", layer.weight.untyped_storage().data_ptr())))
-        yield
+def module_lock(layer: LayerFamily) -> Any:
+    """The lock of a module. With it held, this thread alone folds the weight and reads and writes the record.
+
+    A plain lock, to be taken in the ``with`` statement itself: an interrupt could come between a Python function that
+    takes it and the block.
+    """
+    return _lock(("module", id(layer.module)))
+
+
+def weight_lock(layer: LayerFamily) -> Any:
+    """The lock of the memory of a stored weight, which other modules may share; to be taken after the module's."""
+    if layer.computed is not None:
+        return module_lock(layer)
+    return _lock(("memory", layer.weight.untyped_storage().data_ptr()))
 
 
 def clear_derived() -> None:
@@ -94,13 +90,12 @@ def clear_derived() -> None:
 
 
 @contextlib.contextmanager
-def writing(layer: LayerFamily) -> Iterator[None]:
-    """:func:`locked`, and afterwards nothing is left that was derived from the weight before."""
-    with locked(layer):
-        try:
-            yield
-        finally:
-            clear_derived()
+def writing() -> Iterator[None]:
+    """Afterwards nothing is left that was derived from the weight as it was."""
+    try:
+        yield
+    finally:
+        clear_derived()
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -151,7 +146,7 @@ def _clear(bound: BoundLayer) -> None:
 
 def write(bound: BoundLayer, base: Tensor, weight: Tensor, rewrites: dict[str, Change]) -> None:
     """Make the layer's parameter `weight`, which is `base` with `rewrites` on it; without any, nothing is left on the
-    module. Call it inside :func:`writing`, after :func:`settle`."""
+    module. Call it inside :func:`writing`, with the locks held, after :func:`settle`."""
     record = {key: tuple(change) for key, change in rewrites.items()}
     stack: Stack = {"base": base, "weight": weight, "rewrites": record}
     setattr(bound.module, NAME, {**stack, "before": getattr(bound.module, NAME, None)})

@@ -13,7 +13,7 @@ from ..edits.edit import Edit
 from ..edits.masks import png_of, read_png
 from ..edits.selection import Selection
 from ..errors import FileFormatError, RewriteCoreError
-from ..files import load_record, save_record
+from ..files import load_record, save_record, shown
 
 _VERSION, _OLDER = 2, 1  # in version 1 the edit is JSON text in the metadata
 
@@ -40,8 +40,8 @@ def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
     Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
     """
-    name = os.fspath(path)
     tensors, metadata = load_record(path, "rewrite", _VERSION, _OLDER)
+    name = shown(path)
     losses, record = metadata.get("loss", []), metadata.get("edit")
     groups, size = metadata.get("groups", 1), metadata.get("size")  # older files do not say
     texts = {field: metadata.get(field) for field in ("layer", "fitted_to", "solver")}

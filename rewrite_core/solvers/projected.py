@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import select
-from ..errors import ArgumentError, SolverError, whole_number
+from ..errors import SolverError, flag, whole_number
 from ..progress import progress_bar
 from .problem import LayerProblem, LayerSolution, combine, is_known
 from .stepwise import Stepwise, finite_loss
@@ -45,8 +45,7 @@ class Projected(Stepwise):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("project_every", whole_number("project_every", self.project_every))
-        if not isinstance(self.project_gradient, bool):
-            raise ArgumentError(f"project_gradient is True or False, not {self.project_gradient!r}.")
+        self._set("project_gradient", flag("project_gradient", self.project_gradient))
 
     def solve(
         self, problems: Sequence[LayerProblem], *, progress: bool = False, backend: str = "auto"
