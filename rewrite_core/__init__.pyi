@@ -1,5 +1,6 @@
 # The public names, each with the module it lives in. Read by type checkers, and by __init__.py as it is imported.
 from . import ops as ops
+from . import pictures as pictures
 from .backends import explain as explain
 from .edits.directions import context_directions as context_directions
 from .edits.directions import context_keys as context_keys

@@ -12,6 +12,7 @@ until an op is first called.
 from __future__ import annotations
 
 import functools
+import html
 import importlib
 import importlib.metadata
 import importlib.util
@@ -240,7 +241,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of :func:`explain`; ``str()`` of it is a table."""
+    """The result of :func:`explain`; ``str()`` of it is a table, and a notebook shows one."""
 
     choices: tuple[Choice, ...]
     extension: str
@@ -262,6 +263,19 @@ class Explanation:
         if self.override:
             table.append(f'{ENVIRONMENT_VARIABLE}={self.override} replaces "auto"')
         return "\n".join(table)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table."""
+        rows = []
+        for choice in self.choices:
+            reasons = "<br>".join(f"<b>{html.escape(name)}</b>: {html.escape(why)}" for name, why in choice.reasons)
+            cells = [*map(html.escape, (choice.op, choice.device, choice.backend)), reasons or "-"]
+            rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("op", "device", "backend", "why not the others"))
+        notes = [f"extension: {self.extension}"]
+        notes += [f'{ENVIRONMENT_VARIABLE}={self.override} replaces "auto"'] if self.override else []
+        below = "<br>".join(map(html.escape, notes))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table><p>{below}</p>"
 
 
 def explain() -> Explanation:

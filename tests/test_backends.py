@@ -10,7 +10,7 @@ import torch
 
 from rewrite_core import backends, ops
 from rewrite_core.backends import Backend, BackendUnavailable, backends_of, explain, select
-from rewrite_core.cli.main import main
+from rewrite_core.cli.entry import main
 from rewrite_core.errors import RewriteCoreError
 from rewrite_core.ops.second_moment_op import reference, register
 
@@ -316,3 +316,27 @@ def test_an_old_gpu_is_not_given_to_triton_unasked(monkeypatch, capability, fast
             assert reason is None
         else:
             assert reason.startswith("this GPU has compute capability 7.5, and Triton is made for 8.0 and newer: ")
+
+
+def test_a_notebook_shows_the_table():
+    from html.parser import HTMLParser
+
+    shown = explain()._repr_html_()
+    open_tags, text = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag != "br":
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+        def handle_data(self, data):
+            text.append(data)
+
+    Reader().feed(shown)
+    assert not open_tags
+    words = " ".join(text)
+    for choice in explain().choices:
+        assert choice.op in words and all(f"{name}" in words and why in words for name, why in choice.reasons)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import rewrite_core as rc
 from rewrite_core.cli import options as names
-from rewrite_core.cli.main import COMMANDS, parser
+from rewrite_core.cli.entry import COMMANDS, parser
 from rewrite_core.demo import RULES, load_edit
 
 
@@ -58,7 +58,7 @@ def test_a_score_of_no_scene_is_json(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("command", [[], *([command.name] for command in COMMANDS)], ids=" ".join)
 def test_help_comes_with_an_example_and_without_torch(command):
     script = (
-        "import sys; from rewrite_core.cli.main import main\n"
+        "import sys; from rewrite_core.cli.entry import main\n"
         f"try: main({[*command, '--help']})\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'torch', 'numpy'} & {*sys.modules}"
@@ -136,7 +136,7 @@ def test_info_names_the_backends(capsys):
 
 
 def test_warnings_are_one_line(tmp_path, capsys, user_generator):
-    save_edit()
+    save_edit(latents=rc.sample_latents(6, 20))
     code, _, err = run(capsys, "layers", "--generator", "mine:make", "--latent-size", 6)
     assert (
         code == 0
@@ -147,7 +147,10 @@ def test_warnings_are_one_line(tmp_path, capsys, user_generator):
     for same in (("--count", 30), ("--count", 60), ("--count", 20)):  # samples of one seed begin alike
         assert run(capsys, *edit, *same)[2] == ""
     code, _, err = run(capsys, *edit, "--seed", 2)
-    assert code == 0 and err.startswith("rewrite: warning: m.safetensors was collected on other latents"), err
+    assert code == 2 and "was made on other latents (normal 6, seed 1, 20 rows) than these (normal 6, seed 2" in err
+    save_edit()  # as the reference's, which do not say on which latents
+    code, _, err = run(capsys, *edit)
+    assert code == 0 and err.startswith("rewrite: warning: The edit's file does not say which latents"), err
     assert len(err.splitlines()) == 1
     code, _, err = run(capsys, *edit, "--distribution", "uniform")
     assert code == 2 and "collected from other latents (normal 6, seed 1, 30 rows; these are uniform 6" in err
@@ -204,7 +207,7 @@ def start(tmp_path, script, *arguments):
 
 
 def test_an_interrupt_while_torch_is_imported(tmp_path):
-    script = "import sys; from rewrite_core.cli.main import main; print('started', flush=True); sys.exit(main())"
+    script = "import sys; from rewrite_core.cli.entry import main; print('started', flush=True); sys.exit(main())"
     process = start(tmp_path, script, "info")
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
@@ -216,7 +219,7 @@ def test_an_interrupt_while_torch_is_imported(tmp_path):
 SLOW = """
 import sys, time
 from dataclasses import replace
-from rewrite_core.cli import main as command_line, info
+from rewrite_core.cli import entry, info
 def run(options):
     try:
         print("started", flush=True)
@@ -224,8 +227,8 @@ def run(options):
     finally:  # what an interrupt leaves to do
         print("cleaning", flush=True)
         time.sleep(60)
-command_line.COMMANDS = (replace(info.COMMAND, run=run),)
-sys.exit(command_line.main())
+entry.COMMANDS = (replace(info.COMMAND, run=run),)
+sys.exit(entry.main())
 """
 
 

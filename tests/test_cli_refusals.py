@@ -7,7 +7,7 @@ from conftest import DATA
 from helpers.command_line import LAYER, MINE, assert_refused, save_edit, square
 
 import rewrite_core as rc
-from rewrite_core.cli.main import main
+from rewrite_core.cli.entry import main
 
 BAD = [
     (["layers", "--generator", "mine"], "module:function"),
@@ -38,7 +38,7 @@ BAD = [
     (["layers", "--range", "1,0"], "the lower first"),
     (["layers", "--seed", "-1"], "from 0 to 4294967295"),
     (["layers", "--seed", "4294967296"], "4294967295"),
-    (["collect", "--layer", LAYER, "--count", "99999999999999", "--out", "m.safetensors"], "count must be"),
+    (["collect", "--layer", LAYER, "--count", "99999999999999", "--out", "m.safetensors"], "and this machine has"),
     (["edit", "spire", "--layer", LAYER, "--out", "a.safetensors", "--state-dict", "./a.safetensors"], "named twice"),
     (
         ["edit", "spire", "--layer", LAYER, "--moment", "m.safetensors", "--out", "m.safetensors"],
@@ -61,7 +61,7 @@ BAD = [
     (["collect", "--layer", "3", "--out", "no/folder/m.safetensors", "--count", "4", *MINE], "folder"),
     (["collect", "--layer", "3", "--out", "m.safetensors", "--count", "0", *MINE], "1 or more"),
     (["collect", "--layer", "3", "--out", "m.safetensors", "--until", "0", *MINE], "not a number greater than 0"),
-    (["collect", "--layer", "3", "--out", "", *MINE], "empty"),
+    (["collect", "--layer", "3", "--out", "", *MINE], "'' is not the name of a file"),
     (["collect", "--layer", "3", "--out", ".", *MINE], "is a folder"),
     (["collect", "--layer", "3", "--out", "pipe", *MINE], "not a file to replace"),
     (["collect", "--layer", "3", "--out", "m.safetensors", "--resume", "no/m.safetensors", *MINE], "folder"),
@@ -108,7 +108,7 @@ BAD = [
     (["measure", "--rewrite", "r", "--rule", "spire", *MINE], "embedded generator only"),
     (["bench", "flying"], "no benchmark 'flying'"),
     (["bench", "--device", "bogus"], "cannot be used"),
-    (["bench", "--device", "meta"], "measure the CPU"),
+    (["bench", "--device", "meta"], "cannot be used"),
     (["edit", "none.json", "--layer", "3", "--out", "r", *MINE], "none.json"),
     (["edit", "bad.json", "--layer", "3", "--out", "r", *MINE], "bad.json"),
     (["edit", "e.json", "--layer", "3", "--out", "r", "--count", "1", *MINE], "out of range"),

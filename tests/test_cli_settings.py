@@ -7,7 +7,7 @@ import torch
 from helpers.command_line import LAYER, MINE, assert_refused, run, save_edit
 
 import rewrite_core as rc
-from rewrite_core.cli.main import parser
+from rewrite_core.cli.entry import parser
 from rewrite_core.cli.options import PICKLED
 from rewrite_core.cli.settings import SETTINGS, fill, read_settings, settings_text
 

@@ -9,7 +9,7 @@ from rewrite_core.demo import LATENT_SIZE, RULES, chapels, load_edit
 from rewrite_core.demo.generator import ProgGANChapels, StyleGAN2Chapels
 from rewrite_core.demo.rules import score
 from rewrite_core.demo.run import EDIT_LATENTS, EDIT_SEED, run_demo, table
-from rewrite_core.demo.train import evaluate, train
+from rewrite_core.demo.training import evaluate, train
 from rewrite_core.demo.world import FACTORS, factor_region, region, render, scene_from_latents
 from rewrite_core.pictures import paint
 

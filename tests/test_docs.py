@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from rewrite_core.cli.main import main
+from rewrite_core.cli.entry import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

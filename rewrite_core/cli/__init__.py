@@ -1,6 +1,6 @@
 """The ``rewrite`` command line, one file per command.
 
-To add a command, write one file with what it takes and what it does, and register it in ``main.COMMANDS``::
+To add a command, write one file with what it takes and what it does, and register it in ``entry.COMMANDS``::
 
     def add_arguments(parser): ...   # with the types and the shared groups of options.py
     def run(options): ...            # imports the library, works, and says what came of it

@@ -8,20 +8,35 @@ import os
 
 from .command import Command, UsageError
 from .messages import say
-from .options import GENERATOR_NOTES, SEVERAL, CheckpointFile, add_generator, add_layer, output, positive, real
+from .options import (
+    GENERATOR_NOTES,
+    SAFETENSORS,
+    SEVERAL,
+    CheckpointFile,
+    add_generator,
+    add_layer,
+    output,
+    positive,
+    real,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generator(parser, count=1000)
     add_layer(parser, SEVERAL)
     parser.add_argument(
-        "--out", required=True, action="append", type=output(), metavar="FILE", help="safetensors file to write"
+        "--out",
+        required=True,
+        action="append",
+        type=output(SAFETENSORS, required=False),
+        metavar="FILE",
+        help="safetensors file to write",
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="latents at a time (default 16)")
     parser.add_argument(
         "--resume",
         action="append",
-        type=output(kind=CheckpointFile),
+        type=output(SAFETENSORS, CheckpointFile, required=False),
         metavar="FILE",
         help="keep a checkpoint here and resume from it; one for each --layer",
     )
@@ -58,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         moment.save(out)
         error = "" if math.isnan(moment.standard_error) else f", standard error {moment.standard_error:.2%}"
         skipped = f", {moment.skipped} pictures left out" if moment.skipped else ""
-        say(f"{moment.count} keys of {moment.channels} channels at {layer.name}{error}{skipped} -> {out}")
+        say(f"{moment.count} keys of {moment.channels} channels at layer {layer.name}{error}{skipped} -> {out}")
 
 
 def _interrupted(options: argparse.Namespace) -> str:

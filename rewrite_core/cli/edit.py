@@ -15,6 +15,7 @@ from .options import (
     GENERATOR_NOTES,
     LOSSES,
     REGIONS,
+    SAFETENSORS,
     SOLVERS,
     add_edit,
     add_generator,
@@ -34,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Defaults are the library's: None means that an option was not given, and what was given can be refused.
     add_generator(parser, count=1000)
     add_edit(parser)
-    parser.add_argument("--out", required=True, type=output(), metavar="FILE", help="safetensors file to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=output(SAFETENSORS, required=False),
+        metavar="FILE",
+        help="safetensors file to write",
+    )
     parser.add_argument("--rank", type=positive, help="of the change (default 1)")
     parser.add_argument("--directions", choices=DIRECTIONS, help="how they are found (default whitened)")
     parser.add_argument(
@@ -48,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--zero", action="store_true", help="remove the weight's projection on the context")
     parser.add_argument(
         "--state-dict",
-        type=output(".safetensors"),
+        type=output(SAFETENSORS),
         metavar="FILE.safetensors",
         help="also write the generator's whole edited state dict",
     )
@@ -115,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         change = rewrite(layer, moment, edit, on.latents, progress=on.progress, **given)
     change.save(options.out)
-    size = change.size
+    size = change.size or 0.0
     whole = sum(change.seconds.values())
     took = ", ".join(f"{stage} {took * 1e3:.0f} ms ({took / whole:.0%})" for stage, took in change.seconds.items())
     say(f"{change!r} -> {options.out}\nsize of the change, |dW| / |W|: {size:.2f}\n{took}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .messages import brief
 from .options import CHAPELS, PICKLED
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Subject:
     """What a command works on.
 
@@ -34,6 +35,7 @@ class Subject:
     seed       of the latents
     span       what the generator's images lie in
     progress   whether long work shows a bar
+    shape      of one picture, [C, H, W]
     """
 
     name: str
@@ -42,11 +44,17 @@ class Subject:
     seed: int
     span: tuple[float, float]
     progress: bool
+    shape: tuple[int, ...] = ()
 
     def paint(self, latents: Tensor, progress: bool | None = None) -> Tensor:
         """Pictures [N, C, H, W] of latents [N, *size], float32 in 0..1 on the CPU."""
+        _check_memory(f"{len(latents)} pictures", 2 * len(latents) * math.prod(self.shape))  # and what is made of them
         show = self.progress if progress is None else progress
-        return pictures.paint(self.generator, latents, batch_size=16, span=self.span, progress=show)
+        painted = pictures.paint(self.generator, latents, batch_size=16, span=self.span, progress=show)
+        broken = len(painted) - int(torch.isfinite(painted.sum((1, 2, 3))).sum())
+        if broken:
+            warn(f"{broken} of {len(painted)} pictures hold NaN or infinity; where they do they are drawn black.")
+        return painted
 
 
 def subject(options: argparse.Namespace, count: int) -> Subject:
@@ -71,18 +79,27 @@ def subject(options: argparse.Namespace, count: int) -> Subject:
         raise UsageError(f"{made.name} makes outputs {list(images.shape)}, not images [N, 3, H, W].")
     if made.name != CHAPELS and not options.checkpoint:
         warn(f"Without --checkpoint the weights are those that {made.name} starts from.")
-    return made
+    return dataclasses.replace(made, shape=tuple(images.shape[1:]))
+
+
+def _check_memory(what: str, numbers: int) -> None:
+    """Raises UsageError where so many float32 numbers are more than the machine's memory, before any is made."""
+    needed, there = 4 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UsageError(
+            f"{what} take {needed / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB; ask for fewer or smaller "
+            "ones."
+        )
 
 
 def usable_device(name: str) -> torch.device:
     """The device of that name; raises UsageError where this machine or this torch has none."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"Device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu."
-        ) from error
+        (torch.ones(1, device=device) + 1).cpu()
+    except Exception as error:  # each kind of device has its own errors: modules that are missing, assertions
+        reason = f"{error}".partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UsageError(f"Device {name!r} cannot be used here ({reason:.200}); try --device cpu.") from error
     return device
 
 
@@ -92,6 +109,7 @@ def _latents(options: argparse.Namespace, count: int) -> Tensor:
         if options.generator != CHAPELS:
             raise UsageError("Say what latents your generator takes with --latent-size, such as 512 or 100x1x1.")
         size = (LATENT_SIZE,)
+    _check_memory(f"{count} latents", 3 * count * math.prod(size))  # drawn in float64, kept in float32
     return sample_latents(size, count, options.seed, options.distribution)
 
 

@@ -7,6 +7,7 @@ import argparse
 from ..version import __version__
 from .command import Command
 from .messages import say
+from .settings import FILE, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,14 @@ def run(options: argparse.Namespace) -> None:
     usable_device(options.device)
     say(f"rewrite_core {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     say(str(explain()))
+    for name, value in read_settings().items():
+        say(f"{FILE}: {name.replace('_', '-')} = {value}")
 
 
-COMMAND = Command("info", "say which backend each operation uses here, and why", "rewrite info", add_arguments, run)
+COMMAND = Command(
+    "info",
+    f"say which backend each operation uses here and why, and what {FILE} holds",
+    "rewrite info",
+    add_arguments,
+    run,
+)

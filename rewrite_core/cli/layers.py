@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from .command import Command
 from .messages import say
@@ -16,13 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..files import to_json
     from ..layers.binding import list_layers
     from .generator import subject
 
     on = subject(options, 2)
     infos = list_layers(on.generator, on.latents, general=True)
     if options.json:
-        say(json.dumps([vars(info) for info in infos], indent=2))
+        say(to_json([vars(info) for info in infos], "the list", indent=2))
         return
     head = ("layer", "family", "channels", "kernel", "key map", "value map", "lm solver")
     rows = [head]

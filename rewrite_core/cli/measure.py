@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 
 from .command import Command, UsageError
@@ -19,13 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..demo.rules import RULES, score
+    from ..errors import warn
+    from ..files import to_json
     from .generator import subject
     from .rewrites import before_after
 
     if options.rule and options.generator != CHAPELS:
         raise UsageError("--rule is measured against the world of the embedded generator only.")
     on = subject(options, options.count)
-    before, after = before_after(on, on.latents, options.rewrite, options.force)
+    before, after = before_after(on, on.latents, options.rewrite, options.strength, options.force)
     change = (after - before).abs().mean((1, 2, 3))
     report: dict[str, object] = {
         "pictures": len(on.latents),
@@ -36,12 +37,11 @@ def run(options: argparse.Namespace) -> None:
         "most_changed": change.argsort(descending=True)[:8].tolist(),
     }
     if options.rule:
-        scores = vars(score(RULES[options.rule], before, after, on.latents))
-        known = {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in scores.items()
-        }
-        report |= {"rule": options.rule, **known}  # NaN, where no picture is concerned, is no JSON
-    say(json.dumps(report, indent=2))
+        report |= {"rule": options.rule, **vars(score(RULES[options.rule], before, after, on.latents))}
+    unknown = [name for name, number in report.items() if isinstance(number, float) and not math.isfinite(number)]
+    if unknown:  # the pictures hold NaN, or the rule concerns none of them
+        warn(f"Not a number, and null in the report: {', '.join(unknown)}.")
+    say(to_json(report, "the report", indent=2))
 
 
 COMMAND = Command(

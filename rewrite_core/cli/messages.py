@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import argument, printable
+from ..errors import RewriteCoreError, argument, printable
 
 MOST_CHARACTERS = 600  # of one message; longer ones keep their beginning and their end, where the advice is
 
@@ -58,19 +58,34 @@ def brief(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def problem(error: BaseException) -> str:
-    """What the command line says of an error that ends it."""
+def problem(error: BaseException) -> str | None:
+    """What the command line says of an error that ends it; None for a bug, which shows its trace."""
+    if out_of_memory(error):
+        detail = f" ({shown(error)})" if str(error) else ""
+        return shown(f"Out of memory; ask for fewer pictures, or smaller batches{detail}.")
     if isinstance(error, OSError) and error.filename is not None:
         return shown(f"{error.filename}: {error.strerror}.")
-    if out_of_memory(error):
-        return shown(f"Out of memory; ask for fewer pictures at a time: {error}")
-    return in_options(str(error) or type(error).__name__, getattr(error, "advice", {}))
+    if isinstance(error, RewriteCoreError | OSError):
+        return in_options(str(error) or type(error).__name__, getattr(error, "advice", {}))
+    if _in_a_generator(error):
+        return shown(f"The generator fails, on other latents than the two it was tried on: {brief(error)}.")
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the machine or its GPU had too little memory."""
     torch = sys.modules.get("torch")  # else nothing of it was raised
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # of torch on a CPU
+
+
+def _in_a_generator(error: BaseException) -> bool:
+    """Whether the last thing that the library did was to call a module: then its code is the user's own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    ours = [i for i, name in enumerate(modules) if name.partition(".")[0] == "rewrite_core"]
+    return bool(ours) and modules[ours[-1] + 1 : ours[-1] + 2] == ["torch.nn.modules.module"]
 
 
 def say(text: str = "", to: TextIO | None = None) -> None:

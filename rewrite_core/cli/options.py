@@ -9,8 +9,11 @@ import os
 import re
 from collections.abc import Callable
 
+from .command import UsageError
+
 CHAPELS, PICKLED = "chapels", "the pickled network"
 MOST_PICTURES, MOST_LATENTS = 10_000, 1_000_000  # in one file; for one, as all before the last are drawn too
+MOST_PIXELS = 250_000_000  # of one file, which is held in memory
 
 # The library's own words, spelled here so that --help need not import torch; a test compares them.
 DEMO_EDITS = ("spire", "watermark", "reflection")
@@ -20,6 +23,14 @@ REGIONS = ("box", "map")
 BLENDS = ("mask", "box")
 LOSSES = ("l1", "l2")
 SOLVERS = ("lm", "projected", "adam", "unconstrained")
+
+OTHER_FORMATS = frozenset(
+    (
+        *(".bin", ".ckpt", ".npy", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth"),
+        *(".csv", ".gz", ".jpeg", ".jpg", ".json", ".png", ".py", ".tar", ".toml", ".txt", ".zip"),
+    )
+)
+"""Endings of a name that promise another format than what is written."""
 
 GENERATOR_NOTES = """
 generators:
@@ -35,6 +46,9 @@ generators:
 
 
 ONE, SEVERAL, OPTIONAL = "one", "several", "optional"  # what a command takes of layers
+
+
+SAFETENSORS, PNG = ".safetensors", ".png"
 
 
 class InputFile(str):
@@ -118,17 +132,29 @@ def span(text: str) -> tuple[float, float]:
     raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, the lower first, such as 0,1")
 
 
-def output(suffix: str = "", kind: Callable[[str], OutputFile] = OutputFile) -> Callable[[str], OutputFile]:
-    """An argparse type: a file to write, found out before the work; its name ends in `suffix`."""
+def input_file(text: str) -> InputFile:
+    """An argparse type: a file to read."""
+    if "\0" in text or not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    return InputFile(text)
+
+
+def output(
+    suffix: str, kind: Callable[[str], OutputFile] = OutputFile, required: bool = True
+) -> Callable[[str], OutputFile]:
+    """An argparse type: a file to write, found out before the work. Its name ends in `suffix`; where that is not
+    required, at least not in one of another format."""
 
     def parse(text: str) -> OutputFile:
         from ..files import writable_path
 
+        input_file(text)  # a name at all
         try:
             writable_path(text)
         except OSError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        if not text.lower().endswith(suffix):
+        end = os.path.splitext(text)[1].lower()
+        if end != suffix and (required or end in OTHER_FORMATS):
             raise argparse.ArgumentTypeError(f"{text!r} would hold {suffix[1:]}; end its name in {suffix}")
         return kind(text)
 
@@ -143,7 +169,7 @@ def add_generator(parser: argparse.ArgumentParser, count: int | None = None) -> 
     group = parser.add_argument_group("generator")
     whose = group.add_mutually_exclusive_group()
     whose.add_argument("--generator", metavar="MODULE:FUNCTION", help=f"default: {CHAPELS}")
-    group.add_argument("--checkpoint", type=InputFile, metavar="FILE", help="state dict to load into it")
+    group.add_argument("--checkpoint", type=input_file, metavar="FILE", help="state dict to load into it")
     whose.add_argument(
         "--allow-pickle",
         dest="generator",
@@ -184,13 +210,13 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
     edits = ", ".join(DEMO_EDITS)
     parser.add_argument(
         "edit",
-        type=InputFile,
+        type=input_file,
         metavar="EDIT",
         help=f"JSON file, in the reference implementation's format; or for the embedded generator {edits}",
     )
     add_layer(parser)
     parser.add_argument(
-        "--moment", type=InputFile, metavar="FILE", help="from rewrite collect; collected afresh where not given"
+        "--moment", type=input_file, metavar="FILE", help="from rewrite collect; collected afresh where not given"
     )
 
 
@@ -200,25 +226,39 @@ def add_rewrites(parser: argparse.ArgumentParser, required: bool) -> None:
         "--rewrite",
         action="append",
         default=[],
-        type=InputFile,
+        type=input_file,
         required=required,
         metavar="FILE",
         help="from rewrite edit; repeat to stack several",
+    )
+    parser.add_argument(
+        "--strength", type=real(), default=1.0, help="how much of each: 0.5 is half of it, -1 its inverse (default 1)"
     )
     parser.add_argument("--force", action="store_true", help="apply to weights the rewrite was not fitted to")
 
 
 def add_sheet(parser: argparse.ArgumentParser) -> None:
     """A sheet of pictures to write."""
-    parser.add_argument("--size", type=positive, default=128, help="side of each picture in the grid (default 128)")
-    parser.add_argument("--out", required=True, type=output(".png"), metavar="FILE.png", help="picture to write")
+    parser.add_argument(
+        "--size", type=whole(1, 4096), default=128, help="side of each picture in the grid (default 128)"
+    )
+    parser.add_argument("--out", required=True, type=output(PNG), metavar="FILE.png", help="picture to write")
 
 
 # --- what no single option can know ------------------------------------------------------------------------------
 
 
-def lost_file(options: argparse.Namespace) -> str | None:
-    """Why a file would be lost: it is written, and read or written as another too.
+def check_pixels(pictures: int, side: int) -> None:
+    """Raises UsageError where one file would hold too many."""
+    if pictures * side**2 > MOST_PIXELS:
+        raise UsageError(
+            f"{pictures} pictures of {side}x{side} are more than the {MOST_PIXELS} pixels that one file may hold; ask "
+            "for fewer, or a smaller --size."
+        )
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Raises UsageError where a file would be lost: it is written, and read or written as another too.
 
     A checkpoint may end as the file of its own result.
     """
@@ -226,14 +266,15 @@ def lost_file(options: argparse.Namespace) -> str | None:
     seen: dict[str, str] = {os.path.realpath(file): file for file in given if isinstance(file, InputFile)}
     results = [file for file in given if isinstance(file, OutputFile) and not isinstance(file, CheckpointFile)]
     checkpoints = [file for file in given if isinstance(file, CheckpointFile)]
-    own = [out and os.path.realpath(out) for out in results] + [None] * len(checkpoints)
+    own = [os.path.realpath(out) for out in results] + [None] * len(checkpoints)
     others = [file for file, out in zip(checkpoints, own) if os.path.realpath(file) != out]
     for file in [*results, *others]:
         place = os.path.realpath(file)
         if place in seen:
-            return f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name."
+            raise UsageError(
+                f"{file} is named twice, and writing it would lose {seen[place]}; give each file its own name."
+            )
         seen[place] = file
-    return None
 
 
 def collected_afresh(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .command import Command
 from .messages import say
-from .options import GENERATOR_NOTES, add_generator, add_rewrites, add_sheet, numbers
+from .options import GENERATOR_NOTES, add_generator, add_rewrites, add_sheet, check_pixels, numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +24,12 @@ def run(options: argparse.Namespace) -> None:
     from .generator import subject
     from .rewrites import before_after
 
+    check_pixels(len(options.images) * (2 if options.rewrite else 1), options.size)
     on = subject(options, max(options.images) + 1)
     latents = on.latents[options.images]
     labels = [str(index) for index in options.images]
     if options.rewrite:
-        before, after = before_after(on, latents, options.rewrite, options.force)
+        before, after = before_after(on, latents, options.rewrite, options.strength, options.force)
         rows = pictures.before_after(before, after, options.size, labels, columns=6)
         title = "before | after " + ", ".join(Path(path).name for path in options.rewrite)
     else:

@@ -5,18 +5,44 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..rewrites.change import Rewrite
+from .command import UsageError
 from .generator import Subject
 
 
-def before_after(on: Subject, latents: Tensor, files: Sequence[str], force: bool) -> tuple[Tensor, Tensor]:
+def load_rewrites(files: Sequence[str]) -> list[Rewrite]:
+    """The rewrites in these files. Raises UsageError where two are one: --strength 2 says that."""
+    changes: list[Rewrite] = []
+    for file in files:
+        change = Rewrite.load(file)
+        for other, name in zip(changes, files):
+            if _equal(change, other):
+                raise UsageError(
+                    f"{name} and {file} hold one rewrite, which counts once; for more of it use --strength."
+                )
+        changes.append(change)
+    return changes
+
+
+def _equal(one: Rewrite, two: Rewrite) -> bool:
+    return (
+        one.layer == two.layer
+        and torch.equal(one.directions, two.directions)
+        and torch.equal(one.coefficients, two.coefficients)
+    )
+
+
+def before_after(
+    on: Subject, latents: Tensor, files: Sequence[str], strength: float, force: bool
+) -> tuple[Tensor, Tensor]:
     """Pictures [N, C, H, W] without and with the rewrites, in this order; the generator is left as it was."""
-    changes = [Rewrite.load(path) for path in files]
+    changes = load_rewrites(files)
     with contextlib.ExitStack() as applied:
         for change in changes:
-            change.apply(on.generator, force=force)
+            change.apply(on.generator, strength, force=force)
             applied.callback(change.revert)
         after = on.paint(latents)
     return on.paint(latents), after

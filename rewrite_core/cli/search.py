@@ -6,7 +6,7 @@ import argparse
 
 from .command import Command, UsageError
 from .messages import say
-from .options import GENERATOR_NOTES, add_edit, add_generator, add_sheet, collected_afresh, positive
+from .options import GENERATOR_NOTES, add_edit, add_generator, add_sheet, check_pixels, collected_afresh, positive
 
 SELECTIONS = ("query", "context", "copy", "paste")
 
@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from .generator import subject
     from .inputs import edit_named, moment_for
 
+    check_pixels(options.top, options.size)
     edit = edit_named(options.edit, options.generator, options.seed)
     all_of_them = {"query": (edit.query,), "context": edit.where, "copy": (edit.copy,), "paste": edit.pastes}
     selection = next(iter(all_of_them[options.selection]), None)

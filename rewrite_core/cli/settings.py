@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import UsageError
-from .options import CHAPELS, DISTRIBUTIONS, OPTIONAL, PICKLED, SEVERAL, InputFile, positive, seed, size, span
+from .options import CHAPELS, DISTRIBUTIONS, OPTIONAL, PICKLED, SEVERAL, input_file, positive, seed, size, span
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +37,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "generator": str,
-    "checkpoint": InputFile,
+    "checkpoint": input_file,
     "allow-pickle": _one_of("true", "false"),
     "latent-size": size,
     "distribution": _one_of(*DISTRIBUTIONS),

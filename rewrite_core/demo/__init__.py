@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import as_file, files
+from typing import cast
 
 from ..edits.edit import Edit
 from .generator import ProgGANChapels, load_chapels
@@ -17,7 +18,7 @@ __all__ = ["LATENT_SIZE", "RULES", "chapels", "load_edit"]
 def chapels() -> ProgGANChapels:
     """The trained generator: latents [N, 16] -> images [N, 3, 64, 64] in -1..1, in eval mode, float32."""
     with as_file(files(__name__) / WEIGHTS) as path:
-        return load_chapels(path)
+        return cast("ProgGANChapels", load_chapels(path))
 
 
 def load_edit(name: str) -> Edit:

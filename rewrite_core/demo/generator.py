@@ -33,7 +33,7 @@ class ProgGANChapels(nn.Module):
     a spire are the same in every scene that has one: what makes a rank-one rewrite generalise.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.mapping = _mapping()
         self.synthesis = ProgGAN([_WIDTH, *_CHANNELS.values()])
@@ -45,7 +45,7 @@ class ProgGANChapels(nn.Module):
 class StyleGAN2Chapels(nn.Module):
     """The same task and channels with a StyleGAN2: trained to compare (README), not shipped."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.mapping = _mapping()
         self.synthesis = StyleGAN2(IMAGE_SIZE, style_dim=_WIDTH, n_mlp=0, channels=_CHANNELS)
@@ -54,7 +54,10 @@ class StyleGAN2Chapels(nn.Module):
         return self.synthesis(self.mapping(latents), noise="none").clamp(-1, 1)
 
 
-ARCHITECTURES = {"proggan": ProgGANChapels, "stylegan2": StyleGAN2Chapels}
+ARCHITECTURES: dict[str, type[ProgGANChapels] | type[StyleGAN2Chapels]] = {
+    "proggan": ProgGANChapels,
+    "stylegan2": StyleGAN2Chapels,
+}
 
 
 def load_chapels(path: str | os.PathLike, architecture: str = "proggan") -> ProgGANChapels | StyleGAN2Chapels:

@@ -6,10 +6,10 @@ Scored on other latents than the demo reports on, so that the choice is not made
 from __future__ import annotations
 
 import argparse
-import json
 
 from ..demo import chapels, load_edit
 from ..errors import RewriteCoreError
+from ..files import to_json
 from ..layers.binding import bind, list_layers
 from ..layers.latents import sample_latents
 from ..pictures import paint
@@ -25,7 +25,7 @@ _CHOICE_SEED = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", help="written by rewrite_core.demo.train; default: the shipped ones")
+    parser.add_argument("--weights", help="written by rewrite_core.demo.training; default: the shipped ones")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="proggan", help="of --weights")
     parser.add_argument("--layers", nargs="+", help="default: all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -72,7 +72,7 @@ def main() -> None:
                     if options.json:
                         row = {"edit": rule.name, "layer": info.name, "rank": rank, "preserve": preserve}
                         with open(options.json, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(row | vars(result)) + "\n")
+                            file.write(to_json(row | vars(result)) + "\n")
 
 
 if __name__ == "__main__":

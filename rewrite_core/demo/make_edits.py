@@ -8,7 +8,9 @@ thing in a few more pictures for context. Only pictures and masks go into the JS
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ _LASSO = {"spire": 6, "watermark": 2, "reflection": 2}
 _CONTEXTS = 5
 
 # what the copied picture shows in place of what the rule changes
-_SOURCES = {
+_SOURCES: dict[str, tuple[Callable[[Scene], Tensor], dict[str, Any]]] = {
     "spire": (lambda scene: scene.roof == 2, {"roof": 0}),
     "watermark": (lambda scene: ~scene.watermark, {"watermark": True}),
     "reflection": (lambda scene: ~scene.lit, {"glow": True}),
@@ -65,8 +67,8 @@ def _clear(scenes: Scene, painted: Tensor, change: dict) -> Tensor:
 def make_edit(rule: Rule, scenes: Scene, painted: Tensor, latents: Tensor) -> Edit:
     """The edit of `rule` on a set of scenes, those of `latents`, as the generator painted them."""
     is_source, undo = _SOURCES[rule.name]
-    targets = rule.concerns(scenes).nonzero()[:, 0]
-    targets = targets[_clear(scenes[targets], painted[targets], rule.change)].tolist()
+    concerned = rule.concerns(scenes).nonzero()[:, 0]
+    targets = concerned[_clear(scenes[concerned], painted[concerned], rule.change)].tolist()
     sources = is_source(scenes).nonzero()[:, 0]
     sources = sources[_clear(scenes[sources], painted[sources], undo)]
     # the most alike pair among the pictures one would leaf through

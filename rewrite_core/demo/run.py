@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from .. import pictures
 from ..demo import chapels, load_edit
 from ..edits.edit import Edit
 from ..edits.goals import paste_goals
-from ..files import atomic_write, writable_path
+from ..edits.selection import Selection
+from ..files import atomic_write, to_json, writable_path
 from ..layers.binding import BoundLayer, bind
 from ..layers.latents import sample_latents
 from ..pictures import paint, to_unit
@@ -41,7 +43,7 @@ CHOSEN: dict[str, tuple[str, int]] = {
 
 # On maps of 8x8 and 16x16 a pasted box is a few cells wide and the zeros beyond its edge would be most of what is
 # fitted, so the whole map is; l2 there has the exact closed form.
-OPTIONS = {"loss": "l2", "region": "map"}
+OPTIONS: dict[str, Any] = {"loss": "l2", "region": "map"}
 
 
 def _state(rule: Rule, latents: Tensor) -> list[str]:
@@ -63,26 +65,29 @@ def _sheet(
     unseen: Tensor,
     before: Tensor,
     after: Tensor,
-):
+    shown: int,
+) -> Image:
+    """The edit, and `shown` of the unseen pictures before and after it, those first that the rule concerns."""
     side = 96
     wide = 2 * side + 2
-
-    def show(index: int) -> Tensor:
-        return paint(layer.generator, latents[index : index + 1])[0]
-
+    assert edit.copy is not None  # it is one of ours
+    (paste,) = edit.pastes
     (goal,) = paste_goals(layer, edit, latents, region="map")
-    preview = to_unit(layer.render(latents[edit.paste.index][None], goal.target))[0]
+    preview = to_unit(layer.render(latents[paste.index][None], goal.target))[0]
+
+    def marked(selection: Selection, text: str) -> pictures.Cell:
+        picture = paint(layer.generator, latents[selection.index][None])[0]
+        return pictures.selected(picture, selection, wide), text
+
     top = [
-        (pictures.selected(show(edit.copy.index), edit.copy, wide), f"copy (picture {edit.copy.index})"),
-        (pictures.selected(show(edit.paste.index), edit.paste, wide), f"paste (picture {edit.paste.index})"),
+        marked(edit.copy, f"copy (picture {edit.copy.index})"),
+        marked(paste, f"paste (picture {paste.index})"),
         (pictures.to_image(preview, wide), "the pasted features"),
+        *(marked(selection, f"context {i}") for i, selection in enumerate(edit.where, 1)),
     ]
-    top += [(pictures.selected(show(s.index), s, wide), f"context {i + 1}") for i, s in enumerate(edit.context)]
-    order = torch.argsort(rule.concerns(scene_from_latents(unseen)).int(), descending=True, stable=True)
+    order = torch.argsort(rule.concerns(scene_from_latents(unseen)).int(), descending=True, stable=True)[:shown]
     states = _state(rule, unseen)
-    rows = pictures.before_after(
-        before[order], after[order], side, [f"{states[i]}: before | after" for i in order.tolist()]
-    )
+    labels = [f"{states[i]}: before | after" for i in order.tolist()]
     notes = [
         f"layer {layer.name}, rank {change.rank}, solver {change.solver}; "
         f"weights changed by Lambda D in {change.seconds['fit'] * 1e3:.0f} ms",
@@ -91,7 +96,9 @@ def _sheet(
         f"collateral {result.collateral:.4f}; "
         f"on {result.scenes_unrelated} others: change {result.collateral_unrelated:.4f}",
     ]
-    return pictures.grid([top, *rows], f"{rule.title}: one edit, then {len(unseen)} unseen pictures", notes)
+    rows = pictures.before_after(before[order], after[order], side, labels)
+    count = str(len(unseen)) if len(order) == len(unseen) else f"{len(order)} of {len(unseen)}"
+    return pictures.grid([top, *rows], f"{rule.title}: one edit, then {count} unseen pictures", notes)
 
 
 def environment(device: torch.device) -> dict:
@@ -106,8 +113,9 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True) -> dict:
-    """Run the three edits; write ``<edit>.png`` and ``report.json`` into `out`; return the report.
+def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True, shown: int = SHOWN) -> dict:
+    """Run the three edits; write ``<edit>.png``, with `shown` of 64 unseen pictures each, and ``report.json`` into
+    `out`; return the report.
 
     Raises OSError before any work where one of those files could not be written.
     """
@@ -145,7 +153,8 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
             change.revert()
         seconds["render"] = time.perf_counter() - clock
         result = score(rule, before, after, unseen)
-        sheet = _sheet(rule, layer, edit, change, result, latents, unseen[:SHOWN], before[:SHOWN], after[:SHOWN])
+        some = unseen[:SHOWN], before[:SHOWN], after[:SHOWN]
+        sheet = _sheet(rule, layer, edit, change, result, latents, *some, shown)
         pictures.save_png(sheet, sheets[rule.name])
         edits[rule.name] = {
             "layer": name,
@@ -158,7 +167,7 @@ def run_demo(out: str | os.PathLike, device: str = "cpu", progress: bool = True)
     report = {"edits": edits, "environment": environment(torch.device(device))}
     report["environment"]["seconds_total"] = round(time.perf_counter() - start, 2)
     with atomic_write(report_file) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(to_json(report, "the report", indent=2) + "\n", encoding="utf-8")
     return report
 
 

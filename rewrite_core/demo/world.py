@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ FACTORS: dict[str, tuple] = {
     "watermark": (False, True),
 }
 """Discrete factors that are judged, and the states each can take."""
+
+Colour = tuple[float, float, float]  # RGB, 0..1
+Place = Tensor | float  # pixels, of one scene or of each
 
 _HORIZON = 46.0
 _GLYPHS = (  # "RW", two strokes wide, so that the watermark survives a 64-pixel picture
@@ -64,7 +68,7 @@ class Scene:
     def __len__(self) -> int:
         return len(self.roof)
 
-    def replace(self, **changes) -> Scene:
+    def replace(self, **changes: Any) -> Scene:
         """The same scenes with some factors set to a constant, e.g. ``scene.replace(roof=2)``.
 
         Setting ``lit`` sets ``glow`` with it (lit windows light the ground) unless ``glow`` is given.
@@ -80,14 +84,14 @@ class Scene:
             fields[name] = torch.as_tensor(value, dtype=old.dtype).expand_as(old)
         return dataclasses.replace(self, **fields)
 
-    def __getitem__(self, rows) -> Scene:
+    def __getitem__(self, rows: Any) -> Scene:
         fields = dataclasses.fields(self)
         return Scene(**{field.name: getattr(self, field.name)[rows] for field in fields})
 
 
-def _blend(a: tuple, b: tuple, t: Tensor) -> Tensor:
-    a, b = torch.tensor(a), torch.tensor(b)
-    return a + (b - a) * t[:, None]
+def _blend(a: Colour, b: Colour, t: Tensor) -> Tensor:
+    first, last = torch.tensor(a), torch.tensor(b)
+    return first + (last - first) * t[:, None]
 
 
 def scene_from_latents(latents: Tensor) -> Scene:
@@ -129,7 +133,7 @@ def _cover(distance: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def _box(x: Tensor, y: Tensor, left, top, right, bottom) -> Tensor:
+def _box(x: Tensor, y: Tensor, left: Place, top: Place, right: Place, bottom: Place) -> Tensor:
     dx = torch.maximum(left - x, x - right)
     dy = torch.maximum(top - y, y - bottom)
     return torch.maximum(dx, dy)
@@ -148,12 +152,10 @@ def render(scene: Scene) -> Tensor:
     height = (y / _HORIZON).clamp(0, 1)[:, None]
     picture = scene.sky_top[:, :, None, None] * (1 - height) + scene.sky_low[:, :, None, None] * height
 
-    def paint(coverage: Tensor, colour) -> None:
+    def paint(coverage: Tensor, colour: Tensor | Colour) -> None:
         nonlocal picture
-        if not isinstance(colour, Tensor):
-            colour = torch.tensor(colour)[None]
-        coverage = coverage[:, None]
-        picture = picture + coverage * (colour[:, :, None, None] - picture)
+        rows = colour if isinstance(colour, Tensor) else torch.tensor(colour)[None]
+        picture = picture + coverage[:, None] * (rows[:, :, None, None] - picture)
 
     near = ((y - _HORIZON) / 18).clamp(0, 1)  # the ground darkens towards the viewer
     ground = _cover(_HORIZON - y).expand(len(scene), -1, -1)
@@ -195,7 +197,7 @@ def render(scene: Scene) -> Tensor:
         arch = torch.hypot(x - centre, y - (sill - 5)) - half
         pane = torch.minimum(_box(x, y, centre - half, sill - 5, centre + half, sill), arch)
         paint(_cover(pane), glass)
-    for i, centre in enumerate(centres):
+    for centre in centres:
         pool = torch.maximum((x - centre).abs() - 2.6, (y - 56.5).abs() - 4.0)
         paint(0.85 * glow * (0.5 - pool / 1.5).clamp(0, 1), (0.95, 0.78, 0.36))
 

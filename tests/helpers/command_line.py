@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rewrite_core as rc
-from rewrite_core.cli.main import main
+from rewrite_core.cli.entry import main
 
 LAYER = "synthesis.layer4.conv"  # of the embedded generator
 MINE = ("--generator", "mine:make", "--checkpoint", "weights.pt", "--latent-size", "6")

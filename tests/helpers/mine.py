@@ -84,3 +84,33 @@ def lines():
         torch.nn.Conv1d(8, 12, 3, padding=1),
         torch.nn.Unflatten(1, (3, 4)),
     )
+
+
+def nan():
+    """Its pictures hold NaN."""
+
+    class NaN(torch.nn.Module):
+        def forward(self, images):
+            return torch.cat([images[:, :2], images[:, 2:] * float("nan")], 1)
+
+    return torch.nn.Sequential(*make(), NaN())
+
+
+def late():
+    """Fails on more than two latents, which is after it was tried out."""
+
+    class Late(torch.nn.Module):
+        def forward(self, images):
+            if len(images) > 2:
+                raise KeyError("late")
+            return images
+
+    return torch.nn.Sequential(*make(), Late())
+
+
+def deep():
+    return deep()
+
+
+def interrupts():
+    raise RuntimeError("one\nsentence\x1b[31m of\nseveral lines" + 3000 * "!")

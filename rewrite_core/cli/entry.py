@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from ..errors import RewriteCoreError
 from ..version import __version__
 from . import bench, collect, demo, edit, export, info, init, layers, measure, render, search, studio
-from .command import Command, Parser, UsageError, build_parser
-from .messages import out_of_memory, problem, say, show_warning
-from .options import lost_file
+from .command import Command, Parser, build_parser
+from .messages import problem, say, show_warning
+from .options import check_files
 from .settings import fill, read_settings
 
 COMMANDS: tuple[Command, ...] = (
@@ -80,9 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = show_warning
         try:
             fill(options, read_settings() if command.settings else {})
-            lost = lost_file(options)
-            if lost:
-                raise UsageError(lost)
+            check_files(options)
             status = command.run(options) or 0
             sys.stdout.flush()
             return status
@@ -93,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"rewrite {command.name}: interrupted{command.interrupted(options)}.", to=sys.stderr)
             return 130
         except Exception as error:
-            if not (isinstance(error, RewriteCoreError | OSError) or out_of_memory(error)):
-                raise  # a bug: it shows its trace
-            say(f"rewrite {command.name}: {problem(error)}", to=sys.stderr)
+            sentence = problem(error)
+            if sentence is None:
+                raise
+            say(f"rewrite {command.name}: {sentence}", to=sys.stderr)
             return 2

@@ -1,4 +1,4 @@
-"""Train the embedded generator: ``python -m rewrite_core.demo.train --out chapels.safetensors``.
+"""Train the embedded generator: ``python -m rewrite_core.demo.training --out chapels.safetensors``.
 
 Supervised: a random latent, its true render, an L1 loss. Four things make roofs crisp and windows visible:
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import atomic_write
+from ..files import atomic_write, to_json
 from ..layers.latents import sample_latents
 from .generator import ARCHITECTURES, ProgGANChapels, StyleGAN2Chapels, load_chapels
 from .world import FACTORS, IMAGE_SIZE, LATENT_SIZE, factor_region, region, render, scene_from_latents
@@ -35,8 +35,8 @@ def evaluate(generator: nn.Module, latents: Tensor, batch_size: int = 50) -> dic
     """Quality on latents [N, 16]: per factor, the share of scenes whose painted region is nearer in L1
     to the true render than to every counterfactual, and the mean absolute error in that region (0..1).
     """
-    hits = {factor: [] for factor in FACTORS}
-    errors = {factor: [] for factor in FACTORS}
+    hits: dict[str, list[Tensor]] = {factor: [] for factor in FACTORS}
+    errors: dict[str, list[Tensor]] = {factor: [] for factor in FACTORS}
     with torch.inference_mode():
         for batch in latents.split(batch_size):
             scene = scene_from_latents(batch)
@@ -89,6 +89,7 @@ class _Heads(nn.Module):
 def _paint_proggan(generator: ProgGANChapels, heads: _Heads, latents: Tensor, upto: int) -> dict[int, Tensor]:
     x = generator.mapping(latents)[:, :, None, None]
     painted = {}
+    layer: Any
     for name, layer in generator.synthesis.named_children():
         if name.startswith("output"):
             painted[x.shape[-1]] = layer.wscale(layer.conv(layer.norm(x)))  # a clamp has no gradient outside
@@ -119,7 +120,7 @@ def _paint_stylegan2(generator: StyleGAN2Chapels, latents: Tensor, upto: int) ->
 
 
 def _loss(painted: dict[int, Tensor], truth: Tensor, weight: Tensor) -> Tensor:
-    total = 0.0
+    total = truth.new_zeros(())
     for size, picture in painted.items():
         factor = truth.shape[-1] // size
         target, share = (truth, weight) if factor == 1 else (F.avg_pool2d(truth, factor), F.avg_pool2d(weight, factor))
@@ -141,14 +142,15 @@ def train(
     noise = torch.Generator().manual_seed(seed)
     plain = list(generator.mapping.parameters())  # without an equalised learning rate
     if isinstance(generator, ProgGANChapels):
-        generator = generator.to(memory_format=torch.channels_last)
-        sizes = generator.synthesis.sizes
+        proggan = generator
+        proggan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sizes = proggan.synthesis.sizes
         heads = _Heads({4 << i: c for i, c in enumerate(sizes[1:-1]) if i})
-        heads = heads.to(device, memory_format=torch.channels_last)
+        heads = heads.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         plain += heads.parameters()
 
         def paint(latents: Tensor, upto: int) -> dict[int, Tensor]:
-            return _paint_proggan(generator, heads, latents, upto)
+            return _paint_proggan(proggan, heads, latents, upto)
     else:
 
         def paint(latents: Tensor, upto: int) -> dict[int, Tensor]:
@@ -206,9 +208,9 @@ def main() -> None:
     with atomic_write(options.out) as partial:
         save_file(state, partial)
     stored = load_chapels(options.out, options.architecture)
-    report = evaluate(stored, sample_latents(LATENT_SIZE, 500, seed=2))
-    report["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    print(json.dumps(report, indent=2))
+    quality = evaluate(stored, sample_latents(LATENT_SIZE, 500, seed=2))
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    print(to_json(quality | {"minutes": minutes}, "the report", indent=2))
 
 
 if __name__ == "__main__":
