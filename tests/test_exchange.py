@@ -207,7 +207,7 @@ def test_onnxruntime_runs_the_edited_generator(tmp_path):
 
 
 def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
-    from rewrite_core.cli.main import main
+    from rewrite_core.cli.entry import main
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_net.py").write_text(
