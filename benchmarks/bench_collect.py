@@ -3,6 +3,7 @@ reference implementation's way. Generators of true widths with random weights.""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -60,9 +61,11 @@ def cases(quick: bool) -> list[Case]:
 def make(
     build: Callable[[], nn.Module], name: str, size: int, backend: str, device: str = "cpu", batch_size: int = BATCH
 ) -> Problem:
-    """The bare pass yields no moment, so its error is 1. The reference's way adds every key by itself, in float32, after
-    the same forward pass, so its error grows with their number; on a GPU, where it would take minutes, a product of the
-    permuted copy stands for it."""
+    """The bare pass yields no moment, so its error is 1.
+
+    The reference's way adds every key by itself, in float32, after the same forward pass, so its error grows with their
+    number; on a GPU, where it would take minutes, a product of the permuted copy stands for it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         generator = build().eval().requires_grad_(False).to(device)
@@ -90,10 +93,8 @@ def make(
         handle = layer.module.register_forward_pre_hook(stop)
         with torch.no_grad():
             for batch in latents.split(batch_size):
-                try:
+                with contextlib.suppress(_Stop):
                     generator(batch)
-                except _Stop:
-                    pass
         handle.remove()
         return torch.zeros_like(exact)
 

@@ -1,9 +1,9 @@
 """An edit's solvers against the reference implementation's loop: the fit, many edits at once, a whole `rc.rewrite`, and
 the click.
 
-The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"), which
-tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a contender takes
-minutes it runs a few of its 2001 steps, and is set aside with the part of the job that it did.
+The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"),
+which tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a
+contender takes minutes it runs a few of its 2001 steps, and is set aside with the part of the job that it did.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +170,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
     details: dict[str, float] = {}
 
     def error(solution: LayerSolution) -> float:
+        assert solution.final_loss is not None  # of every solver that takes steps
         residual = _residual(problem, solution.coefficients)
         l1 = residual.abs().mean().item()
         details.update({f"{_name(solution)}: l1": l1, f"{_name(solution)}: l2": residual.square().mean().item()})
@@ -289,8 +291,10 @@ def make_many(count: int, channels: int, side: int, backend: str) -> Problem:
 
 
 def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) -> Problem:
-    """The whole of `rc.rewrite` with "lm" and with the reference's loop, on a generator that is one 3x3 convolution (its
-    latents are key maps). The moment and its factor are at hand; the error is how far "lm" ends above the loop."""
+    """The whole of `rc.rewrite` with "lm" and with the reference's loop, on a generator that is one 3x3 convolution.
+
+    Its latents are key maps. The moment and its factor are at hand; the error is how far "lm" ends above the loop.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         generator = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False)).requires_grad_(False)
@@ -308,7 +312,11 @@ def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) 
             layer, moment, edit, latents, solver="lm" if solver == "lm" else Projected(steps), backend=backend
         )
 
-    loss = {name: run(name, backend).final_loss for name in ("lm", "projected")}
+    loss: dict[str, float] = {}
+    for name in ("lm", "projected"):
+        final = run(name, backend).final_loss
+        assert final is not None  # of every solver that takes steps
+        loss[name] = final
     rounds = 1 if steps == STEPS else None
     return Problem(
         ours=Contender("rewrite_core", lambda: run("lm", backend)),
@@ -332,7 +340,7 @@ def make_click(size: int, name: str, backend: str) -> Problem:
     passes that it needs are a contender (and do not do the job: error 1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        width = {} if size > 8 else {"style_dim": 32, "n_mlp": 2, "channels": {4: 32, 8: 32}}
+        width: dict[str, Any] = {} if size > 8 else {"style_dim": 32, "n_mlp": 2, "channels": {4: 32, 8: 32}}
         generator = StyleGAN2(size, **width).eval().requires_grad_(False)
     layer = bind(generator, name)
     latents = sample_latents(generator.style_dim, 8, seed=1)
@@ -365,7 +373,7 @@ def make_click(size: int, name: str, backend: str) -> Problem:
         return outcome
 
     def passes() -> Tensor:
-        for selection in (edit.copy, edit.paste, *edit.where):
+        for selection in edit.selections:
             layer.capture(latents[selection.index][None])
         return torch.ones(())  # nothing is applied
 

@@ -140,9 +140,17 @@ def make_directions(n: int, rank: int, factored: bool, backend: str) -> Problem:
     stock = []
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         rounds = None if n <= 512 else 3
-        stock.append(Contender(f"eigh whitening in {name}", lambda dtype=dtype: whiten(root(dtype)), rounds=rounds))
+        stock.append(
+            Contender(
+                f"eigh whitening in {name}", functools.partial(lambda dtype: whiten(root(dtype)), dtype), rounds=rounds
+            )
+        )
         if factored:
-            stock.append(Contender(f"whitening in {name}, root at hand", lambda dtype=dtype: whiten(roots[dtype])))
+            stock.append(
+                Contender(
+                    f"whitening in {name}, root at hand", functools.partial(lambda dtype: whiten(roots[dtype]), dtype)
+                )
+            )
     return Problem(
         ours=Contender("rewrite_core", ours),
         stock=stock,

@@ -110,7 +110,7 @@ class Checked:
 
 def chosen_backend(op: str) -> str:
     """The backend "auto" picks on this CPU. Cases ask for it by name, so a record cannot name another."""
-    example = importlib.import_module(f"rewrite_core.ops.{op}").example("cpu")
+    example = importlib.import_module(f"rewrite_core.ops.{op}_op.register").example("cpu")
     try:
         return select(op, "auto", *example).name
     except (BackendUnavailable, ValueError) as error:  # REWRITE_CORE_BACKEND names one that cannot
@@ -129,9 +129,9 @@ def check(op: str, case: Case, tests: str, kernel: str) -> Checked:
         for contender in problem.contenders:
             contender.prepare()
             errors[contender.name] = problem.error(contender.run())
-    except Exception as error:
-        why = f"case {case.name!r}, {type(error).__name__}: {error}"
-        raise Refused(f"{op} does not run, so there is no speed to report ({why}).") from error
+    except Exception as failure:
+        why = f"case {case.name!r}, {type(failure).__name__}: {failure}"
+        raise Refused(f"{op} does not run, so there is no speed to report ({why}).") from failure
     error = errors[problem.ours.name]
     if not error <= problem.tolerance:  # also NaN
         raise Refused(

@@ -19,7 +19,14 @@ MOST_LINES, MOST_PARAMETERS = 80, 10
 MOST_BYTES = 40 * 1024  # of a file of tests
 
 # "file:function": why it may have more lines or parameters than the rest.
-EXCUSED = {}
+EXCUSED = {
+    "rewrite_core/ops/fit_low_rank_op/register.py:fit_low_rank": "the operation's arguments are its problem",
+    "rewrite_core/ops/fit_projected_op/register.py:fit_projected": "the operation's arguments are its problem",
+    "rewrite_core/rewrites/calls.py:rewrite": "the public call: what a user may say about an edit, all by name",
+    "rewrite_core/rewrites/calls.py:rewrite_many": "the arguments of rewrite",
+    "rewrite_core/rewrites/calls.py:erase": "the arguments of rewrite",
+    "rewrite_core/rewrites/calls.py:insert": "the arguments of rewrite",
+}
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -58,7 +65,10 @@ def test_files_of_tests_are_of_a_size_to_read():
 
 
 def test_no_module_has_the_name_of_what_it_exports():
-    """Else ``from rewrite_core.ops import second_moment`` is a function or a module, as imports happened to go."""
+    """Else ``from rewrite_core.ops import second_moment`` is a function or a module, as imports happened to go.
+
+    ``cli/main.py`` has a ``main``, and pytest finds the benchmark in ``bench_x.py`` by its name.
+    """
     wrong = []
     for path in SOURCES:
         names = set()
@@ -69,7 +79,11 @@ def test_no_module_has_the_name_of_what_it_exports():
                 names |= {alias.asname or alias.name for alias in node.names}
         beside = {inner.stem for inner in path.parent.iterdir() if inner.is_dir() or inner.suffix == ".py"}
         own = beside if path.stem == "__init__" else {path.stem}
-        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names & own)]
+        wrong += [
+            f"{path.relative_to(ROOT)}: {name}"
+            for name in sorted(names & own)
+            if name != "main" and not name.startswith("bench_")
+        ]
     assert not wrong, wrong
 
 
