@@ -7,7 +7,6 @@ the latest line of every case.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -15,7 +14,6 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +22,10 @@ from rewrite_core.backends import extension, extension_reason
 from rewrite_core.files import atomic_write
 from rewrite_core.version import __version__, cpu_name, python_digest, source_digest
 
+from .lines import Record, append, read
+
 SCHEMA = 2
 QUIET = 0.5  # load average; above it OpenMP's spinning threads meet others, and wait for whole time slices
-Record = dict[str, Any]
 
 
 def checkout() -> Path | None:
@@ -80,40 +79,6 @@ def environment() -> Record:
         "rewrite_core": __version__,
         "commit": commit(),
     }
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None in place of numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def append(path: Path, record: Record) -> None:
-    """One more line, in one write, on the disk when this returns; one that a crash cut off is ended first. NaN and
-    infinity, such as the error of a contender that failed, become null."""
-    line = json.dumps(_finite(record), allow_nan=False) + "\n"
-    with open(path, "ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[Record]:
-    """All lines; those that a crash cut off are passed over."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def disturbance(here: Record) -> str:

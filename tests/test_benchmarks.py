@@ -15,7 +15,7 @@ import torch
 
 import rewrite_core
 from rewrite_core import backends
-from rewrite_core.benchmarks import harness, report, runner
+from rewrite_core.benchmarks import harness, lines, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
@@ -234,14 +234,14 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_append_keeps_history_and_closes_a_cut_line(tmp_path):
     path = tmp_path / "lines.jsonl"
-    report.append(path, {"a": 1})
+    lines.append(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": 2, "cut')
-    report.append(path, {"a": 3})
+    lines.append(path, {"a": 3})
     assert path.read_text() == '{"a": 1}\n{"a": 2, "cut\n{"a": 3}\n'
-    assert report.read(path) == [{"a": 1}, {"a": 3}]
-    report.append(path, {"contenders": {"failed": {"error": math.inf, "times": (1.0, math.nan)}}})
-    assert report.read(path)[-1] == {"contenders": {"failed": {"error": None, "times": [1.0, None]}}}
+    assert lines.read(path) == [{"a": 1}, {"a": 3}]
+    lines.append(path, {"contenders": {"failed": {"error": math.inf, "times": (1.0, math.nan)}}})
+    assert lines.read(path)[-1] == {"contenders": {"failed": {"error": None, "times": [1.0, None]}}}
 
 
 @pytest.mark.parametrize(
