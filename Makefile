@@ -7,9 +7,7 @@ TORCH_STAMP = $(VENV)/.$(subst =,_,$(firstword $(TORCH)))
 RESULTS := $(if $(filter undefined,$(origin OUT)),benchmarks/results,$(OUT))
 OUT ?= demo_out
 
-SOURCES := $(shell find rewrite_core kernels csrc benchmarks -type f -not -path '*/__pycache__/*' -not -path '*/results/*')
-
-.PHONY: demo studio test lint docs bench gpu-check clean
+.PHONY: demo studio test lint docs bench gpu-check gpu-library clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
@@ -36,38 +34,26 @@ docs: $(VENV)/.tools
 bench: $(VENV)/.installed
 	$(VENV)/bin/rewrite bench all
 
-# Needs an NVIDIA GPU and a torch that sees it: TORCH and PIP_ARGS choose one to download. With SYSTEM=1 everything is
-# PYTHON's own, and nothing is downloaded. OUT is where results go, MINUTES how long it may take (8).
-# csrc/*.cu are compiled where there are any. sys.path: not the checkout, where nothing is compiled.
+# In stages (benchmarks/README.md). Without an NVIDIA GPU it ends before anything is built. TORCH and PIP_ARGS choose a
+# torch to download; with SYSTEM=1 everything is PYTHON's own, nothing is downloaded, and the library in .system is used
+# where it fits. `make gpu-library` only builds that, with or without a GPU. OUT is where results go, MINUTES how
+# long the stages may take (5), STAGES which of them run, RESUME a file of lines of an earlier run.
+GPU_FLAGS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages '$(STAGES)') $(if $(RESUME),--resume '$(RESUME)')
 SYSTEM_LIBRARY := .system
-NEEDED := torch triton numpy safetensors PIL tqdm matplotlib xxhash pytest pip setuptools pybind11
-define SYSTEM_CHECK
-import importlib.metadata, importlib.util, sys
-missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
-if "setuptools" not in missing and int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
-    missing.append("setuptools 77 or newer")
-if missing:
-    sys.exit(f"make gpu-check SYSTEM=1 needs what {sys.executable} lacks: {', '.join(missing)}.")
-endef
-export SYSTEM_CHECK
 
+gpu-check gpu-library: export PYTHONSAFEPATH =
+gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
+gpu-check:
 ifdef SYSTEM
-GPU_CHECK := $(SYSTEM_LIBRARY)
-GPU_PYTHON := $(PYTHON)
+	@$(PYTHON) -m benchmarks.gpu --system '$(SYSTEM_LIBRARY)' --out '$(RESULTS)' $(GPU_FLAGS)
 else
-GPU_CHECK := $(VENV)
-GPU_PYTHON := $(VENV)/bin/python
+	@$(PYTHON) -m benchmarks.gpu --look
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+	@$(VENV)/bin/python -m benchmarks.gpu --out '$(RESULTS)' $(GPU_FLAGS)
 endif
 
-gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
-gpu-check: $(GPU_CHECK)/.installed
-	$(GPU_PYTHON) -c 'import sys; sys.path[0] = "$(abspath $(GPU_CHECK))"; from rewrite_core.benchmarks.gpu_check import main; sys.exit(main())' --out '$(RESULTS)' $(if $(MINUTES),--minutes $(MINUTES))
-
-$(SYSTEM_LIBRARY)/.installed: setup.py pyproject.toml CMakeLists.txt $(SOURCES)
-	@$(PYTHON) -c "$$SYSTEM_CHECK" $(NEEDED)
-	rm -rf $(SYSTEM_LIBRARY)
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --target $(SYSTEM_LIBRARY) .
-	touch $@
+gpu-library:
+	@$(PYTHON) -m benchmarks.gpu --build --system '$(SYSTEM_LIBRARY)'
 
 $(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rewrite_core needs Python 3.10 or newer")'

@@ -65,6 +65,7 @@ setup(
     package_data={
         "rewrite_core": ["py.typed", "__init__.pyi"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
+        "rewrite_core.benchmarks.gpu": ["*.npz"],
         "rewrite_core.demo": ["*.safetensors", "*.json"],
         "rewrite_core.studio": ["page/*"],
     },

@@ -1,292 +1,526 @@
-"""What can be said of ``make gpu-check`` where there is no GPU."""
+"""``make gpu-check`` where there is no GPU: dry runs, the schedule on a clock that jumps, the library."""
 
 from __future__ import annotations
 
-import functools
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import rewrite_core as rc
-from rewrite_core.benchmarks import bench_collect, gpu_check, gpu_edit, harness
+from rewrite_core.benchmarks import lines
+from rewrite_core.benchmarks.gpu import __main__ as command
+from rewrite_core.benchmarks.gpu import host, plan, schedule, summary
+from rewrite_core.benchmarks.gpu.stages import ALONE, HARM, SANITISED, STARTING, Case, Stage, dry_stages, marked, stages
 
-FLOORS = gpu_check.Floors(4e12, {"tf32": 4e14, "bfloat16": 8e14})
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu(tmp_path, capsys):
-    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "NVIDIA GPU" in said.err and not said.out
+def gpu_check(*words, check=None, **how):
+    """As from a shell: another process, which imports no torch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        **how,
+    )
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+# --- without a GPU ---
+
+
+@no_gpu
+def test_without_a_gpu(tmp_path):
+    done = gpu_check("--out", tmp_path / "out", check=2)
+    assert done.stderr.count("\n") == 1 and "NVIDIA GPU" in done.stderr and not done.stdout
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        gpu_check.main(["--minutes", "many"])
-    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--minutes", "many"], "--minutes"),
+        (["--minutes", "0"], "--minutes must be a positive number"),
+        (["--stages", "S0,S9"], "There is no stage S9: use S0, S1, S2, S3, S4"),
+        (["--build"], "--build needs --system"),
+    ],
+)
+def test_bad_arguments(words, said, tmp_path):
+    done = gpu_check(*words, "--out", tmp_path / "out", check=2)
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
-def test_cases_cover_the_grid():
-    cases = gpu_check.cases(FLOORS)
-    assert len({case.name for case in cases}) == len(cases) == 3 * 6 * 7
-    assert {case.group for case in cases} == {"gpu float32", "gpu tf32", "gpu bfloat16"}
-    for channels in gpu_check.CHANNELS:
-        for side in gpu_check.SIDES:
-            batch = gpu_check.batch_of(channels, side)
-            assert 1 <= batch <= 8 and batch * channels * side**2 <= max(gpu_check.MOST, channels * side**2)
-    assert gpu_check.batch_of(64, 4) == 8 and gpu_check.batch_of(2048, 256) == 2
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = gpu_check("--dry-run", "--out", tmp_path / "file" / "out", check=2)
+    assert done.stderr.count("\n") == 1 and "choose another folder" in done.stderr
 
 
-def test_floors():
-    x3, tf32, half = gpu_check.KINDS
-    assert FLOORS.seconds(x3, 4e12, 4e6) == pytest.approx(3e-2)  # three products
-    assert FLOORS.seconds(tf32, 4e12, 4e6) == pytest.approx(1e-2)
-    assert FLOORS.seconds(half, 4e12, 4e11) == pytest.approx(1e-1)  # bytes
+def tool(folder, name, *body):
+    """An executable script."""
+    path = folder / name
+    path.write_text("\n".join(["#!/bin/sh", *body, ""]))
+    path.chmod(0o755)
+    return path
 
 
-@pytest.mark.parametrize("kind", [gpu_check.KINDS[0], gpu_check.KINDS[2]], ids=lambda kind: kind.name)
-def test_a_case_on_the_cpu(kind):
-    """The same code with ours on another backend: every contender does the job, and its record is whole."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    case = harness.Case("small", lambda backend: gpu_check.make(24, 5, kind, FLOORS, "cpu", backend), "gpu")
-    try:
-        checked = gpu_check.check(case, kind, "cpp", "passed")
-        assert torch.backends.cuda.matmul.allow_tf32 == kind.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert checked.errors["rewrite_core"] <= 2e-6 and max(checked.errors.values()) <= kind.rivals
-    race = harness.Race(checked.problem)
-    race.run(True)
-    record = harness.measurement("second_moment", checked, race, False)
-    assert record["details"]["floor_seconds"] > 0 and record["ratio"] > 0 and len(record["contenders"]) == 4
-    assert record["shapes"] == {"features": [8, 24, 5, 5]}
-
-
-def test_a_collection_on_the_cpu():
-    """The same code on another device: its error, its floor and what it takes beyond the bare pass."""
-    make = functools.partial(
-        gpu_check.make_collection, "convs.1.conv", FLOORS, "cpu", 2, build=bench_collect.small_stylegan2, size=32
-    )
-    case = harness.Case("small", lambda backend: make(backend), "gpu collect")
-    checked = gpu_check.check(case, gpu_check.KINDS[0], "cpp", "passed")
-    assert checked.errors["rewrite_core"] <= 2e-6 and checked.errors["bare forward pass"] == 1
-    race = harness.Race(checked.problem)
-    race.run(True)
-    times = race.times["bare forward pass"]
-    race.times["rewrite_core"] = [1.25 * time for time in times]
-    assert gpu_check.overhead(race) == pytest.approx(0.25)
-    record = harness.measurement("collect", checked, race, False)
-    assert record["details"]["floor_seconds"] > 0 and record["shapes"]["latents"] == [16, 32]
-    names = [case.name for case in gpu_check.collection_cases(FLOORS)]
-    assert names == ["stylegan2_256 convs.6.conv batch 32 gpu", "stylegan2_256 convs.11.conv batch 32 gpu"]
-    channels = [rc.bind(bench_collect.stylegan2_256(), name).in_channels for name in gpu_check.COLLECTED]
-    assert channels == [512, 128]
-
-
-def test_what_is_wrong_is_refused(monkeypatch):
-    kind = gpu_check.KINDS[0]
-    right = gpu_check.second_moment
-    monkeypatch.setattr(
-        gpu_check, "second_moment", lambda *args, out, **how: right(*args, out=out, **how).mul_(1.00001)
-    )
-    case = harness.Case("small", lambda backend: gpu_check.make(24, 5, kind, FLOORS, "cpu", backend))
-    with pytest.raises(harness.Refused, match="'small'.*1.00e-05, above 2e-06"):
-        gpu_check.check(case, kind, "cpp", "passed")
-
-
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
-ROOT = Path(__file__).resolve().parent.parent
+@no_gpu
+def test_a_gpu_is_found_by_nvidia_smi_where_the_driver_is_silent(tmp_path, monkeypatch):
+    assert host.find_gpu() is None
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA-SMI has failed'", "exit 9")
+    assert host.find_gpu() is None
+    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3'", "echo 'NVIDIA T4'")
+    assert host.find_gpu() == "NVIDIA H100 80GB HBM3" and host.stem(host.find_gpu()) == "nvidia-h100-80gb-hbm3"
+    tool(tmp_path, "nvidia-smi", "sleep 60")
+    monkeypatch.setattr(host, "ASKING", 0.5)
+    assert host.find_gpu() is None
 
 
 def make(*words):
     """As from a shell, also where these tests were started by make."""
-    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "OUT", "VENV", "PYTHON", "TORCH", "TESTS"}
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "OUT", "VENV", "PYTHON", "TORCH", "TESTS", "SYSTEM"}
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@no_gpu
 @needs_make
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_line_of_the_makefile(tmp_path):
-    """From the checkout, whose own rewrite_core/ has neither benchmarks nor a compiled extension."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    (tmp_path / ".installed").touch()
-    done = make("-o", f"{tmp_path}/.installed", f"VENV={tmp_path}", f"OUT={tmp_path}/out", "gpu-check")
-    assert "needs an NVIDIA GPU and a torch that sees it" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert "Error 2" in done.stderr
+@pytest.mark.parametrize("system", [[], ["SYSTEM=1"]], ids=["venv", "system"])
+def test_make_builds_nothing_without_a_gpu(system, tmp_path):
+    """With a Python that has nothing installed, too."""
+    python = tool(tmp_path, "python", f'exec {sys.executable} -S "$@"')
+    library, venv = tmp_path / "library", tmp_path / "venv"
+    made = (f"PYTHON={python}", f"VENV={venv}", f"SYSTEM_LIBRARY={library}", f"OUT={tmp_path}/out")
+    done = make("gpu-check", *system, *made)
+    assert "needs an NVIDIA GPU" in done.stderr and "Error 2" in done.stderr and done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
 @needs_make
-def test_with_what_the_system_has_nothing_is_downloaded(tmp_path):
-    lines = make("-n", "-B", "gpu-check", "SYSTEM=1", "PYTHON=somewhere/python").stdout.splitlines()
-    (install,) = (line for line in lines if "-m pip install" in line)
-    assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(install.split())
-    assert not any("venv" in line for line in lines)
-    assert lines[-1].startswith("somewhere/python") and "--out 'benchmarks/results'" in lines[-1]
-    bare = tmp_path / "python"  # has nothing installed
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
-    bare.chmod(0o755)
-    done = make("-B", "gpu-check", "SYSTEM=1", f"PYTHON={bare}", f"SYSTEM_LIBRARY={tmp_path}/library")
-    assert re.match(r"make gpu-check SYSTEM=1 needs what .* lacks: torch, .*pybind11.*\.\n", done.stderr), done.stderr
-    assert done.returncode and not (tmp_path / "library").exists()
+def test_what_make_runs():
+    lines = make("-n", "gpu-check", "PYTHON=x", "VENV=v", "STAGES=S0,S1", "MINUTES=3").stdout.splitlines()
+    assert lines[0] == "x -m benchmarks.gpu --look" and "pip install" not in lines[-1]
+    assert lines[-1].startswith("v/bin/python -m benchmarks.gpu --out 'benchmarks/results'")
+    assert "--minutes 3" in lines[-1] and "--stages 'S0,S1'" in lines[-1]
+    (line,) = make("-n", "gpu-check", "SYSTEM=1", "PYTHON=x", "RESUME=a.jsonl", "OUT=o").stdout.splitlines()
+    assert line.startswith("x -m benchmarks.gpu --system '.system' --out 'o'") and "--resume 'a.jsonl'" in line
 
 
-def write_tests(folder, body):
-    (folder / "tests").mkdir(exist_ok=True)
-    file, *others = (folder / "tests" / name for name in gpu_check.TESTED)
-    for other in others:
-        other.write_text("")
-    file.write_text(f"def test_it():\n    {body}\n")
-    return file.name
+@no_gpu
+def test_what_this_python_lacks_and_a_torch_that_sees_no_gpu(tmp_path):
+    tool(tmp_path, "nvidia-smi", "echo 'NVIDIA H200'")
+    path = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    system = ("--system", tmp_path / "library", "--out", tmp_path / "out")
+    done = gpu_check(*system, check=2, env=path)
+    assert re.search(
+        r"needs a torch that sees the NVIDIA H200, and torch \S+ \(CUDA \S+\) of \S+ does not\.", done.stderr
+    )
+    bare = tool(tmp_path, "python", f'exec {sys.executable} -S "$@"')
+    words = [bare, "-m", "benchmarks.gpu", *map(str, system)]
+    done = subprocess.run(words, cwd=ROOT, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.search(r"needs what \S+ lacks: torch, .*pytest\.\n", done.stderr), done.stderr
+    assert not (tmp_path / "library").exists() and not (tmp_path / "out").exists()
 
 
-def test_failing_skipped_and_slow_tests_are_told_apart(tmp_path, capsys):
-    log, everything = tmp_path / "log", set(gpu_check.TESTED)
-    for body, said, wrong in (
-        ("assert True", None, set()),
-        ("assert False", r"FAILED.*test_it.*log\)", None),
-        ("import pytest; pytest.skip('no GPU')", "skipped", everything),
-        ("import time; time.sleep(60)", "stopped after 2 s", everything),
-    ):
-        name = write_tests(tmp_path, body)
-        problem, failed = gpu_check.run_tests(tmp_path, [], log, timeout=2 if "sleep" in body else 60)
-        assert failed == ({name} if wrong is None else wrong)
-        if said is None:
-            assert problem is None
-        else:
-            assert problem is not None and re.search(said, problem), problem
-        assert ("FAILED" in capsys.readouterr().out) == (wrong is None)
+# --- a dry run ---
 
 
-def test_a_run_that_is_stopped_leaves_no_process(tmp_path):
-    """A tool around pytest is a process that starts others."""
-    pid = tmp_path / "pid"
-    write_tests(tmp_path, "assert True")
-    before = ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]
-    problem, _ = gpu_check.run_tests(tmp_path, [], tmp_path / "log", before, timeout=0.3)
-    assert problem is not None and "stopped" in problem
-    stat = Path(f"/proc/{pid.read_text().strip()}/stat")
-    for _ in range(100):
-        if not stat.exists() or stat.read_text().split()[2] == "Z":
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """Every line of a dry run, and what it said."""
+    out = tmp_path_factory.mktemp("dry")
+    done = gpu_check("--dry-run", "--minutes", "5", "--out", out, check=1)
+    assert sorted(path.name for path in out.iterdir()) == ["dry-run.jsonl", "dry-run.log"]
+    return done.stdout, lines.read(out / "dry-run.jsonl"), out
+
+
+def test_what_fails_hangs_and_crashes_costs_nothing_else(dry):
+    _, found, _ = dry
+    states = {(line["stage"], line["case"]): line["state"] for line in found}
+    assert len(states) == len(found)  # no case has two lines
+    assert set(states) == {(stage.name, case.name) for stage in dry_stages() for case in stage.cases}
+    harmed = dict(zip(HARM, ["failed", "skipped", "timeout", *["crashed"] * 4, "ok", "crashed"]))
+    for (stage, case), state in states.items():
+        word = case.split()[0]
+        if word in harmed:
+            assert state == harmed[word], (stage, case, state)
+        elif stage in ("D0", "D1", "D2", "D5"):
+            assert state == "ok", (stage, case, state)
+    assert [states["D4", name] for name in ("in time", "slow", "left")] == ["ok", "skipped", "skipped"]
+    assert states["D3", "never"] == "failed"
+
+
+def test_every_line_says_why(dry):
+    said, found, _ = dry
+    reasons = {
+        line["case"]: line["reason"] for line in found if line["stage"] in ("D1", "D3", "D4") and "reason" in line
+    }
+    for name, words in {
+        "raise 0": "RuntimeError: CUDA error: an illegal memory access was encountered (dry.py:",
+        "refuse 1": "this machine lacks what it needs",
+        "hang 2": "ended after 1 s without a result",
+        "abort 3": "killed by SIGABRT",
+        "segfault 4": "killed by SIGSEGV",
+        "kill 5": "killed by SIGKILL",
+        "exit 6": "exit status 3",
+        "close 8": "it stopped telling what it does, and was ended",
+        "never": "did not get to its first case: ModuleNotFoundError: No module named 'benchmarks.gpu.dry_missing'",
+        "slow": schedule.OVER,
+        "left": "no time was left for it",
+    }.items():
+        assert words in reasons[name], (name, reasons[name])
+        assert f"{name}: " in said
+    for line in found:
+        assert {"stage", "case", "state", "seconds", "timestamp", "gpu", "sources", "run", "commit"} <= set(line)
+        assert line["state"] in ("ok", *summary.BAD, "skipped") and line["seconds"] >= 0
+        assert line["state"] == "ok" or line["reason"]
+    assert found[0]["value"] == 1.5 and re.search(r"^D1: 11 ok, .*5 crashed", said, re.MULTILINE)
+
+
+def test_no_process_is_left(dry):
+    _, _, out = dry
+    for _ in range(50):
+        left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in path.read_bytes()]
+        if not left:
             return
-        time.sleep(0.01)
-    pytest.fail("it still runs")
+        time.sleep(0.1)
+    pytest.fail(f"they still run: {left}")
 
 
-def test_the_path_is_added_to(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/some/where")
-    write_tests(tmp_path, "import os; assert os.environ['PYTHONPATH'].split(os.pathsep)[1:] == ['/some/where']")
-    assert gpu_check.run_tests(tmp_path, [], tmp_path / "log") == (None, set())
-
-
-def test_what_compute_sanitizer_finds(tmp_path, monkeypatch, capsys):
-    """A race is told of, and a false alarm there stops nothing; memory that is not the kernel's is an error."""
-    said = tmp_path / "said"
-    tool = tmp_path / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text(
-        f'#!/bin/sh\necho "$1 $*" >> {tmp_path}/words\ncat {said}.${{1#--tool=}}\necho "1 passed in 0.01s"\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
-    write_tests(tmp_path, "assert True")
-
-    def log(name):
-        return tmp_path / f"{name}.log"
-
-    api = "========= Program hit cudaErrorNotSupported on CUDA API call\n"
-    race = (
-        "========= Error: Race reported between Write access at fit_kernel+0x10 and Write access at fit_kernel+0x10\n"
-    )
-    read = "========= Invalid __global__ read of size 4 bytes\n"
-    for memory, races, found in ((api, "", None), ("", race, None), (read, "", "Invalid")):
-        Path(f"{said}.memcheck").write_text(memory)
-        Path(f"{said}.racecheck").write_text(races)
-        result = gpu_check.sanitise(tmp_path, log)
-        assert result is None if found is None else found in result
-        assert ("Race reported" in capsys.readouterr().out) == bool(races)
-    words = (tmp_path / "words").read_text()
-    assert "--report-api-errors=no" in words and gpu_check.SANITISED in words
-
-
-def test_the_tests_of_every_kernel_are_run():
-    tests = gpu_check.checkout() / "tests"
-    marked = {path.name: path.read_text() for path in tests.glob("test_*.py") if path.name != Path(__file__).name}
-    marked = {name: text for name, text in marked.items() if re.search(r"pytest\.mark\.gpu", text, re.M)}
-    assert set(marked) == set(gpu_check.TESTED)
-    for name in [*gpu_check.ALONE.split(" or "), gpu_check.SANITISED]:
-        assert any(f"def {name}" in text for text in marked.values()), name
-    groups = {case.group for case in (*gpu_check.cases(FLOORS), *gpu_check.collection_cases(FLOORS), *gpu_edit.cases())}
-    assert set().union(*gpu_check.TESTED.values()) == groups - {"spd_solve"}  # torch.linalg's own kernels
-
-
-def test_one_case_that_fails_does_not_end_the_others(capsys):
-    cases = [harness.Case(name, None) for name in ("right", "wrong", "broken", "right again", "late")]
-
-    def measure(case):
-        if case.name == "wrong":
-            raise harness.Refused("It is wrong here.")
-        if case.name == "broken":
-            raise RuntimeError("CUDA error")
-        if case.name == "right again":
+def test_a_run_that_is_killed_leaves_its_lines_and_no_process(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stages", "D0,D4", "--out", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
+        path = tmp_path / "dry-run.jsonl"
+        for _ in range(600):
+            if path.exists() and any(line["case"] == "in time" for line in lines.read(path)):
+                break
             time.sleep(0.05)
-
-    assert gpu_check.each(cases, time.monotonic() + 0.05, measure) == (2, 2)
-    assert [case.name for case in cases] == ["late"]
-    said = capsys.readouterr().err
-    assert "It is wrong here." in said and "broken: RuntimeError" in said and "Traceback" in said
+        run.send_signal(signal.SIGKILL)
+    assert [line["state"] for line in lines.read(path)] == ["ok", "ok"]
+    test_no_process_is_left((None, None, tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("failed", "measured", "status"), [(set(), 3, 0), (set(), 0, 1), ({"test_fit_low_rank.py"}, 3, 1)]
-)
-def test_what_fails_is_not_timed(tmp_path, monkeypatch, capsys, failed, measured, status):
-    given = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_check, "run_all_tests", lambda *args: (["FAILED it"] if failed else [], failed))
-    monkeypatch.setattr(gpu_check, "sanitise", lambda *args: None)
-    monkeypatch.setattr(gpu_check, "measure", lambda *args: given.append(args) or (measured, 0, []))
-    assert gpu_check.main(["--out", str(tmp_path)]) == status
-    ((sheet, _, closed, _),) = given
-    assert closed == ({"fit_low_rank"} if failed else set()) and sheet.path == tmp_path / "nvidia-h200.jsonl"
-    said = capsys.readouterr().err
-    assert ("fit_low_rank are not timed: FAILED it" in said) == bool(failed)
-    assert ("Nothing was timed" in said) == (not measured)
+def test_a_second_run_does_what_is_missing(tmp_path):
+    for known in (0, 1):
+        done = gpu_check("--dry-run", "--stages", "D0,D5", "--out", tmp_path, check=0)
+        assert done.stdout.count("1 of 1 are known") == 2 * known, done.stdout
+    assert len(lines.read(tmp_path / "dry-run.jsonl")) == 2
+    done = gpu_check(
+        "--dry-run", "--out", tmp_path / "new", "--stages", "D0,D5", "--resume", tmp_path / "dry-run.jsonl"
+    )
+    assert done.stdout.count("1 of 1 are known") == 2 and len(lines.read(tmp_path / "new" / "dry-run.jsonl")) == 2
 
 
-def test_edit_cases_on_the_cpu():
-    """The same code, small, with ours on another backend: every contender does the job, and its record is whole."""
-    cases = gpu_edit.cases("cpu", channels=8, side=5, steps=25)
-    assert len({case.name for case in cases}) == len(cases)
-    assert {case.group for case in cases} == {"fit_low_rank", "fit_projected", "spd_solve"}
-    some = [case for case in cases if (" n " not in case.name and "rank 4" not in case.name) or "1x n 64," in case.name]
-    assert len(some) == 7
-    for case in some:
-        checked = gpu_edit.check(case, "reference" if case.group == "spd_solve" else "cpp", "passed")
-        assert max(checked.errors.values()) <= checked.problem.tolerance, (case.name, checked.errors)
-        race = harness.Race(checked.problem)
-        race.run(True)
-        record = harness.measurement(case.group, checked, race, False)
-        assert record["ratio"] > 0 and record["p50"] > 0 and len(record["contenders"]) >= 2
+# --- the schedule, on a clock that jumps ---
 
 
-def test_an_edit_that_is_wrong_is_refused(monkeypatch):
-    right = gpu_edit.spd_solve
-    monkeypatch.setattr(gpu_edit, "spd_solve", lambda *args, **how: 1.001 * right(*args, **how))
-    case = next(case for case in gpu_edit.cases("cpu") if "n 64," in case.name)
-    with pytest.raises(harness.Refused, match="spd_solve is wrong.*1e-10"):
-        gpu_edit.check(case, "reference", "passed")
+class Slow(plan.Imagined):
+    """Some cases take other times than expected: `seconds` by name."""
+
+    def __init__(self, **seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def start(self, stage, cases):
+        return super().start(
+            stage, [replace(case, expected=self.seconds.get(case.name, case.expected)) for case in cases]
+        )
+
+
+def run(stage, launcher, deadline=1e9, known=()):
+    """The lines that no process wrote, and what was finished when."""
+    told = []
+    schedule.run_stage(stage, set(known), launcher, deadline, lambda *words: told.append(words))
+    lost = {case for case, *_ in told}
+    return told, {case: at for at, _, case in launcher.ends if case not in lost and at <= launcher.now()}
+
+
+def stage_of(*groups, **how):
+    cases = (tuple(Case(name, 10.0, 1.0) for name in group.split()) for group in groups)
+    return Stage("T", "a test", "none", tuple(cases), starting=2.0, **how)
+
+
+def test_groups_run_side_by_side_and_those_alone_last():
+    told, ends = run(stage_of("a b c", "d", "e", "f", parallel=2, alone=1), Slow(d=3.0))
+    assert not told and ends == {"a": 3.0, "b": 4.0, "c": 5.0, "d": 5.0, "e": 8.0, "f": 11.0}
+
+
+def test_a_case_that_hangs_is_ended_at_its_limit_and_the_rest_go_on():
+    told, ends = run(stage_of("a b c", seconds=100.0), Slow(b=1e6))
+    assert told == [("b", "timeout", 10.0, "ended after 10 s without a result")]
+    assert ends == {"a": 3.0, "c": 3.0 + 10.0 + 3.0}
+
+
+def test_a_stage_ends_in_time_and_its_time_begins_with_the_first_case():
+    launcher = Slow(b=9.0, d=9.0)
+    told, ends = run(stage_of("a b c", "d e", seconds=5.0, parallel=2), launcher)
+    assert launcher.now() == 2.0 + 5.0 and ends == {"a": 3.0}
+    assert [(case, state) for case, state, *_ in told] == [(c, "skipped") for c in ("b", "c", "d", "e")]
+    assert {reason for *_, reason in told} == {schedule.OVER, "no time was left for it"}
+
+
+def test_a_deadline_comes_before_a_stages_own_time_and_leaves_what_is_reserved():
+    for how, end in (({"seconds": 50.0}, 20.0), ({"reserved": 6.0}, 14.0)):
+        launcher = Slow(b=9.9, c=9.9)
+        told, _ = run(stage_of("a b c", **how), launcher, deadline=20.0)
+        assert launcher.now() == end and told[-1][0] == "c"
+    launcher = Slow()
+    launcher.clock = 20.0
+    told, ends = run(stage_of("a b"), launcher, deadline=20.0)
+    assert [state for _, state, *_ in told] == ["skipped"] * 2 and not ends
+
+
+def test_a_process_that_never_starts_is_given_up():
+    told, _ = run(replace(stage_of("a b", seconds=9.0), starting=1e6), launcher := Slow())
+    assert [(case, state) for case, state, *_ in told] == [("a", "failed"), ("b", "failed")]
+    assert launcher.now() == STARTING and "did not get to its first case" in told[0][3]
+
+
+def test_what_is_known_is_not_run_again():
+    told, ends = run(stage_of("a b", "c", "d", parallel=3, alone=1), Slow(), known={"a", "c", "d"})
+    assert not told and set(ends) == {"b"}
+    launcher = Slow()
+    assert run(stage_of("a b", "c"), launcher, known={"a", "b", "c"}) == ([], {}) and launcher.now() == 0.0
+
+
+@pytest.mark.parametrize(("minutes", "built", "left_out"), [(5.0, 0.0, 13), (5.0, 120.0, 13), (10.0, 0.0, 0)])
+def test_what_is_known_after_minutes(minutes, built, left_out):
+    """On a machine with 16 cores. The whole run keeps to five minutes, and to seven with a build."""
+    todo = stages(HERE, 16)
+    table = plan.timetable(todo, 60 * minutes, built)
+    known = {
+        int(minute): dict(re.findall(r"(S\d) (\d+ of \d+)", words))
+        for minute, words in re.findall(r"^after minute (\d+): (.*)$", table, re.MULTILINE)
+    }
+    assert set(known) == {3, 5, 10}
+    whole = {stage.name: f"{len(stage.cases)} of {len(stage.cases)}" for stage in todo}
+    if not built:
+        assert all(known[3][name] == whole[name] for name in ("S0", "S1")), table
+        assert int(known[3]["S2"].split()[0]) >= 24, table
+    missing = sum(int(words.split()[2]) - int(words.split()[0]) for words in known[10].values())
+    assert missing <= left_out, table
+    ends = [int(end) for end in re.findall(r"s to +(\d+) s", table)]
+    assert max(ends) <= 60 * minutes + built
+
+
+def test_the_plan_is_printed():
+    said = gpu_check("--plan", "--minutes", "10", "--cores", "16", check=0).stdout
+    assert [line for line in said.splitlines() if line.startswith("after minute")] and "S4  compute-sanitizer" in said
+
+
+# --- the stages ---
+
+
+def test_the_stages():
+    everything = {stage.name: stage for stage in stages(HERE, 16)}
+    assert list(everything) == ["S0", "S1", "S2", "S3", "S4"]
+    assert [everything[name].seconds for name in ("S0", "S1", "S2")] == [10.0, 40.0, 120.0]
+    assert everything["S1"].parallel == len(everything["S1"].groups) == 4
+    assert [name for name, stage in everything.items() if stage.tuning] == ["S2"]
+    for stage in [*everything.values(), *dry_stages()]:
+        names = [case.name for case in stage.cases]
+        assert len(set(names)) == len(names)
+    assert set(SANITISED.values()) <= {case.name for case in everything["S1"].cases}
+    first = [case.arguments["of"] for case in everything["S2"].cases[:5]]
+    assert set(first) == {"moment", "fit", "projected", "solve"}  # one of each target before any second
+    channels = {case.arguments["channels"] for case in everything["S2"].cases if case.arguments["of"] == "moment"}
+    assert channels == {64, 128, 256, 512, 1024, 2048}
+    assert {case.arguments["n"] for case in everything["S2"].cases if case.arguments["of"] == "solve"} >= {
+        64,
+        512,
+        2048,
+    }
+
+
+def test_every_test_that_needs_a_gpu_is_run():
+    files = marked(HERE)
+    texts = {name: (HERE / name).read_text() for name in files}
+    for path in HERE.rglob("test_*.py"):
+        if path.name != Path(__file__).name and re.search(r"pytest\.mark\.gpu", path.read_text()):
+            assert path.relative_to(HERE).as_posix() in files
+    assert files and Path(__file__).name not in files
+    for name in ALONE:
+        assert any(f"def {name}(" in text for text in texts.values()), name
+    shards = [case for stage in stages(HERE, 4) if stage.name == "S3" for case in stage.cases]
+    assert {file for case in shards for file in case.arguments["files"]} == set(files)
+
+
+# --- what is given to processes, and the library ---
+
+
+def test_no_home_is_needed(monkeypatch, tmp_path):
+    for name in ("REWRITE_CORE_BACKEND", "TRITON_INTERPRET", "REWRITE_CORE_TUNING", "PYTEST_ADDOPTS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    everything = {stage.name: stage for stage in stages(HERE, 16)}
+    for name, tuning in (("S1", "0"), ("S2", "1"), ("S3", "0")):
+        given = host.environment(everything[name], Path("/library"), tmp_path)
+        assert given["REWRITE_CORE_TUNING"] == tuning and given["PYTHONPATH"] == f"/library{os.pathsep}/some/where"
+        assert not {"REWRITE_CORE_BACKEND", "TRITON_INTERPRET", "PYTEST_ADDOPTS"} & set(given)
+        for cache in ("TRITON_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH", "MPLCONFIGDIR"):
+            assert Path(given[cache]).parent == tmp_path
+    assert host.environment(everything["S1"], Path("/l"), tmp_path, interpreted=True)["TRITON_INTERPRET"] == "1"
+
+
+def test_scratch_goes_elsewhere_where_the_checkout_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "build").write_text("no folder")
+    monkeypatch.setattr(host, "CHECKOUT", tmp_path)
+    with host.scratch() as folder:
+        assert folder.is_dir() and tmp_path not in folder.parents
+    assert not folder.exists()
+
+
+def sources(folder):
+    """A small checkout."""
+    for name in (
+        *host.FILES,
+        "kernels/a.py",
+        "csrc/a.cpp",
+        "benchmarks/a.npz",
+        "benchmarks/results/b.jsonl",
+        "tests/t.py",
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (folder / "rewrite_core").mkdir()
+    (folder / "rewrite_core" / "kernels").symlink_to("../kernels")
+    return folder
+
+
+def test_the_digest_is_of_what_is_built(tmp_path):
+    folder = sources(tmp_path)
+    before = host.digest(host.PACKED, folder), host.digest((*host.PACKED, "tests"), folder)
+    (folder / "benchmarks" / "results" / "b.jsonl").write_text("more")
+    assert host.digest(host.PACKED, folder) == before[0]
+    (folder / "tests" / "t.py").write_text("more")
+    assert host.digest(host.PACKED, folder) == before[0] and host.digest((*host.PACKED, "tests"), folder) != before[1]
+    for name in ("kernels/a.py", "csrc/a.cpp", "benchmarks/a.npz", "setup.py"):
+        (folder / name).write_text("other")
+        after = host.digest(host.PACKED, folder)
+        assert after != before[0]
+        before = after, None
+
+
+def test_a_library_is_used_where_it_fits(tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    assert host.misfit(library) == "there is none"
+    (library / "rewrite_core").mkdir(parents=True)
+
+    def stamp(**other):
+        given = {"sources": host.digest(host.PACKED), "python": sys.implementation.cache_tag, "commit": "abc", **other}
+        (library / host.STAMP).write_text(json.dumps(given))
+
+    stamp(sources="others")
+    assert "other sources" in host.misfit(library)
+    stamp(python="cpython-39")
+    assert "built for cpython-39, and this is cpython-" in host.misfit(library)
+    stamp()
+    assert "no compiled part" in host.misfit(library)
+    compiled = library / "rewrite_core" / "_C.some.so"
+    compiled.write_bytes(b"\x7fELF of another machine")
+    assert "does not load here" in host.misfit(library)
+    (built,) = (ROOT / "rewrite_core").glob("_C.*.so")
+    shutil.copy(built, compiled)
+    assert host.misfit(library) is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git: the commit is that of the library
+    assert host.commit(library) == "abc"
+    (library / host.STAMP).write_text("cut off {")
+    assert host.commit(library) is None
+
+
+def test_a_build_that_fails_leaves_the_library_as_it_was(tmp_path, monkeypatch):
+    library, log = tmp_path / "library", tmp_path / "log"
+    library.mkdir()
+    (library / "old").touch()
+    commands = []
+
+    def fails(command, folder, environment, log, timeout):
+        commands.append(command)
+        Path(command[command.index("--target") + 1]).mkdir()
+        return "exit status 1"
+
+    monkeypatch.setattr(host, "run", fails)
+    assert host.build(library, log) == "exit status 1"
+    assert (library / "old").exists() and not list(tmp_path.glob("*.partial"))
+    assert {"--no-index", "--no-deps", "--no-build-isolation", "--no-cache-dir"} <= set(commands[0])
+
+    def works(command, *rest):
+        Path(command[command.index("--target") + 1]).mkdir()
+
+    monkeypatch.setattr(host, "run", works)
+    assert host.build(library, log) is None and not (library / "old").exists()
+    assert json.loads((library / host.STAMP).read_text())["sources"] == host.digest(host.PACKED)
+
+
+def test_the_package_holds_kernels_benchmarks_and_goals(tmp_path):
+    """Links become folders."""
+    words = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("kernels/tuning.py", "benchmarks/lines.py", "benchmarks/gpu/worker.py", "benchmarks/gpu/goals.npz"):
+        path = tmp_path / "rewrite_core" / name
+        assert path.is_file() and not any(part.is_symlink() for part in (path, *path.parents)), name
+
+
+# --- earlier runs, and what is told ---
+
+
+def test_what_earlier_runs_found_counts(tmp_path):
+    """With the same sources on such a GPU, and where it is right: other files' lines are taken over once."""
+    own, other, common = tmp_path / "own.jsonl", tmp_path / "other.jsonl", {"gpu": "G", "sources": "s"}
+    for case, state, change in (
+        ("a", "ok", {}),
+        ("b", "wrong", {}),
+        ("c", "ok", {"gpu": "H"}),
+        ("d", "ok", {"sources": "t"}),
+        ("e", "ok", {}),
+        ("f", "failed", {}),
+    ):
+        lines.append(other, common | {"stage": "S1", "case": case, "state": state} | change)
+    for case, state in (("a", "failed"), ("e", "ok"), ("f", "ok"), ("f", "skipped"), ("g", "skipped"), ("g", "ok")):
+        lines.append(own, common | {"stage": "S1", "case": case, "state": state, "run": "here"})
+    for _ in range(2):
+        command.carry_on(own, [other, own, tmp_path / "none"], common)
+        found = {line["case"]: (line["state"], line.get("run")) for line in summary.latest(own, common)}
+        assert found == {"a": ("ok", None), "e": ("ok", "here"), "f": ("ok", "here"), "g": ("ok", "here")}
+        assert len(lines.read(own)) == 7
+
+
+def test_the_table():
+    times = {"p50": 1e-3, "error": 1e-7, "part": 1.0, "wall": {"p50": 2e-3}}
+    timed = {
+        "stage": "S2", "case": "a fit", "state": "ok", "best_stock": "stock", "ratio": 3.0,
+        "contenders": {"rewrite_core": times, "stock": times | {"p50": 3e-3, "part": 0.5, "wall": {"p50": 3e-3}}},
+        "details": {"floor_seconds": 2.5e-4}, "kernels": [{"name": "k", "spills": 7}],
+    }  # fmt: skip
+    found = [
+        {"stage": "S0", "case": "copy bandwidth", "state": "ok", "rate": 4.3e12, "unit": "bytes/s"},
+        {"stage": "S1", "case": "bad", "state": "wrong", "reason": "because"},
+        timed,
+        {"stage": "S2", "case": "half", "state": "ok", "contenders": {"rewrite_core": {}}, "details": {}},
+    ]
+    text = "\n".join(summary.table(found))
+    assert "S1: 1 wrong" in text and "wrong   bad: because" in text and "copy bandwidth: 4.3e+12 bytes/s" in text
+    assert re.search(r"a fit +1 ms +2 ms +3\.00 +3\.00 +0\.25 +1\.0e-07", text) and "spills: a fit: k 7" in text
+    skipped = {"stage": "S2", "case": "late", "state": "skipped"}
+    assert summary.status(found) == 1 and summary.status([timed, skipped]) == 0
+    assert summary.status([]) == 1 and summary.status([skipped]) == 1
