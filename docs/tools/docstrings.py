@@ -38,7 +38,7 @@ def markdown(text: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.split("\n")
         if SECTION.match(lines[0]):
-            found.append(paragraph)
+            found.append(ROLE.sub(r"`\1`", paragraph))
         elif all(line.startswith("    ") for line in lines):
             found.append(f"```text\n{textwrap.dedent(paragraph)}\n```")
         else:
