@@ -23,7 +23,7 @@ from rewrite_core import Adam, Edit, Projected, Rewrite, Selection, bind, collec
 from rewrite_core.adapters.base import Capture
 from rewrite_core.adapters.stylegan2 import StyleGAN2Layer
 from rewrite_core.generators.stylegan2 import StyledConv, StyleGAN2
-from rewrite_core.layers.binding import BoundLayer
+from rewrite_core.layers.bound import BoundLayer
 from rewrite_core.ops import fit_low_rank
 from rewrite_core.ops.fit_low_rank_op.problem import FitResult
 from rewrite_core.solvers.lm import fit_inputs, solve_lm

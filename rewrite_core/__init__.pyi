@@ -11,6 +11,7 @@ from .edits.matches import search as search
 from .edits.selection import Selection as Selection
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendUnavailable as BackendUnavailable
+from .errors import BatchDependenceWarning as BatchDependenceWarning
 from .errors import DiagonalShiftWarning as DiagonalShiftWarning
 from .errors import FileFormatError as FileFormatError
 from .errors import LatentsWarning as LatentsWarning
@@ -26,11 +27,11 @@ from .errors import UnknownLayerError as UnknownLayerError
 from .generators.loading import load_generator as load_generator
 from .generators.proggan import load_proggan as load_proggan
 from .generators.stylegan2 import load_stylegan2 as load_stylegan2
-from .layers.binding import BoundLayer as BoundLayer
-from .layers.binding import LayerInfo as LayerInfo
 from .layers.binding import bind as bind
-from .layers.binding import list_layers as list_layers
+from .layers.bound import BoundLayer as BoundLayer
 from .layers.latents import sample_latents as sample_latents
+from .layers.listing import LayerInfo as LayerInfo
+from .layers.listing import list_layers as list_layers
 from .rewrites.calls import erase as erase
 from .rewrites.calls import insert as insert
 from .rewrites.calls import rewrite as rewrite

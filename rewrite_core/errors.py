@@ -105,6 +105,10 @@ class LatentsWarning(UserWarning):
     """It is not known whether latents are those that an edit was made on, or the same ones were used twice."""
 
 
+class BatchDependenceWarning(UserWarning):
+    """The keys of a latent depend on the other latents of its batch."""
+
+
 class DiagonalShiftWarning(UserWarning):
     """A matrix was rank-deficient, and the system solved has a small number added to its diagonal."""
 

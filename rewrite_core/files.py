@@ -392,13 +392,45 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, 
 
     Raises FileNotFoundError, or FileFormatError for a truncated file or one that holds anything else.
     """
+    state, extra = read_whole_state(source)
+    if extra:
+        name = "The dict" if isinstance(source, Mapping) else shown(source)
+        raise FileFormatError(
+            f"{name} holds the extra state of modules ({quoted(next(iter(extra)))}), which this generator has none of; "
+            "give its own state dict."
+        )
+    return state
+
+
+def read_whole_state(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`read_state_dict`, and the extra state of modules in it, which may be anything that is read without running
+    code: what ``get_extra_state`` returned, under "..._extra_state"."""
     if isinstance(source, Mapping):
         return _state_of(source, "the dict")
     with open_file(source, "checkpoint file at") as file:
-        state = _state_of(_read_checkpoint(file, source), shown(source))
+        state, extra = _state_of(_read_checkpoint(file, source), shown(source))
         # a tensor may repeat its numbers by its strides
         _check_unpacked(sum(value.numel() * value.element_size() for value in state.values()), file, source)
-    return state
+    return state, extra
+
+
+def _numpy_scalar(dtype: object, data: object) -> Any:
+    """A number of NumPy's in a pickle: a step or a loss that was saved beside the weights."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biufc":
+        raise ValueError("no number")
+    if not isinstance(data, bytes) or len(data) != dtype.itemsize:
+        raise ValueError("no number")
+    return np.frombuffer(data, dtype)[0]
+
+
+# Training checkpoints often carry their command line, a harmless bag of plain values, and numbers of NumPy's.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # NumPy 1
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefdFD"},
+]
 
 
 def _read_checkpoint(file: BinaryIO, path: str | os.PathLike) -> Any:
@@ -412,8 +444,7 @@ def _read_checkpoint(file: BinaryIO, path: str | os.PathLike) -> Any:
             with zipfile.ZipFile(file) as archive:
                 _check_unpacked(sum(member.file_size for member in archive.infolist()), file, path)
             file.seek(0)
-        # Training checkpoints often carry their command line, a harmless bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError, _Oversized):
         raise
@@ -425,8 +456,8 @@ def _read_checkpoint(file: BinaryIO, path: str | os.PathLike) -> Any:
         ) from error
 
 
-def _state_of(content: Any, name: str) -> dict[str, Tensor]:
-    """The flat state dict in what was read."""
+def _state_of(content: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The flat state dict in what was read, and the extra state in it."""
     for wrapper in ("state_dict", "g_ema"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             latent_avg = content.get("latent_avg")
@@ -435,8 +466,11 @@ def _state_of(content: Any, name: str) -> dict[str, Tensor]:
                 content["latent_avg"] = latent_avg
     if not isinstance(content, Mapping) or not content:
         raise FileFormatError(f"{name} holds no state dict but {_describe(content)}; save a state dict.")
-    state = {}
+    state, extra = {}, {}
     for key, value in content.items():
+        if isinstance(key, str) and key.rpartition(".")[2] == "_extra_state":
+            extra[key] = value
+            continue
         if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
             raise FileFormatError(
                 f"{name} holds no plain state dict: entry {quoted(key)} is {_describe(value)}, "
@@ -447,7 +481,7 @@ def _state_of(content: Any, name: str) -> dict[str, Tensor]:
             raise FileFormatError(
                 f"{name}: entry {quoted(key)} is on the meta device and has no numbers; save real weights."
             )
-    return state
+    return state, extra
 
 
 def _tensor_of(array: np.ndarray, key: str, name: str) -> Tensor:

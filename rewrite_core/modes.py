@@ -1,4 +1,5 @@
-"""What a generator is put into while the library runs it, and taken out of afterwards."""
+"""What a generator is put into while the library runs it, and taken out of afterwards. For threads, too: see
+:func:`evaluating` and :func:`seeded`."""
 
 from __future__ import annotations
 
@@ -16,54 +17,95 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 _SEED = 0
+
+# The modules that passes have put into eval mode, and the flag that each had before the first of them did.
+_evaluated: dict[object, list[tuple[nn.Module, bool]]] = {}
+_evaluated_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for the duration; every submodule's own flag is restored afterwards.
 
-    The flags alone are set: an ``eval()`` or ``train()`` of the user's own may do more, such as merge weights.
+    The flags alone are set: an ``eval()`` or ``train()`` of the user's own may do more, such as merge weights. Where
+    several threads are inside at a time, the last one out restores. A flag belongs to the module and not to a thread: a
+    pass of the user's own beside them runs in eval mode as well, and ``train()`` called meanwhile is undone.
     """
-    flags = [(part, part.training) for part in module.modules() if hasattr(part, "training")]  # frozen ones have none
+    own: object = object()
     try:
-        for part, _ in flags:
-            part.training = False
+        with _evaluated_lock:
+            before = {id(part): flag for held in _evaluated.values() for part, flag in held}
+            _evaluated[own] = [  # frozen modules have no flag
+                (part, before.get(id(part), part.training)) for part in module.modules() if hasattr(part, "training")
+            ]
+            for part, _ in _evaluated[own]:
+                part.training = False
         yield
     finally:
-        for part, flag in flags:
-            part.training = flag
+        with _evaluated_lock:
+            flags = _evaluated.pop(own, [])
+            inside = {id(part) for held in _evaluated.values() for part, _ in held}
+            for part, flag in flags:
+                if id(part) not in inside:
+                    part.training = flag
+
+
+class _Use:
+    """One pass's use of a random generator."""
+
+    drew = False
 
 
 class _Source:
-    """A random generator of the whole process, which passes in several threads may want seeded at a time: the last of
-    them puts back what the first found."""
+    """A random generator of the whole process, which passes in several threads may want seeded at a time. Those that draw
+    run one after the other (`alone`); the last one out puts back what the first one found."""
 
-    _lock = threading.Lock()
-
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], object], seed: Callable[[], object]):
-        self.get, self._put, self._seed = get, put, seed
+    def __init__(
+        self,
+        get: Callable[[], Any],
+        put: Callable[[Any], object],
+        seed: Callable[[], object],
+        bits: Callable[[Any], bytes] = pickle.dumps,
+    ):
+        self._get, self._put, self._seed, self._bits = get, put, seed, bits
+        self._lock, self._drawing = threading.Lock(), threading.RLock()
         self._inside = 0
 
+    def state(self) -> bytes:
+        """What the generator is at, to compare."""
+        return self._bits(self._get())
+
     @contextlib.contextmanager
-    def seeded(self) -> Iterator[None]:
-        with self._lock:
-            before = self.get()
-            if not self._inside:
-                self._first = before
-            self._inside += 1
-            self._seed()
-        try:
-            yield
-        finally:
+    def seeded(self, alone: bool = True) -> Iterator[_Use]:
+        use, start = _Use(), b""
+        with self._drawing if alone else contextlib.nullcontext():
             with self._lock:
-                self._inside -= 1
-                self._put(before if self._inside else self._first)
+                before = self._get()
+                if not self._inside:
+                    self._first = before
+                self._inside += 1
+                watched = alone or self._inside == 1  # else it may be another pass that draws
+                if watched:
+                    self._seed()
+                    start = self.state()
+            try:
+                yield use
+            finally:
+                with self._lock:
+                    self._inside -= 1
+                    if alone or (watched and not self._inside):
+                        use.drew = self.state() != start
+                    if not self._inside:
+                        self._put(self._first)
+                    elif alone:
+                        self._put(before)
 
 
 def _numpy_state() -> dict[str, Any]:
-    return np.random.get_state(legacy=False)
+    return dict(np.random.get_state(legacy=False))
 
 
 def _seed_numpy() -> None:
@@ -71,7 +113,13 @@ def _seed_numpy() -> None:
         np.random.seed(_SEED)
 
 
-_TORCH = _Source(torch.get_rng_state, torch.set_rng_state, lambda: torch.default_generator.manual_seed(_SEED))
+def _bytes_of(state: torch.Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+_TORCH = _Source(
+    torch.get_rng_state, torch.set_rng_state, lambda: torch.default_generator.manual_seed(_SEED), _bytes_of
+)
 _PYTHON = _Source(random.getstate, random.setstate, lambda: random.seed(_SEED))
 _NUMPY = _Source(_numpy_state, np.random.set_state, _seed_numpy)
 
@@ -79,7 +127,7 @@ _NUMPY = _Source(_numpy_state, np.random.set_state, _seed_numpy)
 @functools.cache
 def _cuda(index: int) -> _Source:
     generator = torch.cuda.default_generators[index]
-    return _Source(generator.get_state, generator.set_state, lambda: generator.manual_seed(_SEED))
+    return _Source(generator.get_state, generator.set_state, lambda: generator.manual_seed(_SEED), _bytes_of)
 
 
 def _names_of(code: types.CodeType) -> set[str]:
@@ -105,29 +153,9 @@ def _may_draw(kind: type) -> bool:
     return _may[kind]
 
 
-# Whether a generator's last pass of a kind drew from _PYTHON and from _NUMPY. Where it did not, or no class of its
-# could, they are left alone: other threads may draw from them.
-_drawn: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, list[bool]]] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def _seeded_where_drawn(module: nn.Module, kind: Hashable) -> Iterator[None]:
-    def states() -> list[bytes]:
-        return [pickle.dumps(source.get()) for source in (_PYTHON, _NUMPY)]
-
-    if not any(_may_draw(each) for each in {base for part in module.modules() for base in type(part).__mro__}):
-        yield
-        return
-    last = _drawn.setdefault(module, {})
-    with contextlib.ExitStack() as stack:
-        for source, drawn in zip((_PYTHON, _NUMPY), last.get(kind, (True, True))):
-            if drawn:
-                stack.enter_context(source.seeded())
-        before = states()
-        try:
-            yield
-        finally:
-            last[kind] = [now != then for now, then in zip(states(), before)]
+# Which sources a generator's last whole pass of a kind drew from. From Python's and NumPy's other threads may draw: where
+# that pass did not, or no class of the generator's could, they are left alone.
+_drawn: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[_Source, bool]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -138,21 +166,67 @@ def seeded(module: nn.Module, kind: Hashable = None) -> Iterator[None]:
 
     So the noise that a generator draws is the same in every forward pass over as many latents, but for what it draws
     from a ``torch.Generator`` or ``numpy.random.Generator`` of its own. Passes of one `kind` go the same way through the
-    module. These generators are the process's: what another thread draws from them meanwhile is seeded as well.
+    module. These generators are the process's: passes that draw from one run one after the other, whatever thread they
+    are in, and what a thread of the user's draws from them meanwhile is seeded as well.
     """
     devices = {parameter.device for parameter in module.parameters()}
     indices = sorted(device.index for device in devices if device.type == "cuda")
+    kinds = {base for part in module.modules() for base in type(part).__mro__}
+    last = _drawn.get(module, {}).get(kind, {})
+    uses: dict[_Source, _Use] = {}
+    left: dict[_Source, bytes] = {}
     with contextlib.ExitStack() as stack:
         for source in (_TORCH, *map(_cuda, indices)):
-            stack.enter_context(source.seeded())
-        stack.enter_context(_seeded_where_drawn(module, kind))
+            uses[source] = stack.enter_context(source.seeded(alone=last.get(source, True)))
+        if any(map(_may_draw, kinds)):
+            for source in (_PYTHON, _NUMPY):
+                if last.get(source, True):
+                    uses[source] = stack.enter_context(source.seeded())
+                else:
+                    left[source] = source.state()
         yield
+        drew = {source: source.state() != before for source, before in left.items()}
+    # not after a pass that was interrupted: it may have drawn later
+    _drawn.setdefault(module, {})[kind] = drew | {source: use.drew for source, use in uses.items()}
+
+
+_eager_lock = threading.Lock()
+_eager: list[Any] = []  # of each pass that is inside: the stance that the first of them has set
+
+
+@contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
+    """Without what was compiled, for all threads; the last one out puts the caller's stance back."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and to import it takes seconds
+        yield
+        return
+    with _eager_lock:
+        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without what the caller's ``parametrize.cached()`` holds, which may be of train mode; and neither there nor in the
+    caller's autocast is a weight left that was made without a graph."""
+    if parametrize._cache_enabled:
+        parametrize._cache.clear()
+    try:
+        yield
+    finally:
+        if parametrize._cache_enabled:
+            parametrize._cache.clear()
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
 def repeatable(module: nn.Module, kind: Hashable = None) -> Iterator[None]:
     """:func:`evaluating`, :func:`seeded` and eagerly, whatever was compiled: a compiled call has no hooks to stop at."""
-    with evaluating(module), seeded(module, kind), contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with evaluating(module), seeded(module, kind), _eagerly(), _uncached():
         yield

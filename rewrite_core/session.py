@@ -18,7 +18,7 @@ from .edits.edit import Edit
 from .edits.matches import SearchResult, search
 from .edits.selection import Selection
 from .errors import RewriteCoreError, SelectionError, warn, whole_number
-from .layers.binding import BoundLayer
+from .layers.bound import BoundLayer
 from .layers.latents import check_latents
 from .layers.replay import Record, record
 from .rewrites.calls import erase, rewrite, zero

@@ -53,9 +53,9 @@ def test_the_state_dict_has_the_change_and_plain_names(kind, name):
         again, weight = change.state_dict(), layer.parameter.detach().clone()
         after = output(kind, generator, z)
     assert list(state) == list(again) and all(torch.equal(state[key], again[key]) for key in state)
-    assert torch.equal(state[f"{name}.{layer._layer.weight_name}"], weight)
+    assert torch.equal(state[f"{name}.{layer._adapter.weight_name}"], weight)
     inside = {key.removeprefix(f"{name}.") for key in state if key.startswith(f"{name}.")}
-    if layer._layer.computed is not None:
+    if layer._adapter.computed is not None:
         assert inside <= {"weight", "bias"}, "a plain layer's"
     else:
         other = KINDS[kind][0]().eval()
@@ -179,7 +179,7 @@ def test_a_parametrization_over_an_applied_change():
         once = layer.weight.clone()
         twice = rc.Rewrite(layer.name, change.directions, 2 * change.coefficients, "", "lm")
         switch = twice.parametrize(generator, force=True)
-        assert torch.equal(layer.weight, layer._layer.canonical(layer.module.weight.detach()))
+        assert torch.equal(layer.weight, layer._adapter.canonical(layer.module.weight.detach()))
         assert not torch.equal(layer.weight, once)
         with pytest.raises(rc.MismatchError, match="take that off first"):
             change.revert(force=True)

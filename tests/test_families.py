@@ -124,7 +124,7 @@ def test_keys_times_weight_reproduce_the_linear_output(kind, name):
     _generator, layer = bound(kind, name)
     z = latents(3)
     seen = []
-    handle = layer._layer.site.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    handle = layer._adapter.site.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
     images = layer.render(z)
     handle.remove()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_keys_times_weight_reproduce_the_linear_output(kind, name):
         linear = layer.linear(keys, layer.weight)
         assert relative(product, linear) < 1e-5
         value = layer.value(capture)
-        assert relative(layer._layer.replace_value(seen[0], value), seen[0]) < 1e-5
+        assert relative(layer._adapter.replace_value(seen[0], value), seen[0]) < 1e-5
         after = layer.post_operation(capture)
         if after is not None:  # it says how the value follows from the linear output
             if after.style is not None:

@@ -13,9 +13,8 @@ from torch import nn
 import rewrite_core as rc
 from rewrite_core.generators.proggan import ProgGAN
 from rewrite_core.generators.stylegan2 import StyleGAN2
-from rewrite_core.layers import binding
-from rewrite_core.layers.binding import run_to
-from rewrite_core.layers.fingerprints import Trace, tensor_fingerprint
+from rewrite_core.layers import bound, capture
+from rewrite_core.layers.fingerprints import tensor_fingerprint
 
 
 def maps():
@@ -118,7 +117,8 @@ def test_a_collection_leaves_the_fingerprint_behind():
     layer = rc.bind(Branching().eval(), "conv")
     before = Branching.runs
     moment = rc.collect_second_moment(layer, maps(), batch_size=2, progress=False)
-    assert Branching.runs - before == len(maps()) // 2
+    looks = 2  # how often the layer runs, and (with the fingerprint) whether rows depend on each other
+    assert Branching.runs - before == len(maps()) // 2 + looks
     assert passes(layer) == (0, moment.fingerprint)
     assert rc.bind(layer.generator, "conv").fingerprint(maps()) == moment.fingerprint
 
@@ -140,12 +140,13 @@ def test_tracing_leaves_the_bits_of_the_keys(family):
     generator = family(*sizes[family])
     latents = rc.sample_latents(12, 6)
     layers = [rc.bind(generator, info.name) for info in rc.list_layers(generator, latents)]
-    caught = {}
-    with Trace(layers, latents) as trace:
-        run_to(layers, latents, lambda number, capture: caught.__setitem__(number, capture.key), trace)
+    caught, parts = {}, {}
+    capture._run(layers, latents, lambda number, each: caught.setdefault(number, each.key) is None, parts=parts)
     for number, layer in enumerate(layers):
         assert torch.equal(caught[number], layer.keys(latents))
-        assert trace.fingerprint(number) == rc.bind(generator, layer.name).fingerprint(latents)
+        found = parts[number].fingerprint(generator, layer._forward)
+        assert found == layer.fingerprint(latents) == rc.bind(generator, layer.name).fingerprint(latents)
+    assert capture.fingerprints(layers, latents) == [layer.fingerprint(latents) for layer in layers]
 
 
 def test_buffers_of_other_layouts():
@@ -165,7 +166,7 @@ def test_a_weight_is_known_again_by_its_bits(monkeypatch):
     weight = layer.weight.detach().clone()
     wanted, other = tensor_fingerprint(weight), tensor_fingerprint(weight + 1)
     seen = []
-    monkeypatch.setattr(binding, "tensor_fingerprint", lambda data: seen.append(data) or tensor_fingerprint(data))
+    monkeypatch.setattr(bound, "tensor_fingerprint", lambda data: seen.append(data) or tensor_fingerprint(data))
     assert layer.weight_fingerprint(layer.weight) == layer.weight_fingerprint(weight) == wanted and len(seen) == 1
     assert layer.weight_fingerprint(weight + 1) == other and len(seen) == 2
     with torch.no_grad():

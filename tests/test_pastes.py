@@ -269,7 +269,7 @@ def test_pastes_of_one_picture(moment, layer, edit, latents, region):
 
 def test_a_crop_that_reaches_into_another_paste_shows_it(styled):
     layer, _, latents = styled
-    if not layer._layer.module.upsample:
+    if not layer._adapter.module.upsample:
         pytest.skip("a crop of this layer is the pasted box")
     copy = rc.Selection(7, box(16, 4, 4, 3, 3))
     pastes = [rc.Selection(1, box(16, 4, 4, 3, 3)), rc.Selection(1, box(16, 4, 7, 3, 3))]

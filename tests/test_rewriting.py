@@ -9,7 +9,7 @@ from conftest import DATA, read_npz, same_bits, solver_of, square, state_bits
 import rewrite_core as rc
 from rewrite_core.adapters.base import Capture
 from rewrite_core.edits.goals import paste_goals
-from rewrite_core.layers import binding
+from rewrite_core.layers import bound
 from rewrite_core.rewrites import solving
 from rewrite_core.solvers.lm import solve_lm
 from rewrite_core.solvers.problem import LayerProblem, basis_maps, combine, generic_second_moment
@@ -510,13 +510,13 @@ def test_nan_activations(moment, layer, edit, latents):
 
 
 def test_seconds_add_up_and_name_the_generators_own(moment, layer, edit, latents, monkeypatch):
-    run_to = binding.run_to
+    run_to = bound.run_to
 
-    def slow(layers, latents, consume, trace=None):
-        time.sleep(0.05 if trace is None else 0)  # in the generator's own passes
-        return run_to(layers, latents, consume, trace)
+    def slow(layers, latents, consume):
+        time.sleep(0.05)
+        return run_to(layers, latents, consume)
 
-    monkeypatch.setattr(binding, "run_to", slow)
+    monkeypatch.setattr(bound, "run_to", slow)
     start = time.perf_counter()
     change = rc.rewrite(layer, moment, edit, latents)
     total = time.perf_counter() - start

@@ -229,7 +229,7 @@ class Viewed(Network):
     """Keys that are a view of what the generator keeps, and of what it does not."""
 
     def forward(self, z):
-        if not hasattr(self, "kept"):
+        if not hasattr(self, "kept") or self.kept.shape[1] < len(z):
             self.kept = torch.empty(2, len(z), 5, 3, 4)
         x = self.kept[1, : len(z)]
         x.copy_(z[:, :, None, None].expand(-1, -1, 3, 4))
@@ -238,6 +238,7 @@ class Viewed(Network):
 
 
 SEEDS = (None, 0, 1, 2)
+LOOKS = 2  # passes before the first batch: how often layers run, and whether rows depend on each other
 GENERATORS = (Network, Overwriting, Static, Viewed)
 Z = torch.randn(39, 5, generator=torch.Generator().manual_seed(1))
 
@@ -322,20 +323,23 @@ def test_memory_is_constant(names, blocks, monkeypatch):
         network.memory = gpu.memory
         collect(network, names, Z[:36])
     sizes = [block.size // 4 for block in gpu.memory.blocks]
-    assert {size: sizes.count(size) for size in sizes} == blocks
+    looks = {30: 1, 36: 1}  # passes on two latents, before the first batch
+    assert {size: sizes.count(size) for size in sizes} == blocks | looks
 
 
 @pytest.mark.parametrize("how", [{}, {"skip_nonfinite": True}, {"keys": [torch.eye(5), torch.eye(6)]}], ids=str)
 def test_no_waiting_between_batches(how, monkeypatch):
     """From the second batch on the host reads nothing and waits for nothing, but where an error of keys falls due."""
     with machine(monkeypatch) as gpu:
-        network, waits = Network(), []
-        network.register_forward_pre_hook(lambda *_: waits.append(len(gpu.waits)))
+        network, all_waits = Network(), []
+        network.register_forward_pre_hook(lambda *_: all_waits.append(len(gpu.waits)))
         collect(network, ("first", "second"), broken(Z)[16:28] if how else Z[16:28], **how)  # 3 batches
+        waits = all_waits[LOOKS:]
         assert len(waits) == 3 and waits[2] == waits[1], gpu.waits[waits[1] :]
         assert gpu.waits[waits[2] :].count("synchronize") <= 4
-        gpu.waits.clear(), waits.clear()
+        gpu.waits.clear(), all_waits.clear()
         collect(network, ("second",), Z, **how | {"keys": how["keys"][1:]} if "keys" in how else how)
+    waits = all_waits[LOOKS:]
     changes = [number for number, (one, other) in enumerate(itertools.pairwise(waits[1:]), 2) if other > one]
     assert changes == ([8] if "keys" in how else []), gpu.waits
 
@@ -347,7 +351,7 @@ def test_updates_run_beside_the_next_pass(monkeypatch):
         network.memory = gpu.memory
         network.register_forward_pre_hook(lambda *_: under_way.append(len(gpu.queue)))
         collect(network)
-    assert under_way[0] == 0 and all(under_way[1:])
+    assert not any(under_way[: LOOKS + 1]) and all(under_way[LOOKS + 1 :]) and len(under_way) == LOOKS + 10
     with machine(monkeypatch) as gpu:
         network, under_way = Static(), []  # which may write to its keys
         network.register_forward_pre_hook(lambda *_: under_way.append(len(gpu.queue)))
@@ -405,7 +409,7 @@ def test_an_error_of_the_generator_comes_after_that_of_an_earlier_batch(monkeypa
 
         def fail(*_):
             batches.append(0)
-            if len(batches) == 5:
+            if len(batches) == LOOKS + 5:
                 raise OSError("no more")
 
         network.register_forward_pre_hook(fail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LayerFamily
+from .base import LayerAdapter
 from .biggan import BigGANLayer
 from .conv import ConvLayer
 from .diffusers import DiffusersLayer
@@ -14,7 +14,7 @@ from .stylegan2_nvidia import NvidiaStyleGAN2Layer
 from .stylegan3 import StyleGAN3Layer
 from .transformers import Conv1DLayer
 
-FAMILIES: tuple[type[LayerFamily], ...] = (
+ADAPTERS: tuple[type[LayerAdapter], ...] = (
     StyleGAN2Layer,
     NvidiaStyleGAN2Layer,
     StyleGAN3Layer,
@@ -29,7 +29,7 @@ FAMILIES: tuple[type[LayerFamily], ...] = (
 )
 
 
-def family_names(kind: type[LayerFamily] = LayerFamily) -> set[str]:
+def family_names(kind: type[LayerAdapter] = LayerAdapter) -> set[str]:
     """The names of all families."""
-    names = {kind.name} if hasattr(kind, "name") else set()
+    names = {kind.family} if hasattr(kind, "family") else set()
     return names.union(*map(family_names, kind.__subclasses__()))

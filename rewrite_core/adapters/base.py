@@ -1,4 +1,4 @@
-"""What a generator family tells the library about a layer: its key, its weight, and what follows the convolution."""
+"""What an adapter of a generator family tells the library about a layer: its key, its weight, and what follows the convolution."""
 
 from __future__ import annotations
 
@@ -9,19 +9,36 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..errors import RewriteCoreError
 from .weights import ComputedWeight, computed_weight
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """How a layer whose arithmetic is unknown was called: what it takes to call it so again."""
+
+    place: str  # of the maps among the arguments
+    positional: int  # how many arguments were, in the order of `given`
+    given: dict[str, Any]  # all of them, with None for tensors
+    ndim: int  # of the maps as given
+    last: bool  # whether their channels are the last axis
+
+
+@dataclasses.dataclass(frozen=True)
 class Capture:
-    """One call of a layer on N latents: the key map and whatever else the value depends on."""
+    """One call of a layer on N latents: the key map and whatever else the value depends on. Of a layer that runs once for
+    each part of the latents it is all its runs, one after the other."""
 
     key: Tensor  # [N, I, *map], what the layer's weight really multiplies
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # e.g. "style" [N, I], "noise"
+    call: Call | None = None
+    runs: int = 1  # more than 1: those of tiles, loops and shared layers; the key has no map of each latent then
 
-    def to_dtype(self, dtype) -> Capture:
-        return Capture(self.key.to(dtype), {name: part.to(dtype) for name, part in self.extra.items()})
+    def to_dtype(self, dtype: torch.dtype) -> Capture:
+        extra = {name: part.to(dtype) for name, part in self.extra.items()}
+        return dataclasses.replace(self, key=self.key.to(dtype), extra=extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +71,15 @@ def per_channel(vector: Tensor, axes: int) -> Tensor:
     return vector.reshape(*([1] if vector.ndim == 1 else []), *vector.shape, *[1] * axes)
 
 
+def in_place_of(output: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` that takes the place of what a layer put out. Raises RewriteCoreError where it is not as large."""
+    if value.numel() != output.numel():
+        raise RewriteCoreError(
+            f"A value of shape {list(value.shape)} cannot take the place of what the layer puts out, {list(output.shape)}."
+        )
+    return value.to(output, copy=True).reshape(output.shape)
+
+
 def has(module: nn.Module | None, *names: str) -> bool:
     """Whether a module has all these attributes, without reading any: a parametrized one computes, and in train mode
     spectral norm then iterates."""
@@ -63,35 +89,76 @@ def has(module: nn.Module | None, *names: str) -> bool:
     return all(name in present or hasattr(type(module), name) for name in names)
 
 
-class LayerFamily(abc.ABC):
-    """One bindable layer of a generator. Subclasses live one per file in ``rewrite_core/families``.
+def absent(module: nn.Module) -> str:
+    """Why weights of a module are on the meta device, and what to do."""
+    hooks = module._forward_pre_hooks and computed_weight(module) is None
+    if hooks or has(module, "_hf_hook"):
+        return (
+            "it is offloaded: its weights are on the meta device between passes, and a hook brings them; load the generator "
+            "without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
+        )
+    return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
+
+
+def unusual(weight: Tensor) -> str | None:
+    """Why a weight cannot be edited as it is stored; None where it can."""
+    if type(weight).__name__ == "DTensor":
+        return (
+            "its weight is a DTensor, sharded over processes (FSDP2, tensor parallelism); load the full state dict into a "
+            "generator that is not sharded, and bind that"
+        )
+    if is_traceable_wrapper_subclass(weight):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor; bind a generator that is not quantised"
+    if weight.is_complex():
+        return f"its weight is {weight.dtype}, and keys and weights here are real"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}; bind a generator that is not quantised"
+    if weight.dtype.itemsize == 1:
+        return f"its weight is {weight.dtype}, which has no arithmetic of its own; bind a copy of it in bfloat16 or float32"
+    if weight.ndim < 2 or not weight.numel():
+        return (
+            f"its weight has shape {list(weight.shape)} between passes, as where FSDP or ZeRO shard it; bind a generator that "
+            "is not sharded"
+        )
+    return None
+
+
+class LayerAdapter(abc.ABC):
+    """What the library knows of one bindable layer of a generator. Subclasses live one per generator family in this folder.
 
     A *map* has any number of axes: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume, and the leading axes
     of what a linear layer is given. The kernel has as many, or none for a linear layer.
     """
 
-    name: ClassVar[str]
+    family: ClassVar[str]
     weight_name: ClassVar[str] = "weight"  # of the module's tensor that is edited
-    pointwise: bool = False  # whether the value at a position follows from the key there alone, and nothing else
-    known: bool = True  # whether linear() can be run on any channels, so on a crop and on one map at a time
-    groups: int = 1  # input and output channels fall into as many, each with its own keys and weights
+    known: ClassVar[bool] = True  # whether linear() can be run on any channels, so on a crop and on one map at a time
+    module: Any  # of many classes, which are known by their attributes
 
     def __init__(self, path: str, module: nn.Module):
         self.path = path  # of the module that owns the weight
         self.module = module
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether the value at a position follows from the key there alone, and nothing else."""
+        return False
+
+    @property
+    def groups(self) -> int:
+        """Input and output channels fall into as many groups, each with its own keys and weights."""
+        return 1
+
     @classmethod
     @abc.abstractmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         """The layer at `path` if it is of this family, else None. Generators' own classes are known by their
         attributes, not by isinstance: unpickled generators bring their own copy of them."""
 
     def refusal(self) -> str | None:
         """Why this layer, though of this family, cannot be edited; None where it can."""
         if any(parameter.is_meta for parameter in self.module.parameters(recurse=False)):
-            return (
-                "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
-            )
+            return absent(self.module)
         computed = self.computed
         if computed is not None:
             return computed.refusal()
@@ -102,11 +169,7 @@ class LayerFamily(abc.ABC):
             return "its weight is computed by something unknown, not used as stored; fold it into a parameter first"
         if is_lazy(weight):
             return "its weight has no shape before the generator's first run; run it once"
-        if weight.is_complex():
-            return f"its weight is {weight.dtype}, and keys and weights here are real"
-        if not weight.is_floating_point():
-            return f"its weight is {weight.dtype}; bind a generator that is not quantised"
-        return None
+        return unusual(weight)
 
     @property
     def site(self) -> nn.Module:
@@ -151,7 +214,7 @@ class LayerFamily(abc.ABC):
 
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
         """The capture restricted to a box of the key map and the matching box of the value."""
-        return Capture(capture.key[window(key_box)], dict(capture.extra))
+        return dataclasses.replace(capture, key=capture.key[window(key_box)], extra=dict(capture.extra))
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
         """The output of the intercepted call with its value replaced (to render an edited feature map). A copy, as what

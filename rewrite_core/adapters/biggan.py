@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import LayerFamily
+from .base import LayerAdapter
 from .conv import ConvLayer, LinearLayer, kind_of
 from .weights import Normalised
 
@@ -19,10 +19,10 @@ from .weights import Normalised
 class BigGANLayer(ConvLayer):
     """An SNConv2d: ``nn.Conv2d`` with a method ``W_`` or ``sn_weights``."""
 
-    name = "biggan"
+    family = "biggan"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         kind = kind_of(module)
         if kind not in (nn.Conv2d, nn.Linear) or not isinstance(cls(path, module).computed, Normalised):
@@ -32,13 +32,13 @@ class BigGANLayer(ConvLayer):
     def refusal(self) -> str | None:
         if self.module.padding_mode != "zeros":
             return f"{type(self.module).__name__} does not pad with {self.module.padding_mode!r} as it says"
-        return LayerFamily.refusal(self)
+        return LayerAdapter.refusal(self)
 
 
 class BigGANLinearLayer(LinearLayer):
     """An SNLinear."""
 
-    name = "biggan"
+    family = "biggan"
 
     def refusal(self) -> str | None:
-        return LayerFamily.refusal(self)
+        return LayerAdapter.refusal(self)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import RewriteCoreError
-from .base import Capture, LayerFamily, PostOperation, per_channel
+from .base import Capture, LayerAdapter, PostOperation, in_place_of, per_channel
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 TRANSPOSED = {
@@ -36,7 +36,7 @@ def _has_own_forward(module: nn.Module) -> bool:
     return methods != (kind.forward, getattr(kind, "_conv_forward", None))
 
 
-class PlainLayer(LayerFamily):
+class PlainLayer(LayerAdapter):
     """What convolutions and linear layers share: a linear operator and a bias."""
 
     def refusal(self) -> str | None:
@@ -63,16 +63,16 @@ class PlainLayer(LayerFamily):
 class ConvLayer(PlainLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: weight [O, I / groups, *kernel]."""
 
-    name = "conv"
+    family = "conv"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         kind = kind_of(module)
         if kind is None or (_has_own_forward(module) and "weight" in module._parameters and not is_lazy(module.weight)):
             return None  # the latter is GeneralLayer's
-        family = LinearLayer if kind is nn.Linear else TransposedConvLayer if kind in TRANSPOSED else ConvLayer
-        return family(path, module)
+        adapter = LinearLayer if kind is nn.Linear else TransposedConvLayer if kind in TRANSPOSED else ConvLayer
+        return adapter(path, module)
 
     @property
     def groups(self) -> int:
@@ -117,13 +117,13 @@ class ConvLayer(PlainLayer):
         return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.to(output, copy=True).reshape(output.shape)
+        return in_place_of(output, value)
 
 
 class TransposedConvLayer(ConvLayer):
     """``nn.ConvTranspose1d``, ``2d`` and ``3d``: weight [I, O / groups, *kernel]."""
 
-    name = "conv_transpose"
+    family = "conv_transpose"
 
     def canonical(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
@@ -172,11 +172,14 @@ class LinearLayer(PlainLayer):
     """``nn.Linear``: weight [O, I], and a key at each of the leading positions: of input [N, ..., I] the map is what is
     between N and I (the tokens of a language model), and of input [N, I] one position."""
 
-    name = "linear"
-    pointwise = True
+    family = "linear"
+
+    @property
+    def pointwise(self) -> bool:
+        return True
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         return cls(path, module) if isinstance(module, nn.Linear) else None
 
@@ -189,4 +192,4 @@ class LinearLayer(PlainLayer):
         return F.linear(key.movedim(1, -1), weight).movedim(-1, 1)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return value.movedim(1, -1).to(output, copy=True).reshape(output.shape)
+        return in_place_of(output, value.movedim(1, -1))

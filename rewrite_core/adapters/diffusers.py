@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import LayerFamily
+from .base import LayerAdapter
 from .conv import ConvLayer
 from .weights import class_name
 
@@ -23,10 +23,10 @@ BLOCKS = ("ResnetBlock2D", "ResnetBlockCondNorm2D", "Upsample2D", "Downsample2D"
 class DiffusersLayer(ConvLayer):
     """A convolution directly in one of the package's blocks."""
 
-    name = "diffusers"
+    family = "diffusers"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         if class_name(generator.get_submodule(path.rpartition(".")[0])) not in BLOCKS:
             return None
         layer = ConvLayer.recognise(generator, path)

@@ -17,20 +17,22 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import RewriteCoreError, SolverError
 from ..modes import evaluating
-from .base import Box, Capture, LayerFamily, PostOperation
+from .base import Box, Call, Capture, LayerAdapter, PostOperation, in_place_of
 from .conv import TRANSPOSED, kind_of
 
 
-class GeneralLayer(LayerFamily):
+class GeneralLayer(LayerAdapter):
     """A module that owns a weight [O, I, *kernel] (or [1, O, I, *kernel]; [I, O, *kernel] in a subclass of a transposed
     convolution) and is given maps [N, I, *map], or for a weight [O, I] also [N, ..., I]. Other tensors that it is given
     are taken along, one row per latent."""
 
-    name = "general"
+    family = "general"
     known = False
+    _call: Call | None = None
+    _alone = False
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         weight = module._parameters.get(cls.weight_name)
         of_torch = type(module).__module__.split(".")[0] == "torch" and "forward" not in vars(module)
@@ -61,33 +63,25 @@ class GeneralLayer(LayerFamily):
         given = {str(i): part for i, part in enumerate(args)} | kwargs
         extra = {name: part for name, part in given.items() if isinstance(part, Tensor)}
         place = next((name for name, part in extra.items() if part.is_floating_point()), None)
-        key = extra.pop(place, None)
-        channels = self.canonical(self.weight).shape[1]
-        self._ndim = 0 if key is None else key.ndim
-        self._last = self.canonical(self.weight).ndim == 2 and self._ndim > 1 and key.shape[-1] == channels
-        if self._ndim < 2 or key.shape[-1 if self._last else 1] != channels:
-            shape = None if key is None else list(key.shape)
+        key = None if place is None else extra.pop(place)
+        shape = [] if key is None else list(key.shape)
+        _, channels, *kernel = self.canonical(self.weight).shape
+        last = not kernel and len(shape) > 1 and shape[-1] == channels
+        if place is None or key is None or len(shape) < 2 or shape[-1 if last else 1] != channels:
             raise RewriteCoreError(
-                f"Layer {self.path!r} is given {shape} and its weight takes {channels} channels, so what its keys are is "
-                "not known"
+                f"Layer {self.path!r} is given {shape or None} and its weight takes {channels} channels, so what its keys "
+                "are is not known"
             )
-        for name, part in extra.items():
+        for part in extra.values():
             if not part.is_floating_point() or part.ndim == 0 or len(part) not in (1, len(key)):
                 raise RewriteCoreError(
                     f"Layer {self.path!r} is given a {part.dtype} tensor {list(part.shape)} besides its maps, which "
                     "cannot be taken along"
                 )
-        self._place, self._positional, self._alone = place, len(args), not extra
-        self._given = {name: None if isinstance(part, Tensor) else part for name, part in given.items()}  # in order
-        return Capture(self._inwards(key), extra)
-
-    def _inwards(self, rows: Tensor) -> Tensor:
-        rows = rows.movedim(-1, 1) if self._last else rows
-        return rows[..., None] if self._ndim == 2 else rows
-
-    def _outwards(self, maps: Tensor) -> Tensor:
-        maps = maps[..., 0] if self._ndim == 2 else maps
-        return maps.movedim(1, -1) if self._last else maps
+        plain = {name: None if isinstance(part, Tensor) else part for name, part in given.items()}  # in order
+        call = Call(place, len(args), plain, key.ndim, last)
+        self._call, self._alone = call, not extra  # the last one, for what is asked without a capture
+        return Capture(_inwards(key, call), extra, call)
 
     def value(self, capture: Capture, weight: Tensor) -> Tensor:
         held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -96,13 +90,16 @@ class GeneralLayer(LayerFamily):
             for name, tensor in held.items()
         }
         tensors[self.weight_name] = self.native(weight)
-        parts = [*(self._given | capture.extra | {self._place: self._outwards(capture.key)}).items()]
-        args, kwargs = (part for _, part in parts[: self._positional]), dict(parts[self._positional :])
+        call = capture.call
+        if call is None:
+            raise SolverError(f"Layer {self.path!r} is not known, and cannot be run on keys alone; use solver='adam'.")
+        parts = [*(call.given | capture.extra | {call.place: _outwards(capture.key, call)}).items()]
+        args, kwargs = (part for _, part in parts[: call.positional]), dict(parts[call.positional :])
         with evaluating(self.module):
             output = functional_call(self.module, tensors, tuple(args), kwargs)
         out_channels = self.canonical(self.weight).shape[0]
-        if isinstance(output, Tensor) and output.ndim == self._ndim:
-            value = self._inwards(output)
+        if isinstance(output, Tensor) and output.ndim == call.ndim:
+            value = _inwards(output, call)
             if len(value) == len(capture.key) and value.shape[1] == out_channels:
                 return value
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -119,7 +116,7 @@ class GeneralLayer(LayerFamily):
                 "region='map'.",
                 advice={"solver": "adam", "`preserve`": None, "region": "map"},
             )
-        capture = Capture(key)
+        capture = Capture(key, call=self._call)
         return self.value(capture, weight) - self.value(capture, torch.zeros_like(weight))
 
     def post_operation(self, capture: Capture) -> PostOperation | None:
@@ -131,4 +128,16 @@ class GeneralLayer(LayerFamily):
         )
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
-        return self._outwards(value).to(output, copy=True).reshape(output.shape)
+        return in_place_of(output, value if self._call is None else _outwards(value, self._call))
+
+
+def _inwards(rows: Tensor, call: Call) -> Tensor:
+    """What a layer is given or puts out, as maps [N, C, *map]."""
+    rows = rows.movedim(-1, 1) if call.last else rows
+    return rows[..., None] if call.ndim == 2 else rows
+
+
+def _outwards(maps: Tensor, call: Call) -> Tensor:
+    """The inverse of :func:`_inwards`."""
+    maps = maps[..., 0] if call.ndim == 2 else maps
+    return maps.movedim(1, -1) if call.last else maps

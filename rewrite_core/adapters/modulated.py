@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Box, Capture, LayerFamily, PostOperation, per_channel, window
+from .base import Box, Capture, LayerAdapter, PostOperation, per_channel, window
 
 EPS = 1e-8  # of the demodulation
 
 
-class ModulatedLayer(LayerFamily):
+class ModulatedLayer(LayerAdapter):
     """A modulated convolution. A capture's extra: "style" [N, I] and, where it adds any, "noise" [N or 1, 1, H, W]."""
 
-    scale: float = 1.0  # the constant that the weight is multiplied with
+    @property
+    def scale(self) -> float:
+        """The constant that the weight is multiplied with."""
+        return 1.0
 
     @property
     @abc.abstractmethod

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import LayerFamily
+from .base import LayerAdapter
 from .conv import ConvLayer
 
 
 class ProgGANLayer(ConvLayer):
     """``layerN.conv`` of a ProgGAN: the convolution before its WScale. Also binds as ``layerN``."""
 
-    name = "proggan"
+    family = "proggan"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         if hasattr(module, "wscale") and hasattr(module, "conv"):
             path, module = f"{path}.conv".lstrip("."), module.conv

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Capture, LayerFamily, has
+from .base import Capture, LayerAdapter, has
 from .conv import ConvLayer, LinearLayer, PlainLayer, kind_of
 from .weights import class_name
 
@@ -30,7 +30,7 @@ def _equalising_hook(module: nn.Module) -> Any | None:
 class _Equalised(PlainLayer):
     """Shared by layers with an EqualLR hook: the stored weight and the constant."""
 
-    name = "stylegan1"
+    family = "stylegan1"
     weight_name = "weight_orig"
 
     @property
@@ -53,7 +53,7 @@ class EqualisedConvLayer(_Equalised, ConvLayer):
     """An ``nn.Conv2d`` in an EqualConv2d. Also binds as the EqualConv2d itself."""
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         for part in ("conv", "linear"):
             if kind_of(getattr(module, part, None)) and _equalising_hook(getattr(module, part)):
@@ -74,16 +74,16 @@ class EqualisedLinearLayer(_Equalised, LinearLayer):
 class FusedUpsampleLayer(PlainLayer):
     """Upsampling and convolution in one: a transposed convolution by a blurred kernel. Weight [I, O, k, k]."""
 
-    name = "stylegan1"
+    family = "stylegan1"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         known = class_name(module) == "FusedUpsample" and has(module, "weight", "bias", "multiplier", "pad")
         return cls(path, module) if known else None
 
     def refusal(self) -> str | None:
-        return LayerFamily.refusal(self)
+        return LayerAdapter.refusal(self)
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Capture, LayerFamily, PostOperation, has, per_channel
+from .base import Capture, LayerAdapter, PostOperation, has, per_channel
 from .modulated import ModulatedLayer, as_drawn_next, resample
 from .weights import class_name
 
@@ -25,11 +25,11 @@ class StyleGAN2Layer(ModulatedLayer):
     modules and those of the port with grouped convolutions, known by their attributes.
     """
 
-    name = "stylegan2"
+    family = "stylegan2"
     _ATTRIBUTES = ("weight", "modulation", "demodulate", "upsample", "scale", "padding")
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         if has(getattr(module, "conv", None), *cls._ATTRIBUTES):
             return cls(f"{path}.conv".lstrip("."), module.conv, module if hasattr(module, "activate") else None)

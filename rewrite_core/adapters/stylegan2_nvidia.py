@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Capture, LayerFamily, PostOperation, has, per_channel
+from .base import Capture, LayerAdapter, PostOperation, has, per_channel
 from .modulated import ModulatedLayer, as_drawn_next, resample
 from .weights import class_name
 
@@ -24,10 +24,10 @@ SLOPES = {"linear": 1.0, "lrelu": 0.2, "relu": 0.0}
 class NvidiaStyleGAN2Layer(ModulatedLayer):
     """A SynthesisLayer (its value: after noise, bias, leaky ReLU, gain, clamp) or a ToRGBLayer (after bias, clamp)."""
 
-    name = "stylegan2_nvidia"
+    family = "stylegan2_nvidia"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         kinds = {"SynthesisLayer": ("act_gain", "resample_filter", "up"), "ToRGBLayer": ("weight_gain",)}
         needed = ("affine", "weight", "bias", "conv_clamp", *kinds.get(class_name(module), ("not a layer",)))

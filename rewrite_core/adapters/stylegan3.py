@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Capture, LayerFamily, has, per_channel
+from .base import Capture, LayerAdapter, has, per_channel
 from .modulated import ModulatedLayer, resample
 from .weights import class_name
 
@@ -23,7 +23,7 @@ from .weights import class_name
 class StyleGAN3Layer(ModulatedLayer):
     """A SynthesisLayer, ToRGB included. The convolution pads fully, so its map is wider than the key's."""
 
-    name = "stylegan3"
+    family = "stylegan3"
     _ATTRIBUTES = (
         "affine",
         "weight",
@@ -40,7 +40,7 @@ class StyleGAN3Layer(ModulatedLayer):
     )
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         known = class_name(module) == "SynthesisLayer" and has(module, *cls._ATTRIBUTES)
         return cls(path, module) if known else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import LayerFamily, has
+from .base import LayerAdapter, has
 from .conv import LinearLayer
 from .weights import class_name
 
@@ -15,15 +15,15 @@ from .weights import class_name
 class Conv1DLayer(LinearLayer):
     """A Conv1D, known by its name, ``weight`` [I, O], ``bias`` and ``nf``."""
 
-    name = "transformers"
+    family = "transformers"
 
     @classmethod
-    def recognise(cls, generator: nn.Module, path: str) -> LayerFamily | None:
+    def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         return cls(path, module) if class_name(module) == "Conv1D" and has(module, "weight", "bias", "nf") else None
 
     def refusal(self) -> str | None:
-        return LayerFamily.refusal(self)
+        return LayerAdapter.refusal(self)
 
     def canonical(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1)

@@ -51,6 +51,12 @@ def _method(module: nn.Module) -> str | None:
     return next((name for name in METHODS if named and callable(getattr(type(module), name, None))), None)
 
 
+def _method_name(module: nn.Module) -> str:
+    name = _method(module)
+    assert name is not None, "found when the layer was recognised"
+    return name
+
+
 def _hook(module: nn.Module) -> int | None:
     """The number of the forward pre-hook that computes the weight, as torch and others write them."""
     for number, hook in module._forward_pre_hooks.items():
@@ -63,22 +69,24 @@ class ComputedWeight(abc.ABC):
     """One way to compute a weight. ``module.weight`` is a parameter while it is folded."""
 
     def __init__(self, module: nn.Module, name: str = NAME):
-        self.module = module
+        self.module: Any = module
         self.name = name
 
     @property
+    @abc.abstractmethod
     def folded(self) -> bool:
-        return hasattr(self.module, _RECORD)
+        """Whether the weight is folded, and wholly so."""
 
     @property
+    @abc.abstractmethod
     def parameter(self) -> nn.Parameter:
         """Where the weight is while it is folded."""
-        return self.module._parameters[NAME]
 
     def read(self) -> Tensor:
         """The weight that the forward pass uses in eval mode."""
         if self.folded:
             return self.parameter
+        self.unfold()  # what an interrupt has left half folded
         with torch.no_grad(), evaluating(self.module):
             return self.compute().detach()
 
@@ -94,13 +102,13 @@ class ComputedWeight(abc.ABC):
         return None
 
     @abc.abstractmethod
+    def unfold(self) -> None:
+        """Put the module back as it was, on the device and in the precision that the weight has now. Where nothing is
+        folded nothing happens."""
+
+    @abc.abstractmethod
     def parts(self) -> list[str]:
         """The names, in the module's state dict, of what the weight is computed from and of the folded weight."""
-
-    def unfold(self) -> None:
-        """Put the module back as it was, on the device and in the precision that the weight has now."""
-        if self.folded:
-            self._unfold()
 
     @abc.abstractmethod
     def compute(self) -> Tensor:
@@ -108,9 +116,6 @@ class ComputedWeight(abc.ABC):
 
     @abc.abstractmethod
     def _fold(self, value: nn.Parameter) -> None: ...
-
-    @abc.abstractmethod
-    def _unfold(self) -> None: ...
 
 
 class Folded(nn.Module):
@@ -138,20 +143,23 @@ class Parametrized(ComputedWeight):
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self._stages[-1].value
-
-    def compute(self) -> Tensor:
-        return self._stages()  # not the property, which parametrize.cached() answers from its cache
+        value: nn.Parameter = self._stages[-1].value
+        return value
 
     def parts(self) -> list[str]:
         return [f"parametrizations.{self.name}"]
+
+    def compute(self) -> Tensor:
+        computed: Tensor = self._stages()  # not what ``parametrize.cached()`` keeps
+        return computed
 
     def _fold(self, value: nn.Parameter) -> None:
         with evaluating(self.module):  # registering computes once, and spectral norm iterates in train mode
             parametrize.register_parametrization(self.module, self.name, Folded(value))
 
-    def _unfold(self) -> None:
-        del self._stages[len(self._stages) - 1]
+    def unfold(self) -> None:
+        if self.folded:
+            del self._stages[len(self._stages) - 1]
 
 
 @contextlib.contextmanager
@@ -164,8 +172,10 @@ def _kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for place, held in zip(places, before, strict=True):
-            place.clear()
-            place.update(held)
+            for name in place.keys() - held.keys():
+                del place[name]
+            # one by one, and only what is not in place: a pass of another thread may read them
+            place.update({name: value for name, value in held.items() if place.get(name) is not value})
         for tensor, value in tensors:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
@@ -173,9 +183,29 @@ def _kept(module: nn.Module) -> Iterator[None]:
 
 class _Detached(ComputedWeight):
     """Shared by what takes parts off the module. The record of them is an attribute of the module, made of its own
-    parameters and hooks: it is copied, pickled and dropped with the module."""
+    parameters and hooks: it is copied, pickled and dropped with the module.
 
-    def _take(self, value: nn.Parameter, names: list[str]) -> dict[str, Any]:
+    An interrupt may come at any line: the record is there before anything is taken off, and until everything is back.
+    """
+
+    @property
+    def _record(self) -> dict[str, Any] | None:
+        record: dict[str, Any] | None = getattr(self.module, _RECORD, None)
+        return record
+
+    @property
+    def folded(self) -> bool:
+        record = self._record
+        return record is not None and record.get("whole", True)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        value = self.module._parameters[NAME]
+        assert value is not None
+        return value
+
+    def _take(self, value: nn.Parameter, names: list[str], **more: Any) -> None:
+        """Take tensors off the module, and put the value there. `more` goes into the record."""
         module = self.module
         computed = module.__dict__.get(NAME)  # of the last pass; without its graph, which nothing can copy
         record = {
@@ -183,41 +213,47 @@ class _Detached(ComputedWeight):
             "buffers": dict(module._buffers),
             "dtype": value.dtype,
             "computed": computed.detach() if isinstance(computed, Tensor) else None,
+            "whole": False,
+            "place": None,  # the device and dtype of the value, once it is taken off again
         }
+        setattr(module, _RECORD, record | more)
         for name in names:
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
         module.__dict__.pop(NAME, None)
         module._parameters[NAME] = value
-        setattr(module, _RECORD, record)
-        return record
 
-    def _unfold(self) -> None:
-        module, record = self.module, getattr(self.module, _RECORD)
-        weight = module._parameters.pop(NAME)
+    def _finish(self) -> None:
+        getattr(self.module, _RECORD)["whole"] = True
 
-        def restore(now: dict, then: dict) -> None:
-            back = {}
-            for name, tensor in then.items():
-                if name in now:  # not taken off, and moved with the module
-                    tensor = now[name]
-                elif tensor is not None:
-                    cast = weight.dtype != record["dtype"] and tensor.is_floating_point()
-                    tensor.data = tensor.data.to(weight.device, weight.dtype if cast else None)
-                back[name] = tensor
-            now.clear()
-            now.update(back)
+    def unfold(self) -> None:
+        module, record = self.module, self._record
+        if record is None:
+            return
+        if record.get("whole", True):
+            record["place"] = self.parameter.device, self.parameter.dtype
+            record["whole"] = False
+        device, dtype = record["place"] or (None, record["dtype"])
 
-        restore(module._parameters, record["parameters"])
-        restore(module._buffers, record["buffers"])
-        delattr(module, _RECORD)
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is not None and device is not None:
+                cast = dtype != record["dtype"] and tensor.is_floating_point()
+                tensor.data = tensor.data.to(device=device, dtype=dtype if cast else None)
+            return tensor
+
+        for place in ("parameters", "buffers"):
+            now, then = getattr(module, f"_{place}"), record[place]
+            # what was not taken off has moved with the module; in one step, as a pass of another thread may read it
+            back = {name: now[name] if name in now and name != NAME else moved(tensor) for name, tensor in then.items()}
+            vars(module)[f"_{place}"] = back | {name: now[name] for name in now if name not in then and name != NAME}
         self._restore(record)
         if record["computed"] is not None:  # for whoever reads it before the next pass
-            cast = weight.dtype if weight.dtype != record["dtype"] else None
-            setattr(module, NAME, record["computed"].to(weight.device, cast))
+            setattr(module, NAME, record["computed"].to(device=device, dtype=dtype))
+        delattr(module, _RECORD)
 
     @abc.abstractmethod
-    def _restore(self, record: dict[str, Any]) -> None: ...
+    def _restore(self, record: dict[str, Any]) -> None:
+        """Put back what is neither a parameter nor a buffer."""
 
 
 class Hooked(_Detached):
@@ -225,13 +261,13 @@ class Hooked(_Detached):
 
     _HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
+    def parts(self) -> list[str]:
+        tensors = [*self.module._parameters, *self.module._buffers]
+        return [NAME, *(name for name in tensors if name.startswith(f"{NAME}_"))]
+
     def compute(self) -> Tensor:
         with _kept(self.module):
             return self._run()
-
-    def parts(self) -> list[str]:
-        names = [*self.module._parameters, *self.module._buffers]
-        return [NAME, *(name for name in names if name.startswith(f"{NAME}_"))]
 
     def refusal(self) -> str | None:
         if self.folded:
@@ -245,43 +281,55 @@ class Hooked(_Detached):
         )
 
     def _run(self) -> Tensor:
-        self.module._forward_pre_hooks[_hook(self.module)](self.module, ())
-        return self.module.weight.clone()
+        self._own_hook(self.module, ())
+        weight: Tensor = self.module.weight.clone()
+        return weight
+
+    @property
+    def _own_hook(self) -> Any:
+        number = _hook(self.module)
+        assert number is not None, "found when the layer was recognised"
+        return self.module._forward_pre_hooks[number]
 
     def _fold(self, value: nn.Parameter) -> None:
-        module, number = self.module, _hook(self.module)
-        hook = module._forward_pre_hooks[number]
-        tensors = [*module._parameters, *module._buffers]
-        record = self._take(value, [name for name in tensors if name.startswith(f"{NAME}_")])
+        module, hook = self.module, self._own_hook
+        more: dict[str, Any] = {}
         for kind in self._HOOKS:  # torch's spectral norm also watches the state dict
-            hooks, taken = getattr(module, kind), {}
-            record[kind] = list(hooks), taken
-            for key, other in list(hooks.items()):
-                inner = getattr(other, "hook", other)
-                if inner is hook or getattr(inner, "fn", None) is hook:
-                    taken[key] = hooks.pop(key)
+            hooks = getattr(module, kind)
+            inner = {key: getattr(other, "hook", other) for key, other in hooks.items()}
+            own = [key for key, each in inner.items() if each is hook or getattr(each, "fn", None) is hook]
+            more[kind] = list(hooks), {key: hooks[key] for key in own}
+        tensors = [*module._parameters, *module._buffers]
+        self._take(value, [name for name in tensors if name.startswith(f"{NAME}_")], **more)
+        for kind in self._HOOKS:
+            for key in more[kind][1]:
+                del getattr(module, kind)[key]
+        self._finish()
 
     def _restore(self, record: dict[str, Any]) -> None:
         for kind in self._HOOKS:
             hooks = getattr(self.module, kind)
             order, taken = record[kind]
-            back = hooks | taken
-            hooks.clear()
-            hooks.update({key: back[key] for key in [*order, *back] if key in back})
+            hooks.update(taken)
+            for key in [*order, *(key for key in list(hooks) if key not in order)]:
+                if key in hooks:
+                    hooks.move_to_end(key)
 
 
 class Normalised(_Detached):
     """A method of the module, such as ``W_()``, that its forward calls for the weight."""
 
-    def compute(self) -> Tensor:
-        return getattr(self.module, _method(self.module))()
-
     def parts(self) -> list[str]:
         return [NAME, *self.module._buffers]
 
+    def compute(self) -> Tensor:
+        weight: Tensor = getattr(self.module, _method_name(self.module))()
+        return weight
+
     def _fold(self, value: nn.Parameter) -> None:
         self._take(value, [NAME, *self.module._buffers])  # the singular vectors too: its state dict fits no other norm
-        setattr(self.module, _method(self.module), functools.partial(getattr, self.module, NAME))
+        setattr(self.module, _method_name(self.module), functools.partial(getattr, self.module, NAME))
+        self._finish()
 
     def _restore(self, record: dict[str, Any]) -> None:
-        delattr(self.module, _method(self.module))
+        vars(self.module).pop(_method_name(self.module), None)

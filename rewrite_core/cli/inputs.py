@@ -7,7 +7,7 @@ from pathlib import Path
 from ..demo import load_edit
 from ..demo.run import EDIT_SEED
 from ..edits.edit import Edit
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from .command import UsageError

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..files import to_json
-    from ..layers.binding import list_layers
+    from ..layers.listing import list_layers
     from .generator import subject
 
     on = subject(options, 2)

@@ -10,8 +10,9 @@ import argparse
 from ..demo import chapels, load_edit
 from ..errors import RewriteCoreError
 from ..files import to_json
-from ..layers.binding import bind, list_layers
+from ..layers.binding import bind
 from ..layers.latents import sample_latents
+from ..layers.listing import list_layers
 from ..pictures import paint
 from ..rewrites.calls import rewrite
 from ..statistics.collection import collect_second_moment

@@ -19,7 +19,8 @@ from ..edits.edit import Edit
 from ..edits.goals import paste_goals
 from ..edits.selection import Selection
 from ..files import atomic_write, to_json, writable_path
-from ..layers.binding import BoundLayer, bind
+from ..layers.binding import bind
+from ..layers.bound import BoundLayer
 from ..layers.latents import sample_latents
 from ..pictures import paint, to_unit
 from ..rewrites.calls import rewrite

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice, quoted
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters.base import Box, Capture, window
 from ..errors import NonFiniteError, SelectionError, SolverError, choice, warn, whole_number
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..statistics.second_moment import SecondMoment
 from .directions import context_keys, rank_units
 from .edit import Edit

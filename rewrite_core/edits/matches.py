@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, RewriteCoreError, flag, whole_number
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..statistics.key_stream import stream_keys
 from ..statistics.second_moment import SecondMoment, check_inputs

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import FileFormatError, MismatchError, RewriteCoreError, SolverError
 from ..files import atomic_write, from_json, open_file, read_tensors, shown, to_json
-from ..layers.binding import BoundLayer, bind
+from ..layers.binding import bind
+from ..layers.bound import BoundLayer
 from ..rewrites.change import Rewrite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -37,7 +38,7 @@ def _as_peft_sees(bound: BoundLayer) -> nn.Module:
         raise SolverError(
             f"{bound.name!r} is {what}, which a LoRA adapter does not describe; export the state dict instead."
         )
-    if bound._layer.computed is not None:
+    if bound._adapter.computed is not None:
         raise SolverError(f"The weight of {bound.name!r} is computed, so export the state dict instead.")
     return module
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FileFormatError, RewriteCoreError
-from ..files import read_state_dict
+from ..files import read_whole_state
+from .checkpoint import without_prefixes
 
 _NETWORKS = ("G_ema", "g_ema", "generator", "G", "netG", "model")  # what pickled dicts call theirs
 _TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what torch.save's older files start with
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
 
 
 def load_generator(
@@ -53,21 +53,30 @@ def load_generator(
 
 def load_into(generator: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Load a state dict into `generator`, all of it; raises FileFormatError where it does not fit."""
-    state = read_state_dict(checkpoint)
+    tensors, extra = read_whole_state(checkpoint)
     wanted = generator.state_dict()
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in wanted):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    tensors = dict(generator.named_parameters(remove_duplicate=False))
+    state = without_prefixes(tensors | extra, wanted.__contains__)
     for key in wanted.keys() - state.keys():  # safetensors' save_model leaves one name of a tied weight
-        tied = next((other for other in state if key in tensors and tensors.get(other) is tensors[key]), None)
+        tied = next((other for other in state if other in wanted and _same_memory(wanted[key], wanted[other])), None)
         if tied is not None:
             state[key] = state[tied]
     try:
         generator.load_state_dict(state)
-    except RuntimeError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a module may do anything with its extra state
         problem = " ".join(str(error).split())[:300]
         raise FileFormatError(f"{os.fspath(checkpoint)} does not fit {type(generator).__name__}: {problem}") from error
+
+
+def _same_memory(one: object, other: object) -> bool:
+    """Whether two tensors are the same numbers in the same place, whatever objects they are."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    if one.layout != torch.strided or other.layout != torch.strided:
+        return False
+    here, there = ((each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (one, other))
+    return here == there and one.data_ptr() != 0
 
 
 def _unpickle(path: Path) -> nn.Module:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, RewriteCoreError
 from ..files import read_state_dict
-from .checkpoint import build
+from .checkpoint import build, size_of, without_prefixes
+
+_CONVOLUTION = re.compile(r"layer(\d{1,3})\.conv\.weight")
 
 
 class PixelNorm(nn.Module):
@@ -76,7 +78,7 @@ class ProgGAN(nn.Sequential):
 
     def __init__(self, sizes: list[int]):
         if len(sizes) < 2:
-            raise ValueError(f"sizes needs the latent size and at least one channel count, got {sizes}.")
+            raise RewriteCoreError(f"sizes needs the latent size and at least one channel count, got {sizes}.")
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["layer1"] = Layer(sizes[0], sizes[1], kernel=4, padding=3)
         layers["layer2"] = Layer(sizes[1], sizes[1])
@@ -102,8 +104,8 @@ def load_proggan(source: str | os.PathLike | Mapping[str, Any]) -> ProgGAN:
 
     Raises FileFormatError, naming the first key that is missing, unexpected or of a wrong shape.
     """
-    state = read_state_dict(source)
-    layers = [int(m[1]) for m in (re.fullmatch(r"layer(\d+)\.conv\.weight", k) for k in state) if m]
+    state = without_prefixes(read_state_dict(source), lambda key: _CONVOLUTION.fullmatch(key) is not None)
+    layers = [int(match[1]) for match in map(_CONVOLUTION.fullmatch, state) if match]
     sizes: list[int] = []
     for index in range(1, max(layers, default=1) + 1, 2):
         key = f"layer{index}.conv.weight"
@@ -112,8 +114,6 @@ def load_proggan(source: str | os.PathLike | Mapping[str, Any]) -> ProgGAN:
                 f"This is no Progressive GAN checkpoint in the published layout: {key!r} is missing, "
                 f"its first key is {next(iter(state))!r}; convert the generator to that layout."
             )
-        if state[key].ndim != 4:
-            raise FileFormatError(f"{key!r} must have 4 dimensions, got {list(state[key].shape)}.")
-        outputs, inputs = state[key].shape[:2]
+        outputs, inputs = size_of(state, key, 0, 4), size_of(state, key, 1, 4)
         sizes += [outputs] if sizes else [inputs, outputs]
     return build(lambda: ProgGAN(sizes), state)

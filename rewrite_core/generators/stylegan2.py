@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, RewriteCoreError, number, quoted
 from ..files import read_state_dict
-from .checkpoint import build
+from .checkpoint import build, check_state, described, size_of, without_prefixes
 from .proggan import PixelNorm
 
 BLUR_TAPS = (1.0, 3.0, 3.0, 1.0)
 NOISE_KINDS = ("fixed", "random", "none")
+_LARGEST = 4096  # pixels of a side
 
 
 def biased_leaky_relu(x: Tensor, bias: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class StyleGAN2(nn.Module):
     state-dict names are exactly those of a checkpoint's ``g_ema``. `latent_avg` [style_dim], the mean of
     the mapped latents, is needed for a `truncation` other than 1 and is not in the state dict.
 
-    Raises ValueError for a `size` that is no power of two >= 4 and for missing `channels`.
+    Raises RewriteCoreError for a `size` that is no power of two >= 4 and for missing `channels`.
     """
 
     def __init__(
@@ -235,17 +236,17 @@ class StyleGAN2(nn.Module):
     ):
         super().__init__()
         if size < 4 or size & (size - 1):
-            raise ValueError(f"size must be a power of two from 4 up, got {size}.")
+            raise RewriteCoreError(f"size must be a power of two from 4 up, got {size}.")
         channels = published_channels(channel_multiplier) if channels is None else channels
         sizes = [2**level for level in range(2, size.bit_length())]
         missing = [s for s in sizes if s not in channels]
         if missing:
-            raise ValueError(f"channels needs an entry for each map size {sizes}, {missing} are missing.")
+            raise RewriteCoreError(f"channels needs an entry for each map size {sizes}, {missing} are missing.")
         self.size = size
         self.style_dim = style_dim
         self.n_mlp = n_mlp
         self.channels = {s: channels[s] for s in sizes}
-        self.truncation = float(truncation)
+        self.truncation = number("truncation", truncation)
         self.register_buffer("latent_avg", None, persistent=False)
 
         mlp = [EqualLinear(style_dim, style_dim, lr_mul=0.01, activate=True) for _ in range(n_mlp)]
@@ -267,12 +268,12 @@ class StyleGAN2(nn.Module):
         """Mapped latents [N, style_dim], drawn towards `latent_avg`: avg + truncation * (w - avg)."""
         truncation = self.truncation if truncation is None else truncation
         if truncation != 1 and self.latent_avg is None:
-            raise ValueError(
+            raise RewriteCoreError(
                 f"truncation={truncation} needs the mean mapped latent: "
                 "set latent_avg, e.g. to G.style(many latents).mean(0), or use truncation=1."
             )
         if latents.ndim != 2 or latents.shape[1] != self.style_dim:
-            raise ValueError(f"latents must be [N, {self.style_dim}], got {list(latents.shape)}.")
+            raise RewriteCoreError(f"latents must be [N, {self.style_dim}], got {list(latents.shape)}.")
         mapped = self.style(latents)
         return mapped if truncation == 1 else self.latent_avg + truncation * (mapped - self.latent_avg)
 
@@ -280,11 +281,11 @@ class StyleGAN2(nn.Module):
         """Images of `latents` [N, style_dim], in the generator's dtype.
 
         `truncation` overrides the attribute. `noise` is "fixed" (the stored maps, the same for every
-        image), "random" (fresh for each image and call) or "none". Raises ValueError for any other
+        image), "random" (fresh for each image and call) or "none". Raises RewriteCoreError for any other
         noise, for latents of another shape, and for a truncation without `latent_avg`.
         """
         if noise not in NOISE_KINDS:
-            raise ValueError(f"noise must be one of {NOISE_KINDS}, got {noise!r}.")
+            raise RewriteCoreError(f"noise must be one of {NOISE_KINDS}, got {noise!r}.")
         latent = self.mapping(latents, truncation)
         noises = [self._noise(index, noise, latent) for index in range(1 + len(self.convs))]
         x = self.conv1(self.input(len(latent)), latent, noises[0])
@@ -312,21 +313,20 @@ def load_stylegan2(
     checkpoint has no ``noises`` (conversions before January 2020), they are drawn from numpy's
     ``RandomState(1)``, layer by layer.
 
-    Raises FileFormatError (a ValueError), naming the first key that is missing, unexpected or of a wrong
-    shape; ValueError for a `size` that is not the checkpoint's and a truncation without latent_avg.
+    Raises FileFormatError, naming the first key that is missing, unexpected or of a wrong shape, and for more layers than
+    any StyleGAN2 has; RewriteCoreError for a `size` that is not the checkpoint's and a truncation without latent_avg.
     """
     state = read_state_dict(source)
     latent_avg = state.pop("latent_avg", None)
+    state = without_prefixes(state, lambda key: key.startswith(("input.", "conv1.")))
 
     def channels_of(name: str, axis: int, ndim: int) -> int:
         if name not in state:
             raise FileFormatError(
                 f"This is no StyleGAN2 checkpoint in stylegan2-pytorch's g_ema layout: {name!r} is missing, "
-                f"its first key is {next(iter(state), None)!r}; convert the generator to that layout."
+                f"its first key is {quoted(next(iter(state), None))}; convert the generator to that layout."
             )
-        if state[name].ndim != ndim:
-            raise FileFormatError(f"{name!r} must have {ndim} dimensions, got {list(state[name].shape)}.")
-        return state[name].shape[axis]
+        return size_of(state, name, axis, ndim)
 
     def count(prefix: str) -> int:
         return len({key.split(".")[1] for key in state if key.startswith(prefix)})
@@ -337,18 +337,28 @@ def load_stylegan2(
         channels[8 << level] = channels_of(f"convs.{2 * level}.conv.weight", 1, 5)
     found = 4 << doublings
     if size is not None and size != found:
-        raise ValueError(f"The checkpoint paints {found}x{found} images, not {size}x{size}; leave size out.")
-    if not any(key.startswith("noises.") for key in state):
-        state |= _seeded_noises(doublings)
+        raise RewriteCoreError(f"The checkpoint paints {found}x{found} images, not {size}x{size}; leave size out.")
+    if found > _LARGEST:
+        raise FileFormatError(
+            f"This checkpoint has the layers of {found}x{found} images, and no StyleGAN2 paints more than {_LARGEST}; give "
+            "the state dict as published."
+        )
     style_dim = channels_of("conv1.conv.modulation.weight", 1, 2)
     n_mlp = count("style.")
-    model = build(lambda: StyleGAN2(found, style_dim, n_mlp, channels, truncation=truncation), state)
+
+    def make() -> StyleGAN2:
+        return StyleGAN2(found, style_dim, n_mlp, channels, truncation=truncation)
+
+    if not any(key.startswith("noises.") for key in state):
+        check_state(described(make), state, optional="noises.")  # before maps are drawn for layers that are not there
+        state |= _seeded_noises(doublings)
+    model = build(make, state)
     if latent_avg is not None:
         if latent_avg.numel() != style_dim:
             raise FileFormatError(f"latent_avg must have {style_dim} values, got {list(latent_avg.shape)}.")
         model.latent_avg = latent_avg.detach().reshape(style_dim).to(model.input.input.dtype, copy=True)
     elif truncation != 1:
-        raise ValueError(
+        raise RewriteCoreError(
             f"truncation={truncation} needs latent_avg, which this checkpoint lacks; load with truncation=1."
         )
     return model

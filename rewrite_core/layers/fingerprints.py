@@ -9,27 +9,37 @@ import functools
 import hashlib
 import inspect
 import re
+import struct
 import types
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from ..adapters.base import LayerFamily
-    from .binding import BoundLayer
+from ..adapters.base import LayerAdapter, absent, unusual
+from ..errors import RewriteCoreError
+from .memory import overlap, storage_of
+from .passes import Hooks, numbers_of_own
+
+Forward = Callable[[nn.Module, Tensor], Any]
+
+
+def plain_call(generator: nn.Module, latents: Tensor) -> Any:
+    """The `forward` of a generator that nobody gave one."""
+    return generator(latents)
+
 
 # Names the algorithm. XXH3 runs at the speed of memory, so that every bit is looked at in every check: a tensor's
 # version counter would not tell of writes through .data or NumPy. It guards against accidents, not against forgery.
 KIND = "xxh3-3:"
 
 
-def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
+def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     data = tensor.detach().cpu()
     if data.layout != torch.strided:  # a sparse buffer
         data = data.to_dense()
@@ -43,6 +53,47 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)  # small tensors; files that people share hold it
     _hash_tensor(digest, "", tensor)
     return digest.hexdigest()
+
+
+# --- a weight that is computed has other bits on another CPU
+
+_SIGNS = (2654435761, 2246822519, 3266489917, 668265263)  # each makes as many signs as a tensor has numbers
+
+
+def _sketch(tensor: Tensor) -> list[float]:
+    """The norm of a tensor, and a few sums of its numbers with signs that look random: what is near in all of them is
+    the same but for rounding."""
+    numbers = tensor.detach().cpu().reshape(-1).double()
+    places = torch.arange(len(numbers), device="cpu")
+    sums = [(numbers * (1 - 2 * ((places * odd >> 20) & 1))).sum().item() for odd in _SIGNS]
+    return [numbers.norm().item(), *sums]
+
+
+def rounded_fingerprint(tensor: Tensor) -> str:
+    """:func:`tensor_fingerprint` with a sketch of the numbers, by which :func:`is_of` knows them but for rounding."""
+    sketch = struct.pack(f"<{1 + len(_SIGNS)}d", *_sketch(tensor)).hex()
+    return f"{tensor_fingerprint(tensor)}~{tensor.dtype}~{sketch}"
+
+
+def is_of(tensor: Tensor, fingerprint: str, bits: str | None = None) -> bool:
+    """Whether a fingerprint is that of a tensor: to the bit, or, where it has a sketch, but for rounding.
+
+    `bits` is the tensor's own :func:`tensor_fingerprint`, where that is at hand."""
+    known, _, more = fingerprint.partition("~")
+    if known == (tensor_fingerprint(tensor) if bits is None else bits):
+        return True
+    dtype, _, sketch = more.partition("~")
+    try:
+        norm, *sums = struct.unpack(f"<{1 + len(_SIGNS)}d", bytes.fromhex(sketch))
+    except (ValueError, struct.error):
+        return False
+    if dtype != str(tensor.dtype) or not tensor.is_floating_point():
+        return False
+    near = max(1e-5, torch.finfo(tensor.dtype).eps / 4) * norm
+    return all(abs(one - other) <= near for one, other in zip([norm, *sums], _sketch(tensor), strict=True))
+
+
+# --- what a forward pass can branch on
 
 
 class _Opaque(Exception):
@@ -65,29 +116,45 @@ _PLAIN = (
 )
 
 
-class _Surroundings:
+class Surroundings:
     """Everything in a generator that its forward pass can branch on, but for its weights' content: modules, their
     attributes, which tensors they hold. Equal ones take the same way to a layer, unless that depends on what no
     module holds (a global variable). Raises _Opaque where an attribute is of a kind that cannot be compared."""
 
-    def __init__(self, layer: BoundLayer, latents: Tensor):
+    def __init__(self, generator: nn.Module, forward: Forward, latents: Tensor):
         self._objects: list[weakref.ref] = []  # an id says nothing of an object that is gone
-        self._facts = [self._of(layer._forward), tuple(latents.shape[1:]), latents.dtype, latents.device]
-        for name, module in layer.generator.named_modules():
+        self._latents = tuple(latents.shape[1:]), latents.dtype, latents.device
+        self._facts: list[object] = [self._of(forward)]
+        for name, module in generator.named_modules():
             self._facts += [name, type(module), self._identity(module)]
-            for key, value in vars(module).items():
+            passing = numbers_of_own(module)  # of a pass in another thread
+            for key, value in list(vars(module).items()):
+                if key.startswith("_forward_"):
+                    value = {number: hook for number, hook in list(value.items()) if number not in passing}
                 if key == "training" or (isinstance(value, dict | set) and not value):  # passes run in eval mode
                     continue
                 registered = key in ("_parameters", "_buffers", "_modules")
                 self._facts.append((key, [*map(self._registered, value.items())] if registered else self._of(value)))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Surroundings):
-            return NotImplemented
-        alive = all(reference() is not None for each in (self, other) for reference in each._objects)
-        return alive and self._facts == other._facts
+        return isinstance(other, Surroundings) and self._latents == other._latents and not self.changed(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, generator: nn.Module, forward: Forward, latents: Tensor) -> Surroundings | None:
+        """None where they cannot be compared."""
+        try:
+            return cls(generator, forward, latents)
+        except (_Opaque, TypeError, ValueError, RuntimeError):  # no weak references, empty cells, other threads' writes
+            return None
+
+    def changed(self, other: Surroundings) -> set[int]:
+        """The places of the facts that differ, whatever the latents; -1 where there are others, or an object is gone."""
+        gone = any(reference() is None for each in (self, other) for reference in each._objects)
+        if gone or len(self._facts) != len(other._facts):
+            return {-1}
+        return {place for place, facts in enumerate(zip(self._facts, other._facts)) if facts[0] != facts[1]}
 
     def _identity(self, value: object) -> int:
         self._objects.append(weakref.ref(value))
@@ -119,74 +186,130 @@ class _Surroundings:
         raise _Opaque
 
 
-def _surroundings(layer: BoundLayer, latents: Tensor) -> _Surroundings | None:
-    try:
-        return _Surroundings(layer, latents)
-    except (_Opaque, TypeError, ValueError):  # also what has no weak references, and empty closure cells
-        return None
+# --- what the keys of a layer depend on
+
+
+class _Owned:
+    """A parameter or buffer of a module as it was before a pass."""
+
+    def __init__(self, tensor: Tensor, parameter: bool):
+        self._tensor, self._parameter = tensor, parameter
+        self._device, self._place = tensor.device, _place_of(tensor)
+        self._before: bytes | None = None  # a parameter's digest before its first write
+
+    def written_by(self, tensor: Tensor) -> bool:
+        return overlap(self._tensor, tensor)
+
+    def note_write(self) -> None:
+        self._before = self._before or (_digest(self._tensor) if self._parameter else b"a buffer")
+
+    def changes(self, now: Tensor) -> bool:
+        """Whether the pass has written to it, so that it says nothing of the weights: a counter, an observer's range, a
+        vector of spectral norm. A parameter that was written to with the numbers that it had says something."""
+        if now is not self._tensor:
+            return not self._tensor.is_meta  # else it was brought by a hook
+        if now.device != self._device:  # moved, not written to
+            return False
+        if _place_of(now) != self._place:
+            return True
+        return self._before is not None and not (self._parameter and _digest(now) == self._before)
+
+
+def _place_of(tensor: Tensor) -> int | None:
+    return None if storage_of(tensor) is None else tensor.data_ptr()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    digest = xxhash.xxh3_128()
+    _hash_tensor(digest, "", tensor)
+    return digest.digest()
 
 
 class Trace(TorchDispatchMode):
-    """Notes, in one forward pass of a generator, what each of a few layers' keys depends on.
+    """Notes, in one forward pass of a generator, what the keys of layers in it depend on.
 
-    A context around the pass; ``reached(number)`` is to be called when the key of ``layers[number]`` is at hand. Custom
-    kernels take tensors unseen, and modules lend theirs to others: so it notes both the modules that start and the
-    tensors that operations take.
+    A context around the pass; :meth:`part` is to be called as the key of a layer is at hand. Custom kernels take tensors
+    unseen, and modules lend theirs to others: so it notes both the modules that start and the tensors that operations
+    take.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would import torch._dynamo for it at the first operation, more than a second
 
-    def __init__(self, layers: Sequence[BoundLayer], latents: Tensor):
+    def __init__(self, generator: nn.Module, hooks: Hooks):
         super().__init__()
-        self._layers = layers
-        self._latents = latents[:1]
-        self._generator = layers[0].generator
+        self._generator = generator
         # scripted modules take no hooks: they count as started
-        self._started = {part for part in self._generator.modules() if isinstance(part, torch.jit.ScriptModule)}
+        self._started = {part for part in generator.modules() if isinstance(part, torch.jit.ScriptModule)}
         self._read: set[int] = set()
-        self._parts: dict[int, _Part] = {}
+        self._owned: dict[tuple[str, str], _Owned] = {}
+        self._places: dict[int, list[_Owned]] = {}  # by storage
+        for name, module in generator.named_modules():
+            if module not in self._started:
+                hooks.before(module, lambda module, args, kwargs: self._started.add(module))
+            for key, tensor in _own(module):
+                owned = self._owned[name, key] = _Owned(tensor, isinstance(tensor, nn.Parameter))
+                storage = storage_of(tensor)
+                if storage is not None:
+                    self._places.setdefault(storage, []).append(owned)
 
-    def __enter__(self):
-        self._handles = [
-            module.register_forward_pre_hook(lambda module, args: self._started.add(module))
-            for module in self._generator.modules()
-            if module not in self._started
-        ]
-        return super().__enter__()
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._read.update(map(id, tensors_among((*args, *kwargs.values()))))
+        schema = getattr(operation, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            named = dict(zip((argument.name for argument in schema.arguments), args)) | kwargs
+            given = {argument.name: named.get(argument.name) for argument in schema.arguments if _is_written(argument)}
+            for tensor in tensors_among(given.values()):
+                for owned in self._places.get(storage_of(tensor) or 0, ()):
+                    if owned.written_by(tensor):
+                        owned.note_write()
+        return operation(*args, **kwargs)
 
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        for handle in self._handles:
-            handle.remove()
+    def part(self, adapter: LayerAdapter) -> Part:
+        """The part of the generator that has run when the key of a layer is at hand, and that the key depends on."""
+        started = self._started - {adapter.site}  # whose call the key is read from
+        read = self._read - _computing(adapter)
+        tensors: dict[str, list[str]] = {}
+        names = set()
+        for name, module in sorted(self._generator.named_modules()):
+            if module in started and "_orig_mod" not in module._modules:  # a compiled part is what is in it
+                names.add(name)
+            keys = [
+                key
+                for key, tensor in _own(module)
+                if (module in started or id(tensor) in read) and not self._is_written(name, key, tensor)
+            ]
+            if keys or module in started:
+                tensors[name] = keys
+        return Part(names, tensors)
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        for value in (*args, *(kwargs or {}).values()):
-            if isinstance(value, Tensor):
-                self._read.add(id(value))
-            elif isinstance(value, list | tuple | dict):
-                self._read.update(id(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-        return operation(*args, **(kwargs or {}))
-
-    def reached(self, number: int) -> None:
-        layer = self._layers[number]._layer
-        started = self._started - {layer.site}  # whose call the key is read from
-        self._parts[number] = _Part(self._generator, started, self._read - _computing(layer))
-
-    def fingerprint(self, number: int) -> str:
-        """That of ``layers[number]``, after the pass; the layer remembers what it found."""
-        layer, part = self._layers[number], self._parts[number]
-        text = part.fingerprint(layer)
-        layer._traced = Traced(_surroundings(layer, self._latents), part, text)
-        return text
+    def _is_written(self, name: str, key: str, tensor: Tensor) -> bool:
+        owned = self._owned.get((name, key))  # None: made as it was first needed
+        return owned is not None and owned.changes(tensor)
 
 
-def _computing(layer: LayerFamily) -> set[int]:
+def tensors_among(values: Iterable[object]) -> list[Tensor]:
+    """The tensors among the arguments of an operation."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _computing(adapter: LayerAdapter) -> set[int]:
     """The ids of the tensors that a hook of the layer's own module has computed its weight from: no key depends on them."""
-    if layer.computed is None:
+    if adapter.computed is None:
         return set()
-    return {id(tensor) for name, tensor in _own(layer.module) if name.startswith(f"{layer.weight_name}_")}
+    return {id(tensor) for name, tensor in _own(adapter.module) if name.startswith(f"{adapter.weight_name}_")}
 
 
 _PLACE = re.compile(r"[/\\]|^(cpu|cuda|mps|xpu)\b")  # strings that say where something is, not what it does
@@ -256,23 +379,17 @@ def _held(forward: object, depth: int = 0) -> list[object]:
     return [value for value in values if value is not None and (isinstance(value, Tensor) or _is_setting(value))]
 
 
-class _Part:
+class Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
-    def __init__(self, generator: nn.Module, started: set[nn.Module], read: set[int]):
-        self._started: set[str] = set()
-        self._tensors: dict[str, list[str]] = {}
-        for name, module in sorted(generator.named_modules()):
-            if module in started and "_orig_mod" not in module._modules:  # a compiled part is what is in it
-                self._started.add(name)
-            keys = [key for key, tensor in _own(module) if module in started or id(tensor) in read]
-            if keys or module in started:
-                self._tensors[name] = keys
+    def __init__(self, started: set[str], tensors: Mapping[str, list[str]]):
+        self._started, self._tensors = started, tensors
 
-    def fingerprint(self, layer: BoundLayer) -> str:
-        modules = dict(layer.generator.named_modules())
+    def fingerprint(self, generator: nn.Module, forward: Forward) -> str:
+        """Of every bit of it. Raises RewriteCoreError where the weights of it have no values here (offloaded, sharded)."""
+        modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
-        for number, value in enumerate(_held(layer.own_forward)):
+        for number, value in enumerate(_held(None if forward is plain_call else forward)):
             if isinstance(value, Tensor):
                 _hash_tensor(digest, f"forward {number}", value)
             else:
@@ -280,29 +397,46 @@ class _Part:
         for name, keys in self._tensors.items():
             tensors, plain = dict(_own(modules[name])), name.replace("_orig_mod.", "").removesuffix("._orig_mod")
             for key in keys:
+                _check_readable(name, modules[name], tensors[key])
                 _hash_tensor(digest, f"{plain}.{key}", tensors[key])
             if name in self._started:
                 digest.update(f"{plain}|{[*_settings(modules[name])]}|".encode())
         return KIND + digest.hexdigest()
 
 
+def _check_readable(name: str, module: nn.Module, tensor: Tensor) -> None:
+    reason = absent(module) if tensor.is_meta else None
+    if is_traceable_wrapper_subclass(tensor):
+        reason = unusual(tensor)
+    if reason:
+        raise RewriteCoreError(f"Module {name!r} runs before the layer, and its weights cannot be read: {reason}.")
+
+
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The module's own parameters and buffers, sorted by name."""
-    tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-    return sorted(tensors.items())
+    tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    return sorted((tensors | dict(module.named_buffers(recurse=False))).items())
 
 
-class Traced:
-    """What a layer remembers of its last trace, to be spared the next."""
+class Remembered:
+    """What a layer remembers of its last trace, to be spared the next: the surroundings before and after that pass."""
 
-    def __init__(self, surroundings: _Surroundings | None, part: _Part, fingerprint: str):
-        self._surroundings = surroundings
-        self._part = part
-        self._fingerprint = fingerprint
+    def __init__(self, part: Part, fingerprint: str, before: Surroundings | None, after: Surroundings | None):
+        self._part, self.fingerprint = part, fingerprint
+        self._surroundings = after
+        # what passes write says nothing of the way that they go
+        self._written = set() if before is None or after is None else after.changed(before)
 
-    def still(self, layer: BoundLayer, latents: Tensor) -> str | None:
-        """The fingerprint, where nothing has changed: neither what a forward pass can branch on, nor a bit of the
-        weights that it was made of (which it can branch on, too). Otherwise None: trace again."""
-        if self._surroundings is None or self._surroundings != _surroundings(layer, latents[:1]):
-            return None
-        return self._fingerprint if self._part.fingerprint(layer) == self._fingerprint else None
+    def still(self, generator: nn.Module, forward: Forward, latents: Tensor) -> bool:
+        """Whether nothing has changed: neither what a forward pass can branch on, nor a bit of the weights that the
+        fingerprint was made of (which it can branch on, too). Otherwise: trace again."""
+        if self._surroundings is None or self._surroundings != Surroundings.of(generator, forward, latents):
+            return False
+        return self._part.fingerprint(generator, forward) == self.fingerprint
+
+    def same_way(self, last: Remembered) -> bool:
+        """Whether passes go the way that they went when `last` was found; where that cannot be compared, whether the
+        weights and settings are the same."""
+        if self._surroundings is None or last._surroundings is None:
+            return self.fingerprint == last.fingerprint
+        return self._surroundings.changed(last._surroundings) <= self._written

@@ -37,15 +37,18 @@ def check_latents(latents: Tensor) -> None:
 
 
 def for_generator(latents: Tensor, generator: nn.Module) -> Tensor:
-    """The latents on the device and, where they are no integers, in the precision of the generator's first weight."""
+    """A copy of the latents, which the generator may write to, on the device and, where they are no integers, in the
+    precision of its first weight that computes (not offloaded, not stored in 8 bits)."""
     check_latents(latents)
-    first = next((weight for weight in generator.parameters() if weight.is_floating_point()), None)
+    weights = (weight for weight in generator.parameters() if weight.is_floating_point() and weight.dtype.itemsize > 1)
+    first = next((weight for weight in weights if not weight.is_meta), None)
     if first is None:
-        return latents
-    latents = latents.to(dtype=first.dtype if latents.is_floating_point() else None)
+        return latents.clone()
+    dtype = first.dtype if latents.is_floating_point() else latents.dtype
     if first.device.type == "cuda" and latents.device.type == "cpu":
-        return latents.pin_memory().to(first.device, non_blocking=True)  # without waiting for what the GPU is at
-    return latents.to(first.device)
+        pinned = latents.to(dtype).pin_memory()  # without waiting for what the GPU is at
+        return pinned.to(first.device, non_blocking=True)
+    return latents.to(first.device, dtype, copy=True)
 
 
 @dataclasses.dataclass(frozen=True)

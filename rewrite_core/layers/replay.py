@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import RewriteCoreError
 from ..modes import repeatable
-from .binding import BoundLayer
+from .bound import BoundLayer
 from .latents import for_generator
 
 
 def modules_before(layer: BoundLayer) -> list[nn.Module]:
     """The largest modules of the generator that do not contain the layer; those of them that run before it are what a
     record holds. The modules on the way to the layer run themselves."""
-    generator, site = layer.generator, layer._layer.site
+    generator, site = layer.generator, layer._adapter.site
     around = {module for module in generator.modules() if any(part is site for part in module.modules())}
     children = {child: None for module in around if module is not site for child in module.children()}
     return [child for child in children if child not in around]
@@ -156,7 +156,7 @@ class Record:
             for module in modules_before(self._layer):
                 stack.callback(module.register_forward_pre_hook(entered).remove)
                 stack.callback(module.register_forward_hook(left).remove)
-            stack.callback(self._layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True).remove)
+            stack.callback(self._layer._adapter.site.register_forward_pre_hook(reach, with_kwargs=True).remove)
             stack.enter_context(reads)
             self.images = self._pass()
         if not reached:
@@ -175,7 +175,7 @@ class Record:
                 for handle in place:
                     handle.remove()
 
-        place = [self._layer._layer.site.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)]
+        place = [self._layer._adapter.site.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)]
         try:
             for module, outputs in left.items():
                 answer = _Answer(module, outputs, me)

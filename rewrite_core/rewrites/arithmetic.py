@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 
 
 @contextlib.contextmanager

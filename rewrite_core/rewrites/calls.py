@@ -21,7 +21,7 @@ from ..errors import (
     number,
     quoted,
 )
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..solvers.base import Solver
 from ..solvers.removal import Removal
@@ -216,7 +216,7 @@ def insert(
             raise RewriteCoreError(f"{name} must be rows [{len(keys)}, {channels}], not {list(rows.shape)}.")
         if not torch.isfinite(rows).all():
             raise NonFiniteError(f"The {name} hold NaN or infinity.")
-    if not layer._layer.pointwise:
+    if not layer.pointwise:
         raise SolverError(
             f"{layer.name!r} does not compute its value from one key vector (it has a kernel, a stride, padding or a "
             "style); use rc.rewrite with selections there, or insert at a linear or 1x1 layer."

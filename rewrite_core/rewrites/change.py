@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..adapters.base import Box
 from ..edits.edit import Edit
 from ..errors import MismatchError, SolverError, flag, number, warn
-from ..layers.binding import BoundLayer, bind
+from ..layers.binding import bind
+from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
 from . import stack as stacks
 from .exports import edited_state_dict, lora_factors
@@ -165,7 +166,7 @@ class Rewrite:
         return self._bind(generator)
 
     def _is_on(self, bound: BoundLayer) -> bool:
-        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer):
+        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter):
             stack = stacks.read(bound)
         return stack is not None and self._id in stack["rewrites"]
 
@@ -221,7 +222,7 @@ class Rewrite:
         """
         strength, force = number("strength", strength), flag("force", force)
         bound = self._target(generator, "apply")
-        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
+        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
             stack = self._below(bound, stacks.settle(bound), force)
             change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength)
             weight = stacks.plus(bound, stack["weight"], change)
@@ -260,7 +261,7 @@ class Rewrite:
 
     def _fits(self, bound: BoundLayer, weight: Tensor) -> bool:
         """Whether it was fitted to a weight in native layout."""
-        return bound.weight_fingerprint(bound._layer.canonical(weight.to(bound.parameter.dtype))) == self.fitted_to
+        return bound.is_weight(bound.from_native(weight.to(bound.parameter.dtype)), self.fitted_to)
 
     def _refuse_weight(self, bound: BoundLayer) -> None:
         raise MismatchError(
@@ -288,10 +289,10 @@ class Rewrite:
         bound = self._where_on(places)
         if bound is None:
             for place in places:  # what an interrupt left half done
-                with stacks.module_lock(place._layer), stacks.weight_lock(place._layer), stacks.writing():
+                with stacks.module_lock(place._adapter), stacks.weight_lock(place._adapter), stacks.writing():
                     stacks.settle(place)
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
-        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
+        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
             stacks.check_stored(bound)  # with force, too
             stack = stacks.settle(bound)
             if stack is None or self._id not in stack["rewrites"]:
@@ -345,7 +346,7 @@ class Rewrite:
         """
         force = flag("force", force)
         bound = self._target(generator, "state_dict")
-        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer):
+        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter):
             stack = stacks.read(bound)
             if stack is not None and self._id in stack["rewrites"]:
                 return edited_state_dict(bound, bound.parameter)
@@ -378,10 +379,10 @@ class Rewrite:
         """
         force = flag("force", force)
         bound = self._target(generator, "parametrize")
-        with stacks.module_lock(bound._layer), stacks.weight_lock(bound._layer), stacks.writing():
+        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
             if self._is_on(bound):
                 raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
-            if not force and bound.weight_fingerprint(bound.weight) != self.fitted_to:
+            if not force and not bound.is_weight(bound.weight, self.fitted_to):
                 self._refuse_weight(bound)
             return attach(bound, self.directions, self.coefficients)
 

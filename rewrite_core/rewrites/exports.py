@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 
 
 def edited_state_dict(bound: BoundLayer, weight: Tensor) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def edited_state_dict(bound: BoundLayer, weight: Tensor) -> dict[str, Any]:
         for key, value in bound.generator.state_dict().items()
     }
     path = next(path for path, module in bound.generator.named_modules() if module is bound.module)
-    prefix, name = f"{path}." if path else "", bound._layer.weight_name  # in a compiled part not the layer's name
-    computed = bound._layer.computed
+    prefix, name = f"{path}." if path else "", bound._adapter.weight_name  # in a compiled part not the layer's name
+    computed = bound._adapter.computed
     if computed is not None:
         parts = [f"{prefix}{part}" for part in computed.parts()]
         state = {

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 from ..adapters.weights import Folded, Parametrized
 from ..errors import MismatchError, flag
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..modes import evaluating
 from .stack import delta, module_lock, writing
 
@@ -24,7 +24,7 @@ class LowRankChange(nn.Module):
         device = bound.parameter.device
         self.register_buffer("directions", directions.detach().to(device, copy=True))
         self.register_buffer("coefficients", coefficients.detach().to(device, copy=True))
-        self._layer = bound._layer
+        self._layer = bound._adapter
         self._enabled = True
         self._order = list(bound.module._parameters)  # torch puts a parameter back as the last
 
@@ -79,7 +79,7 @@ def attach(bound: BoundLayer, directions: Tensor, coefficients: Tensor) -> LowRa
 
     Raises MismatchError for a weight that a hook or method computes, as torch parametrizes stored ones only.
     """
-    computed = bound._layer.computed
+    computed = bound._adapter.computed
     if computed is not None and not isinstance(computed, Parametrized):
         raise MismatchError(
             f"The weight of {bound.name!r} is computed by a hook or a method, which torch cannot parametrize; use "
@@ -87,5 +87,5 @@ def attach(bound: BoundLayer, directions: Tensor, coefficients: Tensor) -> LowRa
         )
     change = LowRankChange(bound, directions, coefficients)
     with evaluating(bound.module):  # registering computes once, and spectral norm iterates in train mode
-        parametrize.register_parametrization(bound.module, bound._layer.weight_name, change)
+        parametrize.register_parametrization(bound.module, bound._adapter.weight_name, change)
     return change

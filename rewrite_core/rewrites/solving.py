@@ -17,7 +17,7 @@ from ..edits.directions import DIRECTIONS, context_directions
 from ..edits.edit import Edit
 from ..edits.goals import Goal
 from ..errors import NonFiniteError, SolverError, choice, flag, number, warn
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..ops.fit_low_rank_op.problem import LOSSES
 from ..solvers.adam import Adam
 from ..solvers.base import Solver

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..adapters.base import LayerFamily
+from ..adapters.base import LayerAdapter
 from ..errors import MismatchError, NonFiniteError
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..solvers.problem import combine
 
 NAME = "_rewrite_core_stack"
@@ -67,7 +67,7 @@ def _lock(place: tuple) -> Any:
         return _locks.setdefault(place, threading.RLock())
 
 
-def module_lock(layer: LayerFamily) -> Any:
+def module_lock(layer: LayerAdapter) -> Any:
     """The lock of a module. With it held, this thread alone folds the weight and reads and writes the record.
 
     A plain lock, to be taken in the ``with`` statement itself: an interrupt could come between a Python function that
@@ -76,7 +76,7 @@ def module_lock(layer: LayerFamily) -> Any:
     return _lock(("module", id(layer.module)))
 
 
-def weight_lock(layer: LayerFamily) -> Any:
+def weight_lock(layer: LayerAdapter) -> Any:
     """The lock of the memory of a stored weight, which other modules may share; to be taken after the module's."""
     if layer.computed is not None:
         return module_lock(layer)
@@ -184,7 +184,7 @@ def check_untouched(bound: BoundLayer, stack: Stack, remedy: str) -> None:
 
 def check_stored(bound: BoundLayer) -> None:
     """Raise MismatchError where the weight became computed over the rewrites: what is written to it would be lost."""
-    computed = bound._layer.computed
+    computed = bound._adapter.computed
     if computed is not None and not computed.folded:
         raise MismatchError(
             f"The weight of {bound.name!r} is computed by a parametrization or norm that was put on it after this "

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.base import Capture
 from ..errors import UnderdeterminedWarning, warn
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 
 
 def what_is(given: object) -> str:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ..adapters.base import Capture
 from ..errors import ArgumentError, RewriteCoreError, number, whole_number
 from ..files import plain, writable_path
-from ..layers.binding import BoundLayer, check_together, run_to
-from ..layers.fingerprints import Trace, tensor_fingerprint
+from ..layers.bound import BoundLayer
+from ..layers.capture import check_together, fingerprints, run_to
+from ..layers.fingerprints import tensor_fingerprint
 from ..layers.latents import check_latents, recipe_of
 from ..progress import progress_bar
 from .checks import check_layer
@@ -104,14 +105,10 @@ class Collection:
             with batch_named(behind[which].layer, self._asked.first + first, len(batch), self._asked.batch_size):
                 self._add(behind[which], capture.key, mask, (first, len(batch)), last=left == 0)
 
-        reached = [part.layer for part in behind]
-        if all(part.moment.fingerprint is not None for part in behind):
-            run_to(reached, batch, consume)
-        else:
-            with Trace(reached, batch) as trace:
-                run_to(reached, batch, consume, trace)
-            for which, part in enumerate(behind):
-                part.moment.fingerprint = trace.fingerprint(which)
+        fresh = [part for part in behind if part.moment.fingerprint is None]
+        for part, text in zip(fresh, fingerprints([part.layer for part in fresh], batch), strict=True):
+            part.moment.fingerprint = text
+        run_to([part.layer for part in behind], batch, consume)
         self._launches.passed()
 
     def _add(self, part: Part, key: Tensor, mask: Tensor | None, latents: tuple[int, int], last: bool) -> None:

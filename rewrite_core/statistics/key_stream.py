@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ..errors import NonFiniteError, whole_number
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..progress import progress_bar
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import FileFormatError, MismatchError
 from ..files import shown
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from .measuring import Keys, Note, measured
 from .second_moment import SecondMoment
 from .standard_errors import LEAST, KeyErrors

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError, RewriteCoreError, whole_number
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from .checks import check_keys, check_layer
 from .key_stream import stream_keys

@@ -21,7 +21,7 @@ from ..errors import (
     whole_number,
 )
 from ..files import shown
-from ..layers.binding import BoundLayer
+from ..layers.bound import BoundLayer
 from ..layers.fingerprints import KIND
 from ..layers.latents import LatentRecipe, check_latents, recipe_of
 from ..ops.spd_solve_op.factor import SPDFactor, spd_factor

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FileFormatError, MismatchError, RewriteCoreError
-from ..layers.binding import bind, list_layers
+from ..layers.binding import bind
+from ..layers.listing import list_layers
 from ..progress import in_notebook
 from ..session import Session
 from ..statistics.collection import collect_second_moment

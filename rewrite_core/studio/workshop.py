@@ -26,7 +26,8 @@ from .. import pictures
 from ..edits.edit import Edit
 from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError
 from ..files import atomic_write
-from ..layers.binding import LayerInfo, bind, list_layers
+from ..layers.binding import bind
+from ..layers.listing import LayerInfo, list_layers
 from ..rewrites.change import Rewrite
 from ..session import Latest, Session, generator_lock
 from ..statistics.collection import collect_second_moment

@@ -62,7 +62,7 @@ def lock_is_free(layer):
     free = []
 
     def take():
-        lock = stack.module_lock(layer._layer)
+        lock = stack.module_lock(layer._adapter)
         free.append(lock.acquire(timeout=5))
         if free[0]:
             lock.release()

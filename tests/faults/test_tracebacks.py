@@ -62,7 +62,7 @@ def test_a_bug_still_shows_its_trace(capsys, user_generator, monkeypatch):
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("rewrite_core.layers.binding.list_layers", broken)
+    monkeypatch.setattr("rewrite_core.layers.listing.list_layers", broken)
     with pytest.raises(KeyError, match="a bug"):
         run(capsys, "layers", *MINE)
 
@@ -73,7 +73,7 @@ def test_too_little_memory_is_one_sentence(capsys, user_generator, monkeypatch):
         def full(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("rewrite_core.layers.binding.list_layers", full)
+        monkeypatch.setattr("rewrite_core.layers.listing.list_layers", full)
         code, _, err = run(capsys, "layers", *MINE)
         assert code == 2 and err.startswith("rewrite layers: Out of memory; ask for fewer pictures")
         assert err.count("\n") == 1
