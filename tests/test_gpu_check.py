@@ -19,7 +19,17 @@ import torch
 from rewrite_core.benchmarks import lines
 from rewrite_core.benchmarks.gpu import __main__ as command
 from rewrite_core.benchmarks.gpu import host, plan, schedule, summary
-from rewrite_core.benchmarks.gpu.stages import ALONE, HARM, SANITISED, STARTING, Case, Stage, dry_stages, marked, stages
+from rewrite_core.benchmarks.gpu.stages import (
+    ALONE,
+    HARM,
+    SANITISED,
+    STARTING,
+    Case,
+    Stage,
+    all_stages,
+    dry_stages,
+    marked,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests"
@@ -304,7 +314,7 @@ def test_what_is_known_is_not_run_again():
 @pytest.mark.parametrize(("minutes", "built", "left_out"), [(5.0, 0.0, 13), (5.0, 120.0, 13), (10.0, 0.0, 0)])
 def test_what_is_known_after_minutes(minutes, built, left_out):
     """On a machine with 16 cores. The whole run keeps to five minutes, and to seven with a build."""
-    todo = stages(HERE, 16)
+    todo = all_stages(HERE, 16)
     table = plan.timetable(todo, 60 * minutes, built)
     known = {
         int(minute): dict(re.findall(r"(S\d) (\d+ of \d+)", words))
@@ -330,7 +340,7 @@ def test_the_plan_is_printed():
 
 
 def test_the_stages():
-    everything = {stage.name: stage for stage in stages(HERE, 16)}
+    everything = {stage.name: stage for stage in all_stages(HERE, 16)}
     assert list(everything) == ["S0", "S1", "S2", "S3", "S4"]
     assert [everything[name].seconds for name in ("S0", "S1", "S2")] == [10.0, 40.0, 120.0]
     assert everything["S1"].parallel == len(everything["S1"].groups) == 4
@@ -359,7 +369,7 @@ def test_every_test_that_needs_a_gpu_is_run():
     assert files and Path(__file__).name not in files
     for name in ALONE:
         assert any(f"def {name}(" in text for text in texts.values()), name
-    shards = [case for stage in stages(HERE, 4) if stage.name == "S3" for case in stage.cases]
+    shards = [case for stage in all_stages(HERE, 4) if stage.name == "S3" for case in stage.cases]
     assert {file for case in shards for file in case.arguments["files"]} == set(files)
 
 
@@ -370,7 +380,7 @@ def test_no_home_is_needed(monkeypatch, tmp_path):
     for name in ("REWRITE_CORE_BACKEND", "TRITON_INTERPRET", "REWRITE_CORE_TUNING", "PYTEST_ADDOPTS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", "/some/where")
-    everything = {stage.name: stage for stage in stages(HERE, 16)}
+    everything = {stage.name: stage for stage in all_stages(HERE, 16)}
     for name, tuning in (("S1", "0"), ("S2", "1"), ("S3", "0")):
         given = host.environment(everything[name], Path("/library"), tmp_path)
         assert given["REWRITE_CORE_TUNING"] == tuning and given["PYTHONPATH"] == f"/library{os.pathsep}/some/where"

@@ -21,12 +21,12 @@ from conftest import needs_triton, needs_triton_interpreter
 
 from rewrite_core.benchmarks import lines
 from rewrite_core.benchmarks.gpu import modes, problems, processes, rates, sanitiser, schedule, targets, timing, worker
-from rewrite_core.benchmarks.gpu.stages import SANITISED, Case, Stage, stages
+from rewrite_core.benchmarks.gpu.stages import SANITISED, Case, Stage, all_stages
 from rewrite_core.benchmarks.harness import Contender, Problem
 from rewrite_core.ops import fit_low_rank, fit_projected
 
 HERE = Path(__file__).resolve().parent
-CASES = {stage.name: {case.name: case.arguments for case in stage.cases} for stage in stages(HERE, 4)}
+CASES = {stage.name: {case.name: case.arguments for case in stage.cases} for stage in all_stages(HERE, 4)}
 MODULES = {"S0": rates, "S1": modes, "S2": targets}
 
 

@@ -20,7 +20,7 @@ from . import host, summary
 from .plan import timetable
 from .processes import Processes, run
 from .schedule import run_stage
-from .stages import Stage, dry_stages, stages
+from .stages import Stage, all_stages, dry_stages
 
 SCHEMA = 2  # of a line: report.py's, with stage, case, state and seconds
 MINUTES = 5.0  # for the stages
@@ -66,7 +66,7 @@ def fail(sentence: str, status: int) -> int:
 
 def chosen(given: argparse.Namespace) -> list[Stage]:
     """The stages that were asked for. Raises ValueError for a name that there is not."""
-    everything = dry_stages() if given.dry_run else stages(host.CHECKOUT / "tests", given.cores)
+    everything = dry_stages() if given.dry_run else all_stages(host.CHECKOUT / "tests", given.cores)
     if given.rehearse:  # in an interpreter, on a machine that may be busy
         everything = [replace(stage, seconds=None) for stage in everything if stage.name in ("S0", "S1", "S2")]
     names = [name.strip().upper() for name in given.stages.split(",") if name.strip()]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .stages import Case, stages
+from .stages import Case, all_stages
 from .worker import Setting, Skipped, die_with_parent
 
 TOOL = "compute-sanitizer"
@@ -43,7 +43,7 @@ def tool() -> str:
 
 def launched(name: str, setting: Setting) -> dict[str, Any]:
     """The arguments of a case of S1."""
-    cases: dict[str, Case] = {case.name: case for stage in stages(setting.tests, 1) for case in stage.cases}
+    cases: dict[str, Case] = {case.name: case for stage in all_stages(setting.tests, 1) for case in stage.cases}
     return cases[name].arguments
 
 

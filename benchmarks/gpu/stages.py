@@ -249,7 +249,7 @@ def _s4() -> Stage:
     return Stage("S4", "compute-sanitizer", "sanitiser", groups, parallel=5, starting=0.2)
 
 
-def stages(tests: Path, cores: int) -> list[Stage]:
+def all_stages(tests: Path, cores: int) -> list[Stage]:
     """All of them, in order. `tests`: the folder of the tests."""
     return [_s0(), _s1(), _s2(), _s3(tests, cores), _s4()]
 

@@ -234,7 +234,7 @@ def collect_second_moment(
 
     Raises:
         NonFiniteError: NaN or infinity in the keys, or keys too large to square; names the batch.
-        MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents, mask or set of `keys`.
+        MismatchError: the checkpoint belongs to another layer, model, batch size, set of latents, mask or keys.
         ArgumentError: an argument of a wrong type; found before anything runs.
         RewriteCoreError: an argument of a wrong value; found before anything runs.
         OSError: the checkpoint cannot be written there; found before anything runs.
