@@ -60,8 +60,8 @@ class _Use:
 
 
 class _Source:
-    """A random generator of the whole process, which passes in several threads may want seeded at a time. Those that draw
-    run one after the other (`alone`); the last one out puts back what the first one found."""
+    """A random generator of the whole process, which passes in several threads may want seeded at a time. Those that
+    draw run one after the other (`alone`); the last one out puts back what the first one found."""
 
     def __init__(
         self,
@@ -153,21 +153,21 @@ def _may_draw(kind: type) -> bool:
     return _may[kind]
 
 
-# Which sources a generator's last whole pass of a kind drew from. From Python's and NumPy's other threads may draw: where
-# that pass did not, or no class of the generator's could, they are left alone.
+# Which sources a generator's last whole pass of a kind drew from. From Python's and NumPy's other threads may draw:
+# where that pass did not, or no class of the generator's could, they are left alone.
 _drawn: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, dict[_Source, bool]]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def seeded(module: nn.Module, kind: Hashable = None) -> Iterator[None]:
-    """The same random numbers every time from torch, on the CPU and on the module's devices, and, where the files of its
-    classes name them and it draws from them, from NumPy's global generator and Python's; the caller's are left as they
-    are.
+    """The same random numbers every time from torch, on the CPU and on the module's devices, and, where the files of
+    its classes name them and it draws from them, from NumPy's global generator and Python's; the caller's are left as
+    they are.
 
     So the noise that a generator draws is the same in every forward pass over as many latents, but for what it draws
-    from a ``torch.Generator`` or ``numpy.random.Generator`` of its own. Passes of one `kind` go the same way through the
-    module. These generators are the process's: passes that draw from one run one after the other, whatever thread they
-    are in, and what a thread of the user's draws from them meanwhile is seeded as well.
+    from a ``torch.Generator`` or ``numpy.random.Generator`` of its own. Passes of one `kind` go the same way through
+    the module. These generators are the process's: passes that draw from one run one after the other, whatever thread
+    they are in, and what a thread of the user's draws from them meanwhile is seeded as well.
     """
     devices = {parameter.device for parameter in module.parameters()}
     indices = sorted(device.index for device in devices if device.type == "cuda")
@@ -213,8 +213,8 @@ def _eagerly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without what the caller's ``parametrize.cached()`` holds, which may be of train mode; and neither there nor in the
-    caller's autocast is a weight left that was made without a graph."""
+    """Without what the caller's ``parametrize.cached()`` holds, which may be of train mode; and neither there nor in
+    the caller's autocast is a weight left that was made without a graph."""
     if parametrize._cache_enabled:
         parametrize._cache.clear()
     try:
@@ -227,6 +227,7 @@ def _uncached() -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeatable(module: nn.Module, kind: Hashable = None) -> Iterator[None]:
-    """:func:`evaluating`, :func:`seeded` and eagerly, whatever was compiled: a compiled call has no hooks to stop at."""
+    """:func:`evaluating`, :func:`seeded` and eagerly, whatever was compiled: a compiled call has no hooks to stop
+    at."""
     with evaluating(module), seeded(module, kind), _eagerly(), _uncached():
         yield

@@ -38,7 +38,8 @@ def test_several_layers_in_one_pass(generator, latents, names):
     ran.clear()
     again = rc.collect_second_moments(layers, latents[:20], batch_size=20, progress=False)
     last = max(int(name[5]) for name in names)
-    # one pass for the batch, one for the fingerprints (as `ran`, which hooks hold, has changed), none beyond the deepest
+    # one pass for the batch, one for the fingerprints (as `ran`, which hooks hold, has changed), none beyond the
+    # deepest
     assert ran.count("layer1.conv") == 2 and f"layer{last}.conv" not in ran
     for layer, moment, other in zip(layers, together, again, strict=True):
         alone = rc.collect_second_moment(layer, latents[:20], batch_size=8, progress=False)

@@ -1,4 +1,5 @@
-"""What an adapter of a generator family tells the library about a layer: its key, its weight, and what follows the convolution."""
+"""What an adapter of a generator family tells the library about a layer: its key, its weight, and what follows the
+convolution."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """One call of a layer on N latents: the key map and whatever else the value depends on. Of a layer that runs once for
-    each part of the latents it is all its runs, one after the other."""
+    """One call of a layer on N latents: the key map and whatever else the value depends on. Of a layer that runs once
+    for each part of the latents it is all its runs, one after the other."""
 
     key: Tensor  # [N, I, *map], what the layer's weight really multiplies
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # e.g. "style" [N, I], "noise"
@@ -72,10 +73,12 @@ def per_channel(vector: Tensor, axes: int) -> Tensor:
 
 
 def in_place_of(output: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value` that takes the place of what a layer put out. Raises RewriteCoreError where it is not as large."""
+    """A copy of `value` that takes the place of what a layer put out. Raises RewriteCoreError where it is not as
+    large."""
     if value.numel() != output.numel():
         raise RewriteCoreError(
-            f"A value of shape {list(value.shape)} cannot take the place of what the layer puts out, {list(output.shape)}."
+            f"A value of shape {list(value.shape)} cannot take the place of what the layer puts out, "
+            f"{list(output.shape)}."
         )
     return value.to(output, copy=True).reshape(output.shape)
 
@@ -94,8 +97,8 @@ def absent(module: nn.Module) -> str:
     hooks = module._forward_pre_hooks and computed_weight(module) is None
     if hooks or has(module, "_hf_hook"):
         return (
-            "it is offloaded: its weights are on the meta device between passes, and a hook brings them; load the generator "
-            "without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
+            "it is offloaded: its weights are on the meta device between passes, and a hook brings them; load the "
+            "generator without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
         )
     return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
 
@@ -104,8 +107,8 @@ def unusual(weight: Tensor) -> str | None:
     """Why a weight cannot be edited as it is stored; None where it can."""
     if type(weight).__name__ == "DTensor":
         return (
-            "its weight is a DTensor, sharded over processes (FSDP2, tensor parallelism); load the full state dict into a "
-            "generator that is not sharded, and bind that"
+            "its weight is a DTensor, sharded over processes (FSDP2, tensor parallelism); load the full state dict "
+            "into a generator that is not sharded, and bind that"
         )
     if is_traceable_wrapper_subclass(weight):
         return f"its weight is a {type(weight).__name__}, not a plain tensor; bind a generator that is not quantised"
@@ -114,17 +117,21 @@ def unusual(weight: Tensor) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}; bind a generator that is not quantised"
     if weight.dtype.itemsize == 1:
-        return f"its weight is {weight.dtype}, which has no arithmetic of its own; bind a copy of it in bfloat16 or float32"
+        return (
+            f"its weight is {weight.dtype}, which has no arithmetic of its own; bind a copy of it in bfloat16 or "
+            "float32"
+        )
     if weight.ndim < 2 or not weight.numel():
         return (
-            f"its weight has shape {list(weight.shape)} between passes, as where FSDP or ZeRO shard it; bind a generator that "
-            "is not sharded"
+            f"its weight has shape {list(weight.shape)} between passes, as where FSDP or ZeRO shard it; bind a "
+            "generator that is not sharded"
         )
     return None
 
 
 class LayerAdapter(abc.ABC):
-    """What the library knows of one bindable layer of a generator. Subclasses live one per generator family in this folder.
+    """What the library knows of one bindable layer of a generator. Subclasses live one per generator family in this
+    folder.
 
     A *map* has any number of axes: (h, w) of an image, (L,) of a sequence, (d, h, w) of a volume, and the leading axes
     of what a linear layer is given. The kernel has as many, or none for a linear layer.

@@ -152,8 +152,8 @@ class TransposedConvLayer(ConvLayer):
             usual = [(n - 1) * step - 2 * pad + gap * (k - 1) + extra + 1 for n, step, pad, gap, k, extra in settings]
             if list(wanted)[-len(usual) :] != usual:
                 raise RewriteCoreError(
-                    f"Layer {self.path!r} is called with output_size={list(wanted)} and makes maps of {usual} by itself, so "
-                    "its output padding is not its own; give the layer that output_padding instead."
+                    f"Layer {self.path!r} is called with output_size={list(wanted)} and makes maps of {usual} by "
+                    "itself, so its output padding is not its own; give the layer that output_padding instead."
                 )
         return capture
 

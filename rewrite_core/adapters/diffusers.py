@@ -1,4 +1,5 @@
-"""Diffusion UNets and VAE decoders of the ``diffusers`` package: convolutions in its resnet, up- and downsampling blocks.
+"""Diffusion UNets and VAE decoders of the ``diffusers`` package: convolutions in its resnet, up- and downsampling
+blocks.
 
 They are plain convolutions, and bind as such; the family says which are which. What differs is the call. A decoder is
 bound by itself, or with ``forward=lambda vae, z: vae.decode(z).sample``. A UNet is run at many timesteps: its keys are

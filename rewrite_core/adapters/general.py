@@ -69,8 +69,8 @@ class GeneralLayer(LayerAdapter):
         last = not kernel and len(shape) > 1 and shape[-1] == channels
         if place is None or key is None or len(shape) < 2 or shape[-1 if last else 1] != channels:
             raise RewriteCoreError(
-                f"Layer {self.path!r} is given {shape or None} and its weight takes {channels} channels, so what its keys "
-                "are is not known"
+                f"Layer {self.path!r} is given {shape or None} and its weight takes {channels} channels, so what its "
+                "keys are is not known"
             )
         for part in extra.values():
             if not part.is_floating_point() or part.ndim == 0 or len(part) not in (1, len(key)):
@@ -104,16 +104,16 @@ class GeneralLayer(LayerAdapter):
                 return value
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise RewriteCoreError(
-            f"Layer {self.path!r} puts out {found} and its weight has {out_channels} output channels, so what its values "
-            "are is not known"
+            f"Layer {self.path!r} puts out {found} and its weight has {out_channels} output channels, so what its "
+            "values are is not known"
         )
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
         """The value without what it is at a weight of zeros; for the layer's own numbers of channels only."""
         if weight.shape != self.canonical(self.weight).shape or not self._alone:
             raise SolverError(
-                f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, and "
-                "region='map'.",
+                f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, "
+                "and region='map'.",
                 advice={"solver": "adam", "`preserve`": None, "region": "map"},
             )
         capture = Capture(key, call=self._call)

@@ -130,8 +130,8 @@ class Folded(nn.Module):
 
 
 class Parametrized(ComputedWeight):
-    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay. One that is put
-    on top of it later computes the weight again."""
+    """``torch.nn.utils.parametrize``. Folded, one more parametrization holds the value; the others stay. One that is
+    put on top of it later computes the weight again."""
 
     @property
     def _stages(self) -> parametrize.ParametrizationList:
@@ -276,8 +276,8 @@ class Hooked(_Detached):
             if torch.equal(self._run(), self._run()):
                 return None
         return (
-            "its hook changes the weight at every pass, in eval mode too; call the generator until the weight rests, or "
-            "take the hook off and make what it computes a parameter"
+            "its hook changes the weight at every pass, in eval mode too; call the generator until the weight rests, "
+            "or take the hook off and make what it computes a parameter"
         )
 
     def _run(self) -> Tensor:

@@ -32,8 +32,8 @@ def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
     """The module `make` describes, on the CPU and filled with a copy of `state`.
 
     The random numbers a fresh module starts with are never drawn, and no memory is taken before every shape is found to
-    be that of a tensor in `state`. Raises FileFormatError naming the first key of `state` that is missing, unexpected or
-    of a wrong shape.
+    be that of a tensor in `state`. Raises FileFormatError naming the first key of `state` that is missing, unexpected
+    or of a wrong shape.
     """
     model = described(make)
     check_state(model, state)
@@ -42,8 +42,8 @@ def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
 
 
 def described(make: Callable[[], Module]) -> Module:
-    """The module that `make` describes, on the meta device: shapes, and no memory. Raises FileFormatError where there are
-    no such shapes."""
+    """The module that `make` describes, on the meta device: shapes, and no memory. Raises FileFormatError where there
+    are no such shapes."""
     try:
         with torch.device("meta"):
             return make()

@@ -45,8 +45,8 @@ def load_generator(
     if not allow_pickle:
         raise RewriteCoreError(
             f"{os.fspath(checkpoint)}: a network without the code that makes it is a pickle, and opening a pickle runs "
-            "whatever code is in it; give make= and a state dict, or allow_pickle=True if you trust where the file comes "
-            "from."
+            "whatever code is in it; give make= and a state dict, or allow_pickle=True if you trust where the file "
+            "comes from."
         )
     return _unpickle(Path(checkpoint)).eval()
 

@@ -5,6 +5,7 @@ Each layer is PixelNorm -> (nearest x2) -> convolution without bias -> WScale ->
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -82,7 +83,7 @@ class ProgGAN(nn.Sequential):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["layer1"] = Layer(sizes[0], sizes[1], kernel=4, padding=3)
         layers["layer2"] = Layer(sizes[1], sizes[1])
-        for before, after in zip(sizes[1:], sizes[2:]):
+        for before, after in itertools.pairwise(sizes):
             layers[f"layer{len(layers) + 1}"] = Layer(before, after, up=True)
             layers[f"layer{len(layers) + 1}"] = Layer(after, after)
         side = 2 ** len(sizes)

@@ -5,6 +5,7 @@ Each layer is modulation -> convolution -> demodulation -> noise -> bias -> leak
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -256,7 +257,7 @@ class StyleGAN2(nn.Module):
         self.to_rgb1 = ToRGB(channels[4], style_dim, upsample=False)
         self.convs = nn.ModuleList()
         self.to_rgbs = nn.ModuleList()
-        for before, after in zip(sizes, sizes[1:]):
+        for before, after in itertools.pairwise(sizes):
             self.convs.append(StyledConv(channels[before], channels[after], style_dim, upsample=True))
             self.convs.append(StyledConv(channels[after], channels[after], style_dim))
             self.to_rgbs.append(ToRGB(channels[after], style_dim))
@@ -313,8 +314,9 @@ def load_stylegan2(
     checkpoint has no ``noises`` (conversions before January 2020), they are drawn from numpy's
     ``RandomState(1)``, layer by layer.
 
-    Raises FileFormatError, naming the first key that is missing, unexpected or of a wrong shape, and for more layers than
-    any StyleGAN2 has; RewriteCoreError for a `size` that is not the checkpoint's and a truncation without latent_avg.
+    Raises FileFormatError, naming the first key that is missing, unexpected or of a wrong shape, and for more layers
+    than any StyleGAN2 has; RewriteCoreError for a `size` that is not the checkpoint's and a truncation without
+    latent_avg.
     """
     state = read_state_dict(source)
     latent_avg = state.pop("latent_avg", None)
@@ -340,8 +342,8 @@ def load_stylegan2(
         raise RewriteCoreError(f"The checkpoint paints {found}x{found} images, not {size}x{size}; leave size out.")
     if found > _LARGEST:
         raise FileFormatError(
-            f"This checkpoint has the layers of {found}x{found} images, and no StyleGAN2 paints more than {_LARGEST}; give "
-            "the state dict as published."
+            f"This checkpoint has the layers of {found}x{found} images, and no StyleGAN2 paints more than {_LARGEST}; "
+            "give the state dict as published."
         )
     style_dim = channels_of("conv1.conv.modulation.weight", 1, 2)
     n_mlp = count("style.")

@@ -66,18 +66,18 @@ def bindable(generator: nn.Module, general: bool = False) -> tuple[dict[str, Lay
 def bind(generator: nn.Module, name: str, forward: Forward | None = None, family: str | None = None) -> BoundLayer:
     """Bind one layer of `generator` for rewriting. Nothing in the generator is changed.
 
-    A layer may run more than once in a forward pass. Where each run has a part of the latents (a decoder with slicing) it
-    is as if it ran once. Where a latent has several runs (tiles, a loop, a layer in two places) their keys can be
-    collected, all of them, and no edit can be solved. An edit of a weight that another module shares changes that module,
-    which is why :func:`list_layers` leaves such layers out.
+    A layer may run more than once in a forward pass. Where each run has a part of the latents (a decoder with slicing)
+    it is as if it ran once. Where a latent has several runs (tiles, a loop, a layer in two places) their keys can be
+    collected, all of them, and no edit can be solved. An edit of a weight that another module shares changes that
+    module, which is why :func:`list_layers` leaves such layers out.
 
     Args:
         generator: any torch module that makes images from latents. Of one in torch.compile, DataParallel or
             DistributedDataParallel the module inside is bound, whose weights it shares.
         name: dotted path of the layer, as in ``generator.named_modules()``.
         forward: ``forward(generator, latents) -> images`` where ``generator(latents)`` is not the right call (labels,
-            truncation, timesteps). Latents arrive on the device and in the precision of the generator's first weight, one
-            or several rows at a time: what it adds to a row must not depend on the row's place among them.
+            truncation, timesteps). Latents arrive on the device and in the precision of the generator's first weight,
+            one or several rows at a time: what it adds to a row must not depend on the row's place among them.
         family: insist on one family by name instead of recognising it.
 
     Raises:

@@ -1,8 +1,8 @@
 """A layer of a generator that is bound for rewriting: its keys, its values and its weight.
 
 A bound layer gives the *key* (the feature vector that the layer's weight really multiplies), the *value* (the layer's
-output) and the editable weight as [O, I, *kernel]. A *map* has the axes that the layer's data has: (h, w) of an image, (L,)
-of a sequence, (d, h, w) of a volume.
+output) and the editable weight as [O, I, *kernel]. A *map* has the axes that the layer's data has: (h, w) of an image,
+(L,) of a sequence, (d, h, w) of a volume.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class BoundLayer(Tap):
 
     def weight_fingerprint(self, weight: Tensor) -> str:
         """A fingerprint of a weight [O, I, *kernel] of this layer: :func:`tensor_fingerprint`, and where the weight is
-        computed, what :meth:`is_weight` knows it by on another CPU. The last one is known again by a digest at the speed
-        of memory, a tenth of the time."""
+        computed, what :meth:`is_weight` knows it by on another CPU. The last one is known again by a digest at the
+        speed of memory, a tenth of the time."""
         data = weight.detach().cpu().contiguous()
         digest = xxhash.xxh3_128(f"{data.dtype}|{tuple(data.shape)}|".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy())
@@ -126,9 +126,9 @@ class BoundLayer(Tap):
         capture = self.capture(latents)
         if capture.runs > 1:
             raise RewriteCoreError(
-                f"{self.name!r} runs {capture.runs} times in a forward pass (for tiles, in a loop, or in several places), so "
-                "a latent has no one map there; switch tiling off, give a `forward` that runs it once per latent, or choose "
-                "a layer that list_layers names."
+                f"{self.name!r} runs {capture.runs} times in a forward pass (for tiles, in a loop, or in several "
+                "places), so a latent has no one map there; switch tiling off, give a `forward` that runs it once per "
+                "latent, or choose a layer that list_layers names."
             )
         if len(capture.key) != len(latents):
             raise RewriteCoreError(
@@ -149,8 +149,8 @@ class BoundLayer(Tap):
         `forward` of your own the tensors, numbers and strings that it holds are seen (a label, a truncation). A buffer
         that passes write to (a counter, an observer's range) is not seen.
 
-        The first call runs the generator on one latent, or on two; later ones only read the weights, every bit of them, as
-        long as the generator's modules and their attributes are the same.
+        The first call runs the generator on one latent, or on two; later ones only read the weights, every bit of them,
+        as long as the generator's modules and their attributes are the same.
 
         Raises RewriteCoreError where weights before the layer are offloaded or sharded.
         """
@@ -204,13 +204,13 @@ class BoundLayer(Tap):
         maps = maps_of(self, latents)
         if maps is not None and maps != len(latents):
             raise RewriteCoreError(
-                f"{self.name!r} sees {maps} maps for {len(latents)} latents in a forward pass, so it has no one value to "
-                "replace; choose a layer that list_layers names."
+                f"{self.name!r} sees {maps} maps for {len(latents)} latents in a forward pass, so it has no one value "
+                "to replace; choose a layer that list_layers names."
             )
         if value.ndim < 2 or value.shape[:2] != (len(latents), self.out_channels):
             raise RewriteCoreError(
-                f"A value of {self.name!r} for {len(latents)} latents is [{len(latents)}, {self.out_channels}, *map], not "
-                f"{list(value.shape)}."
+                f"A value of {self.name!r} for {len(latents)} latents is [{len(latents)}, {self.out_channels}, *map], "
+                f"not {list(value.shape)}."
             )
         return self._images(latents, value)
 

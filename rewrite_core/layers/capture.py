@@ -1,9 +1,9 @@
 """Forward passes to layers: what each of them is given there, in one run or in several.
 
 A pass stops where the last of the layers has been read. A layer may run more than once in a pass: once for each part of
-the batch (a decoder with slicing), for each tile of the map, in a loop, or because two places share it. So the first time
-that a layer is read the generator runs to its end, on two latents, to see how often that is; and once more to see whether
-the keys of one latent depend on which others are in the batch.
+the batch (a decoder with slicing), for each tile of the map, in a loop, or because two places share it. So the first
+time that a layer is read the generator runs to its end, on two latents, to see how often that is; and once more to see
+whether the keys of one latent depend on which others are in the batch.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def check_together(taps: Sequence[Tap]) -> None:
 def run_to(taps: Sequence[Tap], latents: Tensor, consume: Callable[[int, Capture], object]) -> None:
     """Run the generator that `taps` share on latents [N, ...], until each of them has been reached as often as it is.
 
-    ``consume(number, capture)`` is called once for ``taps[number]``. Of a layer that runs once, as it is reached: so a key
-    map lives no longer than the generator itself needs it, and is seen before the generator can write to it. Of one that
-    runs several times, with copies of all its runs. What `consume` raises ends the pass.
+    ``consume(number, capture)`` is called once for ``taps[number]``. Of a layer that runs once, as it is reached: so a
+    key map lives no longer than the generator itself needs it, and is seen before the generator can write to it. Of one
+    that runs several times, with copies of all its runs. What `consume` raises ends the pass.
 
     Raises:
         UnknownLayerError: the forward pass ended before it reached them all.
@@ -152,8 +152,9 @@ def _run(
 ) -> bool:
     """One forward pass. Returns whether it was stopped, so that it did not come to its end.
 
-    ``reach(number, capture)`` is called at every run of ``taps[number]``, and says whether that was the last one that is
-    asked for. What it raises ends the pass, and is in `problems` then. `parts` is filled with what each key depends on.
+    ``reach(number, capture)`` is called at every run of ``taps[number]``, and says whether that was the last one that
+    is asked for. What it raises ends the pass, and is in `problems` then. `parts` is filled with what each key depends
+    on.
     """
     first, waiting = taps[0], set(range(len(taps)))
     problems = [] if problems is None else problems
@@ -213,8 +214,8 @@ class _Reader:
         if self.done:
             self.tap._runs.clear()
             raise RewriteCoreError(
-                f"{self.tap.name!r} runs more often in this pass than it did when it was first read, so some of its keys "
-                "would be missed: the generator was changed; try again."
+                f"{self.tap.name!r} runs more often in this pass than it did when it was first read, so some of its "
+                "keys would be missed: the generator was changed; try again."
             )
         size = tuple(capture.key.shape[2:])
         if not self.captures:
@@ -299,8 +300,8 @@ def _whole_pass(taps: Sequence[Tap], latents: Tensor) -> tuple[dict[str, int], d
         if problems or len(first) < len(taps):
             raise
         warn(
-            f"The generator fails after {', '.join(first)} ({type(error).__name__}: {error}), so whether that runs once in a "
-            "pass is not known; it is taken to."
+            f"The generator fails after {', '.join(first)} ({type(error).__name__}: {error}), so whether that runs "
+            "once in a pass is not known; it is taken to."
         )
     for tap in taps:
         if tap.name not in first:
@@ -339,9 +340,9 @@ def _compare(
 
 def _warn_of_dependence(tap: Tap, share: float) -> None:
     warn(
-        f"The keys of one latent at {tap.name!r} depend on the other latents of its batch (they change by {share:.0%}), as "
-        "with batch normalisation without running statistics; give the generator some, or collect with batch_size=1, as "
-        "edits read one latent at a time.",
+        f"The keys of one latent at {tap.name!r} depend on the other latents of its batch (they change by "
+        f"{share:.0%}), as with batch normalisation without running statistics; give the generator some, or collect "
+        "with batch_size=1, as edits read one latent at a time.",
         BatchDependenceWarning,
     )
 

@@ -150,7 +150,8 @@ class Surroundings:
             return None
 
     def changed(self, other: Surroundings) -> set[int]:
-        """The places of the facts that differ, whatever the latents; -1 where there are others, or an object is gone."""
+        """The places of the facts that differ, whatever the latents; -1 where there are others, or an object is
+        gone."""
         gone = any(reference() is None for each in (self, other) for reference in each._objects)
         if gone or len(self._facts) != len(other._facts):
             return {-1}
@@ -228,9 +229,9 @@ def _digest(tensor: Tensor) -> bytes:
 class Trace(TorchDispatchMode):
     """Notes, in one forward pass of a generator, what the keys of layers in it depend on.
 
-    A context around the pass; :meth:`part` is to be called as the key of a layer is at hand. Custom kernels take tensors
-    unseen, and modules lend theirs to others: so it notes both the modules that start and the tensors that operations
-    take.
+    A context around the pass; :meth:`part` is to be called as the key of a layer is at hand. Custom kernels take
+    tensors unseen, and modules lend theirs to others: so it notes both the modules that start and the tensors that
+    operations take.
     """
 
     @classmethod
@@ -306,7 +307,8 @@ def _is_written(argument: Any) -> bool:
 
 
 def _computing(adapter: LayerAdapter) -> set[int]:
-    """The ids of the tensors that a hook of the layer's own module has computed its weight from: no key depends on them."""
+    """The ids of the tensors that a hook of the layer's own module has computed its weight from: no key depends on
+    them."""
     if adapter.computed is None:
         return set()
     return {id(tensor) for name, tensor in _own(adapter.module) if name.startswith(f"{adapter.weight_name}_")}
@@ -359,8 +361,8 @@ def _settings(module: nn.Module) -> Iterable[tuple[str, object]]:
 
 
 def _held(forward: object, depth: int = 0) -> list[object]:
-    """The tensors and settings (a label, a truncation) that a `forward` of the user's own holds: its constants, defaults,
-    and what it takes from around it."""
+    """The tensors and settings (a label, a truncation) that a `forward` of the user's own holds: its constants,
+    defaults, and what it takes from around it."""
     if isinstance(forward, functools.partial):
         values = [*forward.args, *(forward.keywords[name] for name in sorted(forward.keywords))]
         values += _held(forward.func, depth + 1)
@@ -386,7 +388,8 @@ class Part:
         self._started, self._tensors = started, tensors
 
     def fingerprint(self, generator: nn.Module, forward: Forward) -> str:
-        """Of every bit of it. Raises RewriteCoreError where the weights of it have no values here (offloaded, sharded)."""
+        """Of every bit of it. Raises RewriteCoreError where the weights of it have no values here (offloaded,
+        sharded)."""
         modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
         for number, value in enumerate(_held(None if forward is plain_call else forward)):

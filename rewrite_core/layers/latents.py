@@ -91,8 +91,8 @@ class LatentRecipe:
             ):
                 return cls(tuple(shape), record["distribution"], seed, count)
         raise FileFormatError(
-            "A recipe of latents should hold a shape, a distribution, a seed and a count; this one does not, so the file "
-            "is damaged or foreign."
+            "A recipe of latents should hold a shape, a distribution, a seed and a count; this one does not, so the "
+            "file is damaged or foreign."
         )
 
 
@@ -129,8 +129,8 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
 def sample_latents(shape: int | tuple[int, ...], count: int, seed: int = 1, distribution: str = "normal") -> Tensor:
     """`count` latents of `shape`, numbers drawn one by one: float32 [count, *shape].
 
-    The rows are those of ``numpy.random.RandomState(seed)``, drawn row by row in float64, so a longer sample begins with
-    the rows of a shorter one and selections made elsewhere with the same seed point at the same pictures.
+    The rows are those of ``numpy.random.RandomState(seed)``, drawn row by row in float64, so a longer sample begins
+    with the rows of a shorter one and selections made elsewhere with the same seed point at the same pictures.
 
     Args:
         shape: of one latent, such as 512 or (100, 1, 1).
@@ -148,7 +148,8 @@ def sample_latents(shape: int | tuple[int, ...], count: int, seed: int = 1, dist
     numbers = count * math.prod(sizes)
     if numbers > _MOST_NUMBERS:
         raise RewriteCoreError(
-            f"{count} latents of {'x'.join(map(str, sizes))} are {numbers} numbers, more than a machine holds; ask for fewer."
+            f"{count} latents of {'x'.join(map(str, sizes))} are {numbers} numbers, more than a machine holds; ask for "
+            "fewer."
         )
     source = np.random.RandomState(seed)
     rows = source.standard_normal(numbers) if distribution == "normal" else source.uniform(-1, 1, numbers)
@@ -176,7 +177,8 @@ def recipe_of(latents: Tensor) -> LatentRecipe | None:
 
 
 def row_digest(row: Tensor) -> str:
-    """A short name of one latent, 16 hexadecimal digits: of its shape and its numbers as float32 (zero has one sign)."""
+    """A short name of one latent, 16 hexadecimal digits: of its shape and its numbers as float32 (zero has one
+    sign)."""
     numbers = row.detach().to("cpu", torch.float32).contiguous() + 0.0  # -0.0 + 0.0 is 0.0
     digest = hashlib.blake2b(f"{tuple(numbers.shape)}|".encode(), digest_size=8)
     digest.update(numbers.numpy().tobytes())
@@ -225,8 +227,8 @@ def check_rows(recorded: Mapping[int, str], recipe: LatentRecipe | None, latents
     if recipe is not None and present is not None and recipe.distribution != present.distribution:
         kind = f"; their distribution is {present.distribution}, not {recipe.distribution}"
     raise MismatchError(
-        f"{what} was made on other latents{made} than these{now}: row {other[0]} differs{kind}; give the latents that it was "
-        "made on."
+        f"{what} was made on other latents{made} than these{now}: row {other[0]} differs{kind}; give the latents that "
+        "it was made on."
     )
 
 

@@ -92,7 +92,8 @@ def _nothing_to_bind(refused: Mapping[str, str]) -> str:
 
 
 def _warn_of_unreached(layers: list[BoundLayer], latents: Tensor, none_reached: bool) -> None:
-    """Of layers that are not called, tell those whose weights are used all the same; and where that is all, the reason."""
+    """Of layers that are not called, tell those whose weights are used all the same; and where that is all, the
+    reason."""
     if not layers:
         return
     generator, forward = layers[0].generator, layers[0]._forward
@@ -156,8 +157,8 @@ class _Look:
             self.info = _info_of(self.layer, capture, value)
             if not _is_made_of(self.layer, output, value):
                 self._problem = (
-                    f"what it puts out is not what a layer of family {self.layer.family!r} makes of its keys, so an edit "
-                    "would miss its goal; look for a hook on it, or for a forward that runs it in its own way"
+                    f"what it puts out is not what a layer of family {self.layer.family!r} makes of its keys, so an "
+                    "edit would miss its goal; look for a hook on it, or for a forward that runs it in its own way"
                 )
         except RewriteCoreError as error:
             self._problem = str(error).rstrip(".")
@@ -169,8 +170,8 @@ class _Look:
         sliced = len(self._sizes) == 1 and self._rows == latents
         if self._problem is None and self._runs > 1 and not sliced:
             return (
-                f"it runs {self._runs} times in a forward pass (for tiles, in a loop, or in several places), and an edit of "
-                "its weight changes them all"
+                f"it runs {self._runs} times in a forward pass (for tiles, in a loop, or in several places), and an "
+                "edit of its weight changes them all"
             )
         if self._problem is None and not sliced:
             return f"it sees {self._rows} maps for {latents} latents, so whose is whose is not known"

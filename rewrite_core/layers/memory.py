@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """A number that tensors have in common where they are views of one storage; None where it is not known (meta, sparse,
-    sharded tensors)."""
+    """A number that tensors have in common where they are views of one storage; None where it is not known (meta,
+    sparse, sharded tensors)."""
     if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return None
     try:
@@ -18,7 +18,8 @@ def storage_of(tensor: Tensor) -> int | None:
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in the same memory, at least in part: the same numbers, views, transposed or ``.data``."""
+    """Whether two tensors lie in the same memory, at least in part: the same numbers, views, transposed or
+    ``.data``."""
     storage = storage_of(one)
     if storage is None or storage != storage_of(other):
         return False

@@ -1,7 +1,7 @@
 """Hooks that see one forward pass of the library's own, and no other.
 
-Hooks belong to a module and not to a thread. While the library collects from a generator, other threads may run it (a web
-service that renders) or collect from it as well; and a `forward` of the user's own may call the library.
+Hooks belong to a module and not to a thread. While the library collects from a generator, other threads may run it (a
+web service that renders) or collect from it as well; and a `forward` of the user's own may call the library.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Hooks:
 
 
 class _Own:
-    """A hook that runs in its own pass alone. Of a copy of the module, which another thread may make or save meanwhile, it
-    is a hook that does nothing."""
+    """A hook that runs in its own pass alone. Of a copy of the module, which another thread may make or save meanwhile,
+    it is a hook that does nothing."""
 
     def __init__(self, hooks: Hooks, hook: Callable[..., Any]):
         self._hooks, self._hook = hooks, hook

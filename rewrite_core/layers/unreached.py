@@ -38,8 +38,8 @@ class Uses(TorchDispatchMode):
 
 # what a forward pass does that never calls a module
 BYPASSED = (
-    "uses its weight without calling the module (as conv.forward(x) or F.conv2d(x, conv.weight) do), so that no hook sees its "
-    "keys; call the module itself, conv(x)"
+    "uses its weight without calling the module (as conv.forward(x) or F.conv2d(x, conv.weight) do), so that no hook "
+    "sees its keys; call the module itself, conv(x)"
 )
 
 
@@ -57,14 +57,14 @@ def why_unreached(name: str, adapter: LayerAdapter, generator: nn.Module, forwar
     other = _forward_of_another(generator)
     if other is not None:
         return (
-            f"The forward pass never reached {name!r}: the forward of {other} belongs to another module, as in a copy of one "
-            "whose forward was compiled or replaced; compile the copy itself (torch.compile(copy)), or copy the generator "
-            "before."
+            f"The forward pass never reached {name!r}: the forward of {other} belongs to another module, as in a copy "
+            "of one whose forward was compiled or replaced; compile the copy itself (torch.compile(copy)), or copy the "
+            "generator before."
         )
     if any(type(part).__name__ == "DataParallel" and len(part.device_ids) > 1 for part in generator.modules()):
         return (
-            f"The forward pass never reached {name!r}, which DataParallel may run in copies of its own; put what is inside "
-            "(.module) in its place."
+            f"The forward pass never reached {name!r}, which DataParallel may run in copies of its own; put what is "
+            "inside (.module) in its place."
         )
     return f"The forward pass never reached {name!r}; bind a layer that this generator really runs."
 

@@ -167,7 +167,9 @@ def test_slices_stop_after_the_last_of_them():
     assert (layer.generator.runs, layer.generator.ends) == (20, 19)
 
 
-@pytest.mark.parametrize("first, then", [("", "tiles"), ("tiles", ""), ("", "slices of 3"), ("slices of 3", "tiles")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("", "tiles"), ("tiles", ""), ("", "slices of 3"), ("slices of 3", "tiles")]
+)
 def test_tiling_and_slicing_may_be_switched_after_binding(first, then):
     layer, z = bound(first), latents()
     layer.capture(z)

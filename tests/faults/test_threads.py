@@ -1,4 +1,5 @@
-"""Other threads run the same generator while the library does: a web service that renders, two collections at a time."""
+"""Other threads run the same generator while the library does: a web service that renders, two collections at a
+time."""
 
 import copy
 import pickle
