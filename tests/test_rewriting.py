@@ -505,8 +505,9 @@ def test_moment_of_another_layer(generator, moment, edit, latents):
 def test_nan_activations(moment, layer, edit, latents):
     bad = latents.clone()
     bad[edit.paste.index] = torch.nan
+    bare = rc.Edit(edit.copy, edit.paste, edit.context)  # which does not know that these are others
     with pytest.raises(rc.NonFiniteError, match="latent 11"):
-        rc.rewrite(layer, moment, edit, bad)
+        rc.rewrite(layer, moment, bare, bad)
 
 
 def test_seconds_add_up_and_name_the_generators_own(moment, layer, edit, latents, monkeypatch):

@@ -162,7 +162,7 @@ class Edit:
         if foreign or not record:
             found = quoted(foreign[:3]) if foreign else "nothing"
             raise FileFormatError(f"Not an edit: it holds {found}, where an edit has some of {list(_FIELDS)}.")
-        parts = {}
+        parts: dict[str, Any] = {}
         for field, name in _FIELDS.items():
             if field not in record:
                 continue

@@ -60,9 +60,9 @@ def _fit_boxes(box: Box, key_size: tuple[int, ...], value_size: tuple[int, ...])
 def _probe(layer: BoundLayer, key: Tensor) -> tuple[Tensor, Tensor]:
     """One channel of zeros for the key map and a kernel of 1, 2, 3, ...; what the layer's linear operator does with
     them shows what it does with every channel. float64: exact enough for any order of additions."""
-    options = {"dtype": torch.float64, "device": key.device}
-    kernel = torch.arange(1, math.prod(layer.kernel_size) + 1, **options).reshape(1, 1, *layer.kernel_size)
-    return torch.zeros(1, 1, *key.shape[2:], **options), kernel
+    dtype, device = torch.float64, key.device
+    kernel = torch.arange(1, math.prod(layer.kernel_size) + 1, dtype=dtype, device=device)
+    return torch.zeros(1, 1, *key.shape[2:], dtype=dtype, device=device), kernel.reshape(1, 1, *layer.kernel_size)
 
 
 def _value_size(layer: BoundLayer, capture: Capture) -> tuple[int, ...]:
@@ -256,9 +256,9 @@ def erase_goals(
     for pastes in _by_picture(edit):
         capture = _capture_one(layer, pastes[0], latents)
         size = _value_size(layer, capture)
-        without = capture.key.clone()
-        without[:, gone.to(without.device)] = 0
-        without = dataclasses.replace(capture, key=without)
+        silent = capture.key.clone()
+        silent[:, gone.to(silent.device)] = 0
+        without = dataclasses.replace(capture, key=silent)
         found = [bounding_box(paste.area(size)) for paste in pastes]
         for box in _once(found, pastes[0].index) if region == "box" else [None]:
             part, fitted = (capture, None) if box is None else _crop(layer, capture, size, box)

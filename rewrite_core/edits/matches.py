@@ -102,4 +102,5 @@ def search(
         scores, indices, heatmaps = scores[keep], indices[keep], heatmaps[keep]
 
     stream_keys(layer, latents, batch_size, progress, f"search {layer.name}", consume)
+    assert heatmaps is not None, "there is a latent"
     return SearchResult(indices, scores, heatmaps, float(np.quantile(torch.cat(sample).numpy(), 0.999)))

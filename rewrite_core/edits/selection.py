@@ -106,9 +106,10 @@ class Selection:
                 f"{list(size)}; give a mask with the axes of that map."
             )
         height, width = (1, *size)[-2:]
-        planes = [_resized(plane, height, width) for plane in self._bytes.reshape(-1, *self._bytes.shape[-2:])]
+        drawn = self._bytes.reshape(-1, *self._bytes.shape[-2:])
+        planes = np.stack([_resized(plane, height, width) for plane in drawn])
         if len(size) == 3:
-            planes = _resized(np.stack(planes).reshape(len(planes), -1), size[0], height * width)
+            planes = _resized(planes.reshape(len(planes), -1), size[0], height * width)
         area = torch.from_numpy(np.asarray(planes, dtype=np.float32) / 255).reshape(size)
         if not area.any():
             raise MaskError(

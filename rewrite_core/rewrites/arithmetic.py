@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..layers.bound import BoundLayer
+
+_Place = tuple[Any, str]  # an object and an attribute of it
 
 
 @contextlib.contextmanager
@@ -18,18 +21,19 @@ def _no_tf32() -> Iterator[None]:
     By the older names, which every torch has and generators' own code reads: these, but not the newer ones, can be read
     whichever were set. Only where the caller's own newer settings have no older name are the newer used."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    old, new = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")], []
+    old: list[_Place] = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    new: list[_Place] = []
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
-        new = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision")]
+        new = [(matmul, "fp32_precision"), (cudnn.conv, "fp32_precision")]  # type: ignore[attr-defined]
 
-    def read(places: list) -> list:
-        return [getattr(*place) for place in places]
+    def read(places: list[_Place]) -> list[Any]:
+        return [getattr(owner, name) for owner, name in places]
 
-    def write(places: list, values: list) -> None:
+    def write(places: list[_Place], values: list[Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch 2.9 finds the older names old
-            for place, value in zip(places, values, strict=True):
-                setattr(*place, value)
+            for (owner, name), value in zip(places, values, strict=True):
+                setattr(owner, name, value)
 
     precise = read(new)
     try:

@@ -237,7 +237,7 @@ def insert(
 
 def _task(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Callable[[], list[Goal]]) -> Task:
     """An edit's: it acts where the edit marks context."""
-    return Task(goals, lambda inside_only: context_keys(layer, edit.where, latents, inside_only), edit)
+    return Task(goals, lambda inside_only: context_keys(layer, edit.where, latents, inside_only), edit, latents)
 
 
 def _checked(edits: Iterable[Edit]) -> list[Edit]:

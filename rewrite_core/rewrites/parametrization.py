@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,6 +20,9 @@ class LowRankChange(nn.Module):
     It sits in ``module.parametrizations`` and holds D and Lambda as buffers, so it is saved, moved and cast with the
     generator, and its factors are in the state dict beside the original weight.
     """
+
+    directions: Tensor
+    coefficients: Tensor
 
     def __init__(self, bound: BoundLayer, directions: Tensor, coefficients: Tensor):
         super().__init__()
@@ -51,8 +56,9 @@ class LowRankChange(nn.Module):
             self._remove()
 
     def _remove(self) -> None:
-        module, name = self._layer.module, self._layer.weight_name
-        stages = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
+        module: Any = self._layer.module
+        name = self._layer.weight_name
+        stages: Any = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
         place = next((i for i, stage in enumerate(stages) if stage is self), None)
         if place is None:
             raise MismatchError("This parametrization is not on the module any more, so there is nothing to remove.")
@@ -67,9 +73,7 @@ class LowRankChange(nn.Module):
             module.__class__ = type(kind.__name__, kind.__bases__, own)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             ordered = {key: module._parameters[key] for key in self._order if key in module._parameters}
-            ordered |= module._parameters
-            module._parameters.clear()
-            module._parameters.update(ordered)
+            module._parameters = ordered | module._parameters  # in one step: an interrupt loses none
         else:
             del stages[place]
 

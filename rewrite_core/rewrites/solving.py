@@ -73,7 +73,17 @@ class Task:
     goals: Callable[[], list[Goal]]
     context: Callable[[bool], tuple[Tensor, Tensor | None]]  # keys [n, I] and weights [n]; given: inside the masks only
     edit: Edit | None = None
+    latents: Tensor | None = None  # [N, ...] that the edit selects from
     meets: bool = False  # to meet its goal exactly is the point, with as many unknowns as there are
+
+    def known_edit(self) -> Edit | None:
+        """The edit, knowing its latents again. Raises MismatchError where it knows other ones."""
+        return None if self.edit is None or self.latents is None else self.edit.on(self.latents)
+
+    def warn_of_latents(self) -> None:
+        """Warn where it is not known whether the latents are those of the edit."""
+        if self.edit is not None and self.latents is not None:
+            self.edit.check(self.latents)
 
 
 def solve(
@@ -85,7 +95,7 @@ def solve(
     if isinstance(solver, LM) and not layer.known:
         warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', by autograd.")
         solver = Adam()
-    edits = [None if task.edit is None else task.edit.on(latents) for task in tasks]  # other latents are refused
+    edits = [task.known_edit() for task in tasks]  # other latents are refused
     with Clock().running() as clock, plain_arithmetic(layer):
         with stage("check"):
             moment.check(layer, latents)
@@ -93,7 +103,8 @@ def solve(
         if settings.directions == "units" and solver.reduced and latents is not None:
             with stage("directions"):
                 quantiles = collect_unit_quantiles(layer, latents, progress=settings.progress)
-        problems, boxes = [], []
+        problems: list[LayerProblem] = []
+        boxes: list[Box | tuple[Box, ...] | None] = []
         for task in tasks:
             with stage("goal"):
                 goals = task.goals()
@@ -102,11 +113,10 @@ def solve(
             problems.append(_problem(layer, moment, goals, directions, settings, latents))
             if solver.preserves and not task.meets:  # the others are baselines
                 warn_underdetermined(problems[-1])
-            several = len(goals) > 1 and goals[0].box is not None
-            boxes.append(tuple(goal.box for goal in goals) if several else goals[0].box if goals else None)
+            fitted = tuple(goal.box for goal in goals if goal.box is not None)
+            boxes.append(fitted if len(fitted) > 1 else fitted[0] if fitted else None)
         for task in tasks:
-            if task.edit is not None:
-                task.edit.check(latents)  # warns where it is not known whether these are the latents
+            task.warn_of_latents()
         with stage("fit"):
             solutions = solver.solve(problems, progress=settings.progress, backend=settings.backend)
         with stage("check"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .. import ops
 from ..errors import NonFiniteError, SolverError
 from ..ops.fit_low_rank_op.problem import STATUS
 from .base import Solver
-from .problem import LayerProblem, LayerSolution, basis_maps, inputs_of, is_known
+from .problem import LayerProblem, LayerSolution, after, basis_maps, inputs_of, is_known
 
 
 def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Ten
     return constant, linear, quadratic
 
 
-def fit_inputs(problem: LayerProblem, group: int = 0) -> dict:
+def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
     """One edit's arguments of ops.fit_low_rank for the output channels of one group, unbatched, the pixels of all its
     regions flattened.
 
@@ -47,25 +47,28 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict:
     styles: list[Tensor] = []  # [I], each that is another than those before it
     segments = []
     for capture, target in problem.regions:
-        after, key = layer.post_operation(capture), capture.key[:, seen]
+        operation, key = after(problem, capture), capture.key[:, seen]
         with torch.no_grad():
             maps["basis"].append(basis_maps(layer, key, rows)[0].flatten(1))
             maps["base"].append(layer.linear(key, weight)[0].flatten(1))
         base = maps["base"][-1]
-        shift = torch.zeros((), dtype=base.dtype, device=base.device) if after.shift is None else after.shift
+        shift = torch.zeros((), dtype=base.dtype, device=base.device) if operation.shift is None else operation.shift
         maps["target"].append(target[0].flatten(1)[own])
         maps["shift"].append(shift.to(base.dtype).expand(target.shape)[0].flatten(1)[own])
-        if after.style is not None:
-            same = [number for number, style in enumerate(styles) if torch.equal(style, after.style[0])]
+        if operation.style is not None:
+            style = operation.style[0]
+            same = [number for number, other in enumerate(styles) if torch.equal(other, style)]
             if not same:
-                styles.append(after.style[0])
+                styles.append(style)
             number = same[0] if same else len(styles) - 1
             segments.append(torch.full((base.shape[1],), number, device=base.device))
-    arguments = {name: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for name, parts in maps.items()}
-    arguments |= {"slope": after.slope, "gain": after.gain, "demodulation": None}
-    scale = torch.full((len(base),), after.gain**2, dtype=torch.float64, device=base.device)
+    arguments: dict[str, Any] = {
+        name: same[0] if len(same) == 1 else torch.cat(same, -1) for name, same in maps.items()
+    }
+    arguments |= {"slope": operation.slope, "gain": operation.gain, "demodulation": None}
+    scale = torch.full((len(base),), operation.gain**2, dtype=torch.float64, device=base.device)
     if styles:
-        parts = [_demodulation(problem, style, after.eps) for style in styles]
+        parts = [_demodulation(problem, style, operation.eps) for style in styles]
         if len(styles) == 1:
             arguments["demodulation"] = parts[0]
             scale = scale / parts[0][0]
@@ -74,14 +77,14 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict:
             arguments["segments"] = torch.cat(segments)
             # each pixel's style at the weight as it is; the mean over the pixels
             scale = scale * arguments["demodulation"][0].reciprocal()[arguments["segments"]].mean(0)
-    if problem.preserve:
+    if problem.generic is not None:
         generic = problem.generic if layer.groups == 1 else problem.generic[group]
         arguments["penalty"] = problem.preserve * generic
         arguments["penalty_scale"] = scale
     return arguments
 
 
-def _in_segments(part: dict, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def _in_segments(part: dict[str, Any], count: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """A fit's demodulation as one of `count`, with the segments that say which pixel has which; the rest is unused."""
     segments = part.get("segments")
     parts = part["demodulation"] if segments is not None else tuple(own[None] for own in part["demodulation"])
@@ -111,7 +114,8 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
     inputs = [fit_inputs(problem, group) for problem in problems for group in range(groups)]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
-    arguments = {name: _pad([part[name] for part in inputs], pixels) for name in ("basis", "base", "target", "shift")}
+    maps = ("basis", "base", "target", "shift")
+    arguments: dict[str, Any] = {name: _pad([part[name] for part in inputs], pixels) for name in maps}
     valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
     if any("segments" in part for part in inputs):
         count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
@@ -129,10 +133,10 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
     rows = [fit.initial_loss, fit.loss, fit.iterations, *(fit.status == code for code in STATUS)]
     read = torch.stack([row.reshape(len(problems), -1).double().sum(1) for row in rows], 1)
     whole = torch.ones_like(read[:, :1])
-    parts = [fit.coefficients]
+    looked_at = [fit.coefficients]
     if fit.loss.device.type != "cpu":  # where fit_low_rank does not look into what it is given
-        parts += [arguments[name] for name in ("basis", "base", "target", "shift")]
-    for part in parts:
+        looked_at += [arguments[name] for name in maps]
+    for part in looked_at:
         whole = whole * part.reshape(len(problems), -1).isfinite().all(1, keepdim=True)
     solutions = []
     for number, (problem, (initial, final, iterations, *counts, finite)) in enumerate(

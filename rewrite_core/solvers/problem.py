@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..adapters.base import Capture
-from ..errors import UnderdeterminedWarning, warn
+from ..adapters.base import Capture, PostOperation
+from ..errors import SolverError, UnderdeterminedWarning, warn
 from ..layers.bound import BoundLayer
 
 
@@ -103,7 +103,8 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
             rows, moment = directions.double(), moment.to(weight.device)
             exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
             return exact[0] if layer.groups == 1 else torch.stack(exact)
-    totals, count = [None] * layer.groups, 0
+    totals: list[Tensor | None] = [None] * layer.groups
+    count = 0
     with torch.no_grad():
         for batch in latents.split(8):
             keys = layer.keys(batch)
@@ -111,7 +112,8 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
                 basis = basis_maps(layer, keys[:, own], directions[:, own])
                 totals[group] = ops.second_moment(basis.flatten(2)[..., None], out=totals[group])
             count += basis.numel() // basis.shape[1]
-    return (totals[0] if layer.groups == 1 else torch.stack(totals)) / count
+    whole = [total for total in totals if total is not None]
+    return (whole[0] if layer.groups == 1 else torch.stack(whole)) / count
 
 
 def inputs_of(layer: BoundLayer, group: int) -> slice:
@@ -123,6 +125,14 @@ def inputs_of(layer: BoundLayer, group: int) -> slice:
 def is_known(problem: LayerProblem) -> bool:
     """Whether what follows the layer is known, per channel."""
     return problem.layer.post_operation(problem.regions[0][0]) is not None
+
+
+def after(problem: LayerProblem, capture: Capture) -> PostOperation:
+    """What follows the layer. Raises SolverError where that is not known."""
+    operation = problem.layer.post_operation(capture)
+    if operation is None:
+        raise SolverError(f"What follows {problem.layer.name!r} is not known per channel.")
+    return operation
 
 
 def warn_underdetermined(problem: LayerProblem) -> None:

@@ -22,7 +22,7 @@ from .. import ops
 from ..backends import select
 from ..errors import SolverError, flag, whole_number
 from ..progress import progress_bar
-from .problem import LayerProblem, LayerSolution, combine, is_known
+from .problem import LayerProblem, LayerSolution, after, combine, is_known
 from .stepwise import Stepwise, finite_loss
 
 
@@ -117,8 +117,8 @@ def _fuses(problem: LayerProblem, backend: str) -> bool:
     if not is_known(problem):
         reason = f"What follows {layer.name!r} is not known per channel"
     else:
-        styles = [layer.post_operation(capture).style for capture, _ in regions]
-        if styles[0] is not None and not all(torch.equal(style, styles[0]) for style in styles):
+        styles = [style for capture, _ in regions if (style := after(problem, capture).style) is not None]
+        if not all(torch.equal(style, styles[0]) for style in styles):
             reason = "The pastes are on pictures of different styles, and the kernel knows one demodulation"
     if chosen != "reference" and backend != "auto" and reason:
         raise SolverError(f"{reason}: use backend='auto'.")
@@ -132,7 +132,7 @@ def _maps(problem: LayerProblem) -> dict[str, Tensor]:
     kernels = torch.eye(taps, dtype=weight.dtype, device=weight.device).reshape(taps, 1, *layer.kernel_size)
     for capture, target in problem.regions:
         operator = layer.linear(capture.key.transpose(0, 1), kernels)  # of each input map by itself
-        shift = layer.post_operation(capture).shift
+        shift = after(problem, capture).shift
         shift = weight.new_zeros(()) if shift is None else shift.to(weight)
         maps["operator"].append(operator.reshape(len(operator), *layer.kernel_size, *operator.shape[2:]))
         maps["base"].append(layer.linear(capture.key, weight)[0])
@@ -146,20 +146,21 @@ def _maps(problem: LayerProblem) -> dict[str, Tensor]:
 
 def _fused(problem: LayerProblem, solver: Stepwise, progress: bool, backend: str, **options: Any) -> LayerSolution:
     """All steps in one kernel call."""
-    weight, after = problem.weight, problem.layer.post_operation(problem.regions[0][0])
+    weight, operation = problem.weight, after(problem, problem.regions[0][0])
 
     def bar(ranges: Iterable[Any], count: int) -> Iterable[Any]:
         return progress_bar(ranges, total=count, label=solver.name, unit="part")
 
     with torch.no_grad():
-        maps = _maps(problem)
-        if after.shift is None:
+        maps: dict[str, Any] = {**_maps(problem)}
+        if operation.shift is None:
             del maps["shift"]
+        style = None if operation.style is None else operation.style[0].to(weight)
         fit = ops.fit_projected(
             **maps,
-            demodulation=None if after.style is None else (weight, after.style[0].to(weight), after.eps),
-            slope=after.slope,
-            gain=after.gain,
+            demodulation=None if style is None else (weight, style, operation.eps),
+            slope=operation.slope,
+            gain=operation.gain,
             loss=problem.loss,
             steps=solver.steps,
             lr=solver.lr,
@@ -190,6 +191,7 @@ def _descend(
             loss = problem.distance(weight)
             optimiser.zero_grad()
             loss.backward()
+            assert weight.grad is not None
             if change_gradient is not None:
                 weight.grad.copy_(change_gradient(weight.grad))
             optimiser.step()
