@@ -83,7 +83,7 @@ class ProgGAN(nn.Sequential):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["layer1"] = Layer(sizes[0], sizes[1], kernel=4, padding=3)
         layers["layer2"] = Layer(sizes[1], sizes[1])
-        for before, after in itertools.pairwise(sizes):
+        for before, after in itertools.pairwise(sizes[1:]):
             layers[f"layer{len(layers) + 1}"] = Layer(before, after, up=True)
             layers[f"layer{len(layers) + 1}"] = Layer(after, after)
         side = 2 ** len(sizes)
