@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapters.base import Box
 from ..edits.edit import Edit
 from ..errors import MismatchError, SolverError, flag, number, warn
-from ..layers.binding import bind
+from ..layers.binding import bind, unwrapped
 from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
 from . import stack as stacks
@@ -145,14 +145,22 @@ class Rewrite:
     # --- which generator
 
     def _bind(self, generator: nn.Module | BoundLayer) -> BoundLayer:
-        bound = generator if isinstance(generator, BoundLayer) else bind(generator, self.layer)
+        if isinstance(generator, BoundLayer):
+            bound = generator
+        else:
+            module, name = unwrapped(generator, self.layer)
+            with contextlib.suppress(AttributeError):  # bind() says that there is none
+                module = module.get_submodule(name)
+            with stacks.module_lock(module):  # which another thread may be folding
+                bound = bind(generator, self.layer)
         if bound.name != self.layer:
             raise MismatchError(f"This rewrite is of layer {self.layer!r}, not {bound.name!r}.")
         wanted = (self.coefficients.shape[0], self.directions.shape[1], *self.coefficients.shape[2:])
-        if tuple(bound.weight.shape) != wanted:
+        found = (bound.out_channels, bound.in_channels, *bound.kernel_size)
+        if found != wanted:
             raise MismatchError(
-                f"This rewrite changes a weight of shape {list(wanted)} and {self.layer!r} has "
-                f"{list(bound.weight.shape)}; it was made for another generator."
+                f"This rewrite changes a weight of shape {list(wanted)} and {self.layer!r} has {list(found)}; it was "
+                "made for another generator."
             )
         return bound
 
@@ -166,7 +174,7 @@ class Rewrite:
         return self._bind(generator)
 
     def _is_on(self, bound: BoundLayer) -> bool:
-        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter):
+        with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter):
             stack = stacks.read(bound)
         return stack is not None and self._id in stack["rewrites"]
 
@@ -222,7 +230,7 @@ class Rewrite:
         """
         strength, force = number("strength", strength), flag("force", force)
         bound = self._target(generator, "apply")
-        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
+        with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter), stacks.writing():
             stack = self._below(bound, stacks.settle(bound), force)
             change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength)
             weight = stacks.plus(bound, stack["weight"], change)
@@ -289,10 +297,10 @@ class Rewrite:
         bound = self._where_on(places)
         if bound is None:
             for place in places:  # what an interrupt left half done
-                with stacks.module_lock(place._adapter), stacks.weight_lock(place._adapter), stacks.writing():
+                with stacks.module_lock(place.module), stacks.weight_lock(place._adapter), stacks.writing():
                     stacks.settle(place)
             raise MismatchError("This rewrite is not applied, so there is nothing to revert; on a copy, use revert(G).")
-        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
+        with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter), stacks.writing():
             stacks.check_stored(bound)  # with force, too
             stack = stacks.settle(bound)
             if stack is None or self._id not in stack["rewrites"]:
@@ -346,7 +354,7 @@ class Rewrite:
         """
         force = flag("force", force)
         bound = self._target(generator, "state_dict")
-        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter):
+        with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter):
             stack = stacks.read(bound)
             if stack is not None and self._id in stack["rewrites"]:
                 return edited_state_dict(bound, bound.parameter)
@@ -379,7 +387,7 @@ class Rewrite:
         """
         force = flag("force", force)
         bound = self._target(generator, "parametrize")
-        with stacks.module_lock(bound._adapter), stacks.weight_lock(bound._adapter), stacks.writing():
+        with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter), stacks.writing():
             if self._is_on(bound):
                 raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
             if not force and not bound.is_weight(bound.weight, self.fitted_to):

@@ -41,7 +41,7 @@ class LowRankChange(nn.Module):
     @enabled.setter
     def enabled(self, on: bool) -> None:
         on = flag("enabled", on)
-        with module_lock(self._layer), writing():
+        with module_lock(self._layer.module), writing():
             self._enabled = on
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class LowRankChange(nn.Module):
     def remove(self) -> None:
         """Take it off the module, whose weight is then as it was, bit for bit. Raises MismatchError where it is not on
         the module any more, or under a rewrite that is applied."""
-        with module_lock(self._layer), writing():
+        with module_lock(self._layer.module), writing():
             self._remove()
 
     def _remove(self) -> None:

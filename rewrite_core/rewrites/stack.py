@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adapters.base import LayerAdapter
@@ -67,19 +67,19 @@ def _lock(place: tuple) -> Any:
         return _locks.setdefault(place, threading.RLock())
 
 
-def module_lock(layer: LayerAdapter) -> Any:
+def module_lock(module: nn.Module) -> Any:
     """The lock of a module. With it held, this thread alone folds the weight and reads and writes the record.
 
     A plain lock, to be taken in the ``with`` statement itself: an interrupt could come between a Python function that
     takes it and the block.
     """
-    return _lock(("module", id(layer.module)))
+    return _lock(("module", id(module)))
 
 
 def weight_lock(layer: LayerAdapter) -> Any:
     """The lock of the memory of a stored weight, which other modules may share; to be taken after the module's."""
     if layer.computed is not None:
-        return module_lock(layer)
+        return module_lock(layer.module)
     return _lock(("memory", layer.weight.untyped_storage().data_ptr()))
 
 

@@ -9,12 +9,16 @@ import threading
 
 import pytest
 from helpers.small import bits, fit, generator, same
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, spectral_norm
 
 import rewrite_core as rc
 from rewrite_core.rewrites import stack
 
-KINDS = {"stored": lambda module: module, "parametrized": parametrizations.spectral_norm}
+KINDS = {
+    "stored": lambda module: module,
+    "parametrized": parametrizations.spectral_norm,
+    "hooked": spectral_norm,
+}
 
 
 class Interrupt(BaseException):
@@ -62,7 +66,7 @@ def lock_is_free(layer):
     free = []
 
     def take():
-        lock = stack.module_lock(layer._adapter)
+        lock = stack.module_lock(layer.module)
         free.append(lock.acquire(timeout=5))
         if free[0]:
             lock.release()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.small import bits, fit, generator, same
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
 
 import rewrite_core as rc
 from rewrite_core.rewrites import stack
@@ -57,8 +58,9 @@ def racing(change, G, times=200):
     return loop
 
 
-def test_racing_apply_and_revert_leave_nothing_in():
-    G = generator()
+@pytest.mark.parametrize("wrap", [lambda module: module, parametrizations.spectral_norm, spectral_norm])
+def test_racing_apply_and_revert_leave_nothing_in(wrap):
+    G = generator(wrap)
     _, change = fit(G)
     before = bits(G)
     assert not together(*(racing(scaled(change, factor), G) for factor in (1, 0.5, -1)))
