@@ -31,7 +31,7 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass's method, or a forward that was put on this one module, takes the place of torch's."""
-    kind = kind_of(module)
+    kind: Any = kind_of(module)
     methods = getattr(module.forward, "__func__", None), getattr(type(module), "_conv_forward", None)
     return methods != (kind.forward, getattr(kind, "_conv_forward", None))
 
@@ -67,7 +67,7 @@ class ConvLayer(PlainLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
-        module = generator.get_submodule(path)
+        module: Any = generator.get_submodule(path)
         kind = kind_of(module)
         if kind is None or (_has_own_forward(module) and "weight" in module._parameters and not is_lazy(module.weight)):
             return None  # the latter is GeneralLayer's
@@ -113,7 +113,8 @@ class ConvLayer(PlainLayer):
         module, padding = self.module, self.module.padding
         if module.padding_mode != "zeros":
             key, padding = F.pad(key, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-        convolve = CONVOLUTIONS[kind_of(module)]
+        kind: Any = kind_of(module)
+        convolve = CONVOLUTIONS[kind]
         return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
@@ -162,7 +163,8 @@ class TransposedConvLayer(ConvLayer):
 
     def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
         module = self.module
-        convolve = TRANSPOSED[kind_of(module)]
+        kind: Any = kind_of(module)
+        convolve = TRANSPOSED[kind]
         return convolve(
             key, weight, None, module.stride, module.padding, module.output_padding, groups, module.dilation
         )

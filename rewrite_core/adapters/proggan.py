@@ -6,6 +6,8 @@ rewrite has the exact closed form.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .base import LayerAdapter
@@ -19,7 +21,7 @@ class ProgGANLayer(ConvLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
-        module = generator.get_submodule(path)
+        module: Any = generator.get_submodule(path)
         if hasattr(module, "wscale") and hasattr(module, "conv"):
             path, module = f"{path}.conv".lstrip("."), module.conv
         else:

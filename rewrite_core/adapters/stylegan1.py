@@ -36,16 +36,17 @@ class _Equalised(PlainLayer):
     @property
     def constant(self) -> float:
         with torch.no_grad():
-            return float(_equalising_hook(self.module).compute_weight(_Ones(self.module)).flatten()[0])
+            hook: Any = _equalising_hook(self.module)
+            return float(hook.compute_weight(_Ones(self.module)).flatten()[0])
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        return super().linear(key, weight * self.constant)
+        return super().linear(key, weight * self.constant)  # type: ignore[safe-super] # of the class that it is mixed into
 
 
 class _Ones:
     """Stands for a module whose stored weight is all ones, so that the hook's result is its constant."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.weight_orig = torch.ones(1).expand(module.weight_orig.shape)
 
 
@@ -54,9 +55,10 @@ class EqualisedConvLayer(_Equalised, ConvLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
-        module = generator.get_submodule(path)
+        module: Any = generator.get_submodule(path)
         for part in ("conv", "linear"):
-            if kind_of(getattr(module, part, None)) and _equalising_hook(getattr(module, part)):
+            inner: Any = getattr(module, part, None)
+            if kind_of(inner) and _equalising_hook(inner):
                 path, module = f"{path}.{part}".lstrip("."), getattr(module, part)
         if kind_of(module) is None or _equalising_hook(module) is None:
             return None

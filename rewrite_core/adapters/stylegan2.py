@@ -30,7 +30,7 @@ class StyleGAN2Layer(ModulatedLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
-        module = generator.get_submodule(path)
+        module: Any = generator.get_submodule(path)
         if has(getattr(module, "conv", None), *cls._ATTRIBUTES):
             return cls(f"{path}.conv".lstrip("."), module.conv, module if hasattr(module, "activate") else None)
         if not has(module, *cls._ATTRIBUTES):
@@ -41,7 +41,7 @@ class StyleGAN2Layer(ModulatedLayer):
 
     def __init__(self, path: str, module: nn.Module, styled: nn.Module | None):
         super().__init__(path, module)
-        self._styled = styled  # the StyledConv around the convolution; None in ToRGB
+        self._styled: Any = styled  # the StyledConv around the convolution; None in ToRGB
 
     def refusal(self) -> str | None:
         if getattr(self.module, "downsample", False):
@@ -83,7 +83,7 @@ class StyleGAN2Layer(ModulatedLayer):
         return capture
 
     @staticmethod
-    def _arguments(input: Tensor, style: Tensor | None = None, noise: Tensor | None = None, **renamed) -> tuple:
+    def _arguments(input: Tensor, style: Tensor | None = None, noise: Tensor | None = None, **renamed: Any) -> tuple:
         return input, renamed.get("latent", style), noise
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class NvidiaStyleGAN2Layer(ModulatedLayer):
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         return self._capture(*args, **kwargs)
 
-    def _capture(self, x: Tensor, w: Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1):
+    def _capture(
+        self, x: Tensor, w: Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1
+    ) -> Capture:
         module = self.module
         style = module.affine(w)
         if self._to_rgb:

@@ -52,7 +52,7 @@ class StyleGAN3Layer(ModulatedLayer):
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         return self._capture(*args, **kwargs)
 
-    def _capture(self, x: Tensor, w: Tensor, *settings, **more) -> Capture:
+    def _capture(self, x: Tensor, w: Tensor, *settings: Any, **more: Any) -> Capture:
         module = self.module
         style = module.affine(w).to(torch.promote_types(x.dtype, torch.float32))
         if module.is_torgb:

@@ -143,8 +143,8 @@ class Parametrized(ComputedWeight):
 
     @property
     def parameter(self) -> nn.Parameter:
-        value: nn.Parameter = self._stages[-1].value
-        return value
+        last: Any = self._stages[-1]
+        return last.value
 
     def parts(self) -> list[str]:
         return [f"parametrizations.{self.name}"]

@@ -46,7 +46,7 @@ class Layer(nn.Sequential):
     """One ProgGAN layer, `in_channels` -> `out_channels`, keeping or doubling the map size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, padding: int = 1, up: bool = False):
-        parts = [("norm", PixelNorm())]
+        parts: list[tuple[str, nn.Module]] = [("norm", PixelNorm())]
         if up:
             parts.append(("up", nn.Upsample(scale_factor=2, mode="nearest")))
         conv = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=False)

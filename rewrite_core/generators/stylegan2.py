@@ -67,6 +67,8 @@ class EqualLinear(nn.Module):
 class Blur(nn.Module):
     """Filters every channel by itself: [N, C, H, W] padded by `pad` (before, after), then convolved."""
 
+    kernel: Tensor
+
     def __init__(self, pad: tuple[int, int]):
         super().__init__()
         self.register_buffer("kernel", _blur_kernel())
@@ -81,7 +83,9 @@ class Blur(nn.Module):
 class Upsample(nn.Module):
     """Doubles the map size by zero-insertion and a blur: [N, C, H, W] -> [N, C, 2H, 2W]."""
 
-    def __init__(self):
+    kernel: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kernel", _blur_kernel())
 
@@ -157,7 +161,7 @@ class ModulatedConv2d(nn.Module):
 class Noise(nn.Module):
     """``x + weight * noise``: x [N, C, H, W], noise [1 or N, 1, H, W] or None, weight [1]."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 

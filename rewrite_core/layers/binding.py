@@ -24,7 +24,7 @@ def unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
             "DataParallel": "module",
             "DistributedDataParallel": "module",
         }.get(type(generator).__name__)
-        if not isinstance(getattr(generator, wrapped or "", None), nn.Module):
+        if wrapped is None or not isinstance(getattr(generator, wrapped, None), nn.Module):
             break
         generator, name = getattr(generator, wrapped), name.removeprefix(f"{wrapped}.")
     if isinstance(generator, torch.jit.ScriptModule):

@@ -93,7 +93,7 @@ class BoundLayer(Tap):
         speed of memory, a tenth of the time."""
         data = weight.detach().cpu().contiguous()
         digest = xxhash.xxh3_128(f"{data.dtype}|{tuple(data.shape)}|".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
         told, computed = digest.digest(), self._adapter.computed is not None
         if self._known_weight is None or self._known_weight[0] != told or ("~" in self._known_weight[1]) != computed:
             self._known_weight = told, (rounded_fingerprint if computed else tensor_fingerprint)(weight)

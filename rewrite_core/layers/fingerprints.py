@@ -242,7 +242,9 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self._generator = generator
         # scripted modules take no hooks: they count as started
-        self._started = {part for part in generator.modules() if isinstance(part, torch.jit.ScriptModule)}
+        self._started: set[nn.Module] = {
+            part for part in generator.modules() if isinstance(part, torch.jit.ScriptModule)
+        }
         self._read: set[int] = set()
         self._owned: dict[tuple[str, str], _Owned] = {}
         self._places: dict[int, list[_Owned]] = {}  # by storage

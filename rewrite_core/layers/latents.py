@@ -102,7 +102,7 @@ _sampled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _digest_of_all(latents: Tensor) -> bytes:
-    return xxhash.xxh3_128(latents.numpy()).digest()
+    return xxhash.xxh3_128(latents.numpy().data).digest()
 
 
 def _sizes(shape: object) -> tuple[int, ...]:

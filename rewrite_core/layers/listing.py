@@ -216,7 +216,9 @@ class _Owners:
     def shared(self, adapter: LayerAdapter) -> str | None:
         """Why a layer is none for an edit where another module has its weight too; nobody has a computed one."""
         weight = None if adapter.computed is not None else adapter.weight
-        for name, module, tensor in self._places.get(storage_of(weight) or 0, ()) if weight is not None else ():
+        if weight is None:
+            return None
+        for name, module, tensor in self._places.get(storage_of(weight) or 0, ()):
             if module is not adapter.module and overlap(tensor, weight):
                 return f"it shares its weight with {name!r}, which an edit would change as well"
         return None

@@ -61,7 +61,8 @@ def why_unreached(name: str, adapter: LayerAdapter, generator: nn.Module, forwar
             "of one whose forward was compiled or replaced; compile the copy itself (torch.compile(copy)), or copy the "
             "generator before."
         )
-    if any(type(part).__name__ == "DataParallel" and len(part.device_ids) > 1 for part in generator.modules()):
+    parts: list[Any] = list(generator.modules())
+    if any(type(part).__name__ == "DataParallel" and len(part.device_ids) > 1 for part in parts):
         return (
             f"The forward pass never reached {name!r}, which DataParallel may run in copies of its own; put what is "
             "inside (.module) in its place."
