@@ -15,7 +15,16 @@ from .. import ops
 from ..errors import NonFiniteError, SolverError
 from ..ops.fit_low_rank_op.problem import STATUS
 from .base import Solver
-from .problem import LayerProblem, LayerSolution, after, basis_maps, inputs_of, is_known
+from .problem import (
+    LayerProblem,
+    LayerSolution,
+    after,
+    basis_maps,
+    grouped_basis_maps,
+    grouped_output,
+    inputs_of,
+    is_known,
+)
 
 
 def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +39,33 @@ def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Ten
     gram = rows * square @ rows.T
     quadratic = torch.kron(gram, torch.eye(weight.shape[2], dtype=gram.dtype, device=gram.device))
     return constant, linear, quadratic
+
+
+def all_fit_inputs(problem: LayerProblem) -> list[dict[str, Any]]:
+    """:func:`fit_inputs` of every group. Where nothing but the group's own channels matters they are computed together,
+    as many small convolutions would take a hundred times as long as one."""
+    layer, groups = problem.layer, problem.layer.groups
+    operations = [after(problem, capture) for capture, _ in problem.regions]
+    if groups == 1 or any(operation.style is not None for operation in operations):
+        return [fit_inputs(problem, group) for group in range(groups)]
+    maps: dict[str, list[Tensor]] = {name: [] for name in ("basis", "base", "target", "shift")}  # [groups, ..., P]
+    for (capture, target), operation in zip(problem.regions, operations, strict=True):
+        with torch.no_grad():
+            maps["basis"].append(grouped_basis_maps(layer, capture.key, problem.directions)[0].flatten(2))
+            base = grouped_output(layer, capture.key, problem.weight)
+        shift = torch.zeros((), dtype=base.dtype, device=base.device) if operation.shift is None else operation.shift
+        for name, whole in (("base", base), ("target", target), ("shift", shift.to(base.dtype).expand(target.shape))):
+            maps[name].append(whole[0].flatten(1).unflatten(0, (groups, -1)))
+    joined = {name: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for name, parts in maps.items()}
+    last, outputs = operations[-1], layer.out_channels // groups
+    common: dict[str, Any] = {"slope": last.slope, "gain": last.gain, "demodulation": None}
+    scale = torch.full((outputs,), last.gain**2, dtype=torch.float64, device=joined["base"].device)
+    inputs = []
+    for group in range(groups):
+        inputs.append({name: whole[group] for name, whole in joined.items()} | common)
+        if problem.generic is not None:
+            inputs[-1] |= {"penalty": problem.preserve * problem.generic[group], "penalty_scale": scale}
+    return inputs
 
 
 def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
@@ -96,7 +132,7 @@ def _in_segments(part: dict[str, Any], count: int) -> tuple[tuple[Tensor, ...], 
 
 
 def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
-    return torch.stack([F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
+    return torch.stack([row if row.shape[-1] == pixels else F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
 
 
 def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[LayerSolution]:
@@ -111,12 +147,13 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
             advice={"solver": "adam"},
         )
     groups = first.layer.groups
-    inputs = [fit_inputs(problem, group) for problem in problems for group in range(groups)]
+    inputs = [part for problem in problems for part in all_fit_inputs(problem)]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
     maps = ("basis", "base", "target", "shift")
     arguments: dict[str, Any] = {name: _pad([part[name] for part in inputs], pixels) for name in maps}
-    valid = _pad([torch.ones_like(part["basis"][0]) for part in inputs], pixels)
+    sizes_of = torch.tensor(sizes, device=arguments["basis"].device)
+    valid = (torch.arange(pixels, device=sizes_of.device) < sizes_of[:, None]).to(arguments["basis"])
     if any("segments" in part for part in inputs):
         count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
         parts, segments = zip(*(_in_segments(part, count) for part in inputs))

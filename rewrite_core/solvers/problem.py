@@ -79,11 +79,36 @@ def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
     (y, x), so that linear output = base + Lambda u for strided, transposed and blurred layers alike.
     """
     maps = torch.einsum("ri,ni...->nr...", directions.to(key.dtype), key)
-    n, rank = maps.shape[:2]
+    out = _one_hot_maps(layer, maps.flatten(0, 1))
+    return out.reshape(len(maps), -1, *out.shape[2:])
+
+
+def grouped_basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
+    """:func:`basis_maps` of every group, each from its own input channels, at once: [N, groups, R kh kw, *map']."""
+    own = directions.to(key.dtype).unflatten(1, (layer.groups, -1))  # [R, groups, I / groups]
+    maps = torch.einsum("rgi,ngi...->ngr...", own, key.unflatten(1, (layer.groups, -1)))
+    out = _one_hot_maps(layer, maps.flatten(0, 2))
+    return out.reshape(len(maps), layer.groups, -1, *out.shape[2:])
+
+
+def grouped_output(layer: BoundLayer, key: Tensor, weight: Tensor) -> Tensor:
+    """The layer's linear operator on key [N, I, *map] with a weight [O, I, *kernel] that is zero between groups."""
+    taps, groups = math.prod(layer.kernel_size), layer.groups
+    outputs, inputs = layer.out_channels, layer.in_channels
+    if inputs * taps**2 + outputs * inputs // groups * taps >= outputs * inputs * taps:
+        return layer.linear(key, weight)  # few groups: zeros cost less than maps of every input
+    maps = _one_hot_maps(layer, key.flatten(0, 1))  # [N I, kh kw, *map']
+    rows = maps.reshape(len(key), groups, -1, math.prod(maps.shape[2:]))  # [N, groups, I / groups kh kw, P]
+    blocks = weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    out = blocks.flatten(2).to(rows) @ rows  # [groups, O / groups, I / groups kh kw]
+    return out.reshape(len(key), outputs, *maps.shape[2:])
+
+
+def _one_hot_maps(layer: BoundLayer, maps: Tensor) -> Tensor:
+    """The layer's linear operator on maps [M, *map], each by itself, with every one-hot kernel: [M, kh kw, *map']."""
     taps = math.prod(layer.kernel_size)
-    kernels = torch.eye(taps, dtype=key.dtype, device=key.device).reshape(taps, 1, *layer.kernel_size)
-    out = layer.linear(maps.reshape(n * rank, 1, *maps.shape[2:]), kernels)
-    return out.reshape(n, rank * taps, *out.shape[2:])
+    kernels = torch.eye(taps, dtype=maps.dtype, device=maps.device).reshape(taps, 1, *layer.kernel_size)
+    return layer.linear(maps[:, None], kernels)
 
 
 def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
@@ -103,17 +128,22 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
             rows, moment = directions.double(), moment.to(weight.device)
             exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
             return exact[0] if layer.groups == 1 else torch.stack(exact)
-    totals: list[Tensor | None] = [None] * layer.groups
+    total: Tensor | None = None
     count = 0
     with torch.no_grad():
         for batch in latents.split(8):
             keys = layer.keys(batch)
-            for group, own in enumerate(parts):
-                basis = basis_maps(layer, keys[:, own], directions[:, own])
-                totals[group] = ops.second_moment(basis.flatten(2)[..., None], out=totals[group])
-            count += basis.numel() // basis.shape[1]
-    whole = [total for total in totals if total is not None]
-    return (whole[0] if layer.groups == 1 else torch.stack(whole)) / count
+            if layer.groups == 1:
+                basis = basis_maps(layer, keys, directions)
+                total = ops.second_moment(basis.flatten(2)[..., None], out=total)
+                count += basis.numel() // basis.shape[1]
+            else:
+                rows = grouped_basis_maps(layer, keys, directions).flatten(3).transpose(0, 1).transpose(1, 2).flatten(2)
+                part = torch.bmm(rows.double(), rows.double().mT)  # [groups, J, J] of rows [groups, J, N P]
+                total = part if total is None else total + part
+                count += rows.shape[2]
+    assert total is not None  # there is at least one latent
+    return total / count
 
 
 def inputs_of(layer: BoundLayer, group: int) -> slice:

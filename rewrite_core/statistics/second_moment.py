@@ -140,8 +140,8 @@ class SecondMoment:
         if groups == 1:
             return self
         moment = SecondMoment(self.channels, self.layer, self.fingerprint)
-        blocks = (rows.chunk(groups, 1)[j] for j, rows in enumerate(self._sum.chunk(groups)))
-        moment._sum.copy_(torch.block_diag(*blocks))
+        group = torch.arange(self.channels, device=self._sum.device) // (self.channels // groups)
+        moment._sum.copy_(self._sum.where(group[:, None] == group, 0.0))
         moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
         return moment
 

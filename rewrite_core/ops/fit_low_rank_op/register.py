@@ -17,6 +17,7 @@ from ...backends import (
     triton_interpreted,
     triton_reason,
 )
+from ..memory import address, plain_fields
 from .problem import (
     MOST_UNKNOWNS,
     TRITON,
@@ -109,6 +110,7 @@ def fit_low_rank(
 
 
 def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
+    problem = plain_fields(problem)
     outputs = empty_outputs(problem.basis, problem.base)
     # Kept alive until the call returns. A broadcast shift is read where it lies.
     inputs = [
@@ -119,7 +121,7 @@ def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
     edits, unknowns, pixels = problem.basis.shape
     styles = 1 if problem.segments is None or problem.constant is None else problem.constant.shape[1]
     extension().fit_low_rank(
-        inputs=[0 if data is None else data.data_ptr() for data in inputs],
+        inputs=[address(data) or 0 for data in inputs],
         shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
         is_double=problem.base.dtype == torch.float64,
         sizes=(edits, problem.base.shape[1], unknowns, pixels, styles),
@@ -144,7 +146,7 @@ def _cpp_supports(basis: Tensor, *args: object) -> str | None:
 def run_triton(problem: FitLowRankProblem) -> Outputs:
     from ...kernels.fit_low_rank import launch
 
-    return launch(problem)
+    return launch(plain_fields(problem))
 
 
 def _triton_supports(basis: Tensor, *args: Any) -> str | None:

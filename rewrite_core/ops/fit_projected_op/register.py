@@ -19,6 +19,7 @@ from ...backends import (
     triton_interpreted,
     triton_reason,
 )
+from ..memory import address, plain_fields
 from .problem import (
     BETA1,
     BETA2,
@@ -113,6 +114,7 @@ def _ranges(blocks: int, size: int) -> Iterator[tuple[int, int]]:
 def run_cpp(
     problem: FitProjectedProblem, progress: Progress | None = None, isa: str = "", tile: int | None = None
 ) -> tuple[Tensor, Tensor]:
+    problem = plain_fields(problem)
     operator, directions = problem.operator, problem.directions
     inputs, *kernel, height, width = operator.shape
     channels, rank, taps = len(problem.base), len(directions), kernel[0] * kernel[1]
@@ -129,8 +131,9 @@ def run_cpp(
     base, target, value = (part.contiguous() for part in (problem.base, problem.target, problem.value))
     shift = base.new_zeros(()) if problem.shift is None else problem.shift
     shift = shift.expand(channels, height, width)
-    if shift.stride(1) != width * shift.stride(2):  # one stride over all pixels
+    if height > 1 and width > 1 and shift.stride(1) != width * shift.stride(2):  # one stride over all pixels
         shift = shift.contiguous()
+    over_pixels = shift.stride(2) if width > 1 else shift.stride(1)  # an axis of one entry may have any stride
     wide: dict[str, Any] = {"dtype": torch.float64, "device": base.device}
     count = torch.arange(1, problem.steps + 1, **wide)
     rates = torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float()
@@ -143,8 +146,8 @@ def run_cpp(
     ranges = _ranges(blocks, max(blocks, 1) if progress is None else threads)
     for first, size in ranges if progress is None else progress(ranges, -(-blocks // threads)):
         extension().fit_projected(
-            inputs=[0 if data is None else data.data_ptr() for data in inputs_of],
-            shift_strides=(shift.stride(0), shift.stride(2)),
+            inputs=[address(data) or 0 for data in inputs_of],
+            shift_strides=(shift.stride(0), over_pixels),
             sizes=(tile, padded, taps, height, width, channels, rank, maps.shape[1], maps.shape[2]),
             numbers=(problem.eps, problem.slope, problem.gain),
             absolute=problem.loss == "l1",
@@ -165,7 +168,7 @@ def run_cpp(
 def run_triton(problem: FitProjectedProblem, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
     from ...kernels.fit_projected import launch
 
-    return launch(problem, progress)
+    return launch(plain_fields(problem), progress)
 
 
 def _kernels_support(operator: Tensor) -> str | None:

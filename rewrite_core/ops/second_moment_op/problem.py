@@ -52,6 +52,8 @@ def check(features: Tensor, out: Tensor | None, precision: str) -> None:
         raise RewriteCoreError(
             f"out is on {out.device} and the features are on {features.device}: move one to the other."
         )
+    if out.is_neg():
+        raise ArgumentError("out is a lazily negated view, and its memory is written: pass out.resolve_neg().")
     if out.requires_grad:
         raise RewriteCoreError("out requires gradients and is written in place: pass out.detach().")
 

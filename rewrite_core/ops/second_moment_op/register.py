@@ -15,6 +15,7 @@ from ...backends import (
     triton_interpreted,
     triton_reason,
 )
+from ..memory import address, plain
 from .problem import DTYPES, PRECISIONS, check, check_apart, check_types
 
 
@@ -62,14 +63,15 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
 
 
 def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
+    features = plain(features)
     shape = (*features.shape, 1, 1)[:4]
     strides = (*features.stride(), 0, 0)[:4]
     extension().second_moment(
-        features.data_ptr(),
+        address(features),
         DTYPES.index(features.dtype),
         shape,
         strides,
-        out.data_ptr(),
+        address(out),
         torch.get_num_threads(),
         isa,
     )
@@ -78,7 +80,7 @@ def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
 def run_triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) -> None:
     from ...kernels.second_moment import launch
 
-    launch(features, out, precision)
+    launch(plain(features), out, precision)
 
 
 def _run(features: Tensor, out: Tensor, backend: str, precision: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...backends import select
 from ...errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
+from ..memory import plain
 from .problem import Cholesky, check_matrix, check_rhs
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -103,7 +104,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
     """
     check_matrix(matrix)
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
-    matrix = matrix.detach().double()
+    matrix = plain(matrix.detach().double())
     full = matrix if matrix.ndim == 3 else matrix[None]
     kernels = select("spd_solve", backend, matrix).load()
     facts = kernels.examine(full)

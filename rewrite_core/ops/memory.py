@@ -1,0 +1,26 @@
+"""What kernels are handed: addresses of memory that holds what its tensor says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def plain(data: Tensor) -> Tensor:
+    """The same numbers, in memory as they are; a lazily negated view (``x.conj().imag``) has them with another sign."""
+    return data.resolve_neg()
+
+
+def plain_fields(problem: Any) -> Any:
+    """A problem (a NamedTuple) whose tensors are all :func:`plain`."""
+    return problem._replace(**{k: plain(v) for k, v in problem._asdict().items() if isinstance(v, Tensor)})
+
+
+def address(data: Tensor | None) -> int | None:
+    """Of a tensor's first number; None of None. A view whose memory holds other numbers is a mistake here."""
+    if data is None:
+        return None
+    if data.is_neg():
+        raise RuntimeError("a kernel was handed a lazily negated view: pass it through plain() first.")
+    return data.data_ptr()
