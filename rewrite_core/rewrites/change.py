@@ -193,9 +193,11 @@ class Rewrite:
         for layers in (self._layers, self._here.layers):
             layers.append(bound)
 
-    def _forget(self) -> None:
-        """Drop the generators that it is off; a loaded one keeps the last. Outside of any lock, as it takes others."""
+    def _forget(self, kept: BoundLayer | None = None) -> None:
+        """Drop the generators that it is off, but for `kept`; a loaded one keeps the last. Outside of any lock, as it
+        takes others."""
         last = [] if self._made_on is not None else self._here.layers[-1:]
+        last += [] if kept is None else [kept]
         for layers in (self._layers, self._here.layers):
             for i, place in reversed([*enumerate(layers)]):
                 twice = any(place.module is later.module for later in layers[i + 1 :])
@@ -239,7 +241,7 @@ class Rewrite:
                 self.size = self._size_on(stack["base"])
             self._remember(bound)
             stacks.write(bound, stack["base"], weight, stacks.changes(stack) | {self._id: change})
-        self._forget()
+        self._forget(kept=bound)
         return self
 
     def _below(self, bound: BoundLayer, stack: Stack | None, force: bool) -> Stack:
