@@ -29,8 +29,8 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """One call of a layer on N latents: the key map and whatever else the value depends on. Of a layer that runs once
-    for each part of the latents it is all its runs, one after the other."""
+    """One call of a layer on N latents: the key map and whatever else the value depends on. Of a layer that runs
+    once for each part of the latents it is all its runs, one after the other."""
 
     key: Tensor  # [N, I, *map], what the layer's weight really multiplies
     extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # e.g. "style" [N, I], "noise"
@@ -98,7 +98,8 @@ def absent(module: nn.Module) -> str:
     if hooks or has(module, "_hf_hook"):
         return (
             "it is offloaded: its weights are on the meta device between passes, and a hook brings them; load the "
-            "generator without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
+            "generator "
+            "without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
         )
     return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
 
@@ -108,7 +109,8 @@ def unusual(weight: Tensor) -> str | None:
     if type(weight).__name__ == "DTensor":
         return (
             "its weight is a DTensor, sharded over processes (FSDP2, tensor parallelism); load the full state dict "
-            "into a generator that is not sharded, and bind that"
+            "into a "
+            "generator that is not sharded, and bind that"
         )
     if is_traceable_wrapper_subclass(weight):
         return f"its weight is a {type(weight).__name__}, not a plain tensor; bind a generator that is not quantised"
@@ -117,14 +119,12 @@ def unusual(weight: Tensor) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}; bind a generator that is not quantised"
     if weight.dtype.itemsize == 1:
-        return (
-            f"its weight is {weight.dtype}, which has no arithmetic of its own; bind a copy of it in bfloat16 or "
-            "float32"
-        )
+        return f"its weight is {weight.dtype}, which has no arithmetic of its own; bind a copy in bfloat16 or float32"
     if weight.ndim < 2 or not weight.numel():
         return (
             f"its weight has shape {list(weight.shape)} between passes, as where FSDP or ZeRO shard it; bind a "
-            "generator that is not sharded"
+            "generator that "
+            "is not sharded"
         )
     return None
 

@@ -24,7 +24,7 @@ TRANSPOSED = {
 }
 
 
-def kind_of(module: nn.Module) -> type[nn.Module] | None:
+def kind_of(module: object) -> type[nn.Module] | None:
     """The torch layer that a module is, or is made from."""
     return next((kind for kind in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) if isinstance(module, kind)), None)
 
@@ -67,9 +67,9 @@ class ConvLayer(PlainLayer):
 
     @classmethod
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
-        module: Any = generator.get_submodule(path)
-        kind = kind_of(module)
-        if kind is None or (_has_own_forward(module) and "weight" in module._parameters and not is_lazy(module.weight)):
+        module = generator.get_submodule(path)
+        kind, weight = kind_of(module), module._parameters.get("weight")
+        if kind is None or (weight is not None and _has_own_forward(module) and not is_lazy(weight)):
             return None  # the latter is GeneralLayer's
         adapter = LinearLayer if kind is nn.Linear else TransposedConvLayer if kind in TRANSPOSED else ConvLayer
         return adapter(path, module)
@@ -113,8 +113,7 @@ class ConvLayer(PlainLayer):
         module, padding = self.module, self.module.padding
         if module.padding_mode != "zeros":
             key, padding = F.pad(key, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-        kind: Any = kind_of(module)
-        convolve = CONVOLUTIONS[kind]
+        convolve = next(function for kind, function in CONVOLUTIONS.items() if isinstance(module, kind))
         return convolve(key, weight, None, module.stride, padding, module.dilation, groups)
 
     def replace_value(self, output: Tensor, value: Tensor) -> Tensor:
@@ -154,7 +153,8 @@ class TransposedConvLayer(ConvLayer):
             if list(wanted)[-len(usual) :] != usual:
                 raise RewriteCoreError(
                     f"Layer {self.path!r} is called with output_size={list(wanted)} and makes maps of {usual} by "
-                    "itself, so its output padding is not its own; give the layer that output_padding instead."
+                    "itself, so "
+                    "its output padding is not its own; give the layer that output_padding instead."
                 )
         return capture
 
@@ -163,8 +163,7 @@ class TransposedConvLayer(ConvLayer):
 
     def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
         module = self.module
-        kind: Any = kind_of(module)
-        convolve = TRANSPOSED[kind]
+        convolve = next(function for kind, function in TRANSPOSED.items() if isinstance(module, kind))
         return convolve(
             key, weight, None, module.stride, module.padding, module.output_padding, groups, module.dilation
         )

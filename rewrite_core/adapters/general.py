@@ -70,7 +70,8 @@ class GeneralLayer(LayerAdapter):
         if place is None or key is None or len(shape) < 2 or shape[-1 if last else 1] != channels:
             raise RewriteCoreError(
                 f"Layer {self.path!r} is given {shape or None} and its weight takes {channels} channels, so what its "
-                "keys are is not known"
+                "keys "
+                "are is not known"
             )
         for part in extra.values():
             if not part.is_floating_point() or part.ndim == 0 or len(part) not in (1, len(key)):
@@ -105,7 +106,8 @@ class GeneralLayer(LayerAdapter):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise RewriteCoreError(
             f"Layer {self.path!r} puts out {found} and its weight has {out_channels} output channels, so what its "
-            "values are is not known"
+            "values "
+            "are is not known"
         )
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ class GeneralLayer(LayerAdapter):
         if weight.shape != self.canonical(self.weight).shape or not self._alone:
             raise SolverError(
                 f"What layer {self.path!r} does with its weight is not known; use solver='adam', without `preserve`, "
-                "and region='map'.",
+                "and "
+                "region='map'.",
                 advice={"solver": "adam", "`preserve`": None, "region": "map"},
             )
         capture = Capture(key, call=self._call)

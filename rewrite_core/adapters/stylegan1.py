@@ -40,7 +40,7 @@ class _Equalised(PlainLayer):
             return float(hook.compute_weight(_Ones(self.module)).flatten()[0])
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        return super().linear(key, weight * self.constant)  # type: ignore[safe-super] # of the class that it is mixed into
+        return super().linear(key, weight * self.constant)  # type: ignore[safe-super]  # beside a ConvLayer
 
 
 class _Ones:

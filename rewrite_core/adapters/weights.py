@@ -143,8 +143,9 @@ class Parametrized(ComputedWeight):
 
     @property
     def parameter(self) -> nn.Parameter:
-        last: Any = self._stages[-1]
-        return last.value
+        folded = self._stages[-1]
+        assert isinstance(folded, Folded)
+        return folded.value
 
     def parts(self) -> list[str]:
         return [f"parametrizations.{self.name}"]
@@ -277,7 +278,8 @@ class Hooked(_Detached):
                 return None
         return (
             "its hook changes the weight at every pass, in eval mode too; call the generator until the weight rests, "
-            "or take the hook off and make what it computes a parameter"
+            "or "
+            "take the hook off and make what it computes a parameter"
         )
 
     def _run(self) -> Tensor:

@@ -42,8 +42,8 @@ def build(make: Callable[[], Module], state: Mapping[str, Tensor]) -> Module:
 
 
 def described(make: Callable[[], Module]) -> Module:
-    """The module that `make` describes, on the meta device: shapes, and no memory. Raises FileFormatError where there
-    are no such shapes."""
+    """The module that `make` describes, on the meta device: shapes, and no memory. Raises FileFormatError where
+    there are no such shapes."""
     try:
         with torch.device("meta"):
             return make()

@@ -46,7 +46,8 @@ def load_generator(
         raise RewriteCoreError(
             f"{os.fspath(checkpoint)}: a network without the code that makes it is a pickle, and opening a pickle runs "
             "whatever code is in it; give make= and a state dict, or allow_pickle=True if you trust where the file "
-            "comes from."
+            "comes "
+            "from."
         )
     return _unpickle(Path(checkpoint)).eval()
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FileFormatError, RewriteCoreError
+from ..errors import FileFormatError, RewriteCoreError, quoted
 from ..files import read_state_dict
 from .checkpoint import build, size_of, without_prefixes
 
@@ -113,7 +113,7 @@ def load_proggan(source: str | os.PathLike | Mapping[str, Any]) -> ProgGAN:
         if key not in state:
             raise FileFormatError(
                 f"This is no Progressive GAN checkpoint in the published layout: {key!r} is missing, "
-                f"its first key is {next(iter(state))!r}; convert the generator to that layout."
+                f"its first key is {quoted(next(iter(state)))}; convert the generator to that layout."
             )
         outputs, inputs = size_of(state, key, 0, 4), size_of(state, key, 1, 4)
         sizes += [outputs] if sizes else [inputs, outputs]

@@ -71,6 +71,7 @@ class Blur(nn.Module):
 
     def __init__(self, pad: tuple[int, int]):
         super().__init__()
+        self.kernel: Tensor
         self.register_buffer("kernel", _blur_kernel())
         self.pad = pad
 
@@ -83,10 +84,9 @@ class Blur(nn.Module):
 class Upsample(nn.Module):
     """Doubles the map size by zero-insertion and a blur: [N, C, H, W] -> [N, C, 2H, 2W]."""
 
-    kernel: Tensor
-
     def __init__(self) -> None:
         super().__init__()
+        self.kernel: Tensor
         self.register_buffer("kernel", _blur_kernel())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,7 +347,8 @@ def load_stylegan2(
     if found > _LARGEST:
         raise FileFormatError(
             f"This checkpoint has the layers of {found}x{found} images, and no StyleGAN2 paints more than {_LARGEST}; "
-            "give the state dict as published."
+            "give "
+            "the state dict as published."
         )
     style_dim = channels_of("conv1.conv.modulation.weight", 1, 2)
     n_mlp = count("style.")

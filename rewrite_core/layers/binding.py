@@ -13,20 +13,19 @@ from ..errors import ArgumentError, RewriteCoreError, UnknownLayerError
 from .bound import BoundLayer
 from .fingerprints import Forward
 
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
 
 def unwrapped(generator: nn.Module, name: str = "") -> tuple[nn.Module, str]:
     """What is inside torch.compile, DataParallel and the like, which share its weights, and a layer's name in there."""
     if not isinstance(generator, nn.Module):
         raise ArgumentError(f"bind needs a torch.nn.Module, not {type(generator).__name__}.")
     while True:
-        wrapped = {
-            "OptimizedModule": "_orig_mod",
-            "DataParallel": "module",
-            "DistributedDataParallel": "module",
-        }.get(type(generator).__name__)
-        if wrapped is None or not isinstance(getattr(generator, wrapped, None), nn.Module):
+        wrapped = _WRAPPERS.get(type(generator).__name__, "")
+        inside = getattr(generator, wrapped, None)
+        if not isinstance(inside, nn.Module):
             break
-        generator, name = getattr(generator, wrapped), name.removeprefix(f"{wrapped}.")
+        generator, name = inside, name.removeprefix(f"{wrapped}.")
     if isinstance(generator, torch.jit.ScriptModule):
         raise RewriteCoreError(
             "A scripted or traced generator runs without Python and cannot be stopped at a layer; bind the module that "

@@ -127,8 +127,10 @@ class BoundLayer(Tap):
         if capture.runs > 1:
             raise RewriteCoreError(
                 f"{self.name!r} runs {capture.runs} times in a forward pass (for tiles, in a loop, or in several "
-                "places), so a latent has no one map there; switch tiling off, give a `forward` that runs it once per "
-                "latent, or choose a layer that list_layers names."
+                "places), so "
+                "a latent has no one map there; switch tiling off, give a `forward` that runs it once per latent, or "
+                "choose "
+                "a layer that list_layers names."
             )
         if len(capture.key) != len(latents):
             raise RewriteCoreError(
@@ -205,12 +207,14 @@ class BoundLayer(Tap):
         if maps is not None and maps != len(latents):
             raise RewriteCoreError(
                 f"{self.name!r} sees {maps} maps for {len(latents)} latents in a forward pass, so it has no one value "
-                "to replace; choose a layer that list_layers names."
+                "to "
+                "replace; choose a layer that list_layers names."
             )
         if value.ndim < 2 or value.shape[:2] != (len(latents), self.out_channels):
             raise RewriteCoreError(
                 f"A value of {self.name!r} for {len(latents)} latents is [{len(latents)}, {self.out_channels}, *map], "
-                f"not {list(value.shape)}."
+                "not "
+                f"{list(value.shape)}."
             )
         return self._images(latents, value)
 

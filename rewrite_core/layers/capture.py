@@ -215,7 +215,8 @@ class _Reader:
             self.tap._runs.clear()
             raise RewriteCoreError(
                 f"{self.tap.name!r} runs more often in this pass than it did when it was first read, so some of its "
-                "keys would be missed: the generator was changed; try again."
+                "keys "
+                "would be missed: the generator was changed; try again."
             )
         size = tuple(capture.key.shape[2:])
         if not self.captures:
@@ -301,7 +302,8 @@ def _whole_pass(taps: Sequence[Tap], latents: Tensor) -> tuple[dict[str, int], d
             raise
         warn(
             f"The generator fails after {', '.join(first)} ({type(error).__name__}: {error}), so whether that runs "
-            "once in a pass is not known; it is taken to."
+            "once in a "
+            "pass is not known; it is taken to."
         )
     for tap in taps:
         if tap.name not in first:
@@ -341,8 +343,10 @@ def _compare(
 def _warn_of_dependence(tap: Tap, share: float) -> None:
     warn(
         f"The keys of one latent at {tap.name!r} depend on the other latents of its batch (they change by "
-        f"{share:.0%}), as with batch normalisation without running statistics; give the generator some, or collect "
-        "with batch_size=1, as edits read one latent at a time.",
+        f"{share:.0%}), as "
+        "with batch normalisation without running statistics; give the generator some, or collect with batch_size=1, "
+        "as "
+        "edits read one latent at a time.",
         BatchDependenceWarning,
     )
 

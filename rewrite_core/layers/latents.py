@@ -92,7 +92,8 @@ class LatentRecipe:
                 return cls(tuple(shape), record["distribution"], seed, count)
         raise FileFormatError(
             "A recipe of latents should hold a shape, a distribution, a seed and a count; this one does not, so the "
-            "file is damaged or foreign."
+            "file "
+            "is damaged or foreign."
         )
 
 
@@ -148,8 +149,8 @@ def sample_latents(shape: int | tuple[int, ...], count: int, seed: int = 1, dist
     numbers = count * math.prod(sizes)
     if numbers > _MOST_NUMBERS:
         raise RewriteCoreError(
-            f"{count} latents of {'x'.join(map(str, sizes))} are {numbers} numbers, more than a machine holds; ask for "
-            "fewer."
+            f"{count} latents of {'x'.join(map(str, sizes))} are {numbers} numbers, more than a machine holds; ask "
+            "for fewer."
         )
     source = np.random.RandomState(seed)
     rows = source.standard_normal(numbers) if distribution == "normal" else source.uniform(-1, 1, numbers)
@@ -228,7 +229,8 @@ def check_rows(recorded: Mapping[int, str], recipe: LatentRecipe | None, latents
         kind = f"; their distribution is {present.distribution}, not {recipe.distribution}"
     raise MismatchError(
         f"{what} was made on other latents{made} than these{now}: row {other[0]} differs{kind}; give the latents that "
-        "it was made on."
+        "it was "
+        "made on."
     )
 
 

@@ -158,7 +158,8 @@ class _Look:
             if not _is_made_of(self.layer, output, value):
                 self._problem = (
                     f"what it puts out is not what a layer of family {self.layer.family!r} makes of its keys, so an "
-                    "edit would miss its goal; look for a hook on it, or for a forward that runs it in its own way"
+                    "edit "
+                    "would miss its goal; look for a hook on it, or for a forward that runs it in its own way"
                 )
         except RewriteCoreError as error:
             self._problem = str(error).rstrip(".")
@@ -171,7 +172,8 @@ class _Look:
         if self._problem is None and self._runs > 1 and not sliced:
             return (
                 f"it runs {self._runs} times in a forward pass (for tiles, in a loop, or in several places), and an "
-                "edit of its weight changes them all"
+                "edit of "
+                "its weight changes them all"
             )
         if self._problem is None and not sliced:
             return f"it sees {self._rows} maps for {latents} latents, so whose is whose is not known"
@@ -215,9 +217,9 @@ class _Owners:
 
     def shared(self, adapter: LayerAdapter) -> str | None:
         """Why a layer is none for an edit where another module has its weight too; nobody has a computed one."""
-        weight = None if adapter.computed is not None else adapter.weight
-        if weight is None:
+        if adapter.computed is not None:
             return None
+        weight = adapter.weight
         for name, module, tensor in self._places.get(storage_of(weight) or 0, ()):
             if module is not adapter.module and overlap(tensor, weight):
                 return f"it shares its weight with {name!r}, which an edit would change as well"

@@ -29,6 +29,6 @@ def overlap(one: Tensor, other: Tensor) -> bool:
 
 def _range(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor in its storage, and the one after the last."""
-    steps = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    steps = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + steps + 1) * tensor.element_size()

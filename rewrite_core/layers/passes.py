@@ -50,8 +50,8 @@ class Hooks:
 
 
 class _Own:
-    """A hook that runs in its own pass alone. Of a copy of the module, which another thread may make or save meanwhile,
-    it is a hook that does nothing."""
+    """A hook that runs in its own pass alone. Of a copy of the module, which another thread may make or save
+    meanwhile, it is a hook that does nothing."""
 
     def __init__(self, hooks: Hooks, hook: Callable[..., Any]):
         self._hooks, self._hook = hooks, hook

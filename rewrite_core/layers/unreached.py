@@ -39,7 +39,8 @@ class Uses(TorchDispatchMode):
 # what a forward pass does that never calls a module
 BYPASSED = (
     "uses its weight without calling the module (as conv.forward(x) or F.conv2d(x, conv.weight) do), so that no hook "
-    "sees its keys; call the module itself, conv(x)"
+    "sees its "
+    "keys; call the module itself, conv(x)"
 )
 
 
@@ -57,26 +58,26 @@ def why_unreached(name: str, adapter: LayerAdapter, generator: nn.Module, forwar
     other = _forward_of_another(generator)
     if other is not None:
         return (
-            f"The forward pass never reached {name!r}: the forward of {other} belongs to another module, as in a copy "
-            "of one whose forward was compiled or replaced; compile the copy itself (torch.compile(copy)), or copy the "
-            "generator before."
+            f"The forward pass never reached {name!r}: {other} has a forward put on it (compiled, or replaced), "
+            "and in a copy that is still the original's; compile the copy itself (torch.compile(copy)), or copy the "
+            "generator first."
         )
-    parts: list[Any] = list(generator.modules())
-    if any(type(part).__name__ == "DataParallel" and len(part.device_ids) > 1 for part in parts):
+    modules: list[Any] = list(generator.modules())
+    if any(type(part).__name__ == "DataParallel" and len(part.device_ids) > 1 for part in modules):
         return (
             f"The forward pass never reached {name!r}, which DataParallel may run in copies of its own; put what is "
-            "inside (.module) in its place."
+            "inside "
+            "(.module) in its place."
         )
     return f"The forward pass never reached {name!r}; bind a layer that this generator really runs."
 
 
 def _forward_of_another(generator: nn.Module) -> str | None:
-    """A module whose forward is one of a module that is not in the generator."""
+    """A module with a forward put on it that may be one of a module that is not in the generator."""
     own = set(generator.modules())
     for name, module in generator.named_modules():
         forward = vars(module).get("forward")
-        forward = getattr(forward, "_torchdynamo_orig_callable", forward)
         owner = getattr(forward, "__self__", None)
-        if isinstance(owner, nn.Module) and owner not in own:
+        if hasattr(forward, "_torchdynamo_orig_callable") or (isinstance(owner, nn.Module) and owner not in own):
             return repr(name) if name else "the generator"
     return None
