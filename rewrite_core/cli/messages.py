@@ -63,8 +63,9 @@ def problem(error: BaseException) -> str | None:
     if out_of_memory(error):
         detail = f" ({shown(error)})" if str(error) else ""
         return shown(f"Out of memory; ask for fewer pictures, or smaller batches{detail}.")
-    if isinstance(error, OSError) and error.filename is not None:
-        return shown(f"{error.filename}: {error.strerror}.")
+    if isinstance(error, OSError) and error.strerror:
+        which = "a file" if error.filename is None else error.filename
+        return shown(f"{which}: {error.strerror}.")
     if isinstance(error, RewriteCoreError | OSError):
         return in_options(str(error) or type(error).__name__, getattr(error, "advice", {}))
     if _in_a_generator(error):

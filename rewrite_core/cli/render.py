@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .command import Command
-from .messages import say
+from .messages import say, shown
 from .options import GENERATOR_NOTES, add_generator, add_rewrites, add_sheet, check_pixels, numbers
 
 
@@ -31,12 +31,13 @@ def run(options: argparse.Namespace) -> None:
     if options.rewrite:
         before, after = before_after(on, latents, options.rewrite, options.strength, options.force)
         rows = pictures.before_after(before, after, options.size, labels, columns=6)
-        title = "before | after " + ", ".join(Path(path).name for path in options.rewrite)
+        strength = "" if options.strength == 1 else f" at strength {options.strength:g}"
+        title = "before | after " + ", ".join(shown(Path(path).name) for path in options.rewrite) + strength
     else:
         images = [pictures.to_image(picture, options.size) for picture in on.paint(latents)]
         rows, title = pictures.in_rows(images, labels, 8), f"pictures of seed {on.seed}"
     pictures.save_png(pictures.grid(rows, title), options.out)
-    say(f"{len(latents)} pictures -> {options.out}")
+    say(f"{len(latents)} picture{'s' * (len(latents) > 1)} -> {options.out}")
 
 
 COMMAND = Command(

@@ -26,20 +26,26 @@ import torch
 import rewrite_core as rc
 from rewrite_core.cli.entry import COMMANDS, main, parser
 from rewrite_core.cli.settings import SETTINGS
+from rewrite_core.demo import chapels, load_edit
 
 MINE = ["--generator", "mine:make", "--checkpoint", "weights.pt", "--latent-size", "6"]
 ON_THE_LAYER = ["--layer", "3", "--count", "8"]
-GOOD = {
-    "init": [*MINE, "--force"],
-    "layers": [*MINE],
-    "collect": [*MINE, *ON_THE_LAYER, "--out", "new.safetensors"],
-    "search": ["e.json", *MINE, *ON_THE_LAYER, "--out", "new.png", "--moment", "m.safetensors"],
-    "edit": ["e.json", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--moment", "m.safetensors"],
-    "render": [*MINE, "--rewrite", "r.safetensors", "--images", "0-3", "--out", "new.png"],
-    "measure": [*MINE, "--rewrite", "r.safetensors", "--count", "8"],
-    "info": [],
-}
-"""What works; demo and bench take no such options and minutes."""
+GOOD = (
+    ["init", *MINE, "--force"],
+    ["layers", *MINE],
+    ["layers", "--json"],
+    ["collect", *MINE, *ON_THE_LAYER, "--out", "new.safetensors"],
+    ["search", "e.json", *MINE, *ON_THE_LAYER, "--out", "new.png", "--moment", "m.safetensors"],
+    ["edit", "e.json", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--moment", "m.safetensors"],
+    ["edit", "e.json", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--solver", "projected", "--steps", "3"],
+    ["render", *MINE, "--rewrite", "r.safetensors", "--images", "0-3", "--out", "new.png"],
+    ["render", "--rewrite", "chapels.safetensors", "--images", "0-3", "--out", "new.png"],
+    ["measure", *MINE, "--rewrite", "r.safetensors", "--count", "8"],
+    ["measure", "--rewrite", "chapels.safetensors", "--rule", "spire", "--count", "8", "--seed", "2"],
+    ["export", "r.safetensors", *MINE, "--format", "state-dict", "--out", "new.safetensors"],
+    ["info"],
+)
+"""What works. Not demo and bench, which take minutes, nor studio, which does not end."""
 
 NUMBERS = (
     *("0", "1", "2", "3", "7", "16", "-1", "-0", "1000000", "100000000", "9999999999", "2147483647", "2147483648"),
@@ -67,13 +73,29 @@ GENERATORS = (
 WORDS = (
     *("lm", "projected", "adam", "unconstrained", "normal", "uniform", "box", "map", "mask", "l1", "l2", "whitened"),
     *("svd", "mean", "units", "copy", "paste", "query", "context", "spire", "watermark", "0-3", "3,5", "5-3", "0,1"),
-    *("-1,1", "1,0", "0-99999999", "6x1x1", "6x", "0x6", "99999x99999x99999", "1x" * 60 + "1", "all", "solve"),
+    *(
+        "state-dict",
+        "peft",
+        "diffusers",
+        "onnx",
+        "-1,1",
+        "1,0",
+        "0-99999999",
+        "6x1x1",
+        "6x",
+        "0x6",
+        "99999x99999x99999",
+        "1x" * 60 + "1",
+        "all",
+        "solve",
+    ),
 )
 KINDS = {
     "generator": GENERATORS,
     "layer": LAYERS,
     "device": DEVICES,
-    **dict.fromkeys(("checkpoint", "moment", "rewrite", "resume", "out", "state_dict", "edit"), FILES),
+    "format": ("state-dict", "peft", "diffusers", "onnx", "pt"),
+    **dict.fromkeys(("checkpoint", "moment", "rule", "rewrite", "resume", "out", "state_dict", "edit"), FILES),
     **dict.fromkeys(("seed", "count", "rank", "steps", "batch_size", "size", "top", "erase", "until", "lr"), NUMBERS),
     **dict.fromkeys(("preserve", "project_every", "strength"), NUMBERS),
 }
@@ -94,8 +116,8 @@ def value(draw: random.Random, dest: str) -> str:
 
 def mix(draw: random.Random) -> list[str]:
     """One command line: what works, with some options replaced, added or left out."""
-    command = draw.choice(list(GOOD))
-    words, known = list(GOOD[command]), options_of(command)
+    command, *words = draw.choice(GOOD)
+    known = options_of(command)
     for _ in range(draw.choice((1, 1, 1, 2, 2, 3, 5))):
         kind = draw.random()
         if kind < 0.15 and words:
@@ -124,7 +146,8 @@ def mixed_settings(draw: random.Random) -> bytes:
 
 def long_for_a_reason(arguments: list[str]) -> bool:
     """Whether so much is asked for that it may take longer than is waited for."""
-    return any(word.isdecimal() and len(word) < 40 and int(word) >= 1_000_000 for word in arguments)
+    numbers = (word.replace("_", "") for word in arguments if len(word) < 40)
+    return any(word.isdecimal() and int(word) >= 1000 for word in numbers)
 
 
 def make_folder(folder: Path) -> None:
@@ -144,6 +167,10 @@ def make_folder(folder: Path) -> None:
     moment = rc.collect_second_moment(layer, latents, progress=False)
     moment.save("m.safetensors")
     rc.rewrite(layer, moment, edit, latents).save("r.safetensors")
+    chapel = rc.bind(chapels(), "synthesis.layer4.conv")
+    z = rc.sample_latents(16, 400)
+    moment = rc.collect_second_moment(chapel, z, progress=False)
+    rc.rewrite(chapel, moment, load_edit("spire"), z, region="map", loss="l2").save("chapels.safetensors")
     Path("cut.safetensors").write_bytes(Path("r.safetensors").read_bytes()[:-9])
     Path("bad.json").write_text("{")
     Path("deep.json").write_text("[" * 100_000)
@@ -228,7 +255,7 @@ def begin() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--gigabytes", type=int, default=3, help="of memory")
     options = words.parse_args()
-    assert {command.name for command in COMMANDS} >= set(GOOD)
+    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio"}
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         limit_memory(options.gigabytes)
