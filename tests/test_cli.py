@@ -242,3 +242,32 @@ def test_three_interrupts_end_without_a_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err == ""
+
+
+ENDING = """
+import atexit, sys, time
+from rewrite_core.cli.entry import main
+def end():
+    print("ending", flush=True)
+    time.sleep(1)
+atexit.register(end)
+sys.exit(main())
+"""
+
+
+def test_an_interrupt_after_the_work_is_too_late(tmp_path):
+    process = start(tmp_path, ENDING, "layers", "--device", "none")
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2 and err.startswith("rewrite layers: Device 'none'") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [(">&-", 0, ""), ("> /dev/full", 2, "rewrite info: a file: No space left on device.\n"), ("| head -c 1", 0, "")],
+)
+def test_an_output_that_cannot_be_written(tmp_path, redirected, status, said):
+    command = f"{sys.executable} -m rewrite_core info {redirected}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)

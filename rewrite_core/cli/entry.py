@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import FrameType
 
 from ..version import __version__
@@ -39,10 +40,11 @@ def parser() -> Parser:
     return build_parser(COMMANDS, __version__)
 
 
-@contextmanager
-def _interrupts() -> Iterator[None]:
+@contextlib.contextmanager
+def _interrupts(ending: bool) -> Iterator[None]:
     """The first Ctrl-C is a KeyboardInterrupt; while that is dealt with a second is only answered, and a third ends the
-    process at once. So no number of them ends in a traceback."""
+    process at once. So no number of them ends in a traceback, nor does one after the work where the process is
+    `ending`."""
     main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -63,28 +65,46 @@ def _interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ending else signal.default_int_handler)
 
 
-def _close_output() -> None:
-    """Nothing more can be written to stdout, at the interpreter's end either."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _flush_output() -> None:
+    """Raises OSError where what was printed cannot be written; then nothing is tried again at the interpreter's end."""
+    try:
+        if sys.stdout is not None:  # it is None where it was closed
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Bad input ends with one sentence on stderr and exit status 2; an interrupt with 130."""
-    options = parser().parse_args(arguments)
-    command: Command = options.command
-    with _interrupts(), warnings.catch_warnings():
+    """Run one command: `arguments`, or those of the process, which ends with it.
+
+    Returns the exit status: 2 after bad input, which is told in one sentence on stderr, and 130 after an interrupt.
+    Raises SystemExit where argparse does.
+    """
+    with _interrupts(ending=arguments is None):
+        try:
+            options = parser().parse_args(arguments)
+        except KeyboardInterrupt:  # the types of some options import torch
+            say("rewrite: interrupted.", to=sys.stderr)
+            return 130
+        return _run(options.command, options)
+
+
+def _run(command: Command, options: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
             fill(options, read_settings() if command.settings else {})
             check_files(options)
             status = command.run(options) or 0
-            sys.stdout.flush()
+            _flush_output()
             return status
         except BrokenPipeError:  # the reader (head, less) has seen enough
-            _close_output()
+            with contextlib.suppress(OSError):
+                _flush_output()
             return 141
         except KeyboardInterrupt:
             say(f"rewrite {command.name}: interrupted{command.interrupted(options)}.", to=sys.stderr)

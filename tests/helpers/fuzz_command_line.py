@@ -99,7 +99,7 @@ KINDS = {
     **dict.fromkeys(("seed", "count", "rank", "steps", "batch_size", "size", "top", "erase", "until", "lr"), NUMBERS),
     **dict.fromkeys(("preserve", "project_every", "strength"), NUMBERS),
 }
-SECONDS = 60  # that one command may take
+SECONDS = 300  # that one command may take
 
 
 def options_of(command: str) -> list[argparse.Action]:
