@@ -78,7 +78,7 @@ class Problem:
     error: Callable[[Any], float]
     error_kind: str
     tolerance: float
-    details: dict[str, float] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     yardstick: Yardstick | None = None
 

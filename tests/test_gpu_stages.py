@@ -252,7 +252,7 @@ class FakeGraph:
 @pytest.fixture
 def gpu(monkeypatch):
     """torch.cuda as the stages use it, for tensors that lie on the CPU."""
-    state = SimpleNamespace(capturing=False, graphs=[], broken=False)
+    state = SimpleNamespace(capturing=False, graphs=[], broken=False, left_broken=False)
 
     @contextlib.contextmanager
     def graph(made, stream=None):
@@ -292,23 +292,36 @@ def gpu(monkeypatch):
 
 
 def test_graphs_and_events(gpu):
-    """Ours goes into a graph; a contender that waits for the GPU does not, and one that is said not to is not tried."""
+    """Ours goes into a graph; what waits for the GPU does not; what is said not to is not tried; and what does not run
+    after it was tried has its times by the wall clock."""
     calls = []
 
     def waits():
         torch.cuda.synchronize()
         time.sleep(1e-3)
 
+    def is_left_broken():
+        if gpu.capturing:
+            gpu.left_broken = True
+        if gpu.left_broken:
+            raise RuntimeError("library state")
+
     problem = Problem(
         ours=Contender("rewrite_core", lambda: calls.append(time.sleep(1e-4))),
-        stock=[Contender("waits", waits, rounds=7), Contender("told", lambda: time.sleep(1e-3))],
+        stock=[
+            Contender("waits", waits, rounds=7),
+            Contender("told", lambda: time.sleep(1e-3)),
+            Contender("broken", is_left_broken),
+        ],
         shapes={}, dtype="", operations=1.0, traffic=1.0, error=lambda result: 0.0, error_kind="", tolerance=0.0,
     )  # fmt: skip
     race = timing.DeviceRace(problem, {"told": "it is so"}, budget=0.05)
     race.run(False)
-    assert len(gpu.graphs) == 2 and gpu.graphs[0].replays == len(race.times["rewrite_core"]) >= 5
+    assert len(gpu.graphs) == 3 and gpu.graphs[0].replays == len(race.times["rewrite_core"]) >= 5
     assert re.fullmatch(r"replays of a graph of \d+ calls", race.by["rewrite_core"])
     assert "AssertionError: a wait while a graph is captured" in race.by["waits"]
+    assert "the wall clock: RuntimeError: library state" in race.by["broken"]
+    assert race.times["broken"] == race.walls["broken"]
     assert race.by["told"] == "events; no graph: it is so"
     assert len(race.times["waits"]) == len(race.walls["waits"]) <= 7
     assert min(race.walls["told"]) >= 1e-3 and min(race.times["told"]) >= 1e-3

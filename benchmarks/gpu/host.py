@@ -136,7 +136,8 @@ def stamp(library: Path) -> dict[str, str]:
 
 def write_stamp(library: Path) -> None:
     """Of these sources; also where the library fits, as the commit may have come after it."""
-    about = {"sources": digest(PACKED), "python": sys.implementation.cache_tag, "commit": git_commit()}
+    known = git_commit() or stamp(library).get("commit")
+    about = {"sources": digest(PACKED), "python": sys.implementation.cache_tag, "commit": known}
     (library / STAMP).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 

@@ -35,10 +35,11 @@ def sound() -> bool:
 
 
 def tool() -> str:
-    for place in (shutil.which(TOOL), "/usr/local/cuda/bin/compute-sanitizer"):
-        if place is not None and Path(place).is_file():
-            return place
-    raise Skipped(f"{TOOL} is not installed")
+    found = shutil.which(TOOL)
+    places = sorted(place for place in Path("/usr/local").glob(f"cuda*/bin/{TOOL}") if place.is_file())
+    if found is None and not places:
+        raise Skipped(f"{TOOL} is not installed")
+    return found or str(places[-1])
 
 
 def launched(name: str, setting: Setting) -> dict[str, Any]:

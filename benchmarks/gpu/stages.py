@@ -16,7 +16,7 @@ STARTING = 60.0  # seconds that a process may take before its first case: import
 class Case:
     """One line of results.
 
-    limit      seconds after which its process is ended
+    limit      seconds after which its process is ended (S3: of each test)
     expected   seconds that it was guessed to take on an H100, compilation included; only the plan uses it
     arguments  for the stage's module
     """
@@ -212,14 +212,14 @@ def marked(folder: Path) -> list[str]:
     return [
         file.relative_to(folder).as_posix()
         for file in files
-        if "pytest.mark.gpu" in file.read_text(encoding="utf-8") and not file.name.startswith("test_gpu_check")
+        if "pytest.mark.gpu" in file.read_text(encoding="utf-8") and not file.name.startswith("test_gpu_")
     ]
 
 
 def _s3(tests: Path, cores: int) -> Stage:
     files = marked(tests) if tests.is_dir() else []
     shards = [
-        Case(f"{file} {part + 1}/{SHARDS}", 60.0, 45.0, {"files": [file], "part": part, "parts": SHARDS})
+        Case(f"{file} {part + 1}/{SHARDS}", 120.0, 45.0, {"files": [file], "part": part, "parts": SHARDS})
         for part in range(SHARDS)
         for file in files
     ]

@@ -56,7 +56,7 @@ def _timed(line: Record) -> str:
     share = floor / ours["p50"] if floor and ours.get("p50") else None
     walls = [(times.get("wall") or {}).get("p50") for times in (ours, best)]
     slower = walls[1] / best["part"] / walls[0] if all(walls) and best.get("part") else None
-    ratios = f"{_number(line.get('ratio'), '.2f'):>8}{_number(slower, '.2f'):>8}{_number(share, '.2f'):>7}"
+    ratios = f"{_number(line.get('ratio'), '.3g'):>10}{_number(slower, '.3g'):>10}{_number(share, '.2f'):>7}"
     times = f"{duration(ours.get('p50')):>9}{duration(walls[0]):>9}"
     return f"{line['case'][:52]:52}{times}{ratios}{_number(ours.get('error'), '.1e'):>9}"
 
@@ -82,7 +82,7 @@ def table(lines: Sequence[Record]) -> list[str]:
     said += [f"  spills: {case}: {kernel['name']} {kernel['spills']}" for case, kernel in spilling[:15]]
     timed = [line for line in lines if line.get("contenders") and line.get("stage") == "S2"]
     if timed:
-        head = f"{'graph':>9}{'wall':>9}{'stock x':>8}{'wall x':>8}{'floor':>7}{'error':>9}"
+        head = f"{'graph':>9}{'wall':>9}{'stock x':>10}{'wall x':>10}{'floor':>7}{'error':>9}"
         said += ["", f"{'ours; the best of stock over ours; the floor over ours':52}{head}"]
         said += [_timed(line) for line in timed]
     return said
@@ -93,4 +93,4 @@ def main() -> None:
     from ..report import draw
 
     timed = {line["case"]: line for line in read(Path(sys.argv[-2])) if line.get("contenders")}
-    draw("GPU", list(timed.values()), Path(sys.argv[-1]))
+    draw(next(iter(timed.values()))["gpu"], list(timed.values()), Path(sys.argv[-1]))
