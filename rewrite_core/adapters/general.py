@@ -93,7 +93,10 @@ class GeneralLayer(LayerAdapter):
         tensors[self.weight_name] = self.native(weight)
         call = capture.call
         if call is None:
-            raise SolverError(f"Layer {self.path!r} is not known, and cannot be run on keys alone; use solver='adam'.")
+            raise SolverError(
+                f"Layer {self.path!r} is not known, and cannot be run on keys alone; use solver='adam'.",
+                advice={"solver": "adam"},
+            )
         parts = [*(call.given | capture.extra | {call.place: _outwards(capture.key, call)}).items()]
         args, kwargs = (part for _, part in parts[: call.positional]), dict(parts[call.positional :])
         with evaluating(self.module):
