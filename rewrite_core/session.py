@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections import OrderedDict
@@ -84,7 +85,7 @@ class _Remembering(BoundLayer):
             found = super().capture(latents)
             parts = [found.key, *found.extra.values()]
             session._kept.put(key, found, sum(part.nbytes for part in parts))
-        return Capture(found.key, dict(found.extra))
+        return dataclasses.replace(found, extra=dict(found.extra))
 
     def fingerprint(self, latents: Tensor) -> str:
         session = self._session()

@@ -221,3 +221,31 @@ def test_a_newer_call_replaces_the_one_that_waits():
     with pytest.raises(ZeroDivisionError):
         failing.result()
     latest.close()
+
+
+def test_a_session_knows_how_often_a_layer_runs_and_how_it_was_called():
+    class Tiled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return torch.cat([self.conv(part) for part in x.split(4, 2)], 2)
+
+    class Scaled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    z, mask = torch.randn(12, 3, 8, 8), torch.ones(8, 8)
+    edit = rc.Edit(copy=rc.Selection(0, mask), paste=rc.Selection(1, mask), context=[rc.Selection(2, mask)], latents=z)
+    for generator, name in ((Tiled(), "conv"), (torch.nn.Sequential(Scaled(3, 4, 1)), "0")):
+        layer = rc.bind(generator, name)
+        moment = rc.collect_second_moment(layer, z, progress=False)
+        session = rc.Session(layer, moment, z)
+        if name == "conv":
+            with pytest.raises(rc.RewriteCoreError, match="runs 2 times"):
+                session.rewrite(edit, region="map")
+        else:
+            with pytest.warns(UserWarning, match="not known"):
+                change = session.rewrite(edit, region="map", solver=rc.LM())
+            assert change.solver == "adam" and change.losses[-1] < change.losses[0]
