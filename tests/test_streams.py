@@ -285,6 +285,8 @@ def test_the_same_bits(generator, names, seed, monkeypatch):
         {"skip_nonfinite": True, "keys": True},
         {"keys": True, "until": 0.4},
         {"until": 0.2, "skip_nonfinite": True},
+        {"mask": True},
+        {"mask": True, "skip_nonfinite": True, "keys": True},
     ],
     ids=lambda how: "-".join(how),
 )
@@ -293,6 +295,8 @@ def test_the_same_bits_whatever_is_asked(how, seed, monkeypatch):
     names = ("first", "second")
     if "keys" in how:
         how = how | {"keys": [torch.eye(5)[:2], torch.ones(6)]}
+    if "mask" in how:
+        how = how | {"mask": lambda batch: (batch[:, :1, None] + torch.linspace(-1, 1, 12).view(3, 4)) > 0}
     if "until" in how:
         z = torch.cat([z, torch.randn(500, 5, generator=torch.Generator().manual_seed(2))])
     want = collect(Network(), names, z, **how)

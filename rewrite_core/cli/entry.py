@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from ..version import __version__
-from . import bench, collect, demo, edit, export, info, init, layers, measure, render, search, studio
+from . import bench, collect, demo, edit, export, info, init, layers, measure, merge, render, search, studio
 from .command import Command, Parser, build_parser
 from .messages import problem, say, show_warning
 from .options import check_files
@@ -24,6 +24,7 @@ COMMANDS: tuple[Command, ...] = (
     demo.COMMAND,
     layers.COMMAND,
     collect.COMMAND,
+    merge.COMMAND,
     search.COMMAND,
     edit.COMMAND,
     render.COMMAND,

@@ -27,6 +27,7 @@ OPTIONS = {
     "rc.erase": "--erase UNITS",
     "rc.zero": "--zero",
     "`preserve`": "--preserve",
+    "`until`": "--until",
     "collect_second_moment(checkpoint=...)": "rewrite collect --resume FILE",
 }
 """{an argument or a name of the library's advice: the option of the command line, with {} for its value}"""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ArgumentError, FileFormatError
 from ..files import is_zip, open_file, plain, read_arrays, record_of, save_record, shown
 from ..layers.latents import LatentRecipe
+from .shards import are_shard_facts
 
 VERSION = 1
 
@@ -103,6 +104,9 @@ def _are_latents(record: object, merged: bool = False) -> bool:
     if "merged" in record:
         sets = record["merged"]
         return not merged and isinstance(sets, list) and all(_are_latents(each, merged=True) for each in sets)
+    shard = record.get("shard")
+    if shard is not None and not (are_shard_facts(shard) and _are_latents(shard["latents"], merged=True)):
+        return False
     if record.get("recipe") is not None:
         LatentRecipe.from_dict(record["recipe"])  # raises FileFormatError
     return all(record.get(key) is None or _is_count(record[key]) for key in ("count", "used")) and all(

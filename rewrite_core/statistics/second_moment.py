@@ -28,6 +28,7 @@ from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
 from . import moment_file
 from .checks import check_layer, what_is
 from .measuring import Keys, Note, checked, masked, measured, positions, square, sum_of
+from .shards import joined_latents
 from .standard_errors import relative_error
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class SecondMoment:
             "channels": self.channels,
             "layer": self.layer,
             "fingerprint": self.fingerprint,
-            "latents": self.latents.get("merged", [self.latents] if self.count else []),
+            "latents": self.latents.get("merged", [self.latents] if self.count or self.latents else []),
             "count": self.count,
             "skipped": self.skipped,
             "groups": self._groups,
@@ -286,7 +287,7 @@ class SecondMoment:
                 LatentsWarning,
             )
         sets = [part for fact in facts for part in fact["latents"]]
-        joined["latents"] = sets[0] if len(sets) == 1 else {"merged": sets}
+        joined["latents"] = joined_latents(sets)
         sums = {name: sum(fact[name] for fact in facts) for name in ("count", "skipped", "groups", "spread")}
         return joined | {
             "count": sums["count"],
