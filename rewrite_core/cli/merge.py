@@ -7,12 +7,12 @@ import argparse
 from .collect import told
 from .command import Command
 from .messages import say
-from .options import SAFETENSORS, InputFile, output
+from .options import SAFETENSORS, input_file, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "moments", nargs="+", type=InputFile, metavar="FILE", help="all shards of a collection, in any order"
+        "moments", nargs="+", type=input_file, metavar="FILE", help="all shards of a collection, in any order"
     )
     parser.add_argument(
         "--out",
