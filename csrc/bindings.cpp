@@ -1,8 +1,10 @@
-// All pybind11 code. Functions take addresses (tensor.data_ptr()), sizes and strides in elements, and the
-// thread count; Python has checked them. A bad status becomes an exception here and nowhere else.
+// All pybind11 code, and the only place that raises. Python passes each field of a call's struct by its name: addresses
+// (tensor.data_ptr(), None where an optional one is absent), sizes, strides in elements, numbers. Python has checked
+// them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <new>
@@ -21,15 +23,17 @@ using namespace rewrite_core;
 
 namespace {
 
-void check(Status status, const char* where) {
+// Runs the call without Python's lock; a bad status becomes an exception.
+template <class Call>
+void run(const char* op, Call call) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
   if (status == Status::ok) return;
   if (status == Status::out_of_memory) throw std::bad_alloc();
-  throw std::runtime_error(std::string(where) + ": " + status_message(status) + ".");
-}
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+  throw std::runtime_error(std::string(op) + ": " + status_message(status) + ".");
 }
 
 // An instruction set by name, "" for the best one: tests run every one the CPU has.
@@ -41,186 +45,284 @@ Isa isa_of(const std::string& name) {
   throw std::invalid_argument("this CPU has no instruction set " + name + ".");
 }
 
+DType dtype_of(const std::string& name) {
+  for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw std::invalid_argument("there is no type " + name + ".");
+}
+
+// The keyword arguments of a call, by name; each is taken once. CPython's fast calling convention: a call of pybind11's
+// own with as many keywords takes longer than the kernels on small input.
+class Fields {
+ public:
+  Fields(PyObject* const* values, PyObject* names)
+      : values_(values), names_(names), count_(names ? PyTuple_GET_SIZE(names) : 0) {}
+
+  template <class T>
+  T number(const char* name) {
+    return cast<T>(name, need(name));
+  }
+
+  template <class T>
+  T number(const char* name, T otherwise) {
+    const py::handle value = find(name);
+    return value ? cast<T>(name, value) : otherwise;
+  }
+
+  // An address, or None.
+  template <class T>
+  T* pointer(const char* name) {
+    const py::handle value = need(name);
+    if (!value.is_none()) return reinterpret_cast<T*>(cast<std::uintptr_t>(name, value));
+    ++taken_;
+    return nullptr;
+  }
+
+  template <int count>
+  void numbers(const char* name, int64_t (&out)[count]) {
+    const auto values = number<std::array<int64_t, count>>(name);
+    std::copy(values.begin(), values.end(), out);
+  }
+
+  Isa isa() { return isa_of(number<std::string>("isa", "")); }
+
+  // What nobody took is a mistake.
+  void done() const {
+    if (taken_ == count_) return;
+    throw py::type_error(std::to_string(count_ - taken_) +
+                         " of these fields are none of this call's: " + py::repr(names_).cast<std::string>() + ".");
+  }
+
+ private:
+  template <class T>
+  T cast(const char* name, py::handle value) {
+    ++taken_;
+    try {
+      return value.cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string("the field ") + name + " has a value of the wrong type.");
+    }
+  }
+
+  py::handle need(const char* name) {
+    const py::handle value = find(name);
+    if (!value) throw py::type_error(std::string("the field ") + name + " is missing.");
+    return value;
+  }
+
+  py::handle find(const char* name) {
+    for (Py_ssize_t tried = 0; tried < count_; ++tried) {  // from the one after the last: they often come in order
+      const Py_ssize_t i = (next_ + tried) % count_;
+      if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names_, i), name) != 0) continue;
+      next_ = i + 1;
+      return values_[i];
+    }
+    return {};
+  }
+
+  PyObject* const* values_;
+  PyObject* names_;
+  Py_ssize_t count_, taken_ = 0, next_ = 0;
+};
+
+// A function of Fields as a Python function; errors of any kind become Python's.
+template <py::object (*function)(Fields&)>
+PyObject* python_function(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  try {
+    if (positional) throw py::type_error("every field is passed by its name.");
+    Fields fields(values, names);
+    return function(fields).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+py::object call_second_moment(Fields& fields) {
+  const void* features = fields.pointer<const void>("features");
+  const DType dtype = dtype_of(fields.number<std::string>("dtype"));
+  int64_t sizes[4], strides[4];
+  fields.numbers("sizes", sizes);
+  fields.numbers("strides", strides);
+  double* out = fields.pointer<double>("out");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("second_moment", [&] { return second_moment(features, dtype, sizes, strides, out, threads, isa); });
+  return py::none();
+}
+
+py::object call_examine(Fields& fields) {
+  const double* matrices = fields.pointer<const double>("matrices");
+  const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
+  const int threads = fields.number<int>("threads");
+  fields.done();
+  std::vector<std::array<double, 3>> found(batch);
+  run("examine", [&] { return examine(matrices, batch, n, found.data()->data(), threads); });
+  return py::cast(found);
+}
+
+py::object call_cholesky(Fields& fields) {
+  double* matrices = fields.pointer<double>("matrices");
+  const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
+  const double least = fields.number<double>("least");
+  int64_t* info = fields.pointer<int64_t>("info");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("cholesky", [&] { return cholesky(matrices, batch, n, least, info, threads, isa); });
+  return py::none();
+}
+
+py::object call_cholesky_solve(Fields& fields) {
+  const double* lower = fields.pointer<const double>("lower");
+  const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
+  double* x = fields.pointer<double>("x");
+  const int64_t sides = fields.number<int64_t>("sides");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("cholesky_solve", [&] { return cholesky_solve(lower, batch, n, x, sides, threads, isa); });
+  return py::none();
+}
+
+py::object call_fit_low_rank(Fields& fields) {
+  FitLowRankProblem problem{};
+  problem.basis = fields.pointer<const void>("basis");
+  problem.base = fields.pointer<const void>("base");
+  problem.target = fields.pointer<const void>("target");
+  problem.shift = fields.pointer<const void>("shift");
+  fields.numbers("shift_strides", problem.shift_strides);
+  problem.is_double = fields.number<bool>("is_double");
+  problem.constant = fields.pointer<const double>("constant");
+  problem.linear = fields.pointer<const double>("linear");
+  problem.quadratic = fields.pointer<const double>("quadratic");
+  problem.segments = fields.pointer<const int64_t>("segments");
+  problem.pixel_weights = fields.pointer<const double>("pixel_weights");
+  problem.penalty = fields.pointer<const double>("penalty");
+  problem.penalty_scale = fields.pointer<const double>("penalty_scale");
+  problem.edits = fields.number<int64_t>("edits");
+  problem.channels = fields.number<int64_t>("channels");
+  problem.unknowns = fields.number<int64_t>("unknowns");
+  problem.pixels = fields.number<int64_t>("pixels");
+  problem.styles = fields.number<int64_t>("styles");
+  problem.slope = fields.number<double>("slope");
+  problem.gain = fields.number<double>("gain");
+  problem.absolute = fields.number<bool>("absolute");
+  problem.max_iterations = fields.number<int>("max_iterations");
+  problem.tolerance = fields.number<double>("tolerance");
+  problem.coefficients = fields.pointer<void>("coefficients");
+  problem.loss = fields.pointer<double>("loss");
+  problem.initial_loss = fields.pointer<double>("initial_loss");
+  problem.iterations = fields.pointer<int32_t>("iterations");
+  problem.status = fields.pointer<int32_t>("status");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("fit_low_rank", [&] { return fit_low_rank(problem, threads, isa); });
+  return py::none();
+}
+
+py::object call_fit_projected(Fields& fields) {
+  FitProjectedProblem problem{};
+  problem.maps = fields.pointer<const float>("maps");
+  problem.tile = fields.number<int>("tile");
+  problem.inputs = fields.number<int64_t>("inputs");
+  problem.taps = fields.number<int64_t>("taps");
+  problem.height = fields.number<int64_t>("height");
+  problem.width = fields.number<int64_t>("width");
+  problem.pixels = problem.height * problem.width;
+  problem.channels = fields.number<int64_t>("channels");
+  problem.rank = fields.number<int64_t>("rank");
+  problem.products = fields.number<int64_t>("products");
+  problem.slots = fields.number<int64_t>("slots");
+  problem.base = fields.pointer<const float>("base");
+  problem.target = fields.pointer<const float>("target");
+  problem.value = fields.pointer<const float>("value");
+  problem.shift = fields.pointer<const float>("shift");
+  fields.numbers("shift_strides", problem.shift_strides);
+  problem.weight = fields.pointer<const float>("weight");
+  problem.square = fields.pointer<const float>("square");
+  problem.directions = fields.pointer<const float>("directions");
+  problem.basis = fields.pointer<const float>("basis");
+  problem.eps = fields.number<float>("eps");
+  problem.slope = fields.number<float>("slope");
+  problem.gain = fields.number<float>("gain");
+  problem.absolute = fields.number<bool>("absolute");
+  problem.steps = fields.number<int64_t>("steps");
+  problem.project_every = fields.number<int64_t>("project_every");
+  problem.project_gradient = fields.number<bool>("project_gradient");
+  problem.rates = fields.pointer<const float>("rates");
+  problem.losses = fields.pointer<double>("losses");
+  problem.coefficients = fields.pointer<float>("coefficients");
+  const int64_t first = fields.number<int64_t>("first"), count = fields.number<int64_t>("count");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("fit_projected", [&] { return fit_projected(problem, first, count, threads, isa); });
+  return py::none();
+}
+
+template <py::object (*function)(Fields&)>
+PyMethodDef method(const char* name, const char* documentation) {
+  // through void (*)(): the type that C compilers do not warn of
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python_function<function>)),
+          METH_FASTCALL | METH_KEYWORDS, documentation};
+}
+
+PyMethodDef methods[] = {
+    method<call_second_moment>("second_moment",
+                               "out [c, c] += the second moment of features (n, c, h, w): features, dtype (as torch "
+                               "names it), sizes, strides, "
+                               "out, threads, isa (\"\": the best)."),
+    method<call_examine>("examine",
+                         "Of each of matrices [batch, n, n], doubles: the mean diagonal, the largest |diagonal|, and "
+                         "the largest |a_ij - "
+                         "a_ji|, NaN where anything is not finite: matrices, batch, n, threads."),
+    method<call_cholesky>("cholesky",
+                          "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot "
+                          "that is not above `least` times its diagonal entry: matrices, batch, n, least, info, "
+                          "threads, isa."),
+    method<call_cholesky_solve>("cholesky_solve",
+                                "Solves L L^T x = b in place for x [batch, sides, n]: lower, batch, n, x, sides, "
+                                "threads, isa."),
+    method<call_fit_low_rank>("fit_low_rank",
+                              "One fit per edit and channel: the fields of FitLowRankProblem, threads, isa."),
+    method<call_fit_projected>("fit_projected",
+                               "Blocks first, ..., first + count - 1 of channels: the fields of FitProjectedProblem, "
+                               "first, count, threads, isa."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "rewrite_core's CPU kernels; called through rewrite_core.ops.";
   m.def("isa", [] { return isa_name(detect_isa()); }, "The instruction set the kernels use on this CPU.");
-
   m.def(
       "source", [] { return std::string(REWRITE_CORE_SOURCE); },
       "Digest of the sources this was built with (rewrite_core.version.source_digest).");
-
-  m.def(
-      "second_moment",
-      [](std::uintptr_t features, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 4> strides,
-         std::uintptr_t out, int threads, const std::string& isa) {
-        const Isa use = isa_of(isa);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = second_moment(pointer<const void>(features), static_cast<DType>(dtype), sizes.data(), strides.data(),
-                                 pointer<double>(out), threads, use);
-        }
-        check(status, "second_moment");
-      },
-      py::arg("features"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("out"), py::arg("threads"),
-      py::arg("isa") = "",
-      "out [c, c] += the second moment of features (n, c, h, w); dtype 0 float32, 1 float64, 2 bfloat16, "
-      "3 float16.");
-
-  m.def(
-      "examine",
-      [](std::uintptr_t matrices, int64_t batch, int64_t n, int threads) {
-        std::vector<std::array<double, 3>> found(batch);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = examine(pointer<const double>(matrices), batch, n, found.data()->data(), threads);
-        }
-        check(status, "examine");
-        return found;
-      },
-      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("threads"),
-      "Of each of [batch, n, n] doubles: the mean diagonal, the largest |diagonal|, and the largest |a_ij - a_ji|, NaN "
-      "where anything is not finite.");
-
-  m.def(
-      "cholesky",
-      [](std::uintptr_t matrices, int64_t batch, int64_t n, double least, std::uintptr_t info, int threads,
-         const std::string& isa) {
-        const Isa use = isa_of(isa);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = cholesky(pointer<double>(matrices), batch, n, least, pointer<int64_t>(info), threads, use);
-        }
-        check(status, "cholesky");
-      },
-      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("least"), py::arg("info"), py::arg("threads"),
-      py::arg("isa") = "",
-      "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot that is not above "
-      "`least` times its diagonal entry.");
-
-  m.def(
-      "cholesky_solve",
-      [](std::uintptr_t lower, int64_t batch, int64_t n, std::uintptr_t x, int64_t m, int threads,
-         const std::string& isa) {
-        const Isa use = isa_of(isa);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = cholesky_solve(pointer<const double>(lower), batch, n, pointer<double>(x), m, threads, use);
-        }
-        check(status, "cholesky_solve");
-      },
-      py::arg("lower"), py::arg("batch"), py::arg("n"), py::arg("x"), py::arg("m"), py::arg("threads"),
-      py::arg("isa") = "", "Solves L L^T x = b in place for x [batch, m, n].");
-
-  m.def(
-      "fit_low_rank",
-      [](std::array<std::uintptr_t, 11> inputs, std::array<int64_t, 3> shift_strides, bool is_double,
-         std::array<int64_t, 5> sizes, double slope, double gain, bool absolute, int max_iterations, double tolerance,
-         std::array<std::uintptr_t, 5> outputs, int threads, const std::string& isa) {
-        const Isa use = isa_of(isa);
-        FitProblem problem{};
-        problem.basis = pointer<const void>(inputs[0]);
-        problem.base = pointer<const void>(inputs[1]);
-        problem.target = pointer<const void>(inputs[2]);
-        problem.shift = pointer<const void>(inputs[3]);
-        for (int i = 0; i < 3; ++i) problem.shift_strides[i] = shift_strides[i];
-        problem.is_double = is_double;
-        problem.constant = pointer<const double>(inputs[4]);
-        problem.linear = pointer<const double>(inputs[5]);
-        problem.quadratic = pointer<const double>(inputs[6]);
-        problem.pixel_weights = pointer<const double>(inputs[7]);
-        problem.penalty = pointer<const double>(inputs[8]);
-        problem.penalty_scale = pointer<const double>(inputs[9]);
-        problem.segments = pointer<const int64_t>(inputs[10]);
-        problem.edits = sizes[0];
-        problem.channels = sizes[1];
-        problem.unknowns = sizes[2];
-        problem.pixels = sizes[3];
-        problem.styles = sizes[4];
-        problem.slope = slope;
-        problem.gain = gain;
-        problem.absolute = absolute;
-        problem.max_iterations = max_iterations;
-        problem.tolerance = tolerance;
-        problem.coefficients = pointer<void>(outputs[0]);
-        problem.loss = pointer<double>(outputs[1]);
-        problem.initial_loss = pointer<double>(outputs[2]);
-        problem.iterations = pointer<int32_t>(outputs[3]);
-        problem.status = pointer<int32_t>(outputs[4]);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = fit_low_rank(problem, threads, use);
-        }
-        check(status, "fit_low_rank");
-      },
-      py::arg("inputs"), py::arg("shift_strides"), py::arg("is_double"), py::arg("sizes"), py::arg("slope"),
-      py::arg("gain"), py::arg("absolute"), py::arg("max_iterations"), py::arg("tolerance"), py::arg("outputs"),
-      py::arg("threads"), py::arg("isa") = "",
-      "inputs: basis, base, target, shift (float or double), constant, linear, quadratic, pixel_weights, "
-      "penalty, penalty_scale (double), segments (int64), 0 where absent; sizes: edits, channels, unknowns, pixels, "
-      "styles; outputs: "
-      "coefficients, loss, initial_loss, iterations (int32), status (int32).");
-
   m.def(
       "projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",
       "Channels in one block of fit_projected.");
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
-  m.def(
-      "fit_projected",
-      [](std::array<std::uintptr_t, 9> inputs, std::array<int64_t, 2> shift_strides, std::array<int64_t, 9> sizes,
-         std::array<float, 3> numbers, bool absolute, int64_t steps, int64_t project_every, bool project_gradient,
-         std::uintptr_t rates, std::array<std::uintptr_t, 2> outputs, int64_t first, int64_t count, int threads,
-         const std::string& isa) {
-        const Isa use = isa_of(isa);
-        ProjectedProblem problem{};
-        problem.maps = pointer<const float>(inputs[0]);
-        problem.base = pointer<const float>(inputs[1]);
-        problem.target = pointer<const float>(inputs[2]);
-        problem.value = pointer<const float>(inputs[3]);
-        problem.shift = pointer<const float>(inputs[4]);
-        problem.weight = pointer<const float>(inputs[5]);
-        problem.square = pointer<const float>(inputs[6]);
-        problem.directions = pointer<const float>(inputs[7]);
-        problem.basis = pointer<const float>(inputs[8]);
-        problem.shift_strides[0] = shift_strides[0];
-        problem.shift_strides[1] = shift_strides[1];
-        problem.tile = static_cast<int>(sizes[0]);
-        problem.inputs = sizes[1];
-        problem.taps = sizes[2];
-        problem.height = sizes[3];
-        problem.width = sizes[4];
-        problem.pixels = sizes[3] * sizes[4];
-        problem.channels = sizes[5];
-        problem.rank = sizes[6];
-        problem.products = sizes[7];
-        problem.slots = sizes[8];
-        problem.eps = numbers[0];
-        problem.slope = numbers[1];
-        problem.gain = numbers[2];
-        problem.absolute = absolute;
-        problem.steps = steps;
-        problem.project_every = project_every;
-        problem.project_gradient = project_gradient;
-        problem.rates = pointer<const float>(rates);
-        problem.losses = pointer<double>(outputs[0]);
-        problem.coefficients = pointer<float>(outputs[1]);
-        Status status;
-        {
-          py::gil_scoped_release release;
-          status = fit_projected(problem, first, count, threads, use);
-        }
-        check(status, "fit_projected");
-      },
-      py::arg("inputs"), py::arg("shift_strides"), py::arg("sizes"), py::arg("numbers"), py::arg("absolute"),
-      py::arg("steps"), py::arg("project_every"), py::arg("project_gradient"), py::arg("rates"), py::arg("outputs"),
-      py::arg("first"), py::arg("count"), py::arg("threads"), py::arg("isa") = "",
-      "inputs: maps, base, target, value, shift, weight, square, directions, basis (float), 0 where absent; sizes: "
-      "tile, inputs, taps, height, width, channels, rank, products, slots; numbers: eps, slope, gain; outputs: losses "
-      "[blocks, steps] (double), coefficients.");
+  // What Python has under the same names: a test compares.
+  py::dict fit_low_rank_names, fit_projected_names, constants;
+#define REWRITE_CORE_FIT_LOW_RANK(type, name, value) fit_low_rank_names[#name] = fit_low_rank_constants::name;
+#define REWRITE_CORE_FIT_PROJECTED(type, name, value) fit_projected_names[#name] = fit_projected_constants::name;
+  REWRITE_CORE_FIT_LOW_RANK_CONSTANTS(REWRITE_CORE_FIT_LOW_RANK)
+  REWRITE_CORE_FIT_PROJECTED_CONSTANTS(REWRITE_CORE_FIT_PROJECTED)
+  constants["fit_low_rank"] = fit_low_rank_names;
+  constants["fit_projected"] = fit_projected_names;
+  m.attr("constants") = constants;
 }

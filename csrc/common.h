@@ -1,4 +1,4 @@
-// What every csrc/<op>.cpp shares: status codes, element types, instruction sets and a thread team.
+// What every csrc/<op>.cpp shares: status codes, element types, memory and a thread team.
 // Rules of this folder: no torch headers; raw pointers, sizes, strides in elements and a thread count;
 // functions return a Status and never throw; only bindings.cpp knows Python.
 // Not for csrc/*_isa.cpp: standard headers compiled for AVX-512 there could be the copy the linker keeps.
@@ -11,6 +11,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "simd.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -44,19 +46,19 @@ inline const char* status_message(Status status) {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
-
-// The best instruction set of this CPU among those CMakeLists.txt compiles.
-inline Isa detect_isa() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
-    return Isa::avx512;
+inline const char* dtype_name(DType dtype) {  // as in torch
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-  return Isa::portable;
+  return "unknown";
 }
-
-inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
 
 // A 64-byte aligned block, freed with its owner; data() is null where there was no memory.
 template <class T>
@@ -71,6 +73,24 @@ class Aligned {
 
  private:
   T* data_;
+};
+
+// Hands out pieces of one block, each at a multiple of 64 bytes from its start; with no block it only counts.
+template <class T>
+class Arena {
+ public:
+  explicit Arena(T* data) : data_(data) {}
+  T* take(int64_t count) {
+    constexpr int64_t step = 64 / sizeof(T);
+    T* const piece = data_ ? data_ + used_ : nullptr;
+    used_ += (count + step - 1) / step * step;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  T* data_;
+  int64_t used_ = 0;
 };
 
 // A 64-byte aligned block that is kept for the next call (make it thread_local): fresh memory costs a page fault for
@@ -175,7 +195,7 @@ class Team {
   static void wait(Condition reached) {
     for (int spins = 0; !reached(); ++spins) {
       if (spins < 1000) {
-        __builtin_ia32_pause();
+        pause_thread();
       } else {
         std::this_thread::yield();  // more threads than cores
       }

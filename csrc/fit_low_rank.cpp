@@ -8,27 +8,13 @@ namespace {
 
 int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// Hands out pieces of one block of doubles; with no block it only counts.
-class Arena {
- public:
-  explicit Arena(double* data) : data_(data) {}
-  double* take(int64_t count) {
-    double* piece = data_ ? data_ + used_ : nullptr;
-    used_ += round_up(count, fit_padding);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  double* data_;
-  int64_t used_ = 0;
-};
+using namespace fit_low_rank_constants;
 
 // Styles begin at whole vectors of floats.
 int64_t style_start(int64_t used) { return round_up(used, 2 * fit_padding); }
 
-FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
-  FitEdit edit{};
+FitLowRankEdit edit_sizes(const FitLowRankProblem& problem, int64_t number, int64_t kept) {
+  FitLowRankEdit edit{};
   edit.number = number;
   edit.pixels = kept;
   edit.rows = round_up(problem.unknowns, fit_rows);
@@ -43,7 +29,7 @@ FitEdit edit_sizes(const FitProblem& problem, int64_t number, int64_t kept) {
   return edit;
 }
 
-void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
+void take_edit(Arena<double>& arena, const FitLowRankProblem& problem, FitLowRankEdit& edit) {
   const int64_t square = problem.unknowns * edit.leading;
   edit.kept = reinterpret_cast<int64_t*>(arena.take(edit.stride));
   edit.starts = reinterpret_cast<int64_t*>(arena.take(problem.styles + 1));
@@ -63,8 +49,8 @@ void take_edit(Arena& arena, const FitProblem& problem, FitEdit& edit) {
   edit.factor = edit.exact ? arena.take(square) : nullptr;
 }
 
-FitScratch take_scratch(Arena& arena, const FitEdit& largest, int64_t styles) {
-  FitScratch scratch;
+FitLowRankScratch take_scratch(Arena<double>& arena, const FitLowRankEdit& largest, int64_t styles) {
+  FitLowRankScratch scratch;
   double** const pixels[] = {&scratch.base,      &scratch.target,  &scratch.shift, &scratch.lin,  &scratch.new_lin,
                              &scratch.r,         &scratch.inverse, &scratch.steep, &scratch.dual, &scratch.slopes,
                              &scratch.curvature, &scratch.root,    &scratch.spare};
@@ -83,27 +69,56 @@ FitScratch take_scratch(Arena& arena, const FitEdit& largest, int64_t styles) {
   return scratch;
 }
 
+// An edit with its arrays, of which kept, starts and weights are filled in.
+FitLowRankEdit choose_pixels(Arena<double>& arena, const FitLowRankProblem& problem, int64_t number) {
+  const double* weights = problem.pixel_weights ? problem.pixel_weights + number * problem.pixels : nullptr;
+  const int64_t* segments = problem.segments ? problem.segments + number * problem.pixels : nullptr;
+  const auto kept = [&](int64_t style, int64_t p) {
+    return (!weights || weights[p] > 0) && (!segments || segments[p] == style);
+  };
+  int64_t used = 0;
+  for (int64_t style = 0; style < problem.styles; ++style) {
+    used = style_start(used);
+    for (int64_t p = 0; p < problem.pixels; ++p) used += kept(style, p);
+  }
+  FitLowRankEdit edit = edit_sizes(problem, number, used);
+  take_edit(arena, problem, edit);
+  std::fill(edit.kept, edit.kept + edit.stride, -1);
+  double sum = 0;
+  int64_t place = 0;
+  for (int64_t style = 0; style < problem.styles; ++style) {
+    edit.starts[style] = place = style_start(place);
+    for (int64_t p = 0; p < problem.pixels; ++p) {
+      if (!kept(style, p)) continue;
+      edit.kept[place++] = p;
+      sum += weights ? weights[p] : 1.0;
+    }
+  }
+  edit.starts[problem.styles] = edit.stride;
+  for (int64_t p = 0; p < edit.stride; ++p) {
+    edit.weights[p] = edit.kept[p] < 0 ? 0.0 : (weights ? weights[edit.kept[p]] : 1.0) / sum;
+  }
+  return edit;
+}
+
 }  // namespace
 
-Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
+Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
   if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 || problem.styles < 1 ||
       problem.max_iterations < 1 || isa > detect_isa()) {
     return Status::bad_argument;
   }
   if (problem.edits == 0 || problem.channels == 0) return Status::ok;
-  const FitTable& table = isa == Isa::avx512 ? avx512::fit_table
-                          : isa == Isa::avx2 ? avx2::fit_table
-                                             : portable::fit_table;
+  const FitLowRankKernels& kernels = fit_low_rank_kernels_for(isa);
   const bool convex = problem.slope == 1.0 && !problem.constant;
-  problem.slow_rate =
-      convex ? fit_smoothing_rate : std::pow(fit_smoothing_slow, 1.0 / (fit_slow_share * problem.max_iterations));
-  problem.slow_rate_well = convex ? fit_smoothing_rate : problem.slow_rate * problem.slow_rate;
-  problem.fast_rate_well = convex ? fit_smoothing_rate : fit_smoothing_fast;
+  problem.slow_rate = convex ? SMOOTHING_RATE : std::pow(SMOOTHING_SLOW, 1.0 / (SLOW_SHARE * problem.max_iterations));
+  problem.slow_rate_well = convex ? SMOOTHING_RATE : problem.slow_rate * problem.slow_rate;
+  problem.fast_rate_well = convex ? SMOOTHING_RATE : SMOOTHING_FAST;
 
   // Edits in groups, so that their prepared arrays stay small; a thread takes channels of any of a group.
-  const FitEdit largest = edit_sizes(problem, 0, problem.pixels + (problem.styles - 1) * style_start(1));
-  Arena edit_count(nullptr), scratch_count(nullptr);
-  FitEdit counted = largest;
+  const FitLowRankEdit largest = edit_sizes(problem, 0, problem.pixels + (problem.styles - 1) * style_start(1));
+  Arena<double> edit_count(nullptr), scratch_count(nullptr);
+  FitLowRankEdit counted = largest;
   take_edit(edit_count, problem, counted);
   // an edit in dual form has fewer pixels than unknowns, so its Gram matrix is no larger than this
   const int64_t edit_doubles = edit_count.used() + largest.rows * (largest.leading + largest.single_stride);
@@ -119,53 +134,26 @@ Status fit_low_rank(FitProblem problem, int threads, Isa isa) {
 
   Aligned<double> edit_memory(group * edit_doubles);
   Aligned<double> scratch_memory(threads * scratch_doubles);
-  Aligned<FitEdit> edits(group);
+  Aligned<FitLowRankEdit> edits(group);
   if (!edit_memory.data() || !scratch_memory.data() || !edits.data()) return Status::out_of_memory;
 
   Team::run(threads, [&](Team& team) {
-    Arena mine(scratch_memory.data() + team.join() * scratch_doubles);
-    const FitScratch scratch = take_scratch(mine, largest, problem.styles);
+    Arena<double> mine(scratch_memory.data() + team.join() * scratch_doubles);
+    const FitLowRankScratch scratch = take_scratch(mine, largest, problem.styles);
     for (int64_t first = 0; first < problem.edits; first += group) {
       const int64_t count = std::min(group, problem.edits - first);
       for (int64_t task = team.next(); task < count; task = team.next()) {
-        const double* weights =
-            problem.pixel_weights ? problem.pixel_weights + (first + task) * problem.pixels : nullptr;
-        const int64_t* segments = problem.segments ? problem.segments + (first + task) * problem.pixels : nullptr;
-        const auto kept = [&](int64_t style, int64_t p) {
-          return (!weights || weights[p] > 0) && (!segments || segments[p] == style);
-        };
-        int64_t used = 0;
-        for (int64_t style = 0; style < problem.styles; ++style) {
-          used = style_start(used);
-          for (int64_t p = 0; p < problem.pixels; ++p) used += kept(style, p);
-        }
-        FitEdit edit = edit_sizes(problem, first + task, used);
-        Arena arena(edit_memory.data() + task * edit_doubles);
-        take_edit(arena, problem, edit);
-        std::fill(edit.kept, edit.kept + edit.stride, -1);
-        double sum = 0;
-        int64_t place = 0;
-        for (int64_t style = 0; style < problem.styles; ++style) {
-          edit.starts[style] = place = style_start(place);
-          for (int64_t p = 0; p < problem.pixels; ++p) {
-            if (!kept(style, p)) continue;
-            edit.kept[place++] = p;
-            sum += weights ? weights[p] : 1.0;
-          }
-        }
-        edit.starts[problem.styles] = edit.stride;
-        for (int64_t p = 0; p < edit.stride; ++p) {
-          edit.weights[p] = edit.kept[p] < 0 ? 0.0 : (weights ? weights[edit.kept[p]] : 1.0) / sum;
-        }
-        table.prepare(problem, edit, scratch);
+        Arena<double> arena(edit_memory.data() + task * edit_doubles);
+        FitLowRankEdit edit = choose_pixels(arena, problem, first + task);
+        kernels.prepare(problem, edit, scratch);
         edits.data()[task] = edit;
       }
       team.meet();
       for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
-        const FitEdit& edit = edits.data()[task / chunks];
+        const FitLowRankEdit& edit = edits.data()[task / chunks];
         const int64_t channel = task % chunks * chunk;
         for (int64_t o = channel; o < std::min(problem.channels, channel + chunk); ++o) {
-          table.fit(problem, edit, o, scratch);
+          kernels.fit(problem, edit, o, scratch);
         }
       }
       team.meet();

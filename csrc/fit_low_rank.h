@@ -7,6 +7,6 @@
 namespace rewrite_core {
 
 // problem.slow_rate, slow_rate_well and fast_rate_well are filled in here. The same bits for any number of threads.
-Status fit_low_rank(FitProblem problem, int threads, Isa isa);
+Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa);
 
 }  // namespace rewrite_core

@@ -4,10 +4,13 @@
 
 #include <stdint.h>
 
+#include "fit_low_rank/constants.h"
+#include "simd.h"
+
 namespace rewrite_core {
 
 // The whole call, as Python made it: contiguous row-major arrays, null where an optional one is absent.
-struct FitProblem {
+struct FitLowRankProblem {
   const void* basis;   // [edits, unknowns, pixels]
   const void* base;    // [edits, channels, pixels]
   const void* target;  // [edits, channels, pixels]
@@ -37,7 +40,7 @@ struct FitProblem {
 };
 
 // What the channels of one edit share. Pixels of weight 0 are gone, the others lie style by style; unknowns are scaled.
-struct FitEdit {
+struct FitLowRankEdit {
   int64_t number;
   int64_t pixels;   // kept, with what pads the styles before the last
   int64_t stride;   // pixels, padded with weight 0 to whole vectors
@@ -52,19 +55,19 @@ struct FitEdit {
   double* basis;    // [rows, stride]
   float* single;    // [rows, single_stride] the same, or null: the normal equations' matrix in float products
   int64_t single_stride;
-  double* weights;      // [stride], sum 1
-  double* size;         // [unknowns] root mean square of the basis rows
-  double* quadratic;    // [styles, unknowns, leading] or null
-  double* penalty;      // [unknowns, leading] or null
-  double* gram;         // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
-  double* factor;       // exact: of the first channel's matrix
-  double factor_scale;  // exact: that channel's penalty_scale
+  double* weights;              // [stride], sum 1
+  double* size;                 // [unknowns] root mean square of the basis rows
+  double* quadratic;            // [styles, unknowns, leading] or null
+  double* penalty;              // [unknowns, leading] or null
+  double* gram;                 // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
+  double* factor;               // exact: of the first channel's matrix
+  double factor_penalty_scale;  // exact: that channel's penalty_scale
   int factor_status;
 };
 
 // One thread's buffers, in doubles: [stride], [leading], [styles], [styles, leading], [styles, stride],
 // [order, order_leading], [rows, panel].
-struct FitScratch {
+struct FitLowRankScratch {
   double *base, *target, *shift, *lin, *new_lin, *r, *inverse, *steep, *dual;
   double *slopes, *curvature, *root, *spare;
   double *x, *new_x, *best_x, *gradient, *step;
@@ -78,41 +81,15 @@ struct FitScratch {
 constexpr int64_t fit_padding = 8;  // vectors of any instruction set
 constexpr int64_t fit_rows = 12;    // register blocks of 3 and of 4 rows
 constexpr int64_t fit_panel = 128;  // pixels per pass of the weighted Gram matrix
-
-// The algorithm's constants; rewrite_core/ops/fit_low_rank.py explains them.
-constexpr double fit_damping_start = 1e-2, fit_damping_min = 1e-6, fit_damping_stall = 1e6;
-constexpr double fit_damping_up = 8.0, fit_damping_down = 0.3, fit_good = 0.75, fit_poor = 0.1;
-constexpr double fit_smoothing_slow = 3e-2, fit_smoothing_end = 1e-5, fit_smoothing_rate = 0.5;
-constexpr double fit_smoothing_fast = 0.3;
-constexpr double fit_slow_share = 0.35, fit_kink = 3.0, fit_pivot = 1e-12;
-constexpr double fit_reach = 10.0, fit_reached = 0.999;
 constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 5;
 
-struct FitTable {
+struct FitLowRankKernels {
   // Fills edit's arrays (already allocated, kept and weights filled in).
-  void (*prepare)(const FitProblem& problem, FitEdit& edit, const FitScratch& scratch);
-  void (*fit)(const FitProblem& problem, const FitEdit& edit, int64_t channel, const FitScratch& scratch);
+  void (*prepare)(const FitLowRankProblem& problem, FitLowRankEdit& edit, const FitLowRankScratch& scratch);
+  void (*fit)(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel,
+              const FitLowRankScratch& scratch);
 };
 
-namespace portable {
-extern const FitTable fit_table;
-}
-namespace avx2 {
-extern const FitTable fit_table;
-}
-namespace avx512 {
-extern const FitTable fit_table;
-}
-
-// Status codes of a channel; rewrite_core/ops/fit_low_rank.py explains them.
-enum FitStatus {
-  fit_converged,
-  fit_max_iterations,
-  fit_zero_residual,
-  fit_degenerate,
-  fit_nonfinite,
-  fit_shifted,
-  fit_bounded,
-};
+REWRITE_CORE_PER_ISA(FitLowRankKernels, fit_low_rank_kernels)
 
 }  // namespace rewrite_core

@@ -5,66 +5,51 @@
 namespace rewrite_core {
 namespace {
 
-const ProjectedKernel& kernel_for(Isa isa) {
-  return isa == Isa::avx512 ? avx512::projected_kernel
-         : isa == Isa::avx2 ? avx2::projected_kernel
-                            : portable::projected_kernel;
-}
+using namespace fit_projected_constants;
 
-// Hands out pieces of one block of memory; with no block it only counts.
-struct Arena {
-  float* data;
-  int64_t lanes, used = 0;
-  float* take(int64_t vectors) {
-    float* piece = data ? data + used : nullptr;
-    used += vectors * lanes;
-    return piece;
-  }
-};
-
-ProjectedScratch take_scratch(Arena& arena, const ProjectedProblem& problem) {
-  ProjectedScratch scratch{};
+FitProjectedScratch take_scratch(Arena<float>& arena, const FitProjectedProblem& problem, int64_t lanes) {
+  FitProjectedScratch scratch{};
+  const auto take = [&](int64_t vectors) { return arena.take(vectors * lanes); };
   for (float** buffer : {&scratch.base, &scratch.target, &scratch.shift, &scratch.lin, &scratch.slopes}) {
-    *buffer = arena.take(problem.pixels);
+    *buffer = take(problem.pixels);
   }
   const int64_t weights = problem.inputs * problem.taps;
-  for (float** buffer : {&scratch.change, &scratch.mean, &scratch.power}) *buffer = arena.take(weights);
-  if (problem.weight) scratch.weight = arena.take(weights);
+  for (float** buffer : {&scratch.change, &scratch.mean, &scratch.power}) *buffer = take(weights);
+  if (problem.weight) scratch.weight = take(weights);
   const int64_t sums = problem.tile ? problem.products * problem.slots : problem.slots;
-  for (float** buffer : {&scratch.sums, &scratch.turned}) *buffer = arena.take(sums);
-  scratch.group = arena.take(projected_group * problem.products);
+  for (float** buffer : {&scratch.sums, &scratch.turned}) *buffer = take(sums);
+  scratch.group = take(GROUP * problem.products);
   for (float** buffer : {&scratch.coefficients, &scratch.leaning, &scratch.gradient}) {
-    *buffer = arena.take(problem.rank * problem.taps);
+    *buffer = take(problem.rank * problem.taps);
   }
   return scratch;
 }
 
 }  // namespace
 
-int64_t projected_lanes(Isa isa) { return kernel_for(isa).lanes; }
+int64_t projected_lanes(Isa isa) { return fit_projected_kernels_for(isa).lanes; }
 
-Status fit_projected(const ProjectedProblem& problem, int64_t first, int64_t count, int threads, Isa isa) {
+Status fit_projected(const FitProjectedProblem& problem, int64_t first, int64_t count, int threads, Isa isa) {
   const int64_t tile = problem.tile;
-  if (isa > detect_isa() || problem.inputs < 1 || problem.inputs % projected_group || problem.taps < 1 ||
-      problem.taps > projected_taps || problem.pixels < 1 || problem.channels < 0 || problem.rank < 0 ||
-      problem.steps < 1 || problem.project_every < 1 ||
-      (tile && (problem.taps != 9 || (tile != 2 && tile != 4 && tile != 5))) ||
+  if (isa > detect_isa() || problem.inputs < 1 || problem.inputs % GROUP || problem.taps < 1 ||
+      problem.taps > MOST_TAPS || problem.pixels < 1 || problem.channels < 0 || problem.rank < 0 || problem.steps < 1 ||
+      problem.project_every < 1 || (tile && (problem.taps != 9 || (tile != 2 && tile != 4 && tile != 5))) ||
       problem.height * problem.width != problem.pixels || first < 0 || count < 0) {
     return Status::bad_argument;
   }
-  const ProjectedKernel& kernel = kernel_for(isa);
-  if ((first + count) * kernel.lanes >= problem.channels + kernel.lanes) return Status::bad_argument;
+  const FitProjectedKernels& kernels = fit_projected_kernels_for(isa);
+  if ((first + count) * kernels.lanes >= problem.channels + kernels.lanes) return Status::bad_argument;
   threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), count));
   if (threads == 0) return Status::ok;
-  Arena counter{nullptr, kernel.lanes};
-  take_scratch(counter, problem);
-  Aligned<float> memory(threads * counter.used);
+  Arena<float> counter(nullptr);
+  take_scratch(counter, problem, kernels.lanes);
+  Aligned<float> memory(threads * counter.used());
   if (!memory.data()) return Status::out_of_memory;
   Team::run(threads, [&](Team& team) {
-    Arena arena{memory.data() + team.join() * counter.used, kernel.lanes};
-    const ProjectedScratch scratch = take_scratch(arena, problem);
+    Arena<float> arena(memory.data() + team.join() * counter.used());
+    const FitProjectedScratch scratch = take_scratch(arena, problem, kernels.lanes);
     for (int64_t task = team.next(); task < count; task = team.next()) {
-      kernel.descend(problem, first + task, scratch);
+      kernels.descend(problem, first + task, scratch);
     }
   });
   return Status::ok;

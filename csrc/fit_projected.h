@@ -10,6 +10,6 @@ namespace rewrite_core {
 int64_t projected_lanes(Isa isa);
 
 // Blocks first, ..., first + count - 1 of channels. The same bits for any number of threads.
-Status fit_projected(const ProjectedProblem& problem, int64_t first, int64_t count, int threads, Isa isa);
+Status fit_projected(const FitProjectedProblem& problem, int64_t first, int64_t count, int threads, Isa isa);
 
 }  // namespace rewrite_core

@@ -4,11 +4,14 @@
 
 #include <stdint.h>
 
+#include "fit_projected/constants.h"
+#include "simd.h"
+
 namespace rewrite_core {
 
 // The whole call, as Python made it: contiguous row-major arrays, null where an optional one is absent.
-struct ProjectedProblem {
-  const float* maps;  // [inputs / projected_group, products, slots, projected_group]: the operator, transformed
+struct FitProjectedProblem {
+  const float* maps;  // [inputs / GROUP, products, slots, GROUP]: the operator, transformed
   int tile;           // output tiles of tile x tile by Winograd's algorithm (2, 4 or 5), or 0: no transform
   int64_t inputs;     // padded to whole groups
   int64_t taps, pixels, height, width, channels, rank;
@@ -33,33 +36,20 @@ struct ProjectedProblem {
 };
 
 // One thread's buffers, in vectors (one lane a channel).
-struct ProjectedScratch {
+struct FitProjectedScratch {
   float *base, *target, *shift, *lin, *slopes;  // [pixels]
   float *change, *mean, *power, *weight;        // [inputs, taps]; weight only for demodulation
   float *sums, *turned;                         // [products, slots] or [slots]
-  float* group;                                 // [projected_group, products]
+  float* group;                                 // [GROUP, products]
   float *coefficients, *leaning, *gradient;     // [rank, taps]
 };
 
-constexpr int64_t projected_group = 8;  // inputs that are handled together
-constexpr int64_t projected_taps = 64;  // kh kw at most
-// torch.optim.Adam's; one minus a rounded beta would be off by 5e-5.
-constexpr float projected_rest1 = 0.1f, projected_beta2 = 0.999f, projected_rest2 = 0.001f, projected_eps = 1e-8f;
-
-struct ProjectedKernel {
+struct FitProjectedKernels {
   int64_t lanes;
   // All steps of channels lanes * block, lanes * block + 1, ...
-  void (*descend)(const ProjectedProblem& problem, int64_t block, const ProjectedScratch& scratch);
+  void (*descend)(const FitProjectedProblem& problem, int64_t block, const FitProjectedScratch& scratch);
 };
 
-namespace portable {
-extern const ProjectedKernel projected_kernel;
-}
-namespace avx2 {
-extern const ProjectedKernel projected_kernel;
-}
-namespace avx512 {
-extern const ProjectedKernel projected_kernel;
-}
+REWRITE_CORE_PER_ISA(FitProjectedKernels, fit_projected_kernels)
 
 }  // namespace rewrite_core

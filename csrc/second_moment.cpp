@@ -1,78 +1,17 @@
 #include "second_moment.h"
 
 #include <algorithm>
-#include <cstring>
+#include <vector>
 
-#include "second_moment_isa.h"
+#include "second_moment/ahead.h"
 
 namespace rewrite_core {
 namespace {
 
-// The positions (n, h, w) as at most three nested loops, merged where memory allows it.
-struct Positions {
-  int64_t size[3] = {1, 1, 1};  // outermost first
-  int64_t stride[3] = {0, 0, 0};
-  int64_t total = 1;
-
-  Positions(const int64_t sizes[4], const int64_t strides[4]) {
-    int last = 3;  // filled from the innermost outwards
-    const int64_t axes[3] = {0, 2, 3};
-    for (int i = 2; i >= 0; --i) {
-      const int64_t n = sizes[axes[i]], step = strides[axes[i]];
-      total *= n;
-      if (n == 1) continue;
-      if (last < 3 && step == size[last] * stride[last]) {
-        size[last] *= n;
-      } else {
-        --last;
-        size[last] = n;
-        stride[last] = step;
-      }
-    }
-  }
-
-  int64_t offset(int64_t first) const {
-    const int64_t inner = first % size[2], rest = first / size[2];
-    return (rest / size[1]) * stride[0] + (rest % size[1]) * stride[1] + inner * stride[2];
-  }
-
-  // Calls visit(offset, stride, count) for each straight piece of positions [first, first + count).
-  template <class Visit>
-  void pieces(int64_t first, int64_t count, Visit visit) const {
-    while (count > 0) {
-      const int64_t inner = first % size[2], rest = first / size[2];
-      const int64_t length = std::min(count, size[2] - inner);
-      const int64_t offset = (rest / size[1]) * stride[0] + (rest % size[1]) * stride[1] + inner * stride[2];
-      visit(offset, stride[2], static_cast<int>(length));
-      first += length;
-      count -= length;
-    }
-  }
-};
-
-constexpr int64_t chunk_bytes = 256 << 10;  // packed keys at a time, at least one run; the next are packed meanwhile
-constexpr int64_t group_bytes = 2 << 20;    // all groups' sums
+constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
-
-int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-struct Problem {
-  const SecondMomentKernels& kernels;
-  const char* features;
-  DType dtype;
-  int64_t channels, channel_stride;
-  const Positions& positions;
-
-  int64_t element = element_size(dtype);
-  int64_t run_length = run_bytes / kernels.element;
-  int64_t runs = (positions.total + run_length - 1) / run_length;
-  int64_t padded = (channels + kernels.columns - 1) / kernels.columns * kernels.columns;
-  int64_t chunk_runs = std::max<int64_t>(1, std::min(runs, chunk_bytes / (padded * key_stride)));
-
-  int length(int64_t run) const { return static_cast<int>(std::min(run_length, positions.total - run * run_length)); }
-};
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -86,146 +25,6 @@ struct Share {
   Block* blocks;
   int64_t size;
   std::vector<int64_t> panels;
-};
-
-// Packs `count` channels of a run, at most a panel.
-void pack(const Problem& p, int64_t run, int64_t channel, int64_t count, char* to) {
-  char* target = to;
-  p.positions.pieces(run * p.run_length, p.length(run), [&](int64_t offset, int64_t position_stride, int length) {
-    p.kernels.pack(p.features + (offset + channel * p.channel_stride) * p.element, static_cast<int>(p.dtype),
-                   p.channel_stride, position_stride, static_cast<int>(count), length, target);
-    target += length * p.kernels.element;
-  });
-  const int64_t filled = p.length(run) * p.kernels.element;
-  for (int64_t c = 0; c < count && filled < run_bytes; ++c) {
-    std::memset(to + c * key_stride + filled, 0, run_bytes - filled);
-  }
-}
-
-// Packs one worker's share of a chunk while it computes with the chunk before. Each tile asks the cache for a portion
-// of the features, and copies the portion before it where whole vectors of features can be copied as they are;
-// elsewhere a panel is packed as soon as the cache was asked for all of it. What tiles have not got to when it is
-// needed, finish() packs.
-//
-// A panel is packed for one run at a time; the two make a task, and worker w of n has the tasks w, w + n, ... A portion
-// is what one tile asks for: of maps one channel's run, of other layouts some neighbouring positions. Tiles make fewer
-// steps in the last run of all, and would copy less: but nothing is left to pack by then.
-class Ahead {
- public:
-  Ahead(const Problem& p, const Share& share, int64_t first_run, int64_t runs, int64_t self, int64_t workers,
-        char* packed)
-      : p_(p),
-        order_(share.panels.data()),
-        panels_(share.panels.size()),
-        first_run_(first_run),
-        tasks_(std::max<int64_t>(runs, 0) * panels_),
-        task_(self),
-        workers_(workers),
-        packed_(packed) {
-    steps_ = p.run_length / p.kernels.vector;
-    step_bytes_ = run_bytes / steps_;
-    const bool maps = p.positions.stride[2] == 1;
-    const int64_t line_stride = p.element * (maps ? p.kernels.vector : p.positions.stride[2]);
-    portion_stride_ = maps ? p.channel_stride * p.element : steps_ * line_stride;
-    panel_portions_ = maps ? p.kernels.panel : p.kernels.vector;
-    for (int64_t step = 0; step < steps_; ++step) {
-      lines_[step] = step * line_stride;
-      packed_lines_[step] = step * step_bytes_;
-    }
-    if (task_ < tasks_) start_panel();
-  }
-
-  // What the next tile does besides, null for nothing; then call advance(). `urgent` are packed keys to ask for first.
-  const Meanwhile* next(const char* urgent) {
-    asks_ = !urgent && task_ < tasks_;
-    if (!asks_ && !urgent && !copy_to_) return nullptr;
-    also_.ahead = reinterpret_cast<uintptr_t>(urgent ? urgent : copy_to_);
-    if (asks_) also_.ahead = address();
-    also_.ahead_offsets = urgent || !asks_ ? packed_lines_ : copies_ ? offsets_[table_] : lines_;
-    also_.from = copy_from_;
-    also_.from_offsets = copy_offsets_;
-    also_.to = copy_to_;
-    return &also_;
-  }
-
-  void advance() {
-    copy_to_ = nullptr;
-    if (!asks_) return;
-    if (copies_) {
-      copy_from_ = p_.features + (channel() + portion_) * p_.channel_stride * p_.element;
-      copy_offsets_ = offsets_[table_];
-      copy_to_ = target() + portion_ * key_stride;
-      if (++portion_ == channels_) next_panel();
-    } else if (++portion_ == panel_portions_) {
-      pack(p_, run(), channel(), channels_, target());
-      next_panel();
-    }
-  }
-
-  bool busy() const { return copy_to_ || task_ < tasks_; }
-
-  void finish() { finish(tasks_); }
-
-  // Only the first `tasks` of them.
-  void finish(int64_t tasks) {
-    if (copy_to_) {
-      for (int64_t step = 0; step < steps_; ++step) {
-        std::memcpy(copy_to_ + step * step_bytes_, copy_from_ + copy_offsets_[step], step_bytes_);
-      }
-      copy_to_ = nullptr;
-    }
-    for (; task_ < tasks; next_panel()) {
-      const int64_t done = copies_ ? portion_ : 0;
-      pack(p_, run(), channel() + done, channels_ - done, target() + done * key_stride);
-    }
-  }
-
- private:
-  int64_t run() const { return first_run_ + task_ / panels_; }
-  int64_t channel() const { return order_[task_ % panels_] * p_.kernels.panel; }
-  char* target() const { return packed_ + (task_ / panels_ * p_.padded + channel()) * key_stride; }
-
-  // Of the portion to ask for: a number, as at the edges of the features there may be nothing.
-  uintptr_t address() const {
-    const int64_t start = channel() * p_.channel_stride + (copies_ ? 0 : p_.positions.offset(run() * p_.run_length));
-    return reinterpret_cast<uintptr_t>(p_.features) + start * p_.element + portion_ * portion_stride_;
-  }
-
-  void next_panel() {
-    task_ += workers_;
-    portion_ = 0;
-    if (task_ < tasks_) start_panel();
-  }
-
-  void start_panel() {
-    channels_ = std::min<int64_t>(p_.kernels.panel, p_.channels - channel());
-    if (run() == table_run_) return;
-    table_run_ = run();
-    table_ = 1 - table_;  // the other one may still be copied by
-    copies_ = p_.element == p_.kernels.element && p_.length(table_run_) == p_.run_length;
-    int64_t step = 0;
-    p_.positions.pieces(table_run_ * p_.run_length, p_.length(table_run_), [&](int64_t offset, int64_t by, int length) {
-      copies_ = copies_ && by == 1 && length % p_.kernels.vector == 0;
-      for (int64_t i = 0; copies_ && i < length; i += p_.kernels.vector) {
-        offsets_[table_][step++] = (offset + i) * p_.element;
-      }
-    });
-  }
-
-  static constexpr int64_t most_steps = 128;  // of a run: vectors have 16 bytes at least
-  const Problem& p_;
-  const int64_t* order_;
-  int64_t panels_, first_run_, tasks_, task_, workers_;
-  char* packed_;
-  int64_t steps_, step_bytes_, portion_stride_, panel_portions_;
-  int64_t portion_ = 0, channels_ = 0, table_run_ = -1;
-  int table_ = 0;
-  bool copies_ = false, asks_ = false;
-  const char* copy_from_ = nullptr;
-  const int64_t* copy_offsets_ = nullptr;
-  char* copy_to_ = nullptr;  // null where nothing waits to be copied
-  Meanwhile also_;
-  int64_t offsets_[2][most_steps], lines_[most_steps], packed_lines_[most_steps];
 };
 
 // The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the
@@ -242,12 +41,12 @@ class Ahead {
 // chunk of them is in `packed` already when `ready`, and the first of those from `then` on is left in it. Channels up
 // to `padded` are zeros in both buffers.
 template <class Workers>
-void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share, int64_t first, int64_t end,
+void add_runs(Workers& team, int64_t self, const SecondMomentProblem& p, const Share& share, int64_t first, int64_t end,
               int64_t then, bool ready, bool mirror, char*& packed, char*& spare, double* sums) {
   alignas(64) double part[block_rows * block_columns];
   const int64_t n = p.channels, tile_columns = p.kernels.columns, tile_rows = p.kernels.rows;
   // The first chunk of all has no chunk before it: alone, a worker starts as soon as its first block can be computed.
-  Ahead begin(p, share, first, ready ? 0 : std::min(p.chunk_runs, end - first), self, team.size(), packed);
+  Ahead begin(p, share.panels, first, ready ? 0 : std::min(p.chunk_runs, end - first), self, team.size(), packed);
   if (!ready && (team.size() > 1 || p.chunk_runs > 1)) {
     begin.finish();
     team.meet();
@@ -257,7 +56,7 @@ void add_runs(Workers& team, int64_t self, const Problem& p, const Share& share,
     const int64_t count = std::min(p.chunk_runs, end - first);
     const bool last = first + count == end, to_part = mirror && last;
     const int64_t next = last ? then : first + count, next_end = last ? p.runs : end;
-    Ahead ahead(p, share, next, std::min(p.chunk_runs, next_end - next), self, team.size(), spare);
+    Ahead ahead(p, share.panels, next, std::min(p.chunk_runs, next_end - next), self, team.size(), spare);
     for (int64_t task = team.next(), after; task < share.size; task = after) {
       after = team.next();
       const Block& block = share.blocks[task];
@@ -331,7 +130,7 @@ void finish(Team& team, int64_t n, const double* sums, int64_t groups, double* o
 }
 
 // The blocks in order of rows, cut into `parts` of the same work.
-std::vector<Share> split(const Problem& p, std::vector<Block>& blocks, int64_t parts) {
+std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& blocks, int64_t parts) {
   const auto work = [](const Block& block) {
     int64_t products = 0;
     for (int64_t row = block.row; row < block.row_end; ++row) {
@@ -373,7 +172,7 @@ enum class Sharing {
   none,    // too many threads for that: they pack and add up every chunk together
 };
 
-Status run(const Problem& p, double* out, int threads) {
+Status run(const SecondMomentProblem& p, double* out, int threads) {
   const int64_t n = p.channels;
   const int64_t matrix_bytes = n * n * static_cast<int64_t>(sizeof(double));
   // The number of groups depends on the shape alone, so that the number of threads does not change a bit.
@@ -472,11 +271,9 @@ Status second_moment(const void* features, DType dtype, const int64_t sizes[4], 
   if (sizes[1] < 1 || !out || isa > detect_isa()) return Status::bad_argument;
   const Positions positions(sizes, strides);
   if (positions.total > 0 && !features) return Status::bad_argument;
-  const SecondMomentTable& table = isa == Isa::avx512 ? avx512::second_moment_table
-                                   : isa == Isa::avx2 ? avx2::second_moment_table
-                                                      : portable::second_moment_table;
+  const SecondMomentTable& table = second_moment_table_for(isa);
   const char* bytes = static_cast<const char*>(features);
-  const bool pairs = dtype == DType::bfloat16 && table.bfloat16.element && __builtin_cpu_supports("avx512bf16");
+  const bool pairs = dtype == DType::bfloat16 && table.bfloat16.element && detect_bfloat16();
   const SecondMomentKernels& kernels = dtype == DType::float64 ? table.float64 : pairs ? table.bfloat16 : table.float32;
   const int64_t channel_stride = sizes[1] > 1 ? strides[1] : 0;  // of one channel it may be anything
   return run({kernels, bytes, dtype, sizes[1], channel_stride, positions}, out, threads);

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "simd.h"
+
 namespace rewrite_core {
 
 // Keys are packed in runs of run_bytes per channel: a channel's values at neighbouring positions lie next to each
@@ -63,14 +65,6 @@ struct SecondMomentTable {
   SecondMomentKernels bfloat16;  // needs AVX512_BF16; elsewhere element is 0 and bfloat16 is widened to float32
 };
 
-namespace portable {
-extern const SecondMomentTable second_moment_table;
-}
-namespace avx2 {
-extern const SecondMomentTable second_moment_table;
-}
-namespace avx512 {
-extern const SecondMomentTable second_moment_table;
-}
+REWRITE_CORE_PER_ISA(SecondMomentTable, second_moment_table)
 
 }  // namespace rewrite_core

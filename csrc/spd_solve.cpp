@@ -11,12 +11,6 @@ namespace {
 
 constexpr int64_t block_size = 64;  // columns factored before the rest of the matrix is updated
 
-const SPDSolveKernels& kernels_for(Isa isa) {
-  return isa == Isa::avx512 ? avx512::spd_solve_kernels
-         : isa == Isa::avx2 ? avx2::spd_solve_kernels
-                            : portable::spd_solve_kernels;
-}
-
 // Work space of one matrix; `sums` has one part per thread.
 struct Space {
   Aligned<double> packed, transposed, column;
@@ -144,7 +138,7 @@ int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n, 
 Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa) {
   if (batch < 0 || n < 1 || !(least >= 0) || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
     return Status::bad_argument;
-  const SPDSolveKernels& kernels = kernels_for(isa);
+  const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   threads = std::max(threads, 1);
   const bool share = n >= 256 && batch < 2 * threads;  // one matrix by all threads, else one thread each
   if (n < 128 && batch == 1) threads = 1;              // done before a second thread has started
@@ -189,7 +183,7 @@ Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, 
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!lower || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }
-  const SPDSolveKernels& kernels = kernels_for(isa);
+  const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   const int64_t groups = (m + solve_rows - 1) / solve_rows;
   const double work = static_cast<double>(batch) * m * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));

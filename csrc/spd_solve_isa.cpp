@@ -5,17 +5,14 @@ namespace rewrite_core {
 namespace REWRITE_CORE_ISA {
 namespace {
 
-#if defined(REWRITE_CORE_ISA_avx512)
-constexpr int vector_bytes = 64, tile_rows = 8, tile_panels = 3;
-#elif defined(REWRITE_CORE_ISA_avx2)
-constexpr int vector_bytes = 32, tile_rows = 4, tile_panels = 3;
-#else
-constexpr int vector_bytes = 16, tile_rows = 2, tile_panels = 2;
-#endif
+typedef Vec<double> Wide;
+typedef Vector<double>::unaligned Unaligned;
+constexpr int width = lanes<double>;
 
-typedef double Vec __attribute__((vector_size(vector_bytes)));
-typedef Vec Unaligned __attribute__((aligned(8)));
-constexpr int width = vector_bytes / 8;
+// A tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
+constexpr int most_rows = registers >= 32 ? 8 : 4;
+constexpr int tile_rows = width < most_rows ? width : most_rows;
+constexpr int tile_panels = (registers - 1) / (tile_rows + 1) < 4 ? (registers - 1) / (tile_rows + 1) : 4;
 
 int factor_block(double* block, int64_t stride, int size, double* column) {
   for (int j = 0; j < size; ++j) {
@@ -40,14 +37,13 @@ void pack(const double* from, int64_t stride, int count, int size, double* packe
   }
 }
 
-// The tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
 template <int panels>
 void tile_of(const double* row, const double* columns, int64_t panel_stride, int size, double* sums) {
-  Vec sum[tile_rows][panels] = {};
+  Wide sum[tile_rows][panels] = {};
   for (int k = 0; k < size; ++k) {
-    Vec column[panels];
+    Wide column[panels];
 #pragma GCC unroll 4
-    for (int j = 0; j < panels; ++j) column[j] = *reinterpret_cast<const Vec*>(columns + j * panel_stride + k * width);
+    for (int j = 0; j < panels; ++j) column[j] = *reinterpret_cast<const Wide*>(columns + j * panel_stride + k * width);
 #pragma GCC unroll 8
     for (int i = 0; i < tile_rows; ++i) {
       const double scale = row[k * width + i];
@@ -62,17 +58,18 @@ void tile_of(const double* row, const double* columns, int64_t panel_stride, int
 void tile(const double* row, const double* columns, int64_t panel_stride, int panel_count, int size, double* sums) {
   if (panel_count == 1) return tile_of<1>(row, columns, panel_stride, size, sums);
   if (panel_count == 2) return tile_of<2>(row, columns, panel_stride, size, sums);
+  if (panel_count == 3) return tile_of<3>(row, columns, panel_stride, size, sums);
   return tile_of<tile_panels>(row, columns, panel_stride, size, sums);
 }
 
 void solve_panel(double* packed, const double* transposed, int size) {
-  Vec* x = reinterpret_cast<Vec*>(packed);
+  Wide* x = reinterpret_cast<Wide*>(packed);
   for (int j = 0; j < size; j += 4) {
     for (int i = 0; i < 4; ++i) {
       for (int k = 0; k < i; ++k) x[j + i] -= transposed[(j + k) * size + j + i] * x[j + k];
       x[j + i] /= transposed[(j + i) * size + j + i];
     }
-    const Vec x0 = x[j], x1 = x[j + 1], x2 = x[j + 2], x3 = x[j + 3];
+    const Wide x0 = x[j], x1 = x[j + 1], x2 = x[j + 2], x3 = x[j + 3];
     const double* row = transposed + j * size;
     for (int k = j + 4; k < size; ++k) {
       x[k] = x[k] - row[k] * x0 - row[size + k] * x1 - row[2 * size + k] * x2 - row[3 * size + k] * x3;
@@ -80,7 +77,7 @@ void solve_panel(double* packed, const double* transposed, int size) {
   }
 }
 
-inline double sum_lanes(Vec v) {
+inline double sum_lanes(Wide v) {
   double sum = 0;
   for (int lane = 0; lane < width; ++lane) sum += v[lane];
   return sum;
@@ -92,12 +89,12 @@ void solve_of(const double* lower, int64_t n, double* x) {
   const int64_t whole = n & ~int64_t{3};
   for (int64_t i = 0; i < whole; i += 4) {  // forward: dot products with the rows of L
     const double* row = lower + i * n;
-    Vec sum[4][rows] = {};
+    Wide sum[4][rows] = {};
     const int64_t vectors = i - i % width;
     for (int64_t k = 0; k < vectors; k += width) {
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
-        const Vec value = *reinterpret_cast<const Unaligned*>(x + r * n + k);
+        const Wide value = *reinterpret_cast<const Unaligned*>(x + r * n + k);
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) sum[q][r] += value * *reinterpret_cast<const Unaligned*>(row + q * n + k);
       }
@@ -139,7 +136,7 @@ void solve_of(const double* lower, int64_t n, double* x) {
     for (; k + width <= i; k += width) {
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
-        Vec rest = *reinterpret_cast<const Unaligned*>(x + r * n + k);
+        Wide rest = *reinterpret_cast<const Unaligned*>(x + r * n + k);
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * n + k);
         *reinterpret_cast<Unaligned*>(x + r * n + k) = rest;

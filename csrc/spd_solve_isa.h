@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "simd.h"
+
 namespace rewrite_core {
 
 // Rows of the matrix are packed in panels of `width`, [size][width]; a tile is `rows` rows (a divisor of width) by up
@@ -33,14 +35,6 @@ struct SPDSolveKernels {
 
 constexpr int solve_rows = 4;
 
-namespace portable {
-extern const SPDSolveKernels spd_solve_kernels;
-}
-namespace avx2 {
-extern const SPDSolveKernels spd_solve_kernels;
-}
-namespace avx512 {
-extern const SPDSolveKernels spd_solve_kernels;
-}
+REWRITE_CORE_PER_ISA(SPDSolveKernels, spd_solve_kernels)
 
 }  // namespace rewrite_core

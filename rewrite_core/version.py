@@ -21,7 +21,7 @@ def _digest(folder: Path, *patterns: str) -> str:
 
 def source_digest(checkout: Path) -> str:
     """Of the compiled sources of a checkout: what the extension remembers it was built with."""
-    return _digest(checkout, "csrc/*", "CMakeLists.txt")
+    return _digest(checkout, "csrc/**/*", "CMakeLists.txt")
 
 
 def python_digest(package: Path) -> str:

@@ -320,7 +320,7 @@ void check_fit(const FitCase& given, Isa isa) {
   std::vector<int64_t> segments(edits * pixels);
   for (int64_t i = 0; i < edits * pixels; ++i) segments[i] = i * i % styles;
 
-  FitProblem problem{};
+  FitLowRankProblem problem{};
   problem.basis = basis.data();
   problem.base = base.data();
   problem.target = target.data();
@@ -359,7 +359,7 @@ void check_fit(const FitCase& given, Isa isa) {
     Outputs outputs{std::vector<Real>(edits * channels * unknowns, std::numeric_limits<Real>::quiet_NaN()),
                     std::vector<double>(edits * channels, NAN), std::vector<double>(edits * channels, NAN),
                     std::vector<int32_t>(edits * channels, -1), std::vector<int32_t>(edits * channels, -1)};
-    FitProblem filled = problem;
+    FitLowRankProblem filled = problem;
     filled.coefficients = outputs.coefficients.data();
     filled.loss = outputs.loss.data();
     filled.initial_loss = outputs.initial.data();
@@ -461,7 +461,7 @@ struct ProjectedCase {
 // more than the first loss is compared.
 void check_projected(const ProjectedCase& given, Isa isa) {
   const int64_t channels = given.channels, taps = given.taps, pixels = given.height * given.width, rank = given.rank;
-  const int64_t inputs = 2 * projected_group, tile = given.tile, steps = 4, every = 2;
+  const int64_t inputs = 2 * fit_projected_constants::GROUP, tile = given.tile, steps = 4, every = 2;
   what = "fit_projected, tile " + std::to_string(tile) + ", " + std::to_string(channels) + " channels, " +
          std::to_string(taps) + " taps, rank " + std::to_string(rank) + ", " + isa_name(isa);
   const auto random = [](int64_t count, float scale) {
@@ -469,7 +469,7 @@ void check_projected(const ProjectedCase& given, Isa isa) {
     for (float& value : values) value = scale * static_cast<float>(normal());
     return values;
   };
-  ProjectedProblem problem{};
+  FitProjectedProblem problem{};
   problem.tile = given.tile;
   problem.inputs = inputs;
   problem.taps = taps;
@@ -488,7 +488,7 @@ void check_projected(const ProjectedCase& given, Isa isa) {
   std::vector<float> square = random(inputs, 1), basis(rank * taps * pixels);
   for (float& number : square) number *= number;
   const auto operate = [&](int64_t i, int64_t t, int64_t p) {
-    return maps[((i / projected_group * taps + t) * pixels + p) * projected_group + i % projected_group];
+    return maps[((i / fit_projected_constants::GROUP * taps + t) * pixels + p) * fit_projected_constants::GROUP + i % fit_projected_constants::GROUP];
   };
   for (int64_t k = 0; !tile && k < rank * taps * pixels; ++k) {
     double sum = 0;

@@ -51,7 +51,7 @@ STATUS = {
 TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no float64 products of tiles
 MOST_UNKNOWNS = 1024  # of "triton", whose programs each keep two square matrices of that size: rank 64 takes 576 at 3x3
 
-# Shared with the kernels in csrc/ and kernels/.
+# Shared with kernels/fit_low_rank; csrc/fit_low_rank/constants.h repeats them, and a test compares.
 DAMPING_START = 1e-2  # relative to the mean curvature
 DAMPING_MIN = 1e-6
 DAMPING_STALL = 1e6  # a rejected step this short: stationary

@@ -113,24 +113,27 @@ def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
     problem = plain_fields(problem)
     outputs = empty_outputs(problem.basis, problem.base)
     # Kept alive until the call returns. A broadcast shift is read where it lies.
-    inputs = [
-        data if data is None or name == "shift" else data.contiguous()
+    inputs = {
+        name: data if data is None or name == "shift" else data.contiguous()
         for name, data in zip(FitLowRankProblem._fields, problem)
         if data is None or isinstance(data, Tensor)
-    ]
+    }
     edits, unknowns, pixels = problem.basis.shape
-    styles = 1 if problem.segments is None or problem.constant is None else problem.constant.shape[1]
+    names = ("coefficients", "loss", "initial_loss", "iterations", "status")
     extension().fit_low_rank(
-        inputs=[address(data) or 0 for data in inputs],
+        **{name: address(data) for name, data in (*inputs.items(), *zip(names, outputs))},
         shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
         is_double=problem.base.dtype == torch.float64,
-        sizes=(edits, problem.base.shape[1], unknowns, pixels, styles),
+        edits=edits,
+        channels=problem.base.shape[1],
+        unknowns=unknowns,
+        pixels=pixels,
+        styles=1 if problem.segments is None or problem.constant is None else problem.constant.shape[1],
         slope=problem.slope,
         gain=problem.gain,
         absolute=problem.loss == "l1",
         max_iterations=problem.max_iterations,
         tolerance=problem.tolerance,
-        outputs=[data.data_ptr() for data in outputs],
         threads=torch.get_num_threads(),
         isa=isa,
     )

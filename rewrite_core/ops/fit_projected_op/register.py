@@ -142,20 +142,31 @@ def run_cpp(
     blocks, threads = -(-channels // lanes), torch.get_num_threads()
     losses = torch.empty(blocks, problem.steps, **wide)
     coefficients = base.new_empty(channels, rank or padded, *kernel)
-    inputs_of = [maps, base, target, value, shift, weight, square, directions, basis]
+    arrays = {"maps": maps, "base": base, "target": target, "value": value, "shift": shift, "weight": weight}
+    arrays |= {"square": square, "directions": directions, "basis": basis, "rates": rates}
+    arrays |= {"losses": losses, "coefficients": coefficients}
+    fields = {name: address(data) for name, data in arrays.items()}
     ranges = _ranges(blocks, max(blocks, 1) if progress is None else threads)
     for first, size in ranges if progress is None else progress(ranges, -(-blocks // threads)):
         extension().fit_projected(
-            inputs=[address(data) or 0 for data in inputs_of],
+            **fields,
             shift_strides=(shift.stride(0), over_pixels),
-            sizes=(tile, padded, taps, height, width, channels, rank, maps.shape[1], maps.shape[2]),
-            numbers=(problem.eps, problem.slope, problem.gain),
+            tile=tile,
+            inputs=padded,
+            taps=taps,
+            height=height,
+            width=width,
+            channels=channels,
+            rank=rank,
+            products=maps.shape[1],
+            slots=maps.shape[2],
+            eps=problem.eps,
+            slope=problem.slope,
+            gain=problem.gain,
             absolute=problem.loss == "l1",
             steps=problem.steps,
             project_every=problem.project_every,
             project_gradient=problem.project_gradient,
-            rates=rates.data_ptr(),
-            outputs=[losses.data_ptr(), coefficients.data_ptr()],
             first=first,
             count=size,
             threads=threads,

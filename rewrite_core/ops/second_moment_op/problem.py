@@ -7,8 +7,12 @@ from torch import Tensor
 
 from ...errors import ArgumentError, RewriteCoreError
 
-# as csrc/common.h numbers them
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {  # and how csrc/common.h names them
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
 

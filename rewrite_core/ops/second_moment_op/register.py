@@ -67,13 +67,13 @@ def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
     shape = (*features.shape, 1, 1)[:4]
     strides = (*features.stride(), 0, 0)[:4]
     extension().second_moment(
-        address(features),
-        DTYPES.index(features.dtype),
-        shape,
-        strides,
-        address(out),
-        torch.get_num_threads(),
-        isa,
+        features=address(features),
+        dtype=DTYPES[features.dtype],
+        sizes=shape,
+        strides=strides,
+        out=address(out),
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
 
 

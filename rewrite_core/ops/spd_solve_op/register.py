@@ -30,14 +30,22 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
 
 def _cpp_examine(matrix: Tensor) -> list[list[float]]:
     matrix = matrix.contiguous()
-    return extension().examine(matrix.data_ptr(), len(matrix), matrix.shape[-1], torch.get_num_threads())
+    return extension().examine(
+        matrices=matrix.data_ptr(), batch=len(matrix), n=matrix.shape[-1], threads=torch.get_num_threads()
+    )
 
 
 def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Tensor]:
     lower = matrix.clone(memory_format=torch.contiguous_format)
     info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
     extension().cholesky(
-        lower.data_ptr(), len(matrix), matrix.shape[-1], least, info.data_ptr(), torch.get_num_threads(), isa
+        matrices=lower.data_ptr(),
+        batch=len(matrix),
+        n=matrix.shape[-1],
+        least=least,
+        info=info.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return lower, info
 
@@ -47,7 +55,13 @@ def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
     x = rhs.mT.clone(memory_format=torch.contiguous_format)  # one right-hand side a row
     batch = len(lower) if lower.ndim == 3 else 1
     extension().cholesky_solve(
-        lower.data_ptr(), batch, lower.shape[-1], x.data_ptr(), x.shape[-2], torch.get_num_threads(), isa
+        lower=lower.data_ptr(),
+        batch=batch,
+        n=lower.shape[-1],
+        x=x.data_ptr(),
+        sides=x.shape[-2],
+        threads=torch.get_num_threads(),
+        isa=isa,
     )
     return x.mT
 
