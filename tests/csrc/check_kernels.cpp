@@ -488,7 +488,8 @@ void check_projected(const ProjectedCase& given, Isa isa) {
   std::vector<float> square = random(inputs, 1), basis(rank * taps * pixels);
   for (float& number : square) number *= number;
   const auto operate = [&](int64_t i, int64_t t, int64_t p) {
-    return maps[((i / fit_projected_constants::GROUP * taps + t) * pixels + p) * fit_projected_constants::GROUP + i % fit_projected_constants::GROUP];
+    return maps[((i / fit_projected_constants::GROUP * taps + t) * pixels + p) * fit_projected_constants::GROUP +
+                i % fit_projected_constants::GROUP];
   };
   for (int64_t k = 0; !tile && k < rank * taps * pixels; ++k) {
     double sum = 0;
