@@ -32,15 +32,16 @@ def run(name: str, arguments: dict[str, Any], setting: Setting) -> dict[str, Any
         raise Skipped(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU")
     if name == "environment":
         return environment()
+    if name == "driver and clocks":  # the clocks just after the products
+        return {"driver": nvidia_smi(ASKED)}
     if name == "copy bandwidth":
         return copy_bandwidth(setting)
     return matrix_rate(arguments["rate"], setting)
 
 
 def environment() -> dict[str, Any]:
-    """What torch and the driver say; None where one of them does not say it."""
+    """What torch says; None where it does not say it."""
     facts: dict[str, Any] = {"cuda": torch.version.cuda, "cudnn": _or_none(torch.backends.cudnn.version)}
-    facts["driver"] = nvidia_smi(ASKED)
     if there():
         properties = torch.cuda.get_device_properties(0)
         facts["properties"] = {item: getattr(properties, item, None) for item in PROPERTIES}

@@ -64,6 +64,7 @@ RATES = ("tf32", "bfloat16", "float64", "float32")
 def _s0() -> Stage:
     cases = [Case("environment", 20.0, 0.5), Case("copy bandwidth", 10.0, 0.5)]
     cases += [Case(f"rate {name}", 10.0, 0.5, {"rate": name}) for name in RATES]
+    cases.append(Case("driver and clocks", 20.0, 0.5))
     return Stage(
         "S0", "environment, copy bandwidth, matrix rates", "rates", (tuple(cases),), seconds=10.0, starting=8.0
     )
