@@ -40,23 +40,23 @@ TOGETHER = 64  # partial sums that it adds in one go
 
 
 @triton.jit
-def _cdiv(a, b):
+def cdiv(a, b):
     """a / b, rounded up, for a >= 1; without a sum, which int32 might not hold: positions go up to 2^31 - 1 there."""
     return (a - 1) // b + 1
 
 
 @triton.jit
-def _nearest_tf32(x):
+def nearest_tf32(x):
     """The nearest float32 with 11 significant bits. NaN may become anything here, but stays in x minus this."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _product(a, b, MODE: tl.constexpr, SINGLE: tl.constexpr, total):
+def product(a, b, MODE: tl.constexpr, SINGLE: tl.constexpr, total):
     """total + a @ b, or with SINGLE (b is a transposed) a matrix whose symmetric part that is."""
     if MODE == "x3":
-        a_high = _nearest_tf32(a)
-        b_high = _nearest_tf32(b)
+        a_high = nearest_tf32(a)
+        b_high = nearest_tf32(b)
         b_low = b - b_high
         if SINGLE:
             total = tl.dot(a_high, 2 * b_low, total, input_precision="tf32")
@@ -67,6 +67,58 @@ def _product(a, b, MODE: tl.constexpr, SINGLE: tl.constexpr, total):
     else:
         total = tl.dot(a, b, total, input_precision=MODE)
     return total
+
+
+@triton.jit
+def lower_tile(number):
+    """Row and column of a tile of the lower triangle; in at most channels / BLOCK_C steps."""
+    row = 0
+    before = 0
+    while before + row + 1 <= number:
+        before += row + 1
+        row += 1
+    return row, number - before
+
+
+@triton.jit
+def places(
+    start,
+    pixels,
+    width,
+    stride_n,
+    stride_h,
+    stride_w,
+    BLOCK_P: tl.constexpr,
+    FLAT: tl.constexpr,
+    LONG: tl.constexpr,
+    NEAR: tl.constexpr,
+):
+    """The sample of position `start`, and where it and the positions after it lie from that sample on."""
+    first = start // pixels  # sample
+    ahead = start - first * pixels
+    if not LONG:
+        ahead = ahead.to(tl.int32)
+    ahead += tl.arange(0, BLOCK_P)
+    sample = ahead // pixels
+    pixel = ahead - sample * pixels
+    if not NEAR:
+        sample = sample.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+    if FLAT:
+        offset = pixel * stride_w
+    else:
+        h = pixel // width
+        offset = h * stride_h + (pixel - h * width) * stride_w
+    offset += sample * stride_n
+    return first, offset
+
+
+@triton.jit
+def add(total, excess, term):
+    """total + term, and by how much that is too large."""
+    term -= excess
+    wide = total + term
+    return wide, (wide - total) - term
 
 
 @triton.jit
@@ -94,12 +146,7 @@ def second_moment_kernel(
     tile = tl.program_id(0)
     part = tl.program_id(1)
     slices = tl.num_programs(1)
-    row = 0  # tile number -> (row, column) of the lower triangle; at most channels / BLOCK_C steps
-    before = 0
-    while before + row + 1 <= tile:
-        before += row + 1
-        row += 1
-    column = tile - before
+    row, column = lower_tile(tile)
 
     # A batch of maps easily has more than 2^31 elements, so blocks start at int64 addresses; within them int32 will do,
     # and takes half the registers, of which there are too few where every number has an address of its own.
@@ -115,25 +162,10 @@ def second_moment_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     excess = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)  # by which `total` is too large
 
-    blocks = _cdiv(positions, BLOCK_P)
+    blocks = cdiv(positions, BLOCK_P)
     for step in range(0, tl.cdiv(blocks - part, slices)):
         start = (part + step * slices).to(tl.int64) * BLOCK_P
-        first = start // pixels  # sample
-        ahead = start - first * pixels
-        if not LONG:
-            ahead = ahead.to(tl.int32)
-        ahead += tl.arange(0, BLOCK_P)
-        sample = ahead // pixels
-        pixel = ahead - sample * pixels
-        if not NEAR:
-            sample = sample.to(tl.int64)
-            pixel = pixel.to(tl.int64)
-        if FLAT:
-            offset = pixel * stride_w
-        else:
-            h = pixel // width
-            offset = h * stride_h + (pixel - h * width) * stride_w
-        offset += sample * stride_n
+        first, offset = places(start, pixels, width, stride_n, stride_h, stride_w, BLOCK_P, FLAT, LONG, NEAR)
         block = features + first * stride_n
         valid = tl.arange(0, BLOCK_P) < positions - start
         a = tl.load(
@@ -151,12 +183,9 @@ def second_moment_kernel(
             )
             if WIDEN:
                 b = b.to(tl.float32)
-        run = _product(a, b, MODE, SINGLE, run)
+        run = product(a, b, MODE, SINGLE, run)
         if step % RUN == RUN - 1:
-            term = run - excess
-            wide = total + term
-            excess = (wide - total) - term
-            total = wide
+            total, excess = add(total, excess, run)
             run = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
     number = part.to(tl.int64) * tl.num_programs(0) + tile
     inside = tl.arange(0, BLOCK_C)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -175,12 +204,7 @@ def add_partials_kernel(
     TOGETHER: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    row = 0
-    before = 0
-    while before + row + 1 <= tile:
-        before += row + 1
-        row += 1
-    column = tile - before
+    row, column = lower_tile(tile)
     i = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) // BLOCK_C
     j = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) % BLOCK_C
     total = tl.zeros((ENTRIES,), dtype=tl.float64)
@@ -202,7 +226,7 @@ def add_partials_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class SecondMomentConfig:
     """How the kernel is compiled and spread.
 
     block      channels of a tile
@@ -224,44 +248,56 @@ class Config:
 
 
 _SMALL, _LARGE = {"warps": 4, "stages": 3, "resident": 2}, {"warps": 8, "stages": 3, "resident": 1}
-_IEEE = (Config(64, 32, 1, **_LARGE),)
+_IEEE = (SecondMomentConfig(64, 32, 1, **_LARGE),)
 # By compute capability's major number and mode ("half": 16-bit input). For maps as networks make them, NCHW or
 # channels_last, these compile without register spills and fit as often as `resident` says: large tiles, which read
 # least, and small ones, of which two fill the gaps in each other's work. Where nothing was measured the largest tile is
 # used that the channels fill, the first of equals. What is missing spills: on sm_80 128 channels with 128 positions or
 # with "x3", on sm_90 two products a run of 128 positions, on sm_100 one.
-CANDIDATES: dict[int, dict[str, tuple[Config, ...]]] = {
+CANDIDATES: dict[int, dict[str, tuple[SecondMomentConfig, ...]]] = {
     8: {
-        "half": (Config(64, 128, 2, **_SMALL),),
-        "tf32": (Config(64, 64, 1, **_SMALL), Config(128, 32, 1, **_LARGE)),
-        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 32, 1, **_SMALL)),
+        "half": (SecondMomentConfig(64, 128, 2, **_SMALL),),
+        "tf32": (SecondMomentConfig(64, 64, 1, **_SMALL), SecondMomentConfig(128, 32, 1, **_LARGE)),
+        "x3": (SecondMomentConfig(64, 32, 2, **_SMALL), SecondMomentConfig(64, 32, 1, **_SMALL)),
         "ieee": _IEEE,
     },
     9: {
-        "half": (Config(64, 128, 2, **_SMALL), Config(128, 128, 1, **_LARGE), Config(128, 64, 1, **_LARGE)),
-        "tf32": (Config(64, 64, 1, **_SMALL), Config(128, 32, 1, **_LARGE)),
-        "x3": (Config(64, 32, 2, **_SMALL), Config(64, 64, 1, **_SMALL), Config(128, 64, 1, **_LARGE, single=True)),
+        "half": (
+            SecondMomentConfig(64, 128, 2, **_SMALL),
+            SecondMomentConfig(128, 128, 1, **_LARGE),
+            SecondMomentConfig(128, 64, 1, **_LARGE),
+        ),
+        "tf32": (SecondMomentConfig(64, 64, 1, **_SMALL), SecondMomentConfig(128, 32, 1, **_LARGE)),
+        "x3": (
+            SecondMomentConfig(64, 32, 2, **_SMALL),
+            SecondMomentConfig(64, 64, 1, **_SMALL),
+            SecondMomentConfig(128, 64, 1, **_LARGE, single=True),
+        ),
         "ieee": _IEEE,
     },
     10: {
-        "half": (Config(64, 128, 2, **_SMALL), Config(128, 128, 2, **_LARGE), Config(128, 64, 2, **_LARGE)),
-        "tf32": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
-        "x3": (Config(64, 32, 2, **_SMALL), Config(128, 32, 2, **_LARGE)),
+        "half": (
+            SecondMomentConfig(64, 128, 2, **_SMALL),
+            SecondMomentConfig(128, 128, 2, **_LARGE),
+            SecondMomentConfig(128, 64, 2, **_LARGE),
+        ),
+        "tf32": (SecondMomentConfig(64, 32, 2, **_SMALL), SecondMomentConfig(128, 32, 2, **_LARGE)),
+        "x3": (SecondMomentConfig(64, 32, 2, **_SMALL), SecondMomentConfig(128, 32, 2, **_LARGE)),
         "ieee": _IEEE,
     },
 }
 # Where numbers can only be read one by one, as in cropped maps, each has an address and a predicate of its own: these
 # have registers for them, and do not spill either. (Two bytes are also too few to be copied without passing through
 # registers.)
-SCATTERED: dict[str, Config] = {
-    "half": Config(64, 64, 4, warps=8, stages=3, resident=2),
-    "tf32": Config(64, 64, 1, **_SMALL),
-    "x3": Config(64, 32, 1, **_LARGE),
+SCATTERED: dict[str, SecondMomentConfig] = {
+    "half": SecondMomentConfig(64, 64, 4, warps=8, stages=3, resident=2),
+    "tf32": SecondMomentConfig(64, 64, 1, **_SMALL),
+    "x3": SecondMomentConfig(64, 32, 1, **_LARGE),
     "ieee": _IEEE[0],
 }
 
 
-def candidates(major: int, mode: str, channels: int, scattered: bool = False) -> tuple[Config, ...]:
+def candidates(major: int, mode: str, channels: int, scattered: bool = False) -> tuple[SecondMomentConfig, ...]:
     """The configurations to choose from, the default first. `scattered`: numbers are read one by one."""
     if scattered:
         return (SCATTERED[mode],)
@@ -335,7 +371,9 @@ def slices_of(tiles: int, blocks: int, programs: int) -> int:
     return min(sorted(choices), key=time)
 
 
-def _partials(features: Tensor, mode: str, config: Config, multiprocessors: int) -> tuple[Tensor, int, bool]:
+def _partials(
+    features: Tensor, mode: str, config: SecondMomentConfig, multiprocessors: int
+) -> tuple[Tensor, int, bool]:
     """The partial sums [slices, tiles, block, block], the tile's size, and whether they are to be symmetrised."""
     channels = features.shape[1]
     layout = Layout.of(features)
@@ -371,11 +409,12 @@ def _partials(features: Tensor, mode: str, config: Config, multiprocessors: int)
         WIDEN=triton_interpreted(),
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,  # for "ieee"; from Triton 3.10 on it would not be so by itself
     )
     return partials, block, mode == "x3" and tiles == 1
 
 
-def configuration(features: Tensor, mode: str) -> Config:
+def configuration(features: Tensor, mode: str) -> SecondMomentConfig:
     """The configuration for such features on their GPU: measured once per kind of GPU and class of shapes."""
     channels = features.shape[1]
     layout = Layout.of(features)
@@ -399,7 +438,7 @@ def configuration(features: Tensor, mode: str) -> Config:
     )
 
 
-def launch(features: Tensor, out: Tensor, precision: str, config: Config | None = None) -> None:
+def launch(features: Tensor, out: Tensor, precision: str, config: SecondMomentConfig | None = None) -> None:
     """Add the second moment of ``features`` to the lower triangle of ``out``, and mirror it.
 
     config  in place of the one that was found the fastest
@@ -427,4 +466,5 @@ def launch(features: Tensor, out: Tensor, precision: str, config: Config | None 
             ENTRIES=entries,
             TOGETHER=TOGETHER,
             num_warps=4,
+            enable_fp_fusion=True,
         )

@@ -15,7 +15,7 @@ class GPU:
     """In place of Triton's launches: what is compiled, by Triton's own rules, and whether a graph is captured."""
 
     def __init__(self):
-        self.compiled, self.capturing, self.launches, self.binders = set(), False, 0, {}
+        self.compiled, self.capturing, self.fused, self.binders = set(), False, {}, {}
 
     def key(self, kernel, *arguments, **constants):
         """What Triton keeps a compiled kernel under."""
@@ -33,7 +33,7 @@ class GPU:
         key = self.key(kernel, *arguments, **constants)
         assert not self.capturing or key in self.compiled, "an error of CUDA's: a kernel is loaded inside a capture"
         self.compiled.add(key)
-        self.launches += 1
+        self.fused[kernel.__name__] = constants.get("enable_fp_fusion")
 
 
 class Watched:
@@ -50,7 +50,9 @@ class Watched:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    from rewrite_core.kernels import fit_low_rank, fit_projected, launching, second_moment
+    from rewrite_core.kernels import launching, second_moment
+    from rewrite_core.kernels.fit_low_rank import host as fit_low_rank
+    from rewrite_core.kernels.fit_projected import host as fit_projected
 
     gpu = GPU()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -156,6 +158,16 @@ def test_captures_are_refused_or_right(gpu, make):
             captured()
             assert gpu.compiled > warmed, "nothing had to be compiled"
     assert 5 <= refused <= 45, "the pairs show nothing"
+
+
+def test_what_must_not_be_fused(gpu):
+    """As the tests that compile ahead of time have it. A fused sum would round otherwise than its copies."""
+    for make in (fit_call, projected_call):
+        draw = Draw()
+        for _ in range(20):
+            make(draw)()
+    assert set(gpu.fused) == {"fit_kernel", "exact_kernel"} and not any(gpu.fused.values())
+    assert None not in gpu.fused.values()
 
 
 def test_divisibility_counts_and_not_the_size(gpu):

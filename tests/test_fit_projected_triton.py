@@ -1,0 +1,183 @@
+"""The Triton kernel of ``fit_projected``: compiled for GPUs this machine lacks, and run on one where there is one.
+
+Its numbers in Triton's interpreter: tests/interpreted/fit_projected.py.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import needs_triton, needs_triton_compiler, read_npz
+from helpers.projected_problems import agree, make, problem_of, single
+from helpers.triton_compiler import ATOMICS, compile_kernel, resources
+
+import rewrite_core as rc
+from rewrite_core.backends import BackendUnavailable, backends_of, triton_reason
+from rewrite_core.ops import fit_projected
+from rewrite_core.ops.fit_projected_op.problem import TRITON
+
+
+@needs_triton
+def test_all_threads_have_read_a_change_before_one_writes_it():
+    """128 numbers of a tile on 256 threads: each is held twice. A late thread must not read what the other wrote."""
+    from rewrite_core.kernels.fit_projected import steps
+
+    source = Path(steps.__file__).read_text()
+    read = source.index("before = tl.load(own_rows(state.change,")
+    write = source.index("tl.store(own_rows(state.mean, start, mode.ROWS, mode), mean)")
+    assert "tl.debug_barrier()" in source[read:write] and "tl.store" not in source[read:write]
+
+
+@needs_triton_compiler
+@pytest.mark.parametrize(
+    ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
+)
+def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code, in the fullest modes."""
+    from rewrite_core.kernels.fit_projected import fit, host
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
+    config, one, kernel = host.CANDIDATES[0], kind == "one tile", fit.fit_kernel
+    pointers = (
+        "maps",
+        "base",
+        "target",
+        "value",
+        "shift",
+        "weight",
+        "square",
+        "directions",
+        "basis",
+        "rates",
+        "scratch",
+        "coefficients",
+    )
+    types = (
+        dict.fromkeys(pointers, "*fp32")
+        | {"losses": "*fp64"}
+        | dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
+    )
+    constants = {
+        "ABSOLUTE": one,
+        "DEMODULATED": True,
+        "SHIFT": True,
+        "PROJECTS": True,
+        "PROJECTS_GRADIENT": not one,
+        "ONE_TILE": one,
+        "CHANNELS": config.channels,
+        "ROWS": config.rows,
+        "PIXELS": config.pixels,
+        "PRECISION": host.PRECISION,
+    }
+    known = (*pointers, "losses", "inputs", "width", "stride")  # as a launch has them: multiples of 16
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    compiled = compile_kernel(kernel, capability, types, constants, known, **options)
+    ptx = compiled.asm["ptx"]
+    registers, stack, local = resources(compiled, tmp_path)
+    assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
+    assert stack <= (16 if capability == 80 else 0), f"spills: {stack}"
+    assert compiled.metadata.shared <= 99 << 10
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 8, "read 4 bytes at a time"
+    assert re.search(r"mma\S*tf32", ptx), "no tensor cores"
+    # three products, of numbers split in two
+    assert not re.search(r"fma\.rn\.f32", ptx), "a value and the goal equal to it would leave something"
+    assert not ATOMICS.search(ptx), "sums in any order"
+
+
+def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments, options = make()
+    with pytest.raises(BackendUnavailable, match="triton: .*on cpu|triton is not installed"):
+        fit_projected(*arguments, **options, backend="triton")
+    if triton_reason() is None:
+        record = next(record for record in backends_of("fit_projected") if record.name == "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        empty = torch.empty(())
+        assert record.supports(empty.expand(512, 3, 3, 64, 64)) is None
+        assert "float64" in record.supports(empty.double().expand(4, 3, 3, 5, 5))
+        assert "at most" in record.supports(empty.expand(512, 3, 3, 256, 256))
+        assert "interpreter" in record.declines(empty.expand(4, 3, 3, 5, 5))
+
+
+def on_gpu(*arguments, **options):
+    def move(part):
+        if isinstance(part, tuple):
+            return tuple(map(move, part))
+        return part.cuda() if isinstance(part, torch.Tensor) else part
+
+    found = fit_projected(
+        *map(move, arguments), **{name: move(part) for name, part in options.items()}, backend="triton"
+    )
+    return type(found)(*(part.cpu() for part in found))
+
+
+NO_GPU = triton_reason(TRITON) if torch.cuda.is_available() else "there is no GPU here"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+
+
+@pytest.mark.parametrize("demodulated", [pytest.param(False, marks=needs_gpu), pytest.param(True, marks=needs_gpu)])
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"size": (10, 10), "channels": 33},
+        {"size": (7, 6)},
+        {"size": (1, 1)},
+        {"size": (13, 12)},
+        {"kernel": 1},
+        {"kernel": 5, "size": (6, 7)},
+        {"inputs": 1, "rank": 1},
+        {"rank": 0},
+        {"rank": 13},
+        {"inputs": 200, "rank": 33},
+    ],
+    ids=str,
+)
+def test_gpu_steps_of_autograd(sizes, loss, demodulated):
+    arguments, options = make(**sizes, demodulated=demodulated)
+    agree(arguments, options, run=on_gpu, loss=loss)
+    if options["directions"] is not None:
+        agree(arguments, options, run=on_gpu, loss=loss, project_gradient=True)
+
+
+@pytest.mark.parametrize("channels", [pytest.param(5, marks=needs_gpu), pytest.param(19, marks=needs_gpu)])
+def test_gpu_small(channels):
+    """For compute-sanitizer too: every configuration, few steps; the same bits from run to run."""
+    from rewrite_core.kernels.fit_projected import host
+
+    arguments, options = make(channels=channels, inputs=40, demodulated=True)
+    options |= {"steps": 4}
+    problem = problem_of(*single(arguments), **{name: single(part) for name, part in options.items()})
+    problem = type(problem)(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in problem))
+    for config in host.CANDIDATES:
+        ours, again = host.launch(problem, config=config), host.launch(problem, config=config)
+        assert all(torch.equal(one, other) for one, other in zip(ours, again))
+        agree(
+            arguments,
+            options,
+            run=lambda *a, ours=ours, **k: rc.ops.ProjectedResult(*(p.cpu() for p in ours)),
+        )
+
+
+@pytest.mark.parametrize("slope", [pytest.param(0.2, marks=needs_gpu), pytest.param(1.0, marks=needs_gpu)])
+def test_gpu_goal_equal_to_the_value_pulls_at_nothing(slope):
+    arguments, options = make(demodulated=True)
+    operator, base, _ = single(arguments)
+    options = {name: single(part) for name, part in options.items()} | {"slope": slope}
+    weight, style, eps = options["demodulation"]
+    power = (weight * style[:, None, None]).square().sum((1, 2, 3)) + eps
+    value = 1.4 * F.leaky_relu(base / power.sqrt()[:, None, None] + options["shift"], slope)
+    fit = on_gpu(operator, base, value, value=value, **options)
+    assert (fit.losses == 0).all() and (fit.coefficients == 0).all()
+
+
+@pytest.mark.parametrize("name", [pytest.param("projected_rank1", marks=needs_gpu)])
+def test_gpu_golden_curve_of_the_reference(name, golden_moment, generator, edit, latents):
+    layer = rc.bind(generator.cuda(), "layer5.conv")
+    solver = rc.Projected(steps=201)
+    change = rc.rewrite(layer, golden_moment, edit, latents.cuda(), solver=solver, backend="triton")
+    curve = read_npz("proggan_expected.npz")[f"{name}_loss"]
+    assert ((torch.tensor(change.losses) - curve).abs() / curve).max() < 0.02
+    assert change.status == {"fused": 48}
