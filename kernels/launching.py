@@ -39,7 +39,8 @@ def launch_kernel(
         kernel[programs](*arguments, **constants)
         return
     kinds = tuple(map(kind, arguments, _specialised(kernel)))
-    key = (kernel, arguments[0].device.index, kinds, *constants.values())
+    first: Any = arguments[0]
+    key = (kernel, first.device.index, kinds, *constants.values())
     if key in _launched:
         kernel[programs](*arguments, **constants)
         return

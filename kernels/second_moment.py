@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -247,7 +248,8 @@ class SecondMomentConfig:
     single: bool = False
 
 
-_SMALL, _LARGE = {"warps": 4, "stages": 3, "resident": 2}, {"warps": 8, "stages": 3, "resident": 1}
+_SMALL: dict[str, Any] = {"warps": 4, "stages": 3, "resident": 2}
+_LARGE: dict[str, Any] = {"warps": 8, "stages": 3, "resident": 1}
 _IEEE = (SecondMomentConfig(64, 32, 1, **_LARGE),)
 # By compute capability's major number and mode ("half": 16-bit input). For maps as networks make them, NCHW or
 # channels_last, these compile without register spills and fit as often as `resident` says: large tiles, which read

@@ -53,8 +53,8 @@ def enabled() -> bool:
 
 def cache_folder(op: str, device_name: str) -> Path:
     """Where measured configurations of an op for GPUs of this name are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     return base / "rewrite_core" / op / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") or "gpu")
 
 
@@ -78,7 +78,8 @@ def ran(trials: Sequence[Trial]) -> bool:
 
 def fastest(trials: Sequence[Trial]) -> Trial:
     """The first of the fastest. Raises ValueError where none ran."""
-    return min((trial for trial in trials if trial.seconds is not None), key=lambda trial: float(trial.seconds))
+    seconds = [(trial.seconds, number) for number, trial in enumerate(trials) if trial.seconds is not None]
+    return trials[min(seconds)[1]]
 
 
 def trials_of(path: Path, choices: Sequence[Config], time: Callable[[Config], Trial]) -> tuple[Trial, ...]:

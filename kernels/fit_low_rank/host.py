@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from ...ops.fit_low_rank_op.problem import (
     SLOW_SHARE,
@@ -65,9 +65,10 @@ def plan(problem: FitLowRankProblem) -> tuple[bool, int]:
     return dual_form, pixels if dual_form else unknowns
 
 
-def _prepare(problem: FitLowRankProblem) -> dict[str, Tensor | None]:
+def _prepare(problem: FitLowRankProblem) -> dict[str, Any]:
     """What the channels of an edit share."""
-    basis, wide = problem.basis, {"dtype": torch.float64, "device": problem.basis.device}
+    basis = problem.basis
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": basis.device}
     edits, unknowns, pixels = basis.shape
     dual_form, order = plan(problem)
     if problem.pixel_weights is None:
@@ -92,7 +93,9 @@ def _prepare(problem: FitLowRankProblem) -> dict[str, Tensor | None]:
             torch.bmm(problem.gain**2 * weight * rows, rows.mT, out=gram[part])
     square = size[:, :, None] * size[:, None, :]
     constant, penalty_scale = problem.constant, problem.penalty_scale
-    if constant is not None:  # without a change the quadratic form does not count, unless it is not finite
+    if (
+        constant is not None and problem.quadratic is not None
+    ):  # without a change the quadratic form does not count, unless it is not finite
         constant = constant + 0.0 * problem.quadratic.sum((1, 2))[:, None]
     return {
         "constant": constant,
@@ -114,7 +117,7 @@ def _paces(problem: FitLowRankProblem) -> tuple[float, float, float]:
 
 
 def _fit(
-    problem: FitLowRankProblem, shared: dict[str, Tensor | None], outputs: Outputs, config: FitLowRankConfig, steps: int
+    problem: FitLowRankProblem, shared: dict[str, Any], outputs: Outputs, config: FitLowRankConfig, steps: int
 ) -> None:
     """Launch the kernel that fits, with up to so many steps."""
     edits, unknowns, pixels = problem.basis.shape

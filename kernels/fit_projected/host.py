@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,10 @@ def _whole(count: int, tile: int) -> int:
     return triton.cdiv(count, tile) * tile
 
 
-def _prepare(problem: FitProjectedProblem) -> dict[str, Tensor | None]:
+def _prepare(problem: FitProjectedProblem) -> dict[str, Any]:
     """What a launch reads, whatever its configuration."""
     operator, directions, base = problem.operator, problem.directions, problem.base
-    wide = {"dtype": torch.float64, "device": operator.device}
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": operator.device}
     operator = operator.flatten(3).flatten(1, 2)
     count = torch.arange(1, problem.steps + 1, **wide)
     return {
@@ -75,7 +76,7 @@ def _padded(part: Tensor | None, *more: int) -> Tensor | None:
 
 
 def _descend(
-    problem: FitProjectedProblem, shared: dict[str, Tensor | None], config: FitProjectedConfig, steps: int
+    problem: FitProjectedProblem, shared: dict[str, Any], config: FitProjectedConfig, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel for so many steps: coefficients [channels, taps, directions or padded inputs], losses."""
     taps, inputs, pixels = shared["maps"].shape
