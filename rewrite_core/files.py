@@ -338,14 +338,38 @@ def save_record(path: str | os.PathLike, kind: str, version: int, tensors: dict[
             "keep less in it."
         )
     header = {"format": f"rewrite_core.{kind}", "version": str(version), "metadata": text}
+    save_tensors(path, tensors, header)
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, all or nothing, from any device and with any strides; those that share memory
+    (tied weights) are written once for each name.
+
+    Raises RewriteCoreError for a tensor of a kind that such a file has no room for.
+    """
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise RewriteCoreError(
+                f"{shown(path)} cannot hold {quoted(name)}, which is no dense tensor with numbers; leave it out, or "
+                "make it one."
+            )
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(place)
+        owned[name] = tensor
     with atomic_write(path) as partial:
-        save_file({name: _owned(tensor) for name, tensor in tensors.items()}, partial, metadata=header)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, and with no other's memory."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        try:
+            save_file(owned, partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError:  # a full disk
+            raise
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise RewriteCoreError(f"{shown(path)} cannot hold these tensors ({_why(error)}).") from error
 
 
 def load_record(path: str | os.PathLike, kind: str, *versions: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

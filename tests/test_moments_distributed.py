@@ -209,7 +209,9 @@ class Torchrun:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "SECONDS_PER_BATCH": str(seconds_per_batch),
-            "PYTHONPATH": str(PROGRAMS.parent / "helpers"),
+            "PYTHONPATH": os.pathsep.join(
+                [str(PROGRAMS.parent / "helpers"), *os.environ.get("PYTHONPATH", "").split(":")]
+            ),
         }
         program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", f"--max-restarts={restarts}"]
         program += ["--monitor-interval=0.05", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]

@@ -3,10 +3,12 @@
 import io
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import rewrite_core
 from rewrite_core.progress import progress_bar
 
 
@@ -35,3 +37,14 @@ def test_in_jupyter(monkeypatch):
     assert shown(monkeypatch, False, show=False) == ""
     kernel.get_ipython = lambda: object()  # IPython in a terminal, its output in a pipe
     assert shown(monkeypatch, False) == ""
+
+
+def test_every_bar_is_made_in_one_place():
+    """Elsewhere tqdm is imported for types, or to write beside bars."""
+    package = Path(rewrite_core.__file__).parent
+    others = set()
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\btqdm\((?!\.write)", text) or "trange(" in text or "tqdm.auto" in text:
+            others.add(path.name)
+    assert others == {"progress.py"}

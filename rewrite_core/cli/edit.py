@@ -99,7 +99,7 @@ def _flag(name: str) -> str:
 
 def run(options: argparse.Namespace) -> None:
     from ..errors import warn
-    from ..files import atomic_write
+    from ..files import save_tensors
     from ..layers.binding import bind
     from ..rewrites.calls import erase, rewrite, zero
     from .generator import subject
@@ -132,11 +132,7 @@ def run(options: argparse.Namespace) -> None:
             "the loss; --preserve 0.3, --region map or a lower --rank make it smaller."
         )
     if options.state_dict:
-        from safetensors.torch import save_file
-
-        state = {name: tensor.cpu().contiguous() for name, tensor in change.state_dict().items()}
-        with atomic_write(options.state_dict) as partial:
-            save_file(state, partial)
+        save_tensors(options.state_dict, change.state_dict())
         say(f"edited state dict -> {options.state_dict}")
 
 

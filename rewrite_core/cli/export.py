@@ -55,9 +55,7 @@ def run(options: argparse.Namespace) -> None:
 def _save_state(changes: list, generator: object, options: argparse.Namespace) -> None:
     import contextlib
 
-    from safetensors.torch import save_file
-
-    from ..files import atomic_write
+    from ..files import save_tensors
 
     with contextlib.ExitStack() as applied:
         for change in changes[:-1]:
@@ -66,9 +64,7 @@ def _save_state(changes: list, generator: object, options: argparse.Namespace) -
         last = changes[-1].apply(generator, strength=options.strength, force=options.force)
         applied.callback(last.revert, generator)
         state = last.state_dict(generator)
-    tensors = {name: value.contiguous() for name, value in state.items() if hasattr(value, "contiguous")}
-    with atomic_write(options.out) as partial:
-        save_file(tensors, partial)
+    save_tensors(options.out, {name: value for name, value in state.items() if hasattr(value, "contiguous")})
 
 
 COMMAND = Command(

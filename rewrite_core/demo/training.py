@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..files import atomic_write, to_json
+from ..files import save_tensors, to_json
 from ..layers.latents import sample_latents
+from ..progress import progress_bar
 from .generator import ARCHITECTURES, ProgGANChapels, StyleGAN2Chapels, load_chapels
 from .world import FACTORS, IMAGE_SIZE, LATENT_SIZE, factor_region, region, render, scene_from_latents
 
@@ -166,7 +165,7 @@ def train(
         betas=(0.9, 0.99),
     )
     running = None
-    bar = tqdm(range(steps), desc="train", unit="step", mininterval=5, disable=not progress)
+    bar = progress_bar(range(steps), label="train", unit="step", show=progress)
     for step in bar:
         done = step / steps
         upto = 16 if done < 0.2 else 32 if done < 0.4 else IMAGE_SIZE
@@ -205,8 +204,7 @@ def main() -> None:
     generator = ARCHITECTURES[options.architecture]().to(options.device)
     averaged = train(generator, options.steps, seed=options.seed).cpu()
     state = {name: tensor.half().contiguous() for name, tensor in averaged.state_dict().items()}
-    with atomic_write(options.out) as partial:
-        save_file(state, partial)
+    save_tensors(options.out, state)
     stored = load_chapels(options.out, options.architecture)
     quality = evaluate(stored, sample_latents(LATENT_SIZE, 500, seed=2))
     minutes = round((time.perf_counter() - start) / 60, 1)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import FileFormatError, MismatchError, RewriteCoreError, SolverError
-from ..files import atomic_write, from_json, open_file, read_tensors, shown, to_json
+from ..files import atomic_write, from_json, open_file, read_tensors, save_tensors, shown, to_json
 from ..layers.binding import bind
 from ..layers.bound import BoundLayer
 from ..rewrites.change import Rewrite
@@ -98,8 +97,7 @@ def save_peft(
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = a.cpu(), b.cpu()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target / WEIGHTS) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    save_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_write(target / CONFIG) as partial:
         partial.write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
 
@@ -121,8 +119,7 @@ def save_diffusers(
     tensors = {}
     for name, (a, b, _) in _factors(changes, generator, strength).items():
         tensors[f"{part}.{name}.lora_A.weight"], tensors[f"{part}.{name}.lora_B.weight"] = a.cpu(), b.cpu()
-    with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    save_tensors(path, tensors, {"format": "pt"})
 
 
 def load_peft(folder: str | os.PathLike, generator: nn.Module) -> list[Rewrite]:

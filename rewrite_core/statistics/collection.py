@@ -7,10 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..adapters.base import Capture
 from ..errors import ArgumentError, RewriteCoreError, number, whole_number
@@ -27,6 +26,9 @@ from .masks import Mask, batch_mask, check_mask
 from .part import Part
 from .second_moment import SecondMoment
 from .streams import side_stream
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 5.0  # between two checkpoints
 

@@ -7,9 +7,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rewrite_core as rc
-from rewrite_core.files import plain, save_record, to_json
+from rewrite_core.cli.entry import main
+from rewrite_core.files import plain, save_record, save_tensors, to_json
 
 
 def generator():
@@ -86,8 +88,49 @@ def test_deep_and_long_metadata(tmp_path):
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
-    both = torch.arange(8.0)
-    save_record(tmp_path / "m", "thing", 1, {"a": both[:4], "b": both[2:6], "c": both.view(2, 4).T}, {})
-    from safetensors.torch import load_file
+    both, tied = torch.arange(8.0), torch.eye(3)
+    tensors = {"a": both[:4], "b": both[2:6], "c": both.view(2, 4).T, "d": tied, "e": tied, "f": both, "g": both[:0]}
+    save_tensors(tmp_path / "m", tensors, {"format": "pt"})
+    found = load_file(tmp_path / "m")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items()) and len(found) == 7
+    lazy = torch.ones(3, dtype=torch.complex64).mul(1j).conj().imag  # read with the wrong sign unless resolved
+    save_tensors(tmp_path / "m", {"a": lazy})
+    assert torch.equal(load_file(tmp_path / "m")["a"], lazy)
+    for odd in (torch.eye(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128)):
+        with pytest.raises(rc.RewriteCoreError, match="m cannot hold"):
+            save_tensors(tmp_path / "m", {"a": odd})
 
-    assert load_file(tmp_path / "m")["b"].tolist() == [2, 3, 4, 5]
+
+def test_state_dicts_of_tied_weights_are_written(tmp_path, monkeypatch):
+    """The layer's own, or others: by `rewrite edit --state-dict` and `rewrite export`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tied_generator.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    maps = torch.nn.Unflatten(1, (6, 1, 1)), torch.nn.ConvTranspose2d(6, 8, 4)\n"
+        "    G = torch.nn.Sequential(*maps, torch.nn.Conv2d(8, 3, 3, padding=1), torch.nn.PReLU(), torch.nn.PReLU())\n"
+        "    G[4].weight = G[3].weight\n"
+        "    return G\n"
+    )
+    mask = np.zeros((4, 4))
+    mask[1:3, 1:3] = 1
+    rc.Edit(copy=rc.Selection(0, mask), paste=rc.Selection(1, mask), context=[rc.Selection(1, mask)]).save("e.json")
+    words = ["--generator", "tied_generator:make", "--latent-size", "6", "--quiet"]
+    edit = [
+        "edit",
+        "e.json",
+        "--layer",
+        "2",
+        "--count",
+        "30",
+        "--out",
+        "r.safetensors",
+        "--state-dict",
+        "s.safetensors",
+    ]
+    assert main([*edit, *words]) == 0
+    assert main(["export", "r.safetensors", "--format", "state-dict", "--out", "x.safetensors", *words]) == 0
+    for name in ("s.safetensors", "x.safetensors"):
+        assert torch.equal(load_file(name)["3.weight"], load_file(name)["4.weight"])
