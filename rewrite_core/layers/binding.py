@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters import ADAPTERS, family_names
 from ..adapters.base import LayerAdapter
-from ..errors import ArgumentError, RewriteCoreError, UnknownLayerError
+from ..errors import ArgumentError, RewriteCoreError, UnknownLayerError, quoted
 from .bound import BoundLayer
 from .fingerprints import Forward
 
@@ -94,7 +94,7 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     try:
         module = generator.get_submodule(name)  # by any of its names, where a module has several
     except AttributeError:
-        raise _unknown(generator, name, f"The generator has no layer {name!r}") from None
+        raise _unknown(generator, name, f"The generator has no layer {quoted(name)}") from None
     if isinstance(module, torch.jit.ScriptModule):
         problem = f"Layer {name!r} is scripted, and can only be bound as the Python module it was made from"
         raise _unknown(generator, name, problem)

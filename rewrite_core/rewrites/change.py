@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Box
 from ..edits.edit import Edit
-from ..errors import MismatchError, SolverError, flag, number, warn
+from ..errors import MismatchError, SolverError, flag, number, printable, quoted, warn
 from ..layers.binding import bind, unwrapped
 from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
@@ -113,10 +113,10 @@ class Rewrite:
 
     def _facts(self) -> str:
         loss = f", loss {self.losses[0]:.4g} -> {self.final_loss:.4g}" if self.losses else ""
-        return f"rank {self.rank}, {self.solver}{loss}"
+        return f"rank {self.rank}, {printable(self.solver[:60])}{loss}"  # what a file says
 
     def __repr__(self) -> str:
-        return f"Rewrite({self.layer!r}, {self._facts()})"
+        return f"Rewrite({quoted(self.layer)}, {self._facts()})"
 
     def _repr_html_(self) -> str:
         """For notebooks: what it is, how large, and the edit that it came from."""

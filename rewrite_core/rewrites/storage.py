@@ -75,7 +75,7 @@ def finite(value: float | None) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _read_edit(record: Any, tensors: dict[str, Tensor]) -> Edit:

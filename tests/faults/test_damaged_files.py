@@ -306,3 +306,22 @@ def test_files_changed_at_random(tmp_path, layer, moment, kind):
         if kind == "moment":
             use_all(found, layer, again)
     assert refused > 50
+
+
+@pytest.mark.parametrize("field", ["layer", "solver", "fitted_to", "loss", "groups", "size", "edit"])
+def test_rewrites_with_fields_of_wrong_types(tmp_path, layer, moment, field):
+    mask = np.ones((1, 1))
+    edit = rc.Edit(copy=rc.Selection(0, mask), paste=rc.Selection(1, mask), context=[rc.Selection(1, mask)])
+    path = tmp_path / "r"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rc.rewrite(layer, moment, edit, Z, loss="l2").save(path)
+    good = path.read_bytes()
+    for value in (*ODD, 10**400, [10**400], ["x"], "y" * 5000):
+        path.write_bytes(with_metadata(good, lambda metadata, value=value: json.dumps(metadata | {field: value})))
+        try:
+            found = rc.Rewrite.load(path)
+            assert repr(found).isprintable() and len(repr(found)) < 300
+            found.apply(generator(), force=True)
+        except rc.RewriteCoreError as error:
+            assert len(str(error)) < 700 and str(error).isprintable()
