@@ -1,4 +1,4 @@
-"""Collecting a second moment, end to end, against the bare forward pass up to the layer (DESIGN 5) and the
+"""Collecting a second moment, end to end, against the bare forward pass up to the layer and the
 reference implementation's way. Generators of true widths with random weights."""
 
 from __future__ import annotations

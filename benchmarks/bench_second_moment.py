@@ -1,4 +1,4 @@
-"""Second moment of keys, C += X^T X from NCHW, against stock PyTorch (DESIGN 5)."""
+"""Second moment of keys, C += X^T X from NCHW, against stock PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewrite_core.ops import second_moment
 from .harness import Case, Contender, Problem, Yardstick
 
 OP = "second_moment"
-GRID = ((64, 128), (128, 64), (256, 64), (512, 32), (512, 16), (1024, 8))  # channels @ map; DESIGN 5's
+GRID = ((64, 128), (128, 64), (256, 64), (512, 32), (512, 16), (1024, 8))  # channels @ map
 CHANNELS = ((1, 64), (4, 64), (16, 64), (32, 64), (48, 32), (96, 32), (200, 32), (2048, 8), (2048, 4))
 HALF = ((64, 128), (256, 64), (512, 16))
 QUICK = ((64, 16), (96, 8))

@@ -1,4 +1,4 @@
-"""S2: DESIGN's targets, timed.
+"""S2: what the kernels are to reach, timed.
 
 Ours tuned, with every candidate's time, against the best stock PyTorch expressions for the same job on the same GPU,
 beside the floor of what this GPU was measured to do (S0)."""

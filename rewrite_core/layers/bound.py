@@ -193,7 +193,7 @@ class BoundLayer(Tap):
         return self._adapter.post_operation(capture)
 
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
-        """A capture restricted to a box of the map (DESIGN: the convolution zero-pads at its edge)."""
+        """A capture restricted to a box of the map (the convolution zero-pads at its edge)."""
         return self._adapter.crop(capture, key_box, value_box)
 
     def render(self, latents: Tensor, value: Tensor | None = None) -> Tensor:
