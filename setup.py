@@ -1,10 +1,11 @@
 """Builds rewrite_core._C by driving CMake with Ninja; everything else is in pyproject.toml.
 
+Where the kernels are not for this machine (anything but 64-bit Linux on x86-64 and aarch64) the Python package alone.
+
 REWRITE_CORE_CUDA=1 also compiles csrc/*.cu, and then a missing nvcc is an error.
 """
 
 import os
-import platform
 import runpy
 import shutil
 import subprocess
@@ -14,18 +15,16 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-if not (sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")):
-    sys.exit(
-        f"rewrite_core builds on Linux x86-64 only, and this is {platform.system()} {platform.machine()}: "
-        "use such a machine, or run the pure-Python package from the source tree (reference backend)."
-    )
+version = runpy.run_path(str(Path(__file__).resolve().parent / "rewrite_core" / "version.py"))
+source_digest, no_kernels = version["source_digest"], version["no_kernels"]()
+if no_kernels:
+    print(f"rewrite_core is installed without its C++ kernels: {no_kernels}. Everything works, more slowly.")
+else:
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        sys.exit("rewrite_core needs pybind11 to build: install it, or run `pip install .` with build isolation on.")
 
-try:
-    import pybind11
-except ModuleNotFoundError:
-    sys.exit("rewrite_core needs pybind11 to build: install it, or run `pip install .` with build isolation on.")
-
-source_digest = runpy.run_path(str(Path(__file__).resolve().parent / "rewrite_core" / "version.py"))["source_digest"]
 for stale in Path(__file__).resolve().parent.glob("build/lib*"):  # else modules deleted since would be packed too
     shutil.rmtree(stale)
 
@@ -69,7 +68,7 @@ setup(
         "rewrite_core.demo": ["*.safetensors", "*.json"],
         "rewrite_core.studio": ["page/*"],
     },
-    ext_modules=[Extension("rewrite_core._C", sources=[])],
+    ext_modules=[] if no_kernels else [Extension("rewrite_core._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
 )

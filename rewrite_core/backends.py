@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .errors import ArgumentError, BackendUnavailable, RewriteCoreError, quoted
+from .version import no_kernels
 
 OPS = ("second_moment", "spd_solve", "fit_low_rank", "fit_projected")
 ORDER = ("cuda", "triton", "cpp", "reference")  # what "auto" tries, best first
@@ -151,6 +152,9 @@ def _probe_extension() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "rewrite_core._C":
             raise
+        missing = no_kernels()
+        if missing:
+            return None, f"there are no C++ kernels here: {missing}"
         return (
             None,
             "the C++ extension rewrite_core._C is not built: run `pip install .` (in a checkout, `pip install -e .`)",

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def source_digest(checkout: Path) -> str:
 def python_digest(package: Path) -> str:
     """Of the Python files of a package folder, installed or in a checkout; kernels/ and benchmarks/ may be links."""
     return _digest(package, "**/*.py", "kernels/**/*.py", "benchmarks/**/*.py")
+
+
+def no_kernels() -> str | None:
+    """Why this machine has no C++ kernels, or None where it can have them: 64-bit Linux on x86-64 and aarch64."""
+    system, machine = platform.system(), platform.machine()
+    bits = 64 if sys.maxsize > 1 << 32 else 32
+    if system == "Linux" and machine.lower() in ("x86_64", "amd64", "aarch64", "arm64") and bits == 64:
+        return None
+    return f"they are for 64-bit Linux on x86-64 and aarch64, and this is {bits}-bit {system} on {machine}"
 
 
 def cpu_name() -> str:
