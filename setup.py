@@ -19,11 +19,6 @@ version = runpy.run_path(str(Path(__file__).resolve().parent / "rewrite_core" / 
 source_digest, no_kernels = version["source_digest"], version["no_kernels"]()
 if no_kernels:
     print(f"rewrite_core is installed without its C++ kernels: {no_kernels}. Everything works, more slowly.")
-else:
-    try:
-        import pybind11
-    except ModuleNotFoundError:
-        sys.exit("rewrite_core needs pybind11 to build: install it, or run `pip install .` with build isolation on.")
 
 for stale in Path(__file__).resolve().parent.glob("build/lib*"):  # else modules deleted since would be packed too
     shutil.rmtree(stale)
@@ -31,6 +26,12 @@ for stale in Path(__file__).resolve().parent.glob("build/lib*"):  # else modules
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ModuleNotFoundError:
+            sys.exit(
+                "rewrite_core needs pybind11 to build: install it, or run `pip install .` with build isolation on."
+            )
         source = Path(__file__).resolve().parent
         # resolve(): an editable build asks for a path relative to the source tree
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent

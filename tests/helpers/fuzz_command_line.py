@@ -255,7 +255,7 @@ def begin() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--gigabytes", type=int, default=3, help="of memory")
     options = words.parse_args()
-    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio"}
+    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio", "merge"}
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         limit_memory(options.gigabytes)
