@@ -139,6 +139,9 @@ def run_stages(todo: Sequence[Stage], launcher: Processes, seconds: float, lines
         print(f"{stage.name}: {stage.what}{again} ({launcher.now() - started:.0f} s)", flush=True)
 
         def tell(case: str, state: str, seconds: float, reason: str, name: str = stage.name) -> None:
+            for line in summary.latest(lines, common):  # a worker may have told of the case just before it was ended
+                if (line["stage"], line["case"], line.get("run")) == (name, case, common["run"]):
+                    return
             place = {"stage": name, "case": case, "state": state, "seconds": round(seconds, 3)}
             append(lines, {"timestamp": now(), **common, **place, "reason": reason})
             print(f"  {state:8}{case}: {reason}"[:300], flush=True)
