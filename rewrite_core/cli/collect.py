@@ -70,6 +70,11 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.shard:
         raise UsageError("torchrun gives each of its processes a shard by itself; leave --shard out.")
+    if options.until is not None:
+        raise UsageError(
+            "--until looks at all latents so far, in their order, and each of torchrun's processes has its own alone: "
+            "leave it out, and give as many latents as it takes."
+        )
     options.device = own_device(options.device)
     with together() as shard:
         if shard.number > 1:

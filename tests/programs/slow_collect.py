@@ -1,6 +1,7 @@
 """torchrun slow_collect.py ...: ``rewrite collect ...`` that takes its time, with a checkpoint after every batch.
 
-Each process leaves its number in a file pids/RESTART-RANK, for a test to kill it by."""
+For a test that kills it, each process leaves its number in a file starts/RESTART-RANK, to which it adds a line as each
+batch begins, and one when the last is through."""
 
 import os
 import sys
@@ -11,21 +12,30 @@ from rewrite_core.cli.entry import main
 from rewrite_core.statistics import collection
 
 
+def told(word):
+    with open(Path("starts", f"{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}"), "a") as file:
+        file.write(f"{word}\n")
+
+
 def slowly():
     collection.CHECKPOINT_SECONDS = -1.0
-    run_to = collection.run_to
+    run_to, run = collection.run_to, collection.Collection.run
 
     def late(*args):
+        told("batch")
         time.sleep(float(os.environ["SECONDS_PER_BATCH"]))
         return run_to(*args)
 
-    collection.run_to = late
+    def through(self):
+        moments = run(self)
+        told("through")
+        return moments
+
+    collection.run_to, collection.Collection.run = late, through
 
 
 if __name__ == "__main__":
-    Path("pids").mkdir(exist_ok=True)
-    pid = Path("pids", f"{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}")
-    pid.with_suffix(".new").write_text(str(os.getpid()))
-    pid.with_suffix(".new").rename(pid)
+    Path("starts").mkdir(exist_ok=True)
+    told(os.getpid())
     slowly()
     sys.exit(main(sys.argv[1:]))
