@@ -238,3 +238,15 @@ def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
     assert main(["export", "rule.safetensors", *mine, "--format", "onnx", "--out", "net.pt"]) == 2
     assert ".onnx" in capsys.readouterr().err
     assert main(["export", "rule.safetensors", *mine, "--format", "peft", "--out", "my_net.py"]) == 2
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for rule, kind, out in (
+        ("rule.safetensors", "state-dict", "./rule.safetensors"),
+        ("adapter", "peft", "adapter"),
+        ("lora.safetensors", "diffusers", tmp_path / "lora.safetensors"),
+    ):
+        capsys.readouterr()
+        assert main(["export", rule, *mine, "--format", kind, "--out", str(out)]) == 2
+        assert "is named twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "rule.safetensors", *mine, "--format", "peft", "--out", ""])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

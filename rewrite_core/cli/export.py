@@ -7,20 +7,25 @@ from pathlib import Path
 
 from .command import Command, UsageError
 from .messages import say
-from .options import GENERATOR_NOTES, add_generator, real
+from .options import GENERATOR_NOTES, OutputFile, add_generator, input_file, real
 
 FORMATS = ("state-dict", "peft", "diffusers", "onnx")
 _ENDS = {"state-dict": ".safetensors", "diffusers": ".safetensors", "onnx": ".onnx"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rule", nargs="+", metavar="RULE", help="saved rewrites, or folders of peft")
+    parser.add_argument("rule", nargs="+", type=input_file, metavar="RULE", help="saved rewrites, or folders of peft")
     add_generator(parser)
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--out", required=True, metavar="PATH", help="file to write; a folder for peft")
+    parser.add_argument("--out", required=True, type=_target, metavar="PATH", help="file to write; a folder for peft")
     parser.add_argument("--strength", type=real(), default=1.0, help="what the change is scaled by (default 1)")
     parser.add_argument("--part", default="unet", help="of a diffusers pipeline: what the generator is (default unet)")
     parser.add_argument("--force", action="store_true", help="also for weights that the rewrite was not fitted to")
+
+
+def _target(text: str) -> OutputFile:
+    """An argparse type: a file or a folder to write, as the format says, which is looked at later."""
+    return OutputFile(input_file(text))
 
 
 def run(options: argparse.Namespace) -> None:

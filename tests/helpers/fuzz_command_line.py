@@ -43,6 +43,8 @@ GOOD = (
     ["measure", *MINE, "--rewrite", "r.safetensors", "--count", "8"],
     ["measure", "--rewrite", "chapels.safetensors", "--rule", "spire", "--count", "8", "--seed", "2"],
     ["export", "r.safetensors", *MINE, "--format", "state-dict", "--out", "new.safetensors"],
+    ["merge", "m.safetensors", "m2.safetensors", "--out", "new.safetensors"],
+    ["collect", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--shard", "1/2"],
     ["info"],
 )
 """What works. Not demo and bench, which take minutes, nor studio, which does not end."""
@@ -94,6 +96,7 @@ KINDS = {
     "generator": GENERATORS,
     "layer": LAYERS,
     "device": DEVICES,
+    "shard": ("1/2", "2/2", "0/2", "3/2", "1/0", "-1/2", "1/9999999999", "1", "/", "", "1/2/3", "a/b", "1 / 2", "9/9"),
     "format": ("state-dict", "peft", "diffusers", "onnx", "pt"),
     **dict.fromkeys(("checkpoint", "moment", "rule", "rewrite", "resume", "out", "state_dict", "edit"), FILES),
     **dict.fromkeys(("seed", "count", "rank", "steps", "batch_size", "size", "top", "erase", "until", "lr"), NUMBERS),
@@ -166,6 +169,7 @@ def make_folder(folder: Path) -> None:
     layer, latents = rc.bind(generator, "3"), rc.sample_latents(6, 8)
     moment = rc.collect_second_moment(layer, latents, progress=False)
     moment.save("m.safetensors")
+    rc.collect_second_moment(layer, rc.sample_latents(6, 8, seed=2), progress=False).save("m2.safetensors")
     rc.rewrite(layer, moment, edit, latents).save("r.safetensors")
     chapel = rc.bind(chapels(), "synthesis.layer4.conv")
     z = rc.sample_latents(16, 400)
@@ -255,7 +259,7 @@ def begin() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--gigabytes", type=int, default=3, help="of memory")
     options = words.parse_args()
-    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio", "merge"}
+    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio"}
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         limit_memory(options.gigabytes)
