@@ -66,6 +66,7 @@ setup(
         "rewrite_core": ["py.typed", "__init__.pyi"],
         "rewrite_core.benchmarks": ["README.md", "pytest.ini"],
         "rewrite_core.benchmarks.gpu": ["*.npz"],
+        "rewrite_core.benchmarks.rules": ["*.json"],
         "rewrite_core.demo": ["*.safetensors", "*.json"],
         "rewrite_core.studio": ["page/*"],
     },
