@@ -38,7 +38,7 @@ def test_the_words_that_options_take_are_the_librarys():
     from rewrite_core.edits.directions import DIRECTIONS
     from rewrite_core.edits.goals import BLENDS, REGIONS
     from rewrite_core.layers.latents import DISTRIBUTIONS
-    from rewrite_core.ops.fit_low_rank_op.problem import LOSSES
+    from rewrite_core.ops.losses import LOSSES
     from rewrite_core.solvers.choice import SOLVERS
 
     assert tuple(RULES) == names.DEMO_EDITS

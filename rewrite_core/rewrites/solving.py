@@ -18,7 +18,7 @@ from ..edits.edit import Edit
 from ..edits.goals import Goal
 from ..errors import NonFiniteError, SolverError, choice, flag, number, warn
 from ..layers.bound import BoundLayer
-from ..ops.fit_low_rank_op.problem import LOSSES
+from ..ops.losses import LOSSES
 from ..solvers.adam import Adam
 from ..solvers.base import Solver
 from ..solvers.choice import solver_of

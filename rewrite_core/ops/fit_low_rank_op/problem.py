@@ -34,8 +34,7 @@ from torch import Tensor
 
 from ...backends import transformed
 from ...errors import ArgumentError, NonFiniteError, RewriteCoreError, number, whole_number
-
-LOSSES = ("l1", "l2")
+from ..losses import LOSSES
 
 CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED, BOUNDED = range(7)
 STATUS = {

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ArgumentError, RewriteCoreError, whole_number
+from ..losses import LOSSES
 
-LOSSES = ("l1", "l2")
 TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no products of tiles this small
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's; as in csrc/fit_projected/constants.h
 LARGEST = 1 << 26  # numbers in the operator (256 MiB): what the kernel is worth its memory for
