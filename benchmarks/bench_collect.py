@@ -18,7 +18,7 @@ from .harness import Case, Contender, Problem
 
 OP = "collect"
 KERNEL = "second_moment"  # the op whose backend it uses
-TESTS = "moments"
+TESTS = ("moments", "moments_collection")
 BATCH, BATCHES = 8, 8
 
 

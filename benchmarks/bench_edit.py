@@ -33,7 +33,7 @@ from .harness import Case, Contender, Problem
 
 OP = "edit"
 KERNEL = "fit_low_rank"  # the op whose backend it uses
-TESTS = "fit_low_rank"
+TESTS = ("fit_low_rank", "fit_projected")
 STEPS = 2001  # the reference's
 SAMPLE = 32  # channels that are compared with the float64 reference backend
 KINDS = ("linear", "stylegan2")

@@ -15,7 +15,8 @@ from rewrite_core.ops.spd_solve_op.factor import spd_factor
 from .harness import Case, Contender, Problem
 
 OP = "solve"
-KERNEL = TESTS = "spd_solve"
+KERNEL = "spd_solve"
+TESTS = (KERNEL,)
 # batch, n, right-hand sides
 COLD = (
     (1, 64, 1),

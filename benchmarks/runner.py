@@ -29,21 +29,23 @@ SUITES = {
 
 def suite(name: str) -> ModuleType:
     """The module of a suite, which has ``OP`` and ``cases(quick)``; where `OP` is no op of ``rewrite_core.ops``
-    it also has ``KERNEL``, the op whose backend it uses, and ``TESTS``, what its tests are called."""
+    it also has ``KERNEL``, the op whose backend it uses. ``TESTS`` names its files of tests, where they are others."""
     return importlib.import_module(f".{SUITES[name]}", __package__)
 
 
-def run_tests(op: str) -> str:
-    """Run the op's own tests, in a source checkout: "passed", or "none here" for an installed wheel.
+def run_tests(op: str, names: Sequence[str] = ()) -> str:
+    """Run the op's own tests, tests/test_<name>.py of each of `names` (default: the op's), in a source checkout:
+    "passed", or "none here" for an installed wheel.
 
     Raises Refused where they fail.
     """
     folder = report.checkout()
     if folder is None or not (folder / "tests").is_dir():
         return "none here"
-    tests = folder / "tests" / f"test_{op}.py"
-    if not tests.is_file():
-        raise Refused(f"{op} has no tests/{tests.name}, and the speed of an untested op is not reported.")
+    tests = [folder / "tests" / f"test_{name}.py" for name in names or (op,)]
+    for path in tests:
+        if not path.is_file():
+            raise Refused(f"{op} has no tests/{path.name}, and the speed of an untested op is not reported.")
     if importlib.util.find_spec("pytest") is None:
         raise Refused("pytest is not installed to test with: run `pip install '.[test]'` in a checkout.")
     # The tests must meet the very library that is measured, whatever else is on the path; cwd, because
@@ -52,7 +54,7 @@ def run_tests(op: str) -> str:
     variables = {key: value for key, value in os.environ.items() if key not in dropped}
     library = str(Path(rewrite_core.__file__).resolve().parent.parent)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [library, variables.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, tests)]
     done = subprocess.run(command, cwd=folder / "tests", env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -67,7 +69,7 @@ def gate(module: ModuleType, quick: bool) -> list[Checked]:
     Quick runs check the cases alone: the tests take longer than they do, and their lines say so.
     """
     kernel = getattr(module, "KERNEL", module.OP)
-    tests = "not run" if quick else run_tests(getattr(module, "TESTS", module.OP))
+    tests = "not run" if quick else run_tests(module.OP, getattr(module, "TESTS", ()))
     return [check(module.OP, case, tests, kernel) for case in module.cases(quick)]
 
 

@@ -1,4 +1,4 @@
-// Per-channel fits of a rank-R change's coefficients; rewrite_core/ops/fit_low_rank.py states the problem.
+// Per-channel fits of a rank-R change's coefficients; rewrite_core/ops/fit_low_rank_op/problem.py states the problem.
 #pragma once
 
 #include "common.h"

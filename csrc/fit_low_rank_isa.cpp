@@ -1,5 +1,5 @@
 // Compiled once per instruction set with REWRITE_CORE_ISA as the namespace; see fit_low_rank_isa.h.
-// The mathematics and the names are those of `_reference` in rewrite_core/ops/fit_low_rank.py. One difference: the
+// The mathematics and the names are those of rewrite_core/ops/fit_low_rank_op/reference.py. One difference: the
 // Jacobian m basis + dm lin^T is never formed, its products are expanded. The parts, each built on the one before:
 // fit_low_rank/model.h, linear_system.h, fit.h and exact.h.
 #include "fit_low_rank_isa.h"

@@ -1,4 +1,5 @@
-// Adam on a whole weight with projection onto directions; rewrite_core/ops/fit_projected.py states the algorithm.
+// Adam on a whole weight with projection onto directions; rewrite_core/ops/fit_projected_op/problem.py states the
+// algorithm.
 #pragma once
 
 #include "common.h"

@@ -233,7 +233,7 @@ class SecondMomentConfig:
     block      channels of a tile
     positions  of one product
     run        products per run of tensor-core additions; run * positions <= 64 float32 or 256 half-precision keys
-               keep the truncation within 1e-6 (tests/test_second_moment.py has the arithmetic)
+               keep the truncation within 1e-6 (tests/test_second_moment_triton.py has the arithmetic)
     warps, stages
     resident   programs of these that a multiprocessor runs at a time
     single     only for channels that one tile holds: as one of several it would spill

@@ -5,7 +5,7 @@ Each op's ``rewrite_core/ops/<op>_op/register.py`` declares two things this file
 ``BACKENDS``         a tuple of :class:`Backend` records (any order; ``ORDER`` decides)
 ``example(device)``  a tuple of small valid arguments on that device, for :func:`explain`
 
-and calls ``select(op, backend, *args).load()(*args)``. Nothing is imported, compiled or probed
+and calls what ``select(op, backend, *args).load()`` returns. Nothing is imported, compiled or probed
 until an op is first called.
 """
 
@@ -202,7 +202,7 @@ def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: run `pip install triton`"
     if importlib.util.find_spec("rewrite_core.kernels") is None:
-        return "rewrite_core.kernels is not installed (kernels/ is mapped by setup.py): run `pip install .`"
+        return "rewrite_core.kernels is not installed (kernels/ is linked to from rewrite_core/): run `pip install .`"
     return None
 
 

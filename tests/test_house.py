@@ -72,7 +72,7 @@ def test_files_of_tests_are_of_a_size_to_read():
 def test_no_module_has_the_name_of_what_it_exports():
     """Else ``from rewrite_core.ops import second_moment`` is a function or a module, as imports happened to go.
 
-    ``cli/main.py`` has a ``main``, and pytest finds the benchmark in ``bench_x.py`` by its name.
+    ``cli/entry.py`` has a ``main``, and pytest finds the benchmark in ``bench_x.py`` by its name.
     """
     wrong = []
     for path in SOURCES:

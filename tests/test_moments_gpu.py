@@ -1,4 +1,4 @@
-"""Collection on a real GPU (make gpu-check). What needs none, such as its two streams' order: test_streams.py."""
+"""Collection on a real GPU (make gpu-check). What needs none, such as its two streams' order: test_cuda_streams.py."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ from conftest import DATA
 
 import rewrite_core as rc
 from rewrite_core.generators.stylegan2 import StyleGAN2
-from rewrite_core.statistics import streams
+from rewrite_core.statistics import cuda_streams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 GPU = "cuda"
@@ -77,7 +77,7 @@ def assert_same(one, other):
 @contextlib.contextmanager
 def late(monkeypatch, cycles=20_000_000):
     """The side stream sleeps, some 10 ms, before each update: passes overtake it."""
-    after = streams.SideStream.after
+    after = cuda_streams.SideStream.after
 
     @contextlib.contextmanager
     def asleep(self, origin):
@@ -86,7 +86,7 @@ def late(monkeypatch, cycles=20_000_000):
             yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(streams.SideStream, "after", asleep)
+        patch.setattr(cuda_streams.SideStream, "after", asleep)
         yield
 
 

@@ -1,4 +1,5 @@
-// The algorithm's constants, named and explained in rewrite_core/ops/fit_low_rank.py: a test compares each with that.
+// The algorithm's constants, named and explained in rewrite_core/ops/fit_low_rank_op/problem.py: a test compares each
+// with that.
 #pragma once
 
 #define REWRITE_CORE_FIT_LOW_RANK_CONSTANTS(X) \

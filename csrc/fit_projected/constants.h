@@ -1,4 +1,4 @@
-// The constants that rewrite_core/ops/fit_projected.py names and explains: a test compares each with that.
+// The constants that rewrite_core/ops/fit_projected_op/problem.py names and explains: a test compares each with that.
 #pragma once
 
 #include <stdint.h>

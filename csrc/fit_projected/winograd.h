@@ -13,7 +13,7 @@ typedef Vec<float> Floats;
 constexpr int width = lanes<float>;
 
 // Winograd's algorithm for tile x tile outputs of a 3x3 kernel: all are polynomials evaluated at tile + 2 points: 0,
-// +-1, (+-2), (1/2), infinity. rewrite_core/ops/fit_projected.py holds the transform of the maps.
+// +-1, (+-2), (1/2), infinity. rewrite_core/ops/fit_projected_op/winograd.py holds the transform of the maps.
 template <int tile>
 struct Points;
 template <>

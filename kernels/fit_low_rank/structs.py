@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a kernel is given: pointers as rewrite_core/ops/fit_low_rank.py names and shapes them, and strides."""
+    """What a kernel is given: pointers as ops/fit_low_rank_op/problem.py names and shapes them, and strides."""
 
     basis: tl.tensor
     base: tl.tensor

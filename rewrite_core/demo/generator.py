@@ -61,7 +61,7 @@ ARCHITECTURES: dict[str, type[ProgGANChapels] | type[StyleGAN2Chapels]] = {
 
 
 def load_chapels(path: str | os.PathLike, architecture: str = "proggan") -> ProgGANChapels | StyleGAN2Chapels:
-    """A generator that train.py wrote, in eval mode, float32."""
+    """A generator that training.py wrote, in eval mode, float32."""
     generator = ARCHITECTURES[architecture]()
     generator.load_state_dict({name: tensor.float() for name, tensor in read_state_dict(path).items()})
     return generator.eval()

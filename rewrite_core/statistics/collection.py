@@ -20,12 +20,12 @@ from ..layers.fingerprints import tensor_fingerprint
 from ..layers.latents import check_latents, recipe_of
 from ..progress import progress_bar
 from .checks import check_layer
+from .cuda_streams import side_stream
 from .key_stream import batch_named
 from .launches import Launches
 from .masks import Mask, batch_mask, check_mask
 from .part import Part
 from .second_moment import SecondMoment
-from .streams import side_stream
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .cuda_streams import SideStream, held_elsewhere
 from .key_stream import batch_named
-from .measuring import Keys, Note
 from .part import Part
-from .streams import SideStream, held_elsewhere
+from .sums import Keys, Note
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..errors import FileFormatError, MismatchError
 from ..files import shown
 from ..layers.bound import BoundLayer
-from .measuring import Keys, Note, measured
 from .second_moment import SecondMoment
 from .standard_errors import LEAST, KeyErrors
+from .sums import Keys, Note, measured
 
 
 class Part:

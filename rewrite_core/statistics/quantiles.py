@@ -11,7 +11,7 @@ from ..layers.latents import check_latents
 from .checks import check_keys, check_layer
 from .key_stream import stream_keys
 from .masks import Mask, batch_mask, check_mask, positions_that_count
-from .measuring import checked
+from .sums import checked
 
 
 class UnitQuantiles:

@@ -27,9 +27,9 @@ from ..layers.latents import LatentRecipe, check_latents, recipe_of
 from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
 from . import moment_file
 from .checks import check_layer, what_is
-from .measuring import Keys, Note, checked, masked, measured, positions, square, sum_of
 from .shards import joined_latents
 from .standard_errors import relative_error
+from .sums import Keys, Note, checked, masked, measured, positions, square, sum_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -373,7 +373,7 @@ void check_fit(const FitCase& given, Isa isa) {
             found.iterations == threaded.iterations && found.status == threaded.status,
         "the number of threads changes its results");
 
-  // What rewrite_core/ops/fit_low_rank.py documents, read back as plain loops.
+  // What rewrite_core/ops/fit_low_rank_op/problem.py documents, read back as plain loops.
   const auto objective = [&](int64_t b, int64_t o, const std::vector<double>& x) {
     std::vector<double> norms(styles, 1);
     for (int64_t style = 0; given.demodulated && style < styles; ++style) {

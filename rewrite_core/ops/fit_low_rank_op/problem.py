@@ -3,7 +3,7 @@
 Lambda enters the layer's output through the basis maps u only, and what follows the convolution acts per
 channel, so the fit splits into O independent problems of J = R kh kw unknowns each.
 
-The algorithm ("lm"), the same in ``_reference``, csrc/fit_low_rank*.cpp and kernels/fit_low_rank, name for name:
+The algorithm ("lm"), the same in reference.py, csrc/fit_low_rank*.cpp and kernels/fit_low_rank, name for name:
 
 - Unknowns are scaled so that every basis row has unit root mean square over the weighted pixels.
 - Levenberg-Marquardt with one damping per channel: a step that does not lower the objective is not taken.

@@ -1,7 +1,7 @@
 """Adam on a layer's whole weight with projection onto directions: the reference implementation's trajectory, fused.
 
 What the layer does after its linear operator acts per output channel, and Adam acts per number, so the channels never
-meet but in the loss that is reported. The algorithm, the same in ``_reference``, csrc/fit_projected*.cpp and
+meet but in the loss that is reported. The algorithm, the same in reference.py, csrc/fit_projected*.cpp and
 kernels/fit_projected (which has no Winograd, and reads the operator as it is):
 
 - With V the change of the weight, linear output = base + V . operator. After steps 0, every, 2 every, ... and the last

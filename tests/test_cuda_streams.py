@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import rewrite_core as rc
-from rewrite_core.statistics import collection, launches, streams
+from rewrite_core.statistics import collection, cuda_streams, launches
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 
@@ -89,7 +89,7 @@ class Machine(TorchDispatchMode):
         self.time, self.seen, self.written = 0, 0, {}  # of the main stream; how much of it the side stream waited for
         self.waits = []
 
-    # what stands for torch.cuda in rewrite_core.statistics.streams
+    # what stands for torch.cuda in rewrite_core.statistics.cuda_streams
     def Stream(self, device):
         return self.side
 
@@ -177,11 +177,11 @@ def spoilt(value):
 def machine(monkeypatch, seed=None):
     one = Machine(seed)
     with monkeypatch.context() as patch, one:
-        side = object.__new__(streams.SideStream)
-        patch.setattr(streams, "cuda", one)
-        streams.SideStream.__init__(side, torch.device("cpu"))
+        side = object.__new__(cuda_streams.SideStream)
+        patch.setattr(cuda_streams, "cuda", one)
+        cuda_streams.SideStream.__init__(side, torch.device("cpu"))
         patch.setattr(collection, "side_stream", lambda device: side)
-        patch.setattr(streams, "pinned", lambda tensor: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype))
+        patch.setattr(cuda_streams, "pinned", lambda tensor: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype))
         yield one
     assert one.current is one.main
 
@@ -368,12 +368,14 @@ def test_the_machine_notices(forgotten, monkeypatch):
     """What these tests are worth: without each of the precautions they fail."""
     generator, names = Network, ("second",)
     if forgotten == "hold":
-        monkeypatch.setattr(streams.SideStream, "hold", lambda *args: None)
+        monkeypatch.setattr(cuda_streams.SideStream, "hold", lambda *args: None)
     elif forgotten == "held_elsewhere":
         generator = Static
         monkeypatch.setattr(launches, "held_elsewhere", lambda tensor: False)
     elif forgotten == "after":
-        monkeypatch.setattr(streams.SideStream, "after", lambda self, origin: streams.cuda.stream(self._stream))
+        monkeypatch.setattr(
+            cuda_streams.SideStream, "after", lambda self, origin: cuda_streams.cuda.stream(self._stream)
+        )
     else:  # maps of the first layer are not waited for
         generator, names = Overwriting, ("first", "second")
         launch = launches.Launches.launch
@@ -484,18 +486,18 @@ def test_memory_that_others_hold():
     with torch.no_grad():
         key = torch.ones(4) * 2
         kept = key.detach()
-        assert streams.held_elsewhere(kept)
+        assert cuda_streams.held_elsewhere(kept)
         del key
-        assert not streams.held_elsewhere(kept)
+        assert not cuda_streams.held_elsewhere(kept)
         base = torch.ones(4)
         kept = base.view(2, 2).detach()
-        assert streams.held_elsewhere(kept)
+        assert cuda_streams.held_elsewhere(kept)
         del base
-        assert not streams.held_elsewhere(kept)
+        assert not cuda_streams.held_elsewhere(kept)
     layer = torch.nn.Linear(3, 3)
-    assert streams.held_elsewhere(layer.weight.expand(2, 3, 3).detach())
+    assert cuda_streams.held_elsewhere(layer.weight.expand(2, 3, 3).detach())
 
 
 def test_that_cannot_be_told_counts_as_held(monkeypatch):
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
-    assert streams.held_elsewhere(torch.ones(1))
+    assert cuda_streams.held_elsewhere(torch.ones(1))
