@@ -1,7 +1,7 @@
 """The coefficients of a rank-R change on a GPU: one program per (edit, output channel), all iterations inside it.
 
 The algorithm, its constants and its status codes are those of rewrite_core/ops/fit_low_rank_op/problem.py, name for
-name, and all arithmetic is float64: what a fit reads is small, and what it needs is that CPU and GPU take the same path.
+name. All arithmetic is float64: a fit reads little, and CPU and GPU are to take the same path.
 
 **Work.** As many programs as fit the GPU each take every n-th channel. What they share, the unknowns' sizes and the
 quadratic forms in scaled unknowns, a few torch operations make before the launch; nothing waits for the GPU. Ours to

@@ -1,8 +1,8 @@
 """Adam on a layer's whole weight with projection, on a GPU: all steps in one launch, a few channels a program.
 
 The trajectory is that of rewrite_core/ops/fit_projected_op/problem.py, whose names are used here. Channels never
-meet but in the loss that is reported: every program writes the sum over its channels at each step, and these are added up in a fixed
-order. No atomics: the same bits from run to run.
+meet but in the loss that is reported: every program writes the sum over its channels at each step, and these are added
+up in a fixed order. No atomics: the same bits from run to run.
 
 **Work.** A program has `channels` output channels, so that what it reads of the operator serves all of them: with one
 each, a step would read the operator 512 times. Its channels' change, running means and running powers lie in a piece of
