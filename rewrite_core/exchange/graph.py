@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -42,13 +41,12 @@ def save_onnx(
         raise RewriteCoreError(
             f"ONNX export needs {error.name}: install it with `pip install rewrite_core[export]`."
         ) from None
-    rows = for_generator(latents[:2], generator).clone()
+    rows = for_generator(latents[:2], generator)
     with contextlib.ExitStack() as applied:
         for change in changes:
             change.apply(generator, strength=strength, force=force)
             applied.callback(change.revert, generator)
-        with evaluating(generator), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with evaluating(generator), torch.no_grad():
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             try:
                 program = torch.onnx.export(

@@ -38,10 +38,22 @@ class Hooks:
             for handle in self._handles:
                 handle.remove()
 
-    def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
-        """Call ``hook(module, args, kwargs)`` before the module runs."""
+    @property
+    def running(self) -> bool:
+        """Whether the pass that runs here is its own."""
+        return _running.get() is self
+
+    def before(
+        self,
+        module: nn.Module,
+        hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+        *,
+        first: bool = False,
+    ) -> None:
+        """Call ``hook(module, args, kwargs)`` before the module runs; with `first`, before its other hooks do."""
         with _registering:
-            self._handles.append(module.register_forward_pre_hook(_Own(self, hook), with_kwargs=True))
+            own = _Own(self, hook)
+            self._handles.append(module.register_forward_pre_hook(own, prepend=first, with_kwargs=True))
 
     def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]) -> None:
         """Call ``hook(module, args, output)`` after the module has run; it may return another output."""
@@ -58,7 +70,7 @@ class _Own:
 
     def __call__(self, *args: Any) -> Any:
         # to another thread's pass torch may hand fewer arguments while the hook is being registered or removed
-        return self._hook(*args) if _running.get() is self._hooks else None
+        return self._hook(*args) if self._hooks.running else None
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _inert, ()

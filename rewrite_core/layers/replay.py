@@ -8,7 +8,6 @@ layer is computed twice, whatever the generator is written like.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from ..errors import RewriteCoreError
 from ..modes import repeatable
 from .bound import BoundLayer
 from .latents import for_generator
+from .passes import Hooks
 
 
 def modules_before(layer: BoundLayer) -> list[nn.Module]:
@@ -121,8 +121,7 @@ class Record:
     def _pass(self) -> Tensor:
         layer = self._layer
         with torch.no_grad(), repeatable(layer.generator, id(layer.own_forward)):
-            latents = for_generator(self._latents, layer.generator).clone()  # a first operation may write to it
-            images = layer._forward(layer.generator, latents)
+            images = layer._forward(layer.generator, for_generator(self._latents, layer.generator))
         if not isinstance(images, Tensor):
             raise RewriteCoreError(
                 f"The generator returns a {type(images).__name__} and not images alone; bind it with a `forward` "
@@ -131,14 +130,14 @@ class Record:
         return images
 
     def _record(self) -> None:
-        reads, reached, me = _Reads(), False, threading.get_ident()
+        reads, reached = _Reads(), False
 
-        def entered(module: nn.Module, args: tuple) -> None:
-            if threading.get_ident() == me and not reached:
+        def entered(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not reached:
                 reads.inside += 1
 
         def left(module: nn.Module, args: tuple, output: Any) -> None:
-            if threading.get_ident() != me or reached:
+            if reached:
                 return
             reads.inside -= 1
             if not reads.inside:
@@ -148,16 +147,15 @@ class Record:
 
         def reach(module: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal reached
-            if threading.get_ident() == me and not reached:
+            if not reached:
                 reached = True
                 self._random = _random_states(self._layer.generator)
 
-        with contextlib.ExitStack() as stack:
+        with Hooks() as hooks, reads:
             for module in modules_before(self._layer):
-                stack.callback(module.register_forward_pre_hook(entered).remove)
-                stack.callback(module.register_forward_hook(left).remove)
-            stack.callback(self._layer._adapter.site.register_forward_pre_hook(reach, with_kwargs=True).remove)
-            stack.enter_context(reads)
+                hooks.before(module, entered)
+                hooks.after(module, left)
+            hooks.before(self._layer._adapter.site, reach, first=True)
             self.images = self._pass()
         if not reached:
             raise RewriteCoreError(
@@ -166,57 +164,47 @@ class Record:
 
     def replay(self) -> Tensor:
         """The images with the generator as it is now: only what follows the layer is computed."""
-        me, handles, answering = threading.get_ident(), [], []
-        left = {module: list(outputs) for module, outputs in self._outputs.items()}
+        reached = False
 
         def reach(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if threading.get_ident() == me and self._random is not None:
+            nonlocal reached
+            if not reached and self._random is not None:
+                reached = True
                 _set_random_states(self._layer.generator, self._random)
-                for handle in place:
-                    handle.remove()
 
-        place = [self._layer._adapter.site.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)]
-        try:
-            for module, outputs in left.items():
-                answer = _Answer(module, outputs, me)
-                answering.append(answer)
-                handles.append(module.register_forward_hook(answer.give))
+        with contextlib.ExitStack() as stack:
+            hooks = stack.enter_context(Hooks())
+            hooks.before(self._layer._adapter.site, reach, first=True)
+            for module, outputs in self._outputs.items():
+                stack.enter_context(_answering(module, list(outputs), hooks))
             return self._pass()
-        finally:
-            for handle in (*handles, *place):
-                handle.remove()
-            for answer in answering:
-                answer.remove()
 
 
-class _Answer:
-    """In one thread, a module that answers from a record as long as there are answers, then runs again."""
+@contextlib.contextmanager
+def _answering(module: nn.Module, outputs: list[_Output], hooks: Hooks) -> Iterator[None]:
+    """In the pass of `hooks`, a module that answers from a record as long as there are answers, then runs again."""
+    own, forward = module.__dict__.get("forward"), module.forward
+    told: list[Any] = []
 
-    def __init__(self, module: nn.Module, outputs: list[_Output], thread: int):
-        self._module, self._outputs, self._thread = module, outputs, thread
-        self._own = module.__dict__.get("forward")
-        self._forward = module.forward
-        self._told: list[Any] = []
-        module.forward = self._skip
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        if not hooks.running or not outputs:
+            return forward(*args, **kwargs)
+        told.append(outputs.pop(0).answer())
+        return told[-1]
 
-    def _mine(self) -> bool:
-        return threading.get_ident() == self._thread
-
-    def _skip(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._mine() or not self._outputs:
-            return self._forward(*args, **kwargs)
-        self._told.append(self._outputs.pop(0).answer())
-        return self._told[-1]
-
-    def give(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def give(module: nn.Module, args: tuple, output: Any) -> Any:
         """The last hook of the module: hooks of the user have changed the output before it was recorded."""
-        return self._told.pop() if self._mine() and self._told else None
+        return told.pop() if told else None
 
-    def remove(self) -> None:
-        if self._own is None:
-            del self._module.forward
+    hooks.after(module, give)
+    module.forward = skip
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
         else:
-            self._module.forward = self._own
+            module.forward = own
 
 
 def _devices(generator: nn.Module) -> list[int]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import SolverError
-from .lm import fit_inputs
+from .lm import all_fit_inputs
 from .problem import LayerProblem, LayerSolution, combine, is_known
 from .stepwise import Stepwise, finite_loss
 
@@ -44,7 +44,7 @@ class Adam(Stepwise):
                     f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.",
                     advice={"preserve": 0},
                 )
-            inputs = [fit_inputs(problem, group) for group in range(problem.layer.groups)]
+            inputs = all_fit_inputs(problem)
             penalty = torch.stack([part["penalty"] for part in inputs]).to(weight.dtype)
             scale = torch.cat([part["penalty_scale"] for part in inputs]).to(weight.dtype)
         optimiser = torch.optim.Adam([coefficients], lr=self.lr)
