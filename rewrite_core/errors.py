@@ -1,8 +1,8 @@
 """The exceptions and warnings that the library raises on its input. Each message is one sentence that says what to do.
 
-And what makes them: :func:`warn` names the user's line, :func:`silent` keeps it quiet; :func:`whole_number`,
-:func:`number`, :func:`choice` and :func:`flag` check one argument; :func:`quoted` shows a value that may come from a
-file.
+And what makes them: :func:`warn` names the user's line, :func:`silent` keeps it quiet, :func:`heard` collects it;
+:func:`whole_number`, :func:`number`, :func:`choice` and :func:`flag` check one argument; :func:`quoted` shows a value
+that may come from a file.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class DiagonalShiftWarning(UserWarning):
 
 
 _silent: contextvars.ContextVar[tuple[type[Warning], ...]] = contextvars.ContextVar("silent", default=())
+_heard: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("heard", default=None)
 
 
 @contextlib.contextmanager
@@ -127,12 +128,27 @@ def silent(category: type[Warning]) -> Iterator[None]:
         _silent.reset(token)
 
 
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Inside, in this thread alone, what :func:`warn` says goes into this list, once each, and is not shown."""
+    said: list[str] = []
+    token = _heard.set(said)
+    try:
+        yield said
+    finally:
+        _heard.reset(token)
+
+
 def warn(message: str, category: type[Warning] = UserWarning, *, advice: Mapping[str, object] | None = None) -> None:
     """A warning that names the line outside this package, and outside torch where that came between, that led here.
 
     `advice` is what RewriteCoreError's is, and an attribute of the warning.
     """
     if issubclass(category, _silent.get()):
+        return
+    said = _heard.get()
+    if said is not None:
+        said.extend([] if printable(message) in said else [printable(message)])
         return
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("rewrite_core", "torch"):

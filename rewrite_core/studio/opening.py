@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import webbrowser
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import FileFormatError, MismatchError, RewriteCoreError
+from ..errors import RewriteCoreError
 from ..layers.binding import bind
 from ..layers.listing import list_layers
 from ..progress import in_notebook
 from ..session import Session
 from ..statistics.collection import collect_second_moment
-from ..statistics.second_moment import SecondMoment
-from .workshop import Workshop, moment_file
+from .workshop import Workshop, moment_file, stored_moment
 
 
 def open_page(address: str) -> None:
@@ -43,14 +41,10 @@ def prepare(
         layer = drawable[len(drawable) // 2]
     bound = bind(generator, layer)
     folder.mkdir(parents=True, exist_ok=True)
-    path, moment = moment_file(folder, layer), None
-    if path.exists():
-        with contextlib.suppress(FileFormatError, MismatchError):
-            moment = SecondMoment.load(path)
-            moment.check(bound, latents)
+    moment = stored_moment(folder, bound, latents)
     if moment is None:
         moment = collect_second_moment(bound, latents, progress=progress)
-        moment.save(path)
+        moment.save(moment_file(folder, layer))
     return Workshop(Session(bound, moment, latents), folder, span, name)
 
 

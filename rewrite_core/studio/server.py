@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import RewriteCoreError
+from ..files import to_json
 from .workshop import Workshop
 
 _MOST_BYTES = 64 << 20  # of one request
@@ -127,7 +128,9 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
         return _told(" ".join(str(error).split())[:500], 400)
     except (MemoryError, RuntimeError) as error:
         return _told(f"This did not work: {' '.join(str(error).split())[:300]}", 500)
-    return answer if isinstance(answer, Response) else JSONResponse(answer, headers=_HEADERS)
+    if isinstance(answer, Response):
+        return answer
+    return Response(to_json(answer), headers=_HEADERS, media_type="application/json")
 
 
 def _told(sentence: str, status: int) -> Response:
@@ -165,14 +168,14 @@ async def _events(workshop: Workshop, request: Request) -> Response:
 
     async def stream() -> Any:
         try:
-            yield f"data: {json.dumps({'kind': 'hello', 'version': workshop.version})}\n\n"
+            yield f"data: {to_json({'kind': 'hello', 'version': workshop.version})}\n\n"
             while True:
                 try:
                     event = await asyncio.wait_for(queue.get(), 15)
                 except asyncio.TimeoutError:
                     yield ": still here\n\n"
                     continue
-                yield f"data: {json.dumps(event)}\n\n"
+                yield f"data: {to_json(event)}\n\n"
         finally:
             end()
 
@@ -244,7 +247,7 @@ def _fit(request: Request, shop: Workshop) -> dict[str, Any]:
     if "settings" in wanted:
         shop.take_settings(wanted["settings"])
     if "edit" in wanted:
-        shop.take_edit(json.dumps(wanted["edit"]))
+        shop.take_edit(to_json(wanted["edit"]))
     return shop.fit(wanted.get("kind", "rewrite"))
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,11 @@ from torch import Tensor, nn
 
 from .. import pictures
 from ..edits.edit import Edit
-from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError
-from ..files import atomic_write
+from ..edits.selection import Selection
+from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError, heard, silent, warn
+from ..files import atomic_write, from_json, to_json
 from ..layers.binding import bind
+from ..layers.bound import BoundLayer
 from ..layers.listing import LayerInfo, list_layers
 from ..rewrites.change import Rewrite
 from ..session import Latest, Session, generator_lock
@@ -90,6 +90,17 @@ class Rule:
 def moment_file(folder: Path, layer: str) -> Path:
     """Where a layer's second moment is kept."""
     return folder / f"moment-{re.sub(r'[^A-Za-z0-9]+', '-', layer)}.safetensors"
+
+
+def stored_moment(folder: Path, layer: BoundLayer, latents: Tensor) -> SecondMoment | None:
+    """A layer's second moment that the folder keeps; None where there is none that fits."""
+    path = moment_file(folder, layer.name)
+    if path.exists():
+        with contextlib.suppress(FileFormatError, MismatchError):
+            moment = SecondMoment.load(path)
+            moment.check(layer, latents)
+            return moment
+    return None
 
 
 class Cancelled(RewriteCoreError):
@@ -163,7 +174,7 @@ class Workshop:
                 "width": width,
                 "map": list(self.map_size),
                 "settings": dataclasses.asdict(self.settings),
-                "edit": json.loads(self.edit_json),
+                "edit": from_json(self.edit_json, "the edit"),
                 "rules": [rule.describe() for rule in self.rules],
                 "conflicts": self.conflicts(),
                 "live": self.live_report if self.live is not None else None,
@@ -250,8 +261,7 @@ class Workshop:
             edit, settings, session = Edit.from_json(self.edit_json), dataclasses.replace(self.settings), self.session
         common = {"rank": settings.rank}
         solving = common | {"loss": settings.loss, "region": settings.region, "preserve": settings.preserve}
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        with heard() as said:
             if kind == "rewrite":
                 change = session.rewrite(edit, **solving)
             elif kind == "erase":
@@ -265,7 +275,7 @@ class Workshop:
             "size": change.size,
             "loss": [change.losses[0], change.final_loss] if change.losses else None,
             "seconds": change.seconds,
-            "warnings": [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)],
+            "warnings": said,
         }
         with self._state:
             self.live, self.live_report = change, report
@@ -296,8 +306,6 @@ class Workshop:
 
     def find(self, selection: list, top: int = 12) -> dict[str, Any]:
         """The pictures where a selection's key fires, best first, with heat maps in 0..1."""
-        from ..edits.selection import Selection
-
         found = self.session.search(Selection._from_json(selection, "query"), top=max(1, min(int(top), 200)))
         high = max(float(found.heatmaps.max()), 1e-12)
         return {
@@ -382,8 +390,7 @@ class Workshop:
     def layers(self) -> list[dict[str, Any]]:
         """The generator's layers, in the order it runs them."""
         if self._layers is None:
-            with generator_lock(self.generator), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with generator_lock(self.generator), silent(UserWarning):
                 self._layers = list_layers(self.generator, self.latents[:2], self.session.layer.own_forward)
         return [
             {
@@ -410,16 +417,12 @@ class Workshop:
             self.layer, self.live, self.live_report = name, None, {}
             self._changed()
 
-    def _moment(self, layer: Any) -> SecondMoment:
-        path = moment_file(self.folder, layer.name)
-        if path.exists():
-            with contextlib.suppress(FileFormatError, MismatchError):
-                moment = SecondMoment.load(path)
-                moment.check(layer, self.latents)
-                return moment
+    def _moment(self, layer: BoundLayer) -> SecondMoment:
+        stored = stored_moment(self.folder, layer, self.latents)
+        if stored is not None:
+            return stored
         self._cancel.clear()
         total = min(len(self.latents), MOMENT_PICTURES)
-
         moment, done = SecondMoment(layer.in_channels), 0
         for batch in self.latents[:total].split(50):
             if self._cancel.is_set():
@@ -430,7 +433,7 @@ class Workshop:
             moment = part if done == 0 else moment.merge(part)
             done += len(batch)
             self.tell(kind="progress", what=f"statistics of {layer.name}", done=done, total=total)
-        moment.save(path)
+        moment.save(moment_file(self.folder, layer.name))
         return moment
 
     def cancel(self) -> None:
@@ -443,14 +446,14 @@ class Workshop:
             "version": 1,
             "layer": self.layer,
             "settings": dataclasses.asdict(self.settings),
-            "edit": json.loads(self.edit_json),
+            "edit": from_json(self.edit_json, "the edit"),
             "rules": [
                 {"number": rule.number, "name": rule.name, "on": rule.on, "strength": rule.strength}
                 for rule in self.rules
             ],
         }
         with atomic_write(self.folder / SESSION_FILE) as partial:
-            partial.write_text(json.dumps(record), encoding="utf-8")
+            partial.write_text(to_json(record), encoding="utf-8")
 
     def _resume(self) -> None:
         """Take up what the folder holds; what cannot be read is left out, and said."""
@@ -458,9 +461,9 @@ class Workshop:
         if not path.exists():
             return
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = from_json(path.read_bytes(), path.name)
             self.settings.change(record["settings"])
-            self.take_edit(json.dumps(record["edit"]))
+            self.take_edit(to_json(record["edit"]))
             for item in record["rules"]:
                 change = Rewrite.load(self.folder / f"rule-{int(item['number'])}.safetensors")
                 change._bind(self.generator)
@@ -468,7 +471,7 @@ class Workshop:
             if record["layer"] != self.layer and record["layer"] in [each["name"] for each in self.layers()]:
                 self.choose_layer(record["layer"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"What the studio kept in {path.name} could not all be read ({error}).", stacklevel=2)
+            warn(f"What the studio kept in {path.name} could not all be read ({error}).")
 
     def checkpoint(self) -> bytes:
         """The generator's state dict with all rules that are on, as safetensors."""
