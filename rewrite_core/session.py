@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from .adapters.base import Capture
@@ -68,8 +69,19 @@ class _Kept:
         self.nbytes = 0
 
 
+def _digest(*tensors: Tensor) -> bytes:
+    """What tensors hold, as a key to what was made of it."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
 class _Remembering(BoundLayer):
-    """A bound layer that runs the generator once for each latent, and looks at its weights once."""
+    """A bound layer that runs the generator once for each latent, looks at its weights once, and computes what its own
+    weight makes of a key once. Each remembers by what it was given, so that results are what they would be, bit for
+    bit."""
 
     def __init__(self, session: Session):
         self.__dict__.update(session.layer.__dict__)
@@ -79,13 +91,56 @@ class _Remembering(BoundLayer):
         session = self._session()
         if session is None or len(latents) != 1:
             return super().capture(latents)
-        key = "capture", latents.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        key = "capture", _digest(latents)
         found = session._kept.get(key)
         if found is None:
             found = super().capture(latents)
             parts = [found.key, *found.extra.values()]
             session._kept.put(key, found, sum(part.nbytes for part in parts))
         return dataclasses.replace(found, extra=dict(found.extra))
+
+    def keys(self, latents: Tensor) -> Tensor:
+        """Of batches too, as a search asks for, as long as half of the memory holds them: to forget the first ones for
+        the last would only run everything again."""
+        session = self._session()
+        if session is None or len(latents) == 1:
+            return super().keys(latents)
+        key = "keys", _digest(latents)
+        found = session._kept.get(key)
+        if found is None:
+            found = super().keys(latents)
+            if session._batches + found.nbytes <= session._kept.memory // 2:
+                session._batches += found.nbytes
+                session._kept.put(key, found, found.nbytes)
+        return found
+
+    def linear(self, key: Tensor, weight: Tensor) -> Tensor:
+        return self._made("linear", weight, (key,), lambda: super(_Remembering, self).linear(key, weight))
+
+    def value(self, capture: Capture, weight: Tensor | None = None) -> Tensor:
+        def value() -> Tensor:
+            return super(_Remembering, self).value(capture, weight)
+
+        if capture.call is not None or capture.runs > 1:
+            return value()
+        names = sorted(capture.extra)
+        parts = capture.key, *(capture.extra[name] for name in names)
+        return self._made(("value", *names), self.weight if weight is None else weight, parts, value)
+
+    def _made(self, what: Hashable, weight: Tensor, parts: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What the layer's own weight makes of keys on the CPU, a copy; of any other weight it is made each time."""
+        session, own = self._session(), self.parameter
+        if session is None or weight.data_ptr() != own.data_ptr() or weight.numel() != own.numel():
+            return make()
+        tensors = weight, *parts
+        if any(part.device.type != "cpu" or (part.requires_grad and torch.is_grad_enabled()) for part in tensors):
+            return make()
+        key = what, session._weight_digest(), _digest(*parts)
+        found = session._kept.get(key)
+        if found is None:
+            found = make()
+            session._kept.put(key, found, found.nbytes)
+        return found.clone()
 
     def fingerprint(self, latents: Tensor) -> str:
         session = self._session()
@@ -125,7 +180,9 @@ class Session:
         self.replays = True
         self._kept = _Kept(whole_number("memory", memory, 1, 2**62))
         self._lock = generator_lock(layer.generator)
+        self._batches = 0  # bytes of key maps that were kept of batches
         self._fingerprint: str | None = None
+        self._weight: tuple[list[tuple[int, int]], bytes] | None = None  # its state, and a digest of it
         self._proved: set[int] = set()  # batch sizes whose replay was compared with a full pass
         self._remembering = _Remembering(self)
         with self._lock:
@@ -139,10 +196,21 @@ class Session:
 
     def _versions(self) -> list[tuple[int, int]]:
         """The generator's tensors and how often each was written to, but for the layer's own weight."""
-        own = {id(tensor) for tensor in self.layer.module.parameters(recurse=False)}
-        generator = self.layer.generator
-        tensors = (tensor for group in (generator.parameters(), generator.buffers()) for tensor in group)
-        return [(id(t), 0 if t.is_inference() else t._version) for t in tensors if id(t) not in own]
+        own, state = self.layer.module, []
+        for module in self.layer.generator.modules():
+            for held in (module._buffers,) if module is own else (module._parameters, module._buffers):
+                for tensor in held.values():
+                    if tensor is not None:
+                        state.append((id(tensor), 0 if tensor.is_inference() else tensor._version))
+        return state
+
+    def _weight_digest(self) -> bytes:
+        """What the layer's own module holds now."""
+        tensors = list(self.layer.module.parameters(recurse=False))
+        state = [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
+        if self._weight is None or self._weight[0] != state or len(state) < len(tensors):
+            self._weight = state, _digest(*tensors)
+        return self._weight[1]
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -151,6 +219,7 @@ class Session:
             now = self._versions()
             if now != self._state:
                 self._kept.clear()
+                self._batches = 0
                 self._proved.clear()
                 self._fingerprint, self._state = None, now
             try:

@@ -3,6 +3,7 @@
 import enum
 import math
 import pickle
+import threading
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import rewrite_core as rc
 from rewrite_core import errors
+from rewrite_core.statistics.checks import all_finite
 
 
 def test_every_exception_has_one_base_and_every_class_is_exported():
@@ -98,3 +100,33 @@ def test_messages_hold_nothing_that_a_terminal_acts_on():
         warnings.simplefilter("always")
         errors.warn(f"It is {nasty}.", rc.LatentsWarning)
     assert str(caught[0].message).startswith("It is layer\\x1b[2J") and caught[0].filename == __file__
+
+
+def test_warnings_are_heard_in_one_thread_alone():
+    other = []
+
+    def loud():
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            errors.warn("Elsewhere.")
+        other.extend(shown)
+
+    with errors.heard() as said:
+        errors.warn("Here.")
+        errors.warn("Here.")
+        thread = threading.Thread(target=loud)
+        thread.start()
+        thread.join()
+    assert said == ["Here."] and [str(each.message) for each in other] == ["Elsewhere."]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_are_found_finite_or_not(dtype):
+    big = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)  # adds up to infinity
+    assert all_finite(big) and all_finite(torch.zeros(0, dtype=dtype)) and all_finite(torch.randn(7).to(dtype))
+    for bad in (math.nan, math.inf, -math.inf):
+        broken = torch.randn(100).to(dtype)
+        broken[3] = bad
+        assert not all_finite(broken)
+    broken = torch.tensor([math.inf, -math.inf]).to(dtype)
+    assert not all_finite(broken)

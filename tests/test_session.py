@@ -116,6 +116,35 @@ def test_a_warm_edit_runs_no_pass_to_the_layer(session, layer):
     assert not ran
 
 
+def test_a_warm_search_runs_nothing_and_finds_the_same(session, layer, moment):
+    ran = []
+    for _ in range(2):
+        mine, theirs = session.search(EDIT.copy, top=7), rc.search(layer, moment, EDIT.copy, Z, top=7)
+        assert torch.equal(mine.indices, theirs.indices) and torch.equal(mine.scores, theirs.scores)
+        assert torch.equal(mine.heatmaps, theirs.heatmaps) and mine.level == theirs.level
+    handle = layer.generator[1].register_forward_hook(lambda *_: ran.append(1))
+    session.search(EDIT.pastes[0], top=3)
+    handle.remove()
+    assert len(ran) <= 2  # of a picture that no edit has used yet
+
+
+def test_a_search_through_more_than_memory_holds(layer, moment):
+    small = Session(layer, moment, Z, memory=60_000)
+    one = small.search(EDIT.copy, top=7)
+    assert 0 < small.nbytes <= 60_000
+    other = small.search(EDIT.copy, top=7)
+    assert torch.equal(one.heatmaps, other.heatmaps) and small.nbytes <= 60_000
+
+
+def test_what_is_made_of_a_key_is_made_again_where_the_layer_changed(session, layer, moment):
+    session.rewrite(EDIT, **HOW)
+    for tensor in (layer.module.weight, layer.module.bias):
+        with torch.no_grad():
+            tensor.mul_(1.5)
+        mine, theirs = session.rewrite(EDIT, **HOW), rc.rewrite(layer, moment, EDIT, Z, **HOW)
+        assert torch.equal(mine.coefficients, theirs.coefficients) and mine.losses == theirs.losses
+
+
 def test_changed_weights_are_noticed(session, layer):
     session.images([1, 2])
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters.base import Box, Capture, window
 from ..errors import NonFiniteError, SelectionError, SolverError, choice, warn, whole_number
 from ..layers.bound import BoundLayer
+from ..statistics.checks import all_finite
 from ..statistics.second_moment import SecondMoment
 from .directions import context_keys, rank_units
 from .edit import Edit
@@ -138,7 +139,7 @@ def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) 
 
 def _capture_one(layer: BoundLayer, selection: Selection, latents: Tensor) -> Capture:
     capture = layer.capture_each(selection.latent(latents))
-    if not torch.isfinite(capture.key).all():
+    if not all_finite(capture.key):
         raise NonFiniteError(
             f"The keys of {layer.name!r} hold NaN or infinity for latent {selection.index}; choose another picture."
         )

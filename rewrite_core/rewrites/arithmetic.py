@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,18 +13,7 @@ import torch
 from ..layers.bound import BoundLayer
 
 _Place = tuple[Any, str]  # an object and an attribute of it
-_telling = threading.Lock()
-
-
-@functools.cache
-def _hear_of_old_names() -> None:
-    """Torch 2.9 says once in a process that the older names are old: here, unheard. (Filters of warnings are the
-    process's, so they are changed no more often than that.)"""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
-            with contextlib.suppress(RuntimeError):  # the newer settings have no older name
-                owner.allow_tf32 = owner.allow_tf32
+_quiet = threading.Lock()  # filters of warnings are the process's: two threads would leave one's behind
 
 
 @contextlib.contextmanager
@@ -44,11 +32,11 @@ def _no_tf32() -> Iterator[None]:
         return [getattr(owner, name) for owner, name in places]
 
     def write(places: list[_Place], values: list[Any]) -> None:
-        for (owner, name), value in zip(places, values, strict=True):
-            setattr(owner, name, value)
+        with _quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.9 finds the older names old
+            for (owner, name), value in zip(places, values, strict=True):
+                setattr(owner, name, value)
 
-    with _telling:
-        _hear_of_old_names()
     precise = read(new)
     try:
         allowed = read(old)

@@ -23,6 +23,7 @@ from ..adapters.base import LayerAdapter
 from ..errors import MismatchError, NonFiniteError
 from ..layers.bound import BoundLayer
 from ..solvers.problem import combine
+from ..statistics.checks import all_finite
 
 NAME = "_rewrite_core_stack"
 
@@ -46,7 +47,9 @@ class Stack(TypedDict, total=False):
 
 def delta(directions: Tensor, coefficients: Tensor, strength: float = 1.0) -> Tensor:
     """strength Lambda D, [O, I, *kernel], computed in float64, in the coefficients' dtype."""
-    return (strength * combine(coefficients.double(), directions.double())).to(coefficients.dtype)
+    change = combine(coefficients.double(), directions.double())
+    change = change if strength == 1 else strength * change
+    return change.to(coefficients.dtype, memory_format=torch.contiguous_format)
 
 
 def plus(bound: BoundLayer, weight: Tensor, change: Change) -> Tensor:
@@ -194,7 +197,7 @@ def check_stored(bound: BoundLayer) -> None:
 
 def check_finite(bound: BoundLayer, weight: Tensor) -> None:
     """Raise NonFiniteError where `weight` overflows the parameter's precision."""
-    if not torch.isfinite(weight.to(bound.parameter.dtype)).all():
+    if not all_finite(weight.to(bound.parameter.dtype)):
         raise NonFiniteError(
             f"With this rewrite the weight of {bound.name!r} would hold NaN or infinity in "
             f"{bound.parameter.dtype}, so nothing was changed; use a generator of a wider type."
