@@ -19,7 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewrite_core import Adam, Edit, Projected, Rewrite, Selection, bind, collect_second_moment, rewrite, sample_latents
+from rewrite_core import (
+    Adam,
+    Edit,
+    Projected,
+    Rewrite,
+    SecondMoment,
+    Selection,
+    Session,
+    bind,
+    collect_second_moment,
+    rewrite,
+    sample_latents,
+)
 from rewrite_core.adapters.base import Capture
 from rewrite_core.adapters.stylegan2 import StyleGAN2Layer
 from rewrite_core.generators.stylegan2 import StyledConv, StyleGAN2
@@ -61,6 +73,10 @@ def cases(quick: bool) -> list[Case]:
         name = f"rc.rewrite, {channels} channels, {side}x{side} of {size}x{size}, rank 1"
         return Case(name, functools.partial(make_rewrite, channels, size, side, steps))
 
+    def batch(count: int, size: int, layer: str) -> Case:
+        name = f"{count} edits of StyleGAN2-{size} {layer}, from the edits to the changes"
+        return Case(name, functools.partial(make_batch, count, size, layer))
+
     def click(size: int, layer: str) -> Case:
         return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer))
 
@@ -70,6 +86,7 @@ def cases(quick: bool) -> list[Case]:
             l2(16, 6, 1),
             many(2, 16, 6),
             whole(16, 8, 4, 40),
+            batch(3, 8, "convs.1.conv"),
             click(8, "convs.1.conv"),
         ]
     sizes = [
@@ -92,6 +109,8 @@ def cases(quick: bool) -> list[Case]:
         many(8, 512, 10),
         many(64, 512, 10),
         whole(512, 32, 10, STEPS),
+        batch(1, 256, "convs.5.conv"),
+        batch(64, 256, "convs.5.conv"),
         click(256, "convs.5.conv"),
         click(256, "convs.6.conv"),
     ]
@@ -287,6 +306,7 @@ def make_many(count: int, channels: int, side: int, backend: str) -> Problem:
         error_kind="l1 above the float64 reference fit's, relative, at worst",
         tolerance=1e-2,
         details={"lm: steps of all channels": steps},
+        made=(count, "edits"),
     )
 
 
@@ -335,9 +355,8 @@ def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) 
     )
 
 
-def make_click(size: int, name: str, backend: str) -> Problem:
-    """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand. The bare forward
-    passes that it needs are a contender (and do not do the job: error 1)."""
+def _stylegan2(size: int, name: str) -> tuple[BoundLayer, Tensor, SecondMoment, Tensor]:
+    """A layer of a StyleGAN2 with random weights, 8 latents, its moment with the factor at hand, and a mask."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         width: dict[str, Any] = {} if size > 8 else {"style_dim": 32, "n_mlp": 2, "channels": {4: 32, 8: 32}}
@@ -350,6 +369,51 @@ def make_click(size: int, name: str, backend: str) -> Problem:
     mask = torch.zeros(side, side)
     box = slice(side // 3, side // 3 + min(10, side // 2))
     mask[box, box] = 1
+    return layer, latents, moment, mask
+
+
+def make_batch(count: int, size: int, name: str, backend: str) -> Problem:
+    """What ``rewrite batch`` does with edits of one layer: the pictures of 8 latents are shared, and all are fitted at
+    once; against a call of `rc.rewrite` for each. The error is the largest difference of a coefficient."""
+    layer, latents, moment, mask = _stylegan2(size, name)
+    rows = [(number % 8, number // 8 % 8, (number + 3) % 8) for number in range(count)]
+    edits = [
+        Edit(copy=Selection(copy, mask), paste=Selection(paste, mask), context=[Selection(context, mask)])
+        for copy, paste, context in rows
+    ]
+
+    def together() -> list[Rewrite]:
+        return Session(layer, moment, latents).rewrite_many(edits, backend=backend)
+
+    def one_by_one() -> list[Rewrite]:
+        return [rewrite(layer, moment, edit, latents, backend=backend) for edit in edits]
+
+    wanted = [change.coefficients for change in one_by_one()]
+
+    def error(changes: list[Rewrite]) -> float:
+        differences = (
+            ((change.coefficients - own).abs().max() / own.abs().max()).item() for change, own in zip(changes, wanted)
+        )
+        return max(differences)
+
+    return Problem(
+        ours=Contender("rewrite_core", together),
+        stock=[Contender("rc.rewrite, one by one", one_by_one)],
+        shapes={"weight": list(layer.weight.shape), "edits": [count]},
+        dtype="float32",
+        operations=2.0 * count * layer.weight.numel(),
+        traffic=4.0 * layer.weight.numel(),
+        error=error,
+        error_kind="largest difference of a coefficient from one call each, relative",
+        tolerance=1e-6,
+        made=(count, "edits"),
+    )
+
+
+def make_click(size: int, name: str, backend: str) -> Problem:
+    """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand. The bare forward
+    passes that it needs are a contender (and do not do the job: error 1)."""
+    layer, latents, moment, mask = _stylegan2(size, name)
     edit = Edit(
         copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(number, mask) for number in (2, 3, 4)]
     )
@@ -381,7 +445,7 @@ def make_click(size: int, name: str, backend: str) -> Problem:
     return Problem(
         ours=Contender("rewrite_core", click),
         stock=[Contender("the generator's passes alone", passes)],
-        shapes={"weight": list(original.shape), "context": [keys, side, side]},
+        shapes={"weight": list(original.shape), "context": [keys, *mask.shape]},
         dtype="float32",
         operations=2.0 * original.numel(),
         traffic=4.0 * original.numel(),

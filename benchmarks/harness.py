@@ -67,6 +67,7 @@ class Problem:
     details              more numbers for the record
     stages               seconds of each part of ours, medians; printed with their shares
     yardstick            for the shares of its rate
+    made                 how many of what one run makes, such as (64, "edits"); their number a second is recorded
     """
 
     ours: Contender
@@ -81,6 +82,7 @@ class Problem:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
     yardstick: Yardstick | None = None
+    made: tuple[int, str] | None = None
 
     @property
     def contenders(self) -> list[Contender]:
@@ -218,6 +220,11 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
             "paired": float(np.median([time / part / ours for time, ours in zip(times, own)])),
         }
     ours = contenders[problem.ours.name]
+    per_second = None
+    if problem.made is not None:
+        number, what = problem.made
+        rates = {name: number * each["part"] / each["p50"] for name, each in contenders.items()}
+        per_second = {"what": what, "together": number, **rates}
     rivals = [contender.name for contender in problem.stock if not contender.aside]
     rivals = rivals or [contender.name for contender in problem.stock]
     able = [name for name in rivals if checked.errors[name] <= problem.tolerance]  # others do not do the job
@@ -246,5 +253,6 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         "best_stock": best,
         "ratio": time_of(best) / ours["p50"],
         "yardstick": yardstick,
+        "per_second": per_second,
         "contenders": contenders,
     }

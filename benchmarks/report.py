@@ -144,6 +144,10 @@ class Report:
                 f"{times['p50'] / times['part'] / record['p50']:11.2f}x{part_of(times)}"
             )
 
+        if record.get("per_second"):
+            what, *names = (name for name in record["per_second"] if name != "together")
+            rates = (f"{name} {record['per_second'][name]:.3g}" for name in names)
+            self._write(f"    {record['per_second'][what]} a second: {', '.join(rates)}")
         if record.get("stages"):
             whole = sum(record["stages"].values())
             parts = (f"{stage} {duration(took)} ({took / whole:.0%})" for stage, took in record["stages"].items())

@@ -23,7 +23,7 @@ from .errors import RewriteCoreError, SelectionError, warn, whole_number
 from .layers.bound import BoundLayer
 from .layers.latents import check_latents
 from .layers.replay import Record, record
-from .rewrites.calls import erase, rewrite, zero
+from .rewrites.calls import erase, rewrite, rewrite_many, zero
 from .rewrites.change import Rewrite
 from .statistics.checks import check_layer
 from .statistics.second_moment import SecondMoment, check_moment
@@ -294,6 +294,14 @@ class Session:
     def rewrite(self, edit: Edit, **options: Any) -> Rewrite:
         """:func:`rewrite_core.rewrite` with the session's layer, moment and latents."""
         return self._solved(rewrite, edit, options)
+
+    def rewrite_many(self, edits: Sequence[Edit], **options: Any) -> list[Rewrite]:
+        """:func:`rewrite_core.rewrite_many` with the session's layer, moment and latents."""
+        with self._turn():
+            changes = rewrite_many(self._remembering, self.moment, edits, self.latents, **options)
+            for change in changes:
+                change._made_on = self.layer
+            return changes
 
     def erase(self, edit: Edit, **options: Any) -> Rewrite:
         """:func:`rewrite_core.erase` with the session's layer, moment and latents."""

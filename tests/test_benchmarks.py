@@ -19,7 +19,7 @@ from rewrite_core.benchmarks import harness, lines, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
-CASES = {"second-moment": 2, "solve": 4, "edit": 5, "collect": 2}  # of a quick run
+CASES = {"second-moment": 2, "solve": 4, "edit": 6, "collect": 2}  # of a quick run
 TIMES = {
     "p20": float,
     "p50": float,
@@ -64,6 +64,7 @@ SCHEMA = {
     "ratio": float,
     "contenders": dict,
     "yardstick": (dict, type(None)),
+    "per_second": (dict, type(None)),
 }
 
 
@@ -81,7 +82,13 @@ def test_quick_run(tmp_path, capsys):
     (click,) = (record for record in records if record["case"].startswith("click"))
     assert {"generator", "check", "directions", "goal", "fit", "apply"} == set(click["stages"])
     assert re.search(r"of ours: .*fit [\d.]+ m?s \(\d+%\)", output)
+    rates = [record["per_second"] for record in records if record["per_second"]]
+    assert [(rate["what"], rate["together"]) for rate in rates] == [("edits", 2), ("edits", 3)]
+    assert len(re.findall(r"edits a second: rewrite_core [\d.e+]+, ", output)) == 2
     for record in records:
+        if record["per_second"]:
+            made = record["per_second"]["together"] / record["p50"]
+            assert record["per_second"]["rewrite_core"] == pytest.approx(made)
         assert set(record) == set(SCHEMA)
         assert all(isinstance(record[key], kind) for key, kind in SCHEMA.items()), record
         assert record["quick"] and record["tests"] == "not run" and record["error"] <= record["tolerance"]

@@ -31,17 +31,11 @@ if TYPE_CHECKING:
 SOLVER_OPTIONS = ("steps", "lr", "project_every", "project_gradient")  # each solver takes some of them
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What an edit is asked for with; not what is written."""
     # Defaults are the library's: None means that an option was not given, and what was given can be refused.
     add_generator(parser, count=1000)
     add_edit(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=output(SAFETENSORS, required=False),
-        metavar="FILE",
-        help="safetensors file to write",
-    )
     parser.add_argument("--rank", type=positive, help="of the change (default 1)")
     parser.add_argument("--directions", choices=DIRECTIONS, help="how they are found (default whitened)")
     parser.add_argument(
@@ -53,18 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--erase", type=positive, metavar="UNITS", help="erase: silence so many units in the paste")
     kind.add_argument("--zero", action="store_true", help="remove the weight's projection on the context")
-    parser.add_argument(
-        "--state-dict",
-        type=output(SAFETENSORS),
-        metavar="FILE.safetensors",
-        help="also write the generator's whole edited state dict",
-    )
     group = parser.add_argument_group("solver")
     group.add_argument("--solver", choices=SOLVERS, help="how the change along the directions is found (default lm)")
     group.add_argument("--steps", type=positive, help="of projected, adam and unconstrained (default 2001)")
     group.add_argument("--lr", type=real(above=0), help="learning rate of the same three (default 0.05)")
     group.add_argument("--project-every", type=positive, metavar="STEPS", help="of projected (default 10)")
     group.add_argument("--project-gradient", action="store_true", default=None, help="of projected: every gradient too")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser)
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=output(SAFETENSORS, required=False),
+        metavar="FILE",
+        help="safetensors file to write",
+    )
+    parser.add_argument(
+        "--state-dict",
+        type=output(SAFETENSORS),
+        metavar="FILE.safetensors",
+        help="also write the generator's whole edited state dict",
+    )
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:
@@ -97,6 +102,17 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def asked_for(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the call that the options ask for. Raises UsageError where one would change nothing."""
+    _refuse_unused(options)
+    given = {name: getattr(options, name) for name in ("rank", "directions", "region", "blend", "loss", "preserve")}
+    given["solver"] = _solver(
+        options.solver, {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None}
+    )
+    given["units"] = options.erase
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run(options: argparse.Namespace) -> None:
     from ..errors import warn
     from ..files import save_tensors
@@ -105,12 +121,7 @@ def run(options: argparse.Namespace) -> None:
     from .generator import subject
     from .inputs import edit_named, moment_for
 
-    _refuse_unused(options)
-    given = {name: getattr(options, name) for name in ("rank", "directions", "region", "blend", "loss", "preserve")}
-    given["solver"] = _solver(
-        options.solver, {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None}
-    )
-    given = {name: value for name, value in given.items() if value is not None}
+    given = asked_for(options)
     edit = edit_named(options.edit, options.generator, options.seed)
     on = subject(options, options.count)
     layer = bind(on.generator, options.layer)
@@ -118,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     if options.zero:
         change = zero(layer, moment, edit, on.latents, **given)
     elif options.erase:
-        change = erase(layer, moment, edit, on.latents, units=options.erase, progress=on.progress, **given)
+        change = erase(layer, moment, edit, on.latents, progress=on.progress, **given)
     else:
         change = rewrite(layer, moment, edit, on.latents, progress=on.progress, **given)
     change.save(options.out)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from ..version import __version__
-from . import bench, collect, demo, edit, export, info, init, layers, measure, merge, render, search, studio
+from . import batch, bench, collect, demo, edit, export, info, init, layers, measure, merge, render, search, studio
 from .command import Command, Parser, build_parser
 from .messages import problem, say, show_warning
 from .options import check_files
@@ -27,6 +27,7 @@ COMMANDS: tuple[Command, ...] = (
     merge.COMMAND,
     search.COMMAND,
     edit.COMMAND,
+    batch.COMMAND,
     render.COMMAND,
     measure.COMMAND,
     export.COMMAND,

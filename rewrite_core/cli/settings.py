@@ -57,10 +57,10 @@ USUAL = {"generator": CHAPELS, "distribution": "normal", "range": (-1.0, 1.0), "
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _text(key: str, value: object) -> str:
+def as_text(key: str, value: object) -> str:
     """A value of the file, as the command line would say it."""
     if isinstance(value, list) and key in _BETWEEN:
-        return _BETWEEN[key].join(_text("", part) for part in value)
+        return _BETWEEN[key].join(as_text("", part) for part in value)
     if isinstance(value, bool) and key == "allow-pickle":
         return str(value).lower()
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -91,7 +91,7 @@ def read_settings(folder: str | os.PathLike = ".") -> dict[str, Any]:
             advice = f"did you mean {close[0]}?" if close else f"it may have {', '.join(SETTINGS)}."
             raise UsageError(f"{FILE} has no setting {key!r}; {advice}")
         try:
-            settings[key.replace("-", "_")] = SETTINGS[key](_text(key, value))
+            settings[key.replace("-", "_")] = SETTINGS[key](as_text(key, value))
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{FILE}, {key}: {error}.") from None
     if settings.pop("allow_pickle", "false") == "true":

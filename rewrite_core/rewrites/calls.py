@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -94,10 +96,48 @@ def rewrite(
     )[0]
 
 
+@overload
 def rewrite_many(
     layer: BoundLayer,
     moment: SecondMoment,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
+    latents: Tensor,
+    *,
+    rank: int = ...,
+    directions: str = ...,
+    region: str = ...,
+    blend: str = ...,
+    loss: str = ...,
+    preserve: float = ...,
+    solver: str | Solver = ...,
+    progress: bool = ...,
+    backend: str = ...,
+) -> list[Rewrite]: ...
+
+
+@overload
+def rewrite_many(
+    layer: Sequence[BoundLayer],
+    moment: Sequence[SecondMoment],
+    edits: Iterable[Edit],
+    latents: Tensor,
+    *,
+    rank: int = ...,
+    directions: str = ...,
+    region: str = ...,
+    blend: str = ...,
+    loss: str = ...,
+    preserve: float = ...,
+    solver: str | Solver = ...,
+    progress: bool = ...,
+    backend: str = ...,
+) -> list[list[Rewrite]]: ...
+
+
+def rewrite_many(
+    layer: BoundLayer | Sequence[BoundLayer],
+    moment: SecondMoment | Sequence[SecondMoment],
+    edits: Iterable[Edit],
     latents: Tensor,
     *,
     rank: int = 1,
@@ -109,21 +149,33 @@ def rewrite_many(
     solver: str | Solver = "lm",
     progress: bool = False,
     backend: str = "auto",
-) -> list[Rewrite]:
+) -> list[Rewrite] | list[list[Rewrite]]:
     """Solve several edits of one layer, each against the weight as it is now; "lm" fits them in one batch.
 
-    Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch.
+    Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch. Of several
+    layers, a list of them with a list of their moments, the result is a list of such lists, in the order of the layers:
+    every edit at every layer. Hundreds of edits, to be resumed after an interrupt, are what ``rewrite batch`` is for.
     """
     settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
-    check_inputs(layer, moment)
+    edits = _checked(edits)
+
+    def solved(own: BoundLayer, statistics: SecondMoment) -> list[Rewrite]:
+        goals = [partial(paste_goals, own, edit, latents, region, blend) for edit in edits]
+        tasks = [_task(own, edit, latents, make) for edit, make in zip(edits, goals)]
+        return solve(own, statistics, tasks, settings, latents)
+
     check_latents(latents)
-
-    def task(edit: Edit) -> Task:
-        return _task(layer, edit, latents, lambda: paste_goals(layer, edit, latents, region, blend))
-
-    return solve(layer, moment, [task(edit) for edit in _checked(edits)], settings, latents)
+    several = isinstance(layer, list | tuple)
+    layers: Any = layer if several else [layer]
+    moments: Any = moment if several else [moment]
+    if not isinstance(moments, list | tuple) or len(moments) != len(layers) or not layers:
+        raise ArgumentError("For several layers the moments are a list of as many, one for each in their order.")
+    for own, statistics in zip(layers, moments):
+        check_inputs(own, statistics)
+    changes = [solved(own, statistics) for own, statistics in zip(layers, moments)]
+    return changes if several else changes[0]
 
 
 def erase(

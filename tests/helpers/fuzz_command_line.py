@@ -45,6 +45,7 @@ GOOD = (
     ["export", "r.safetensors", *MINE, "--format", "state-dict", "--out", "new.safetensors"],
     ["merge", "m.safetensors", "m2.safetensors", "--out", "new.safetensors"],
     ["collect", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--shard", "1/2"],
+    ["batch", "jobs.jsonl", *MINE, "--layer", "3", "--count", "8", "--out", "folder"],
     ["info"],
 )
 """What works. Not demo and bench, which take minutes, nor studio, which does not end."""
@@ -56,9 +57,38 @@ NUMBERS = (
 )
 FILES = (
     *("e.json", "bad.json", "deep.json", "m.safetensors", "r.safetensors", "cut.safetensors", "weights.pt", "mine.py"),
-    *("none", "none/none", ".", "..", "folder", "/", "", " ", "/dev/null", "/dev/full", "/proc/self/mem", "pipe"),
+    *(
+        "jobs.jsonl",
+        "bad.jsonl",
+        "none",
+        "none/none",
+        ".",
+        "..",
+        "folder",
+        "/",
+        "",
+        " ",
+        "/dev/null",
+        "/dev/full",
+        "/proc/self/mem",
+        "pipe",
+    ),
     *("n" * 300, "a\nb.safetensors", "\x1b[31mred.png", "\udc80.safetensors", "new.png", "new.safetensors", "new.pt"),
-    *("loop", "unreadable.json", "~", "-", "--", "new.PNG", "rewrite.toml", "x" * 4000, "e.json/x", "spire", "a\0b"),
+    *(
+        "jobs.jsonl",
+        "bad.jsonl",
+        "loop",
+        "unreadable.json",
+        "~",
+        "-",
+        "--",
+        "new.PNG",
+        "rewrite.toml",
+        "x" * 4000,
+        "e.json/x",
+        "spire",
+        "a\0b",
+    ),
 )
 DEVICES = (
     *("cpu", "cuda", "cuda:0", "cuda:99", "cuda:-1", "cuda:", "hpu", "xpu", "mps", "meta", "vulkan", "cpu:7", "cpu:-1"),
@@ -98,9 +128,9 @@ KINDS = {
     "device": DEVICES,
     "shard": ("1/2", "2/2", "0/2", "3/2", "1/0", "-1/2", "1/9999999999", "1", "/", "", "1/2/3", "a/b", "1 / 2", "9/9"),
     "format": ("state-dict", "peft", "diffusers", "onnx", "pt"),
-    **dict.fromkeys(("checkpoint", "moment", "rule", "rewrite", "resume", "out", "state_dict", "edit"), FILES),
+    **dict.fromkeys(("checkpoint", "moment", "rule", "rewrite", "resume", "out", "state_dict", "edit", "jobs"), FILES),
     **dict.fromkeys(("seed", "count", "rank", "steps", "batch_size", "size", "top", "erase", "until", "lr"), NUMBERS),
-    **dict.fromkeys(("preserve", "project_every", "strength"), NUMBERS),
+    **dict.fromkeys(("preserve", "project_every", "strength", "together"), NUMBERS),
 }
 SECONDS = 300  # that one command may take
 
@@ -177,6 +207,10 @@ def make_folder(folder: Path) -> None:
     rc.rewrite(chapel, moment, load_edit("spire"), z, region="map", loss="l2").save("chapels.safetensors")
     Path("cut.safetensors").write_bytes(Path("r.safetensors").read_bytes()[:-9])
     Path("bad.json").write_text("{")
+    Path("jobs.jsonl").write_text(
+        '{"edit": "e.json", "rank": [1, 2], "region": "map"}\n{"edit": "e.json", "erase": 2}\n'
+    )
+    Path("bad.jsonl").write_text('{"edit": "e.json", "rank": [1, 2]}\n{"edit": 1e999, "layer": NaN}\n')
     Path("deep.json").write_text("[" * 100_000)
     Path("unreadable.json").touch(0)
     Path("folder").mkdir()
