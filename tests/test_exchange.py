@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -238,6 +240,13 @@ def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
     assert main(["export", "rule.safetensors", *mine, "--format", "onnx", "--out", "net.pt"]) == 2
     assert ".onnx" in capsys.readouterr().err
     assert main(["export", "rule.safetensors", *mine, "--format", "peft", "--out", "my_net.py"]) == 2
+    for rule, out in (("rule.safetensors", "rule.png"), ("adapter", "adapter.png")):
+        assert main(["render", "--rewrite", rule, *mine, "--images", "0-1", "--out", out]) == 0
+    own, theirs = (np.asarray(Image.open(name), dtype=float) for name in ("rule.png", "adapter.png"))
+    assert np.abs(own - theirs)[40:].max() <= 2  # below the title, which names the file
+    capsys.readouterr()
+    assert main(["measure", "--rewrite", "rule.safetensors", "--rewrite", "rule.safetensors", *mine]) == 2
+    assert "hold one rewrite" in capsys.readouterr().err
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for rule, kind, out in (
         ("rule.safetensors", "state-dict", "./rule.safetensors"),

@@ -30,10 +30,10 @@ def _target(text: str) -> OutputFile:
 
 def run(options: argparse.Namespace) -> None:
     from ..exchange.graph import save_onnx
-    from ..exchange.lora import is_peft, load_peft, save_diffusers, save_peft
+    from ..exchange.lora import save_diffusers, save_peft
     from ..files import writable_path
-    from ..rewrites.change import Rewrite
     from .generator import subject
+    from .rewrites import load_rewrites
 
     end = _ENDS.get(options.format, "")
     if not options.out.lower().endswith(end):
@@ -43,9 +43,7 @@ def run(options: argparse.Namespace) -> None:
     elif Path(options.out).is_file():
         raise UsageError(f"{options.out} is a file, and peft's adapters are folders; name another.")
     on = subject(options, 2)
-    changes = []
-    for path in options.rule:
-        changes += load_peft(path, on.generator) if is_peft(path) else [Rewrite.load(path)]
+    changes = load_rewrites(options.rule, on.generator)
     if options.format == "peft":
         save_peft(changes, on.generator, options.out, options.strength)
     elif options.format == "diffusers":

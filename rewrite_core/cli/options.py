@@ -229,7 +229,7 @@ def add_rewrites(parser: argparse.ArgumentParser, required: bool) -> None:
         type=input_file,
         required=required,
         metavar="FILE",
-        help="from rewrite edit; repeat to stack several",
+        help="from rewrite edit, or a LoRA folder of peft's; repeat to stack several",
     )
     parser.add_argument(
         "--strength", type=real(), default=1.0, help="how much of each: 0.5 is half of it, -1 its inverse (default 1)"

@@ -52,13 +52,14 @@ def write(path: str | os.PathLike, total: Tensor, facts: dict[str, Any], state: 
 
 
 def read(path: str | os.PathLike) -> Stored:
-    """Read what :func:`write` wrote, or the reference implementation's r2m.npz, told apart by their content.
+    """Read what :func:`write` wrote, the reference implementation's r2m.npz, or ROME's statistics, told apart by their
+    content.
 
     Raises FileFormatError for anything else.
     """
     with open_file(path) as file:
         if is_zip(file):
-            return _stored_by_reference(read_arrays(file, path), shown(path))
+            return _stored_by_others(read_arrays(file, path), shown(path))
         tensors, metadata = record_of(file, path, "second_moment", VERSION)
     return _stored(tensors, metadata, shown(path))
 
@@ -120,13 +121,25 @@ def _is_progress(record: object) -> bool:
     return record.keys() == {"done", "batch_size"} and all(map(_is_count, record.values())) and record["batch_size"] > 0
 
 
-def _stored_by_reference(arrays: dict[str, np.ndarray], name: str) -> Stored:
-    total, count = arrays.get("mom2"), arrays.get("count")
+def _stored_by_others(arrays: dict[str, np.ndarray], name: str) -> Stored:
+    """What the reference's r2m.npz holds ("mom2" and "count"), or the statistics that ROME, MEMIT and EasyEdit keep in
+    one file beside others ("mom2.mom2" and "mom2.count"). Neither says of what layer."""
+    prefixes = [key.removesuffix("mom2") for key in arrays if key == "mom2" or key.endswith(".mom2")]
+    if len(prefixes) > 1:
+        raise FileFormatError(f"{name} holds several second moments ({', '.join(prefixes)}); save the one alone.")
+    prefix = prefixes[0] if prefixes else ""
+    total, count = arrays.get(f"{prefix}mom2"), arrays.get(f"{prefix}count")
     if total is None or count is None or total.dtype.kind not in "fiu" or count.dtype.kind not in "fiu":
-        raise FileFormatError(f"{name} is not the reference's r2m.npz: it lacks the numbers 'mom2' and 'count'.")
+        raise FileFormatError(
+            f"{name} is neither the reference's r2m.npz nor statistics of ROME's: it lacks the numbers 'mom2' and "
+            "'count', or 'mom2.mom2' and 'mom2.count'."
+        )
     if total.ndim != 2 or not 0 < len(total) == total.shape[1] or not np.isfinite(total).all():
         raise FileFormatError(f"{name} does not hold a finite [C, C] 'mom2' as the reference's r2m.npz does.")
     if count.size != 1 or not np.isfinite(count).all() or not 1 <= count.item() < 2**63 or count.item() % 1:
         raise FileFormatError(f"{name} does not hold the 'count' of its keys as the reference's r2m.npz does.")
-    total = total.astype(np.float64)
-    return Stored(torch.from_numpy((total + total.T) / 2), int(count.item()))  # a float32 sum's triangles differ
+    if (total.diagonal() < 0).any():
+        raise FileFormatError(f"{name} holds a 'mom2' with negative squares; it is damaged, or a covariance.")
+    symmetric = torch.from_numpy(total.astype(np.float64))
+    symmetric += symmetric.T.clone()  # a float32 sum's triangles differ
+    return Stored(symmetric.mul_(0.5), int(count.item()))

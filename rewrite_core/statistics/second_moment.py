@@ -315,9 +315,11 @@ class SecondMoment:
 
     @classmethod
     def load(cls, path: str | os.PathLike, layer: BoundLayer | None = None) -> SecondMoment:
-        """Read a saved second moment, or the reference implementation's ``r2m.npz`` (told apart by their content).
+        """Read a saved second moment, the reference implementation's ``r2m.npz``, or the ``mom2`` statistics of ROME,
+        MEMIT and EasyEdit (told apart by their content).
 
-        With `layer`, its name and channels are checked at once; the weights are checked when it is used.
+        With `layer`, its name and channels are checked at once; the weights are checked when it is used. Files of
+        others say neither, so of them only the channels are.
         Raises FileFormatError on a truncated or foreign file.
         """
         moment, progress, _ = cls._load(path)
