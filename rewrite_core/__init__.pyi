@@ -24,6 +24,8 @@ from .errors import SelectionError as SelectionError
 from .errors import SolverError as SolverError
 from .errors import UnderdeterminedWarning as UnderdeterminedWarning
 from .errors import UnknownLayerError as UnknownLayerError
+from .evaluation.measuring import measure as measure
+from .evaluation.report import Report as Report
 from .generators.loading import load_generator as load_generator
 from .generators.proggan import load_proggan as load_proggan
 from .generators.stylegan2 import load_stylegan2 as load_stylegan2

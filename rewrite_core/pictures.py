@@ -204,6 +204,14 @@ def in_rows(images: Sequence[Image.Image], labels: Sequence[str], columns: int) 
     return [cells[i : i + columns] for i in range(0, len(cells), columns)]
 
 
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two images of one height as one."""
+    pair = Image.new("RGB", (left.width + right.width + 2, left.height), _BACKGROUND)
+    pair.paste(left, (0, 0))
+    pair.paste(right, (left.width + 2, 0))
+    return pair
+
+
 def before_after(
     before: Tensor, after: Tensor, side: int, labels: Sequence[str] | None = None, columns: int = 8
 ) -> list[list[Cell]]:
@@ -216,11 +224,7 @@ def before_after(
     """
     pairs = []
     for old, new in zip(before, after, strict=True):
-        left, right = to_image(old, side), to_image(new, side)
-        pair = Image.new("RGB", (left.width + right.width + 2, left.height), _BACKGROUND)
-        pair.paste(left, (0, 0))
-        pair.paste(right, (left.width + 2, 0))
-        pairs.append(pair)
+        pairs.append(side_by_side(to_image(old, side), to_image(new, side)))
     return in_rows(pairs, labels or [""] * len(pairs), columns)
 
 

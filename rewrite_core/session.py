@@ -20,6 +20,8 @@ from .edits.edit import Edit
 from .edits.matches import SearchResult, search
 from .edits.selection import Selection
 from .errors import RewriteCoreError, SelectionError, warn, whole_number
+from .evaluation.measuring import Given, looking, measured, scene_of, several_changes
+from .evaluation.report import Report
 from .layers.bound import BoundLayer
 from .layers.latents import check_latents
 from .layers.replay import Record, record
@@ -310,6 +312,41 @@ class Session:
     def zero(self, edit: Edit, **options: Any) -> Rewrite:
         """:func:`rewrite_core.zero` with the session's layer, moment and latents."""
         return self._solved(zero, edit, options)
+
+    def measure(
+        self,
+        changes: Rewrite | Sequence[Rewrite],
+        edit: Edit,
+        unseen: Tensor | None = None,
+        *,
+        strength: float = 1.0,
+        span: tuple[float, float] = (-1.0, 1.0),
+        batch_size: int = 16,
+    ) -> Report:
+        """:func:`rewrite_core.measure` with the session's latents, moment and replayed pictures, to the bit. Where the
+        edit's context is, is found once for each edit, as long as it is kept.
+
+        Arguments and errors are those of :func:`rewrite_core.measure`.
+        """
+        given = Given(
+            several_changes(changes), edit, self.latents, unseen, None, self.moment, strength, span, batch_size
+        )
+        whole = looking(self.layer, given)
+
+        def look(latents: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+            if latents is not self.latents:
+                return whole(latents, rows)
+            strengths = [strength] * len(given.changes)
+            return self.images(rows), self.images(rows, given.changes, strengths)
+
+        with self._turn():
+            key = "scene", edit.to_json(), span, batch_size
+            scene = self._kept.get(key) if unseen is None else None
+            if scene is None:
+                scene = scene_of(self.layer, given)
+                if unseen is None:
+                    self._kept.put(key, scene, scene.places.heat.nbytes)
+            return measured(self.layer, given, look=look, scene=scene)
 
     def _solved(self, call: Callable[..., Rewrite], edit: Edit, options: dict[str, Any]) -> Rewrite:
         with self._turn():

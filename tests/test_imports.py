@@ -26,8 +26,9 @@ ROOMS = (
     ("edits",),
     ("solvers",),
     ("rewrites",),
+    ("pictures",),
     ("evaluation", "exchange", "session"),
-    ("pictures", "demo", "studio"),
+    ("demo", "studio"),
     ("__init__",),  # the public names
     ("benchmarks",),  # uses them as anyone does
     ("cli",),

@@ -19,9 +19,11 @@ from ..errors import MismatchError, SolverError, flag, number, printable, quoted
 from ..layers.binding import bind, unwrapped
 from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
+from ..statistics.second_moment import SecondMoment
 from . import stack as stacks
 from .exports import edited_state_dict, lora_factors
 from .parametrization import LowRankChange, attach
+from .sizes import size_on_keys
 from .stack import Change, Stack
 from .storage import finite, load_rewrite, save_rewrite
 
@@ -136,6 +138,24 @@ class Rewrite:
             squares += torch.einsum("ort,rs,ost->", own, rows @ rows.T, own).item()
         whole = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
         return math.sqrt(max(0.0, squares)) / whole if whole else math.inf
+
+    def size_on_keys(self, moment: SecondMoment, generator: nn.Module | BoundLayer | None = None) -> float:
+        """sqrt(tr dW C dW^T / tr W C W^T): how much it changes the layer's linear output on ordinary keys, as a share
+        of that output. It tells of the change of pictures far better than `size` does.
+
+        Of a kernel with several taps each tap is counted by itself, and they are summed.
+
+        Args:
+            moment: of the layer's keys, C.
+            generator: as in :meth:`apply`; it is only read.
+
+        Raises MismatchError where the moment is of another layer.
+        """
+        bound = self._target(generator, "size_on_keys")
+        moment.check(bound)
+        stack = stacks.read(bound)
+        weight = bound.weight if stack is None else bound.from_native(stack["base"])
+        return size_on_keys(bound, moment, self.weight_delta(), weight)
 
     @property
     def _id(self) -> str:

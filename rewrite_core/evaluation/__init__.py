@@ -1,0 +1,1 @@
+"""Evaluation: what a change did, without ground truth, and which layer and rank hold a rule."""

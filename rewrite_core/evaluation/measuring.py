@@ -1,0 +1,436 @@
+"""Measuring what a change did: where unseen pictures hold the context, and what happened there and elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..edits.edit import Edit
+from ..edits.goals import bounding_box
+from ..errors import (
+    ArgumentError,
+    MismatchError,
+    RewriteCoreError,
+    SelectionError,
+    number,
+    quoted,
+    silent,
+    whole_number,
+)
+from ..layers.binding import bind, unwrapped
+from ..layers.bound import BoundLayer
+from ..layers.latents import check_latents
+from ..layers.listing import LayerInfo, list_layers
+from ..pictures import to_unit
+from ..progress import progress_bar
+from ..rewrites.change import Rewrite
+from ..statistics.collection import collect_second_moment
+from ..statistics.second_moment import SecondMoment
+from .aligning import best_shift
+from .places import Places, find_places
+from .report import Pair, Report
+from .sheet import SHOWN
+from .visibility import seen_goals
+
+UNSEEN = 256  # pictures, where none are given
+_CELLS = (2, 32)  # a context is so many cells long on the maps of the layers that are asked where it is
+_LAYERS = 12  # that are asked at most
+_SHOWS = 0.25  # of what the best layer shows of the paste, one that is asked shows at least so much
+_TRIED = 96  # unseen pictures that the layer to ask is chosen on
+_FOLLOWED = 0.5  # of the wanted movement: nearer to what was wanted than to what was there
+_STILL = 1 / 255  # a movement of a paste below this is none
+
+Look = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]
+"""(latents, rows) -> the images of those rows without and with the change, as the generator returns them."""
+
+
+def measure(
+    change: Rewrite | Sequence[Rewrite] | nn.Module,
+    edit: Edit,
+    z: Tensor,
+    unseen: Tensor | None = None,
+    *,
+    layer: BoundLayer | None = None,
+    moment: SecondMoment | None = None,
+    strength: float = 1.0,
+    span: tuple[float, float] = (-1.0, 1.0),
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Report:
+    """What a change did to the pictures of its edit and to unseen ones, without ground truth.
+
+    Where an unseen picture holds the edit's context is told by keys alone: by the cosine of the context's whitened key
+    with those of a place (:func:`rewrite_core.evaluation.places.find_places`). What should happen there is what the
+    pasted value renders in the edit's own picture. Both are asked of one layer: by default of the one that tells the
+    context best apart among those whose value shows the paste. So a report does not depend on the layer that was
+    changed.
+
+    Args:
+        change: a rewrite, several (on together, in this order), or a generator that was changed in any other way, of
+            the same kind as the one of `layer`. The generator is left as it was.
+        edit: that was made; its selections index the rows of `z`. One without a copy (of an erasure) is compared with
+            what happened to its own paste, or context.
+        z: [M, ...], the latents of the edit.
+        unseen: [N, ...] latents; by default the first 256 rows of `z` that no selection names.
+        layer: the layer to ask, from :func:`rewrite_core.bind`; it names the generator for a change that was loaded or
+            is a generator itself.
+        moment: of the changed layer's keys, for the size; by default that of the unseen pictures.
+        strength: of the rewrites, as in :meth:`rewrite_core.Rewrite.apply`.
+        span: what the generator's images lie in.
+        batch_size: pictures at a time.
+        progress: show bars.
+
+    Raises:
+        MismatchError: a rewrite is of another generator, or is applied already. SelectionError: there are too few
+            unseen pictures, or the edit marks no place. MaskError: its masks vanish on every layer's map.
+    """
+    several = several_changes(change)
+    on = _generator(several, layer)
+    other = change if isinstance(change, nn.Module) else None
+    given = Given(several, edit, z, unseen, layer, moment, strength, span, batch_size, progress)
+    return measured(on, given, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The arguments of :func:`measure`; `force`: apply rewrites to weights that they were not fitted to, too."""
+
+    changes: list[Rewrite]  # empty: the change is a generator
+    edit: Edit
+    z: Tensor
+    unseen: Tensor | None = None
+    layer: BoundLayer | None = None
+    moment: SecondMoment | None = None
+    strength: float = 1.0
+    span: tuple[float, float] = (-1.0, 1.0)
+    batch_size: int = 16
+    progress: bool = False
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a change of an edit is measured against: nothing of it depends on the change.
+
+    edit, latents: the edit on its latents. unseen: latents, `rows` of which are looked at. places: where the context
+    is in those. wanted: the movement that the window of a paste should make, [C, h, w], and `area`, where, [h, w];
+    None for an edit without a copy.
+    """
+
+    edit: Edit
+    latents: Tensor
+    unseen: Tensor
+    rows: list[int]
+    places: Places
+    looks: Tensor
+    area: Tensor
+    wanted: Tensor | None
+
+
+def several_changes(change: object) -> list[Rewrite]:
+    """The rewrites; none where the change is a generator."""
+    if isinstance(change, nn.Module):
+        return []
+    several = [change] if isinstance(change, Rewrite) else change
+    if not isinstance(several, Sequence) or not several or not all(isinstance(one, Rewrite) for one in several):
+        raise ArgumentError(f"A change is an rc.Rewrite, several in a list, or a generator, not {quoted(change)}.")
+    return list(several)
+
+
+def _generator(changes: Sequence[Rewrite], layer: BoundLayer | None) -> BoundLayer:
+    """A bound layer of the generator that is measured."""
+    if layer is not None:
+        if not isinstance(layer, BoundLayer):
+            raise ArgumentError(f"layer is what rc.bind(generator, name) returns, not {quoted(layer)}.")
+        return layer
+    for change in changes:
+        for place in reversed(change._places()):
+            return place
+    raise MismatchError(
+        "It is not known of which generator this change is (a loaded one, or a generator itself): give layer, what "
+        "rc.bind(generator, name) returns."
+    )
+
+
+def _check_off(changes: Sequence[Rewrite], on: BoundLayer) -> None:
+    for change in changes:
+        if change._is_on(change._bind(on.generator)):
+            raise MismatchError("A rewrite that is to be measured is applied already; revert it first.")
+
+
+def looking(on: BoundLayer, given: Given, other: nn.Module | None = None) -> Look:
+    """Pictures without and with a change: the rewrites, or another generator."""
+    if other is not None:
+        module, name = unwrapped(other, on.name)
+        changed = bind(module, name, forward=on.own_forward)
+        return lambda latents, rows: (on.render(latents[rows]), changed.render(latents[rows]))
+
+    def look(latents: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        before = on.render(latents[rows])
+        with contextlib.ExitStack() as applied:
+            for change in given.changes:
+                change.apply(on.generator, given.strength, force=given.force)
+                applied.callback(change.revert, on.generator, force=given.force)
+            return before, on.render(latents[rows])
+
+    return look
+
+
+def measured(
+    on: BoundLayer,
+    given: Given,
+    other: nn.Module | None = None,
+    look: Look | None = None,
+    scene: Scene | None = None,
+) -> Report:
+    """:func:`measure`, of another generator where it is given; with pictures from `look`, and the scene, where there
+    are better ones."""
+    number("strength", given.strength)
+    whole_number("batch_size", given.batch_size)
+    _check_off(given.changes, on)
+    scene = scene_of(on, given) if scene is None else scene
+    return _Measuring(scene, given, look or looking(on, given, other)).report(_size(on, given, scene))
+
+
+# --- the scene -------------------------------------------------------------------------------------------------------
+
+
+def scene_of(on: BoundLayer, given: Given) -> Scene:
+    """Where the context is in the unseen pictures, and what should happen there."""
+    check_latents(given.z)
+    edit = given.edit
+    if not isinstance(edit, Edit):
+        raise ArgumentError(f"An edit is an rc.Edit (rc.Edit.load reads a file), not {quoted(edit)}.")
+    edit = edit.on(given.z)
+    edit.check(given.z)
+    if given.unseen is None:
+        named = {part.index for part in edit.selections}
+        unseen, rows = given.z, [row for row in range(len(given.z)) if row not in named][:UNSEEN]
+    else:
+        check_latents(given.unseen)
+        unseen, rows = given.unseen, list(range(len(given.unseen)))
+    if len(rows) < 2:
+        raise SelectionError("There are fewer than two unseen pictures; give more latents.")
+    layers = [given.layer] if given.layer is not None else asked_layers(on, edit, given.z)
+    places, wanted = _best_told(layers, edit, given, unseen[rows])
+    return Scene(edit, given.z, unseen, rows, places, *_wanted(places, edit, given.z, wanted, given.span))
+
+
+def asked_layers(on: BoundLayer, edit: Edit, latents: Tensor) -> list[BoundLayer]:
+    """The layers of a generator that may tell where an edit's context is: maps on which it is a few cells long."""
+    infos = map_layers(on, latents)
+    fitting = [info for info in infos if _CELLS[0] <= _longest(edit, info.key_size) <= _CELLS[1]]
+    if not fitting:
+        fitting = [info for info in infos if _longest(edit, info.key_size) > 0]
+    if not fitting:
+        edit.where[0].area(infos[-1].key_size)  # says what is wrong with the masks
+    step = max(1.0, len(fitting) / _LAYERS)
+    chosen = [fitting[int(i * step)] for i in range(min(_LAYERS, len(fitting)))]
+    return [bind(on.generator, info.name, forward=on.own_forward) for info in chosen]
+
+
+def map_layers(on: BoundLayer, latents: Tensor) -> list[LayerInfo]:
+    """The layers of a generator whose keys and values are maps of two axes, in the order they run."""
+    with silent(UserWarning):  # of layers that are left out
+        infos = list_layers(on.generator, latents[:2], forward=on.own_forward)
+    infos = [info for info in infos if len(info.key_size) == 2 and len(info.value_size) == 2]
+    if not infos:
+        raise RewriteCoreError("No layer of this generator has maps of two axes, so no place in a picture is known.")
+    return infos
+
+
+def _longest(edit: Edit, size: tuple[int, ...]) -> int:
+    """How many cells the longest context is long on a map; 0 where one vanishes."""
+    longest = 0
+    for selection in edit.where:
+        try:
+            top, left, bottom, right = bounding_box(selection.area(size))
+        except RewriteCoreError:
+            return 0
+        longest = max(longest, bottom - top, right - left)
+    return longest
+
+
+def _best_told(
+    layers: Sequence[BoundLayer], edit: Edit, given: Given, unseen: Tensor
+) -> tuple[Places, dict[int, Tensor] | None]:
+    """What the layer tells that tells most, and the pictures that its pasted value renders."""
+    goals: dict[str, dict[int, Tensor]] = {}
+    if edit.copy is not None and edit.pastes:
+        seen = seen_goals(layers, edit, given.z, given.span)
+        best = max(visible.shown for visible, _ in seen)
+        goals = {visible.layer: goal for visible, goal in seen if visible.shown >= _SHOWS * best}
+        layers = [layer for layer in layers if layer.name in goals] or layers
+    if len(layers) > 1:
+        tried = find_places(layers, edit, given.z, unseen[:_TRIED], given.batch_size, given.progress)
+        layers = [max(tried, key=lambda each: each.distinct).layer]
+    (places,) = find_places(layers, edit, given.z, unseen, given.batch_size, given.progress)
+    return places, goals.get(places.layer.name)
+
+
+def _wanted(
+    places: Places, edit: Edit, latents: Tensor, goals: dict[int, Tensor] | None, span: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The window of the (first) paste as it is [C, h, w]; what of a window counts [h, w], 0 or 1; and how pictures
+    should move there [C, h, w]."""
+    window, marked = places.window, edit.pastes or tuple(edit.where)
+    before = {paste.index: to_unit(places.layer.render(latents[paste.index][None]), span)[0] for paste in marked}
+    size = before[marked[0].index].shape[1:]
+
+    def cut(picture: Tensor, corner: tuple[int, int]) -> Tensor:
+        return picture[(..., *window.box(corner, size))]
+
+    masks = [(selection.area(tuple(size)), window.corner(selection.area(window.grid))) for selection in edit.where]
+    area = torch.stack([cut(*mask) for mask in masks]).mean(0)
+    area = (area >= min(0.5, area.max().item())).float()
+    corners = [window.corner(paste.area(window.grid)) for paste in marked]
+    looks = cut(before[marked[0].index], corners[0])
+    if goals is None:
+        return looks, area, None
+    moves = [
+        cut(goals[paste.index] - before[paste.index], corner) for paste, corner in zip(marked, corners, strict=True)
+    ]
+    return looks, area, torch.stack(moves).mean(0) * area
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+class _Measuring:
+    """One way through the pictures."""
+
+    def __init__(self, scene: Scene, given: Given, look: Look):
+        self._scene, self._given, self._look = scene, given, look
+        self._window = scene.places.window
+
+    def _seen(self, latents: Tensor, rows: Sequence[int], label: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(row, before, after) of each row, [C, H, W] in 0..1."""
+        with progress_bar(total=len(rows), label=label, unit="img", show=self._given.progress) as bar:
+            for first in range(0, len(rows), self._given.batch_size):
+                some = list(rows[first : first + self._given.batch_size])
+                before, after = (to_unit(images, self._given.span) for images in self._look(latents, some))
+                if before.ndim != 4:
+                    raise RewriteCoreError(f"The generator makes {list(before.shape)}, not images [N, C, H, W].")
+                yield from zip(some, before, after, strict=True)
+                bar.update(len(some))
+
+    def _crop(self, picture: Tensor, corner: tuple[int, int]) -> Tensor:
+        return picture[(slice(None), *self._window.box(corner, picture.shape[1:]))] * self._scene.area
+
+    def _aligned(self, before: Tensor, change: Tensor, corner: tuple[int, int]) -> Tensor:
+        """The change [C, H, W] in the window at a corner, moved by up to a cell to where the picture before it looks
+        most like the paste's."""
+        scene, size = self._scene, before.shape[1:]
+        rows, columns = self._window.box(corner, size)
+        cell = max(side // cells for side, cells in zip(size, self._window.grid, strict=True))
+        top, left = best_shift(before, rows.start, columns.start, scene.looks, scene.area, cell)
+        height, width = scene.area.shape
+        return change[:, top : top + height, left : left + width] * scene.area
+
+    def _own(self) -> tuple[Tensor, float | None, float, list[Pair]]:
+        """The wanted movement, how far the paste itself got, how large that is, and the edit's own pictures."""
+        scene = self._scene
+        marked = scene.edit.pastes or tuple(scene.edit.where)
+        rows = list(dict.fromkeys(selection.index for selection in marked))
+        pictures = {row: (before, after) for row, before, after in self._seen(scene.latents, rows, "own pictures")}
+        moves, pairs = [], []
+        for selection in marked:
+            before, after = pictures[selection.index]
+            corner = self._window.corner(selection.area(self._window.grid))
+            moves.append(self._crop(after - before, corner))
+            pairs.append(Pair("edit", selection.index, before, after, selection.area(tuple(before.shape[1:]))))
+        moved = torch.stack(moves).mean(0)
+        wanted = moved if scene.wanted is None else scene.wanted
+        size = (wanted.abs().sum() / (len(wanted) * scene.area.sum())).item()
+        paste = None if scene.wanted is None else _progress(moved, wanted)[0]
+        return wanted, paste, size, pairs
+
+    def report(self, sizes: tuple[float | None, float | None]) -> Report:
+        scene, places = self._scene, self._scene.places
+        wanted, paste, size, pairs = self._own()
+        still = size < _STILL and scene.wanted is None
+        matching, others = places.matching, places.unrelated
+        order = {scene.rows[i]: i for i in range(len(scene.rows))}
+        moved: dict[int, tuple[float, float]] = {}
+        inside, outside, elsewhere = [], [], {}
+        for row, before, after in self._seen(scene.unseen, [scene.rows[i] for i in (*matching, *others)], "measure"):
+            change, number = (after - before).abs().mean(0), order[row]
+            if number in set(others):
+                elsewhere[row] = change.mean().item()
+                continue
+            mine = self._covered(number, change.shape)
+            inside.append((change * mine).sum().item() / mine.sum().item())
+            outside.append((change * (1 - mine)).sum().item() / max(1.0, (1 - mine).sum().item()))
+            far = _progress(self._aligned(before, after - before, places.best(number)), wanted)
+            moved[row] = (0.0, 0.0) if still else far
+        changed = sorted(elsewhere, key=lambda row: -elsewhere[row])
+        report = Report(
+            reach=_mean([far >= _FOLLOWED for far, _ in moved.values()]),
+            agreement=_mean([cosine for _, cosine in moved.values()]),
+            paste=paste,
+            inside=_mean(inside),
+            outside=_mean(outside),
+            unrelated=_mean(list(elsewhere.values())),
+            size=sizes[0],
+            weight_size=sizes[1],
+            layer=places.layer.name,
+            matching=list(moved),
+            moved=[far for far, _ in moved.values()],
+            unrelated_rows=[scene.rows[i] for i in others],
+            most_changed=changed[:SHOWN],
+            wanted=size,
+            distinct=places.distinct,
+        )
+        return dataclasses.replace(report, pairs=pairs + self._shown(report, order))
+
+    def _covered(self, number: int, size: Sequence[int]) -> Tensor:
+        """The areas of all places of a picture, [H, W], 0 or 1."""
+        covered = torch.zeros(tuple(size))
+        for corner in self._scene.places.all_in(number):
+            box = self._window.box(corner, size)
+            covered[box] = torch.maximum(covered[box], self._scene.area)
+        return covered
+
+    def _shown(self, report: Report, order: dict[int, int]) -> list[Pair]:
+        """The pictures of the sheet: those that followed best and worst, and the most changed unrelated ones."""
+        far = dict(zip(report.matching, report.moved, strict=True))
+        ranked = sorted(far, key=lambda row: -far[row])
+        half = SHOWN if len(ranked) >= 2 * SHOWN else (len(ranked) + 1) // 2
+        rows = [*ranked[:half], *ranked[len(ranked) - min(half, len(ranked) - half) :]] if ranked else []
+        pairs = []
+        for row, before, after in self._seen(self._scene.unseen, [*rows, *report.most_changed], "sheet"):
+            area = self._covered(order[row], before.shape[1:]) if row in far else None
+            pairs.append(Pair("unseen", row, before, after, area, far.get(row)))
+        return pairs
+
+
+def _progress(moved: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """How far a movement [C, h, w] goes along the wanted one, which is 1 far, and the cosine of the two."""
+    along, whole = (moved * wanted).sum().item(), wanted.square().sum().item()
+    length = moved.norm().item() * wanted.norm().item()
+    return along / whole if whole else 0.0, along / length if length else 0.0
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _size(on: BoundLayer, given: Given, scene: Scene) -> tuple[float | None, float | None]:
+    """Of the largest of the rewrites: its size on keys, and |dW| / |W|."""
+    sizes = []
+    for change in given.changes:
+        bound = change._bind(on.generator)
+        moment = given.moment
+        if moment is None or (moment.layer is not None and moment.layer != bound.name):
+            bound = bind(on.generator, bound.name, forward=on.own_forward)
+            latents = scene.unseen[scene.rows]
+            moment = collect_second_moment(bound, latents, batch_size=given.batch_size, progress=given.progress)
+        sizes.append((change.size_on_keys(moment, bound), change._size_on(bound.parameter)))
+    if not sizes:
+        return None, None
+    largest = max(sizes)
+    return largest[0] * abs(given.strength), largest[1] * abs(given.strength)

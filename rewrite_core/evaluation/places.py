@@ -1,0 +1,224 @@
+"""Where unseen pictures hold what an edit's context shows: found by its whitened key, without ground truth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..edits.edit import Edit
+from ..edits.goals import bounding_box
+from ..edits.selection import Selection
+from ..errors import DiagonalShiftWarning, NonFiniteError, SelectionError, silent
+from ..layers.bound import BoundLayer
+from ..layers.capture import run_to
+from ..progress import progress_bar
+from ..statistics.collection import collect_second_moments
+from ..statistics.second_moment import SecondMoment
+
+_CELLS = 6  # a context is looked for on a map where it is at most so many cells long; finer maps are averaged
+_LOWEST = 0.1  # the pictures without the context begin as this share of all: those with the lowest scores
+_TOP = 0.05  # of a context marked in one picture alone, what such a picture scores: the mean of this share, the highest
+_ROUNDS = 50  # of moving the centre of the pictures without; it settles in a few
+_SURE = 0.25  # of the way from the centre without to the centre with: so far from the level a picture is clear
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A box of the picture of fixed size that a context fills, on a grid of cells.
+
+    cells: (height, width) in cells; grid: the map's (height, width) in cells.
+    """
+
+    cells: tuple[int, int]
+    grid: tuple[int, int]
+
+    def box(self, corner: tuple[int, int], size: Sequence[int]) -> tuple[slice, slice]:
+        """The index of the window at a corner, in cells, in a picture of (height, width) pixels."""
+        slices = []
+        for start, cells, grid, pixels in zip(corner, self.cells, self.grid, size, strict=True):
+            first = min(round(start * pixels / grid), pixels - self._pixels(cells, grid, pixels))
+            slices.append(slice(first, first + self._pixels(cells, grid, pixels)))
+        return slices[0], slices[1]
+
+    @staticmethod
+    def _pixels(cells: int, grid: int, pixels: int) -> int:
+        return max(1, round(cells * pixels / grid))
+
+    def corner(self, area: Tensor) -> tuple[int, int]:
+        """The corner of the window around the positive entries of an area [*grid]."""
+        top, left, bottom, right = bounding_box(area)
+        found = []
+        for start, stop, cells, grid in zip((top, left), (bottom, right), self.cells, self.grid, strict=True):
+            found.append(max(0, min(grid - cells, (start + stop) // 2 - cells // 2)))
+        return found[0], found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What one layer tells of where a context is in unseen pictures.
+
+    layer: the layer. window: the size of a place. heat: float [N, h, w], the score at every corner, a cosine. level:
+    pictures that score more hold the context. low, high: the mean score of the pictures without it, and of the contexts
+    themselves. spread: standard deviation of the former.
+    """
+
+    layer: BoundLayer
+    window: Window
+    heat: Tensor
+    level: float
+    low: float
+    high: float
+    spread: float
+
+    @property
+    def scores(self) -> Tensor:
+        """Of the best place of each picture, float [N]."""
+        return self.heat.flatten(1).amax(1)
+
+    @property
+    def distinct(self) -> float:
+        """How far the context stands out from pictures without it, in standard deviations of theirs."""
+        return (self.high - self.low) / max(self.spread, 1e-12)
+
+    @property
+    def matching(self) -> list[int]:
+        """The pictures that hold the context, best first."""
+        order = self.scores.argsort(descending=True, stable=True)
+        return [int(row) for row in order if self.scores[row] > self.level]
+
+    @property
+    def unrelated(self) -> list[int]:
+        """The pictures that clearly do not hold it."""
+        clear = self.level - _SURE * (self.high - self.low)
+        return [int(row) for row in (self.scores < clear).nonzero()[:, 0]]
+
+    def best(self, row: int) -> tuple[int, int]:
+        """The corner of the best place of a picture."""
+        top, left = divmod(int(self.heat[row].argmax()), self.heat.shape[-1])
+        return top, left
+
+    def all_in(self, row: int) -> list[tuple[int, int]]:
+        """The corners of all places of a picture above the level, none within half a window of a better one."""
+        reach = [2 * max(1, cells // 2) + 1 for cells in self.window.cells]
+        heat = self.heat[row][None, None]
+        around = F.max_pool2d(heat, reach, 1, [side // 2 for side in reach])
+        top = ((heat == around) & (heat > self.level))[0, 0].nonzero()
+        return [(int(y), int(x)) for y, x in top]
+
+
+class _Sight:
+    """One layer's view of a context."""
+
+    def __init__(self, layer: BoundLayer, moment: SecondMoment, where: Sequence[Selection], keys: Tensor):
+        self.layer = layer
+        with silent(DiagonalShiftWarning):
+            lower = moment.factor.lower
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        self._whitening = torch.linalg.solve_triangular(lower, eye, upper=False).float()  # L^-1 of C = L L^T
+        size = tuple(keys.shape[2:])
+        areas = [selection.area(size) for selection in where]
+        longest = max(
+            max(stop - start for start, stop in zip(box[:2], box[2:], strict=True)) for box in map(bounding_box, areas)
+        )
+        self._pool = 1
+        while longest > _CELLS * self._pool and not any(side % (2 * self._pool) for side in size):
+            self._pool *= 2
+        self._areas = [F.avg_pool2d(area[None, None], self._pool)[0, 0] for area in areas]
+        self._maps = self.white(keys).split(1)
+        boxes = [bounding_box(area) for area in self._areas]
+        self.window = Window(
+            (max(box[2] - box[0] for box in boxes), max(box[3] - box[1] for box in boxes)),
+            (size[0] // self._pool, size[1] // self._pool),
+        )
+        self.corners = [self.window.corner(area) for area in self._areas]
+        self._parts = [(self._cut(own[0], i), self._cut(self._areas[i][None], i)) for i, own in enumerate(self._maps)]
+        self._found: list[Tensor] = []
+
+    def _cut(self, maps: Tensor, context: int) -> Tensor:
+        """The window of one of the contexts in its own maps [I, h, w]."""
+        (top, left), (height, width) = self.corners[context], self.window.cells
+        return maps[:, top : top + height, left : left + width]
+
+    def white(self, keys: Tensor) -> Tensor:
+        """Key maps [N, I, h, w] whitened, L^-1 k, averaged over cells: float32 on the CPU, as is all that follows."""
+        rows = torch.einsum("ij,njhw->nihw", self._whitening.to(keys.device), keys.float())
+        return F.avg_pool2d(rows, self._pool).cpu()
+
+    def _heat(self, white: Tensor, contexts: Sequence[int]) -> Tensor:
+        """The score of every corner of the window in maps [N, I, h, w], by some of the contexts."""
+        cover = torch.stack([self._parts[i][1] for i in contexts]).sum(0)
+        keys = torch.stack([self._parts[i][0] * self._parts[i][1] for i in contexts]).sum(0)
+        mean = keys / cover.clamp_min(1e-12)
+        along = F.conv2d(white, keys[None])[:, 0]
+        length = F.conv2d(white.square().sum(1, keepdim=True), cover[None])[:, 0].clamp_min(1e-12).sqrt()
+        return along / (length * (cover * mean.square()).sum().sqrt().clamp_min(1e-12))
+
+    def look(self, keys: Tensor) -> None:
+        """Score the pictures of some key maps."""
+        heat = self._heat(self.white(keys), range(len(self._maps)))
+        if not torch.isfinite(heat).all():
+            raise NonFiniteError(f"The keys of {self.layer.name!r} hold NaN or infinity; leave those pictures out.")
+        self._found.append(heat)
+
+    def places(self) -> Places:
+        """What was found. Each context is scored by the others, so that it does not match itself."""
+        heat = torch.cat(self._found)
+        scores = heat.flatten(1).amax(1).double()
+        number = len(self._maps)
+        if number > 1:
+            own = [
+                self._heat(self._maps[i], [j for j in range(number) if j != i])[0][self.corners[i]].item()
+                for i in range(number)
+            ]
+            high = sum(own) / number
+        else:
+            high = scores.sort(descending=True).values[: max(1, round(_TOP * len(scores)))].mean().item()
+        low = scores.quantile(_LOWEST).item()
+        for _ in range(_ROUNDS):  # k-means of two centres, one of which is known
+            below = scores[scores <= (low + high) / 2]
+            if not len(below):
+                break
+            low = below.mean().item()
+        below = scores[scores <= (low + high) / 2]
+        spread = below.std().item() if len(below) > 1 else 0.0
+        return Places(self.layer, self.window, heat, (low + high) / 2, low, high, spread)
+
+
+def find_places(
+    layers: Sequence[BoundLayer],
+    edit: Edit,
+    latents: Tensor,
+    unseen: Tensor,
+    batch_size: int,
+    progress: bool = False,
+) -> list[Places]:
+    """Where unseen pictures hold what an edit's context shows, as each layer tells.
+
+    The score of a place is the cosine of two lists of whitened keys ``L^-1 k``, C = L L^T: those in its window, and the
+    mean of those in the windows of the contexts, cell by cell. The level lies halfway between what the contexts
+    themselves score and the mean of the pictures without.
+
+    Args:
+        layers: layers of one generator, whose maps have two axes.
+        edit: whose ``where`` marks the context in rows of `latents` [M, ...].
+        unseen: [N, ...], the pictures to look through. C is that of their keys.
+
+    Raises:
+        MaskError: a mask vanishes on a layer's map. NonFiniteError: keys are NaN or infinite.
+    """
+    if len(unseen) < 2:
+        raise SelectionError("Places are looked for in at least two unseen pictures; give more latents.")
+    moments = collect_second_moments(layers, unseen, batch_size=batch_size, progress=progress)
+    keys: dict[int, Tensor] = {}
+    marked = torch.cat([selection.latent(latents) for selection in edit.where])
+    run_to(layers, marked, lambda number, capture: keys.__setitem__(number, capture.key.clone()))
+    sights = [_Sight(layer, moments[i], edit.where, keys[i]) for i, layer in enumerate(layers)]
+    with progress_bar(total=len(unseen), label="find the context", unit="img", show=progress) as bar:
+        for batch in unseen.split(batch_size):
+            run_to(layers, batch, lambda number, capture: sights[number].look(capture.key))
+            bar.update(len(batch))
+    return [sight.places() for sight in sights]

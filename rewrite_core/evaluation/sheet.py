@@ -1,0 +1,52 @@
+"""The sheet of a report: what followed best and worst, and what changed though it should not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from PIL.Image import Image
+from torch import Tensor
+
+from .. import pictures
+
+SHOWN = 8  # pictures of each kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A picture before and after a change: [C, H, W] in 0..1; `row` of `of`, which is "edit" or "unseen"; `area`
+    [H, W], where the change was meant to act (None: nowhere); `moved`: how far, 1 is as far as wanted."""
+
+    of: str
+    row: int
+    before: Tensor
+    after: Tensor
+    area: Tensor | None = None
+    moved: float | None = None
+
+
+def sheet_of(pairs: Sequence[Pair], side: int, title: str, notes: Sequence[str]) -> Image:
+    """A grid: the edit's own pictures, then the unseen ones; before on the left, after on the right."""
+    own = [pair for pair in pairs if pair.of == "edit"]
+    with_context = [pair for pair in pairs if pair.of == "unseen" and pair.area is not None]
+    others = [pair for pair in pairs if pair.of == "unseen" and pair.area is None]
+    best = sorted(with_context, key=lambda pair: -(pair.moved or 0.0))
+    rows: list[Sequence[pictures.Cell]] = []
+    rows += _rows(own, side, "edit's picture")
+    rows += _rows(best[: len(best) - len(best) // 2], side, "follows")
+    rows += _rows(best[len(best) - len(best) // 2 :][::-1], side, "follows least")
+    rows += _rows(others, side, "unrelated")
+    return pictures.grid(rows, title, [*notes, "before | after; outlined: where the context was found"])
+
+
+def _rows(pairs: Sequence[Pair], side: int, label: str) -> list[list[pictures.Cell]]:
+    images, labels = [], []
+    for pair in pairs:
+        sides = [pictures.to_image(picture, side) for picture in (pair.before, pair.after)]
+        if pair.area is not None:
+            sides[0] = pictures.outline(sides[0], pair.area.numpy())
+        images.append(pictures.side_by_side(*sides))
+        far = "" if pair.moved is None else f", {pair.moved:.0%}"
+        labels.append(f"{label} {pair.row}{far}")
+    return pictures.in_rows(images, labels, SHOWN // 2)

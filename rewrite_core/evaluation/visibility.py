@@ -1,0 +1,101 @@
+"""What an edit asks for, in pictures: the pasted pixels, and what the pasted value renders at a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..edits.edit import Edit
+from ..edits.goals import bounding_box, paste_goals
+from ..edits.selection import Selection
+from ..layers.bound import BoundLayer
+from ..pictures import to_unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """What of a paste a layer can show.
+
+    layer: its name. shown: how far the picture that the pasted value renders gets from the picture as it is to the
+    pasted pixels, inside the pasted area: 0 is nothing, 1 all of it. outside: mean change of that picture outside,
+    0..1.
+    """
+
+    layer: str
+    shown: float
+    outside: float
+
+
+def composite(edit: Edit, paste: Selection, copied: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """The copied pixels on a picture, as :func:`rewrite_core.edits.goals.paste_goals` places values.
+
+    Args:
+        copied, picture: [C, H, W]: where the copy comes from, and where it goes.
+
+    Returns the picture with the patch on it [C, H, W], and where the patch covers it, [H, W] in 0..1.
+    """
+    assert edit.copy is not None  # callers look
+    size = tuple(picture.shape[1:])
+    area = edit.copy.area(size)
+    top, left, bottom, right = bounding_box(area)
+    around = bounding_box(paste.area(size))
+    height, width = bottom - top, right - left
+    y = max(0, min(size[0] - height, (around[0] + around[2]) // 2 - height // 2))
+    x = max(0, min(size[1] - width, (around[1] + around[3]) // 2 - width // 2))
+    cover, patch = torch.zeros(size), torch.zeros_like(picture)
+    cover[y : y + height, x : x + width] = area[top:bottom, left:right]
+    patch[:, y : y + height, x : x + width] = copied[:, top:bottom, left:right]
+    return picture + cover * (patch - picture), cover
+
+
+def rendered_goals(layer: BoundLayer, edit: Edit, latents: Tensor, span: tuple[float, float]) -> dict[int, Tensor]:
+    """{row: [C, H, W] in 0..1}: each picture that is pasted into, as the pasted value renders it at a layer."""
+    rows = list(dict.fromkeys(paste.index for paste in edit.pastes))
+    goals = paste_goals(layer, edit, latents, region="map")
+    return {
+        row: to_unit(layer.render(latents[row][None], goal.target.to(layer.parameter.dtype)), span)[0]
+        for row, goal in zip(rows, goals, strict=True)
+    }
+
+
+def visibility(
+    layers: Sequence[BoundLayer], edit: Edit, latents: Tensor, span: tuple[float, float] = (-1.0, 1.0)
+) -> list[Visibility]:
+    """What of an edit's paste each layer can show: it takes a few renders for each.
+
+    Raises:
+        SelectionError: the edit has no copy or no paste. MaskError: a mask vanishes on a layer's map.
+    """
+    return [seen for seen, _ in seen_goals(layers, edit, latents, span)]
+
+
+def seen_goals(
+    layers: Sequence[BoundLayer], edit: Edit, latents: Tensor, span: tuple[float, float]
+) -> list[tuple[Visibility, dict[int, Tensor]]]:
+    """:func:`visibility` of each layer, and its :func:`rendered_goals`."""
+    found: list[tuple[Visibility, dict[int, Tensor]]] = []
+    own: dict[int, Tensor] = {}
+    for layer in layers:
+        goals = rendered_goals(layer, edit, latents, span)  # says what the edit lacks
+        assert edit.copy is not None
+        for row in (edit.copy.index, *goals):
+            if row not in own:
+                own[row] = to_unit(layer.render(latents[row][None]), span)[0]
+        wanted: dict[int, Tensor] = {row: own[row] for row in goals}
+        covers: dict[int, Tensor] = {row: torch.zeros(own[row].shape[1:]) for row in goals}
+        for paste in edit.pastes:
+            wanted[paste.index], cover = composite(edit, paste, own[edit.copy.index], wanted[paste.index])
+            covers[paste.index] = torch.maximum(covers[paste.index], cover)
+        along = whole = outside = 0.0
+        for row, goal in goals.items():
+            pasted, moved = wanted[row] - own[row], goal - own[row]
+            along += (covers[row] * pasted * moved).sum().item()
+            whole += (covers[row] * pasted.square()).sum().item()
+            outside += ((1 - covers[row]) * moved.abs()).sum().item() / max(
+                1.0, len(moved) * (1 - covers[row]).sum().item()
+            )
+        found.append((Visibility(layer.name, along / whole if whole else 0.0, outside / len(goals)), goals))
+    return found
