@@ -20,8 +20,8 @@ from rewrite_core.evaluation import measuring
 from rewrite_core.evaluation.aligning import best_shift
 from rewrite_core.evaluation.measuring import Given, measured, scene_of, several_changes
 from rewrite_core.evaluation.places import find_places
+from rewrite_core.evaluation.showing import composite, visibility
 from rewrite_core.evaluation.verdict import DESTROYS, FOLLOWS, SPILLS, Numbers, advice_of, verdict_of
-from rewrite_core.evaluation.visibility import composite, visibility
 from rewrite_core.pictures import paint
 
 UNSEEN = rc.sample_latents(16, 40, seed=11)

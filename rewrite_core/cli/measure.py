@@ -77,7 +77,10 @@ def _without_truth(options: argparse.Namespace, on: Subject) -> dict[str, Any]:
     from .inputs import edit_named
     from .rewrites import load_rewrites
 
-    edit, changes = edit_named(options.edit, options.generator, options.seed), load_rewrites(options.rewrite)
+    edit, changes = (
+        edit_named(options.edit, options.generator, options.seed),
+        load_rewrites(options.rewrite, on.generator),
+    )
     given = Given(
         changes,
         edit,

@@ -34,7 +34,7 @@ from .aligning import best_shift
 from .places import Places, find_places
 from .report import Pair, Report
 from .sheet import SHOWN
-from .visibility import seen_goals
+from .showing import seen_goals
 
 UNSEEN = 256  # pictures, where none are given
 _CELLS = (2, 32)  # a context is so many cells long on the maps of the layers that are asked where it is
