@@ -43,6 +43,7 @@ from .rewrites.change import Rewrite as Rewrite
 from .rewrites.parametrization import LowRankChange as LowRankChange
 from .session import Session as Session
 from .solvers.adam import Adam as Adam
+from .solvers.lbfgs import LBFGS as LBFGS
 from .solvers.lm import LM as LM
 from .solvers.projected import Projected as Projected
 from .solvers.projected import Unconstrained as Unconstrained

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 
+from .edits.masks import picture_array
 from .edits.selection import Selection
 from .errors import ArgumentError, RewriteCoreError
 from .files import atomic_write
@@ -66,6 +67,14 @@ def paint(
             pictures.append(to_unit(images, span))
             bar.update(len(batch))
     return torch.cat(pictures)
+
+
+def read(path: str | os.PathLike, channels: int = 3) -> Tensor:
+    """A picture file as float32 [channels, H, W] in 0..1: 3 channels of colour or 1 of grey.
+
+    Raises FileFormatError where it is no picture, FileNotFoundError.
+    """
+    return torch.from_numpy(picture_array(path, "RGB" if channels == 3 else "L")).permute(2, 0, 1).float() / 255
 
 
 def to_image(picture: Tensor, side: int | None = None) -> Image.Image:

@@ -39,12 +39,14 @@ def test_the_words_that_options_take_are_the_librarys():
     from rewrite_core.edits.goals import BLENDS, REGIONS
     from rewrite_core.layers.latents import DISTRIBUTIONS
     from rewrite_core.ops.losses import LOSSES
+    from rewrite_core.rewrites.following import OBJECTIVES
     from rewrite_core.solvers.choice import SOLVERS
 
     assert tuple(RULES) == names.DEMO_EDITS
     assert tuple(DIRECTIONS) == names.DIRECTIONS and tuple(DISTRIBUTIONS) == names.DISTRIBUTIONS
     assert tuple(REGIONS) == names.REGIONS and tuple(BLENDS) == names.BLENDS
     assert tuple(LOSSES) == names.LOSSES and tuple(SOLVERS) == names.SOLVERS
+    assert tuple(OBJECTIVES) == names.OBJECTIVES
 
 
 def test_a_score_of_no_scene_is_json(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 from helpers.command_line import LAYER, MINE, run, save_edit, square
+from PIL import Image
 
 import rewrite_core as rc
 from rewrite_core.rewrites import calls
@@ -57,6 +58,26 @@ def test_an_edit_of_several_pastes(tmp_path, capsys, user_generator):
     twice.save("e.json")
     code, _, err = run(capsys, "edit", *common, "--out", "r.safetensors")
     assert code and err.count("\n") == 1 and "overlap" in err
+
+
+def test_a_retouched_picture_is_a_goal(tmp_path, capsys, user_generator):
+    save_edit()
+    edit = ("edit", "e.json", "--layer", "3", "--out", "r.safetensors", "--count", 20, "--quiet", *MINE)
+    goal = (*edit, "--objective", "pictures", "--goal", "goal.png")
+    assert run(capsys, *edit, "--objective", "activation", "--iterations", 3)[0] == 0
+    code, _, err = run(capsys, *goal)
+    assert code == 2 and "goal.png" in err
+    for size, fine in ((9, False), (8, True)):
+        Image.fromarray(np.full((size, size, 3), 200, np.uint8)).save("goal.png")
+        code, _, err = run(capsys, *goal)
+        assert code == (0 if fine else 2), err
+        assert fine or "9x9 pixels and the generator's pictures 8x8" in err
+    assert rc.Rewrite.load("r.safetensors").solver == "lbfgs"
+    for wrong, words in (("--region", "--goal pastes nothing"), ("--erase", "--erase pastes nothing")):
+        code, _, err = run(capsys, *goal, wrong, "map" if wrong == "--region" else 3)
+        assert code == 2 and words in err
+    code, _, err = run(capsys, *edit, "--goal", "goal.png")
+    assert code == 2 and "--objective pictures" in err
 
 
 def test_a_rewrite_of_other_weights_needs_force(tmp_path, capsys, user_generator):

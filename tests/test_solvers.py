@@ -75,7 +75,7 @@ def test_more_unknowns_than_pixels_warn():
         (lambda: rc.Projected(project_gradient=1), rc.ArgumentError, "project_gradient must be True or False"),
         (lambda: rc.LM(steps=5), TypeError, "steps"),
         (lambda: rc.Adam(project_every=5), TypeError, "project_every"),
-        (lambda: solver_of("lbfgs"), rc.SolverError, "choose from"),
+        (lambda: solver_of("newton"), rc.SolverError, "choose from"),
         (lambda: solver_of(rc.LM), rc.ArgumentError, "not LM"),
         (lambda: solver_of(None), rc.ArgumentError, "rc.Projected"),
     ],

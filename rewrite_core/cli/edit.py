@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .command import Command, UsageError
@@ -14,21 +14,25 @@ from .options import (
     DIRECTIONS,
     GENERATOR_NOTES,
     LOSSES,
+    OBJECTIVES,
     REGIONS,
     SAFETENSORS,
     SOLVERS,
     add_edit,
     add_generator,
     collected_afresh,
+    input_file,
     output,
     positive,
     real,
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..solvers.base import Solver
 
-SOLVER_OPTIONS = ("steps", "lr", "project_every", "project_gradient")  # each solver takes some of them
+SOLVER_OPTIONS = ("steps", "lr", "project_every", "project_gradient", "iterations")  # each solver takes some of them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +48,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blend", choices=BLENDS, help="paste through the copy's mask (default) or its bounding box")
     parser.add_argument("--loss", choices=LOSSES, help="absolute (default) or squared distance to the goal")
     parser.add_argument("--preserve", type=real(), help="weight of leaving ordinary pictures alone (default 0)")
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="what is compared with the goal: the layer's value (default) or pictures",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--erase", type=positive, metavar="UNITS", help="erase: silence so many units in the paste")
     kind.add_argument("--zero", action="store_true", help="remove the weight's projection on the context")
     group = parser.add_argument_group("solver")
-    group.add_argument("--solver", choices=SOLVERS, help="how the change along the directions is found (default lm)")
+    group.add_argument("--solver", choices=SOLVERS, help="default lm; lbfgs for other objectives than value")
     group.add_argument("--steps", type=positive, help="of projected, adam and unconstrained (default 2001)")
     group.add_argument("--lr", type=real(above=0), help="learning rate of the same three (default 0.05)")
     group.add_argument("--project-every", type=positive, metavar="STEPS", help="of projected (default 10)")
+    group.add_argument("--iterations", type=positive, help="of lbfgs at most (default 40)")
     group.add_argument("--project-gradient", action="store_true", default=None, help="of projected: every gradient too")
 
 
@@ -65,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="safetensors file to write",
     )
     parser.add_argument(
+        "--goal",
+        type=input_file,
+        nargs="+",
+        metavar="PICTURE",
+        help="your own retouched pictures, one for each picture that is pasted into, for --objective pictures",
+    )
+    parser.add_argument(
         "--state-dict",
         type=output(SAFETENSORS),
         metavar="FILE.safetensors",
@@ -74,28 +91,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error."""
-    fit = ("solver", "loss", "preserve", "region", "blend", *SOLVER_OPTIONS)
+    goal = getattr(options, "goal", None)  # a job of rewrite batch has none
+    fit = ("solver", "loss", "preserve", "region", "blend", "objective", "goal", *SOLVER_OPTIONS)
     for holds, names, reason in (
         (options.zero, fit, "--zero fits nothing"),
-        (options.erase, ("blend",), "--erase pastes nothing"),
+        (options.erase, ("blend", "objective", "goal"), "--erase pastes nothing"),
+        (goal, ("region", "blend"), "--goal pastes nothing"),
         (options.solver == "unconstrained", ("rank", "directions"), "the unconstrained solver has no directions"),
     ):
         for name in names:
-            if holds and getattr(options, name) is not None:
+            if holds and getattr(options, name, None) is not None:
                 raise UsageError(f"{_flag(name)} would change nothing, for {reason}; leave it out.")
 
 
-def _solver(name: str | None, given: Mapping[str, Any]) -> Solver | None:
+def _solver(name: str | None, objective: str | None, given: Mapping[str, Any]) -> Solver | None:
     """The solver of that name with its options; None for the library's default."""
     from ..solvers.choice import SOLVERS as KINDS
 
     takes = {kind: [field.name for field in dataclasses.fields(KINDS[kind])] for kind in SOLVERS}
-    chosen = name or SOLVERS[0]
+    chosen = name or ("lm" if objective in (None, "value") else "lbfgs")
     for option in given:
         if option not in takes[chosen]:
             others = " or ".join(kind for kind in SOLVERS if option in takes[kind])
             raise UsageError(f"The {chosen} solver has no {_flag(option)}; leave it out, or choose --solver {others}.")
-    return KINDS[chosen](**given) if name else None
+    return KINDS[chosen](**given) if name or given else None
+
+
+def _pictures(files: Sequence[str], shape: tuple[int, ...], span: tuple[float, float]) -> Tensor:
+    """The goal pictures [n, C, H, W] in the generator's range."""
+    import torch
+
+    from .. import pictures
+
+    low, high = span
+    read = [pictures.read(file, shape[0]) for file in files]
+    for file, picture in zip(files, read, strict=True):
+        if picture.shape != shape:
+            sizes = ("x".join(map(str, size[1:])) for size in (picture.shape, shape))
+            raise UsageError("{} has {} pixels and the generator's pictures {}.".format(file, *sizes))
+    return low + (high - low) * torch.stack(read)
 
 
 def _flag(name: str) -> str:
@@ -105,9 +139,12 @@ def _flag(name: str) -> str:
 def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the call that the options ask for. Raises UsageError where one would change nothing."""
     _refuse_unused(options)
-    given = {name: getattr(options, name) for name in ("rank", "directions", "region", "blend", "loss", "preserve")}
+    named = ("rank", "directions", "region", "blend", "loss", "preserve", "objective")
+    given = {name: getattr(options, name) for name in named}
     given["solver"] = _solver(
-        options.solver, {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None}
+        options.solver,
+        options.objective,
+        {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None},
     )
     given["units"] = options.erase
     return {name: value for name, value in given.items() if value is not None}
@@ -131,6 +168,8 @@ def run(options: argparse.Namespace) -> None:
     elif options.erase:
         change = erase(layer, moment, edit, on.latents, progress=on.progress, **given)
     else:
+        if options.goal is not None:
+            given["goal"] = _pictures(options.goal, on.shape, on.span)
         change = rewrite(layer, moment, edit, on.latents, progress=on.progress, **given)
     change.save(options.out)
     size = change.size or 0.0

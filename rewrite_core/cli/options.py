@@ -22,7 +22,8 @@ DISTRIBUTIONS = ("normal", "uniform")
 REGIONS = ("box", "map")
 BLENDS = ("mask", "box")
 LOSSES = ("l1", "l2")
-SOLVERS = ("lm", "projected", "adam", "unconstrained")
+SOLVERS = ("lm", "lbfgs", "projected", "adam", "unconstrained")
+OBJECTIVES = ("value", "activation", "pictures")
 
 OTHER_FORMATS = frozenset(
     (

@@ -98,6 +98,25 @@ def _from_picture(picture: Image.Image) -> np.ndarray:
     return np.array((picture.convert("LA") if picture.mode == "La" else picture.convert("RGB")).convert("L"))
 
 
+def picture_array(path: str | os.PathLike, mode: str) -> np.ndarray:
+    """The picture at `path` as uint8 [H, W, C] in a mode of Pillow's, "RGB" or "L"; its transparency is dropped.
+
+    Raises FileFormatError where it cannot be read, FileNotFoundError.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no picture at {name}.")
+    try:
+        with Image.open(path, formats=_FORMATS) as picture:
+            check_size(picture.size)
+            pixels = np.array(ImageOps.exif_transpose(picture).convert(mode))
+    except MaskError as error:
+        raise FileFormatError(f"{name}: {error}") from error
+    except _UNREADABLE as error:
+        raise FileFormatError(f"{name} cannot be read as a picture ({error}); save it as PNG.") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def png_of(plane: np.ndarray) -> bytes:
     """A plane of bytes [H, W] as PNG, grey."""
     buffer = io.BytesIO()

@@ -2,7 +2,8 @@
 
 One pass is recorded: what the largest modules that do not contain the layer put out before it is reached. A replayed
 pass runs the generator's own ``forward`` again with those modules answering from the record, so that nothing before the
-layer is computed twice, whatever the generator is written like.
+layer is computed twice, whatever the generator is written like. :meth:`Record.follow` does so from a value that is
+given in place of the layer's own, with gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..errors import RewriteCoreError
 from ..modes import repeatable
 from .bound import BoundLayer
 from .latents import for_generator
-from .passes import Hooks
+from .passes import Hooks, Stop
 
 
 def modules_before(layer: BoundLayer) -> list[nn.Module]:
@@ -106,6 +107,7 @@ class Record:
         self._layer, self._latents = layer, latents
         self._outputs: dict[nn.Module, list[_Output]] = {}
         self._random: list[Tensor] | None = None
+        self._site: tuple[_Output, list[Tensor]] | None = None  # what the layer put out, and the random states then
         self.images: Tensor
         self._record()
 
@@ -118,9 +120,9 @@ class Record:
         """Whether a change of this module's weights would make the record wrong."""
         return any(part is module for recorded in self._outputs for part in recorded.modules())
 
-    def _pass(self) -> Tensor:
+    def _pass(self, gradients: bool = False) -> Tensor:
         layer = self._layer
-        with torch.no_grad(), repeatable(layer.generator, id(layer.own_forward)):
+        with torch.set_grad_enabled(gradients), repeatable(layer.generator, id(layer.own_forward)):
             images = layer._forward(layer.generator, for_generator(self._latents, layer.generator))
         if not isinstance(images, Tensor):
             raise RewriteCoreError(
@@ -151,11 +153,16 @@ class Record:
                 reached = True
                 self._random = _random_states(self._layer.generator)
 
+        def passed(module: nn.Module, args: tuple, output: Any) -> None:
+            if self._site is None:
+                self._site = _Output(output), _random_states(self._layer.generator)
+
         with Hooks() as hooks, reads:
             for module in modules_before(self._layer):
                 hooks.before(module, entered)
                 hooks.after(module, left)
             hooks.before(self._layer._adapter.site, reach, first=True)
+            hooks.after(self._layer._adapter.site, passed)
             self.images = self._pass()
         if not reached:
             raise RewriteCoreError(
@@ -164,7 +171,60 @@ class Record:
 
     def replay(self) -> Tensor:
         """The images with the generator as it is now: only what follows the layer is computed."""
-        reached = False
+        with self._answers():
+            return self._pass()
+
+    def follow(self, value: Tensor, to: str = "pictures") -> Tensor:
+        """What follows from a value of the layer, differentiable in it; the layer itself is not run.
+
+        Args:
+            value: [N, O, *map] for the N recorded latents.
+            to: "pictures", the images; or "activation", what the next module that has a weight matrix is given: the
+                value after its norm and activation.
+
+        Returns what the generator makes, in its own precision. Raises RewriteCoreError where the value has another
+        shape, or where no module with a weight matrix follows.
+        """
+        wanted = value.requires_grad and torch.is_grad_enabled()
+        if value.ndim < 2 or value.shape[:2] != (len(self._latents), self._layer.out_channels):
+            raise RewriteCoreError(
+                f"A value of {self._layer.name!r} for {len(self._latents)} latents is [{len(self._latents)}, "
+                f"{self._layer.out_channels}, *map], not {list(value.shape)}."
+            )
+        if to == "pictures":
+            with self._answers(value):
+                return self._pass(gradients=wanted)
+        found = self._next(value if wanted else value.detach().requires_grad_())
+        return found if wanted else found.detach()
+
+    def _next(self, value: Tensor) -> Tensor:
+        """What the first module with a weight matrix after the layer is given of what is made from the value."""
+        found: list[Tensor] = []
+
+        def arrives(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            for leaf in tree_flatten((args, kwargs))[0]:
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:  # made from the value
+                    found.append(leaf)
+                    raise Stop
+
+        inside = set(self._layer._adapter.site.modules())
+        with self._answers(value) as hooks, contextlib.suppress(Stop):
+            for module in self._layer.generator.modules():
+                if module not in inside and any(own.ndim > 1 for own in module.parameters(recurse=False)):
+                    hooks.before(module, arrives)
+            self._pass(gradients=True)
+        if not found:
+            raise RewriteCoreError(
+                f"Nothing with a weight matrix follows {self._layer.name!r}, so it has no next activation; use "
+                "objective='pictures'.",
+                advice={"objective": "pictures"},
+            )
+        return found[0]
+
+    @contextlib.contextmanager
+    def _answers(self, value: Tensor | None = None) -> Iterator[Hooks]:
+        """Inside, the recorded modules answer from the record; the layer itself with `value`, where one is given."""
+        site, reached = self._layer._adapter.site, False
 
         def reach(module: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal reached
@@ -174,14 +234,30 @@ class Record:
 
         with contextlib.ExitStack() as stack:
             hooks = stack.enter_context(Hooks())
-            hooks.before(self._layer._adapter.site, reach, first=True)
+            if value is None:
+                hooks.before(site, reach, first=True)
+            else:
+                stack.enter_context(_answering(site, [_Given(self, value)], hooks))
             for module, outputs in self._outputs.items():
                 stack.enter_context(_answering(module, list(outputs), hooks))
-            return self._pass()
+            yield hooks
+
+
+class _Given:
+    """The answer of the layer itself: a value in the place of its own."""
+
+    def __init__(self, record: Record, value: Tensor):
+        self._record, self._value = record, value
+
+    def answer(self) -> Any:
+        layer, site = self._record._layer, self._record._site
+        assert site is not None  # the recorded pass has run the layer
+        _set_random_states(layer.generator, site[1])
+        return layer._adapter.replace_value(site[0].answer(), self._value)
 
 
 @contextlib.contextmanager
-def _answering(module: nn.Module, outputs: list[_Output], hooks: Hooks) -> Iterator[None]:
+def _answering(module: nn.Module, outputs: list[Any], hooks: Hooks) -> Iterator[None]:
     """In the pass of `hooks`, a module that answers from a record as long as there are answers, then runs again."""
     own, forward = module.__dict__.get("forward"), module.forward
     told: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, overload
@@ -26,10 +27,12 @@ from ..errors import (
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..solvers.base import Solver
+from ..solvers.problem import Beyond
 from ..solvers.removal import Removal
 from ..statistics.checks import check_keys
 from ..statistics.second_moment import SecondMoment, check_inputs
 from .change import Rewrite
+from .following import goal_beyond, goal_pictures
 from .solving import Settings, Task, solve
 
 
@@ -45,7 +48,9 @@ def rewrite(
     blend: str = "mask",
     loss: str = "l1",
     preserve: float = 0.0,
-    solver: str | Solver = "lm",
+    objective: str = "value",
+    goal: Tensor | None = None,
+    solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
 ) -> Rewrite:
@@ -90,6 +95,8 @@ def rewrite(
         blend=blend,
         loss=loss,
         preserve=preserve,
+        objective=objective,
+        goal=None if goal is None else [goal],
         solver=solver,
         progress=progress,
         backend=backend,
@@ -109,7 +116,9 @@ def rewrite_many(
     blend: str = ...,
     loss: str = ...,
     preserve: float = ...,
-    solver: str | Solver = ...,
+    objective: str = ...,
+    goal: Sequence[Tensor] | None = ...,
+    solver: str | Solver | None = ...,
     progress: bool = ...,
     backend: str = ...,
 ) -> list[Rewrite]: ...
@@ -128,7 +137,9 @@ def rewrite_many(
     blend: str = ...,
     loss: str = ...,
     preserve: float = ...,
-    solver: str | Solver = ...,
+    objective: str = ...,
+    goal: Sequence[Tensor] | None = ...,
+    solver: str | Solver | None = ...,
     progress: bool = ...,
     backend: str = ...,
 ) -> list[list[Rewrite]]: ...
@@ -146,7 +157,9 @@ def rewrite_many(
     blend: str = "mask",
     loss: str = "l1",
     preserve: float = 0.0,
-    solver: str | Solver = "lm",
+    objective: str = "value",
+    goal: Sequence[Tensor] | None = None,
+    solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
 ) -> list[Rewrite] | list[list[Rewrite]]:
@@ -156,14 +169,18 @@ def rewrite_many(
     layers, a list of them with a list of their moments, the result is a list of such lists, in the order of the layers:
     every edit at every layer. Hundreds of edits, to be resumed after an interrupt, are what ``rewrite batch`` is for.
     """
-    settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
+    settings = Settings(rank, directions, loss, preserve, solver, progress, backend, objective)
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
     edits = _checked(edits)
 
+    painted = _goals(goal, edits, objective)
+
     def solved(own: BoundLayer, statistics: SecondMoment) -> list[Rewrite]:
-        goals = [partial(paste_goals, own, edit, latents, region, blend) for edit in edits]
-        tasks = [_task(own, edit, latents, make) for edit, make in zip(edits, goals)]
+        tasks = [
+            _paste(own, edit, latents, (region, blend, objective), pictures)
+            for edit, pictures in zip(edits, painted, strict=True)
+        ]
         return solve(own, statistics, tasks, settings, latents)
 
     check_latents(latents)
@@ -190,7 +207,7 @@ def erase(
     region: str = "map",
     loss: str = "l1",
     preserve: float = 0.0,
-    solver: str | Solver = "lm",
+    solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
 ) -> Rewrite:
@@ -239,7 +256,7 @@ def insert(
     directions: str = "whitened",
     loss: str = "l2",
     preserve: float = 0.0,
-    solver: str | Solver = "lm",
+    solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
 ) -> Rewrite:
@@ -285,6 +302,36 @@ def insert(
 
     task = Task(goals, lambda inside_only: (keys if context is None else context, weights), meets=True)
     return solve(layer, moment, [task], settings)[0]
+
+
+def _paste(layer: BoundLayer, edit: Edit, latents: Tensor, how: tuple[str, str, str], pictures: Tensor | None) -> Task:
+    """A paste by (region, blend, objective), or where there are goal pictures, these."""
+    region, blend, objective = how
+    if pictures is not None:
+        beyond = partial(goal_pictures, layer, edit, latents, pictures)
+        return dataclasses.replace(_task(layer, edit, latents, list), beyond=beyond)
+    task = _task(layer, edit, latents, partial(paste_goals, layer, edit, latents, region, blend))
+    if objective == "value":
+        return task
+
+    def follows() -> Beyond:
+        return goal_beyond(layer, edit, latents, paste_goals(layer, edit, latents, "map", blend), objective)
+
+    return dataclasses.replace(task, beyond=follows)
+
+
+def _goals(goal: Sequence[Tensor] | None, edits: list[Edit], objective: str) -> Sequence[Tensor | None]:
+    """The goal pictures of each edit, or None for each."""
+    if goal is None:
+        return [None] * len(edits)
+    if objective != "pictures":
+        raise RewriteCoreError(
+            f"goal= is pictures, and objective={objective!r} does not compare them; use objective='pictures'.",
+            advice={"objective": "pictures"},
+        )
+    if not isinstance(goal, Sequence) or len(goal) != len(edits):
+        raise ArgumentError(f"goal must be a list of {len(edits)} tensors of pictures, one for each edit.")
+    return goal
 
 
 def _task(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Callable[[], list[Goal]]) -> Task:

@@ -22,14 +22,17 @@ from ..ops.losses import LOSSES
 from ..solvers.adam import Adam
 from ..solvers.base import Solver
 from ..solvers.choice import solver_of
+from ..solvers.lbfgs import LBFGS
 from ..solvers.lm import LM
-from ..solvers.problem import LayerProblem, LayerSolution, generic_second_moment, warn_underdetermined
+from ..solvers.problem import Beyond, LayerProblem, LayerSolution, generic_second_moment, warn_underdetermined
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from ..statistics.second_moment import SecondMoment
 from .arithmetic import plain_arithmetic
 from .change import Fit, Rewrite
+from .following import OBJECTIVES, ordinary
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
+_VALUE_WEIGHT = 0.1  # of the values' distance beside that of pictures or activations: these leave a null space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,15 @@ class Settings:
     directions: str = "whitened"
     loss: str = "l1"
     preserve: float = 0.0
-    solver: str | Solver = "lm"
+    solver: str | Solver | None = None
     progress: bool = False
     backend: str = "auto"
+    objective: str = "value"
 
     def __post_init__(self) -> None:
         choice("directions", self.directions, DIRECTIONS)
         choice("loss", self.loss, LOSSES)
+        choice("objective", self.objective, OBJECTIVES)
         number("preserve", self.preserve, least=0)
         flag("progress", self.progress)
         if self.preserve and not self.chosen.preserves:
@@ -59,10 +64,17 @@ class Settings:
                 f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.",
                 advice={"preserve": 0},
             )
+        if self.objective != "value" and not self.chosen.beyond:
+            raise SolverError(
+                f"Solver {self.chosen.name!r} compares values alone; use solver='lbfgs', or objective='value'.",
+                advice={"solver": "lbfgs", "objective": "value"},
+            )
 
     @property
     def chosen(self) -> Solver:
-        """The solver as an object."""
+        """The solver as an object; where none was named, what suits the objective."""
+        if self.solver is None:
+            return LM() if self.objective == "value" else LBFGS()
         return solver_of(self.solver)
 
 
@@ -74,6 +86,7 @@ class Task:
     context: Callable[[bool], tuple[Tensor, Tensor | None]]  # keys [n, I] and weights [n]; given: inside the masks only
     edit: Edit | None = None
     latents: Tensor | None = None  # [N, ...] that the edit selects from
+    beyond: Callable[[], Beyond] | None = None  # the goal in what follows the layer, where that is the objective
     meets: bool = False  # to meet its goal exactly is the point, with as many unknowns as there are
 
     def known_edit(self) -> Edit | None:
@@ -110,8 +123,9 @@ def solve(
                 goals = task.goals()
             with stage("directions"):
                 directions = _directions(layer, moment, task, settings, solver, quantiles)
-            problems.append(_problem(layer, moment, goals, directions, settings, latents))
-            if solver.preserves and not task.meets:  # the others are baselines
+            problem = _problem(layer, moment, goals, directions, settings, latents)
+            problems.append(problem if task.beyond is None else _seen_beyond(problem, task, settings))
+            if solver.preserves and not task.meets and task.beyond is None:  # the others are baselines
                 warn_underdetermined(problems[-1])
             fitted = tuple(goal.box for goal in goals if goal.box is not None)
             boxes.append(fitted if len(fitted) > 1 else fitted[0] if fitted else None)
@@ -153,12 +167,25 @@ def _problem(
     latents: Tensor | None,
 ) -> LayerProblem:
     directions, generic = directions.to(goals[0].target if goals else layer.parameter.device), None
-    if settings.preserve:
+    if settings.preserve and settings.objective == "value":
         with stage("preserve"):
             ordinary = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
             generic = generic_second_moment(layer, directions, ordinary, moment.matrix())
     regions = tuple((goal.capture, goal.target) for goal in goals)
     return LayerProblem(layer, regions, directions, settings.loss, float(settings.preserve), generic)
+
+
+def _seen_beyond(problem: LayerProblem, task: Task, settings: Settings) -> LayerProblem:
+    """The problem with its goal in what follows the layer; the values that it has count a little beside it."""
+    assert task.beyond is not None and task.edit is not None and task.latents is not None
+    with stage("goal"):
+        beyond = task.beyond()
+    kept = None
+    if settings.preserve:
+        with stage("preserve"):
+            kept = ordinary(problem.layer, task.edit, task.latents, problem.directions, settings.objective)
+    weight = _VALUE_WEIGHT if problem.regions else 0.0
+    return dataclasses.replace(problem, beyond=beyond, ordinary=kept, value_weight=weight)
 
 
 def _change(

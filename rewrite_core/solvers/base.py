@@ -16,6 +16,7 @@ class Solver(abc.ABC):
 
     name: ClassVar[str]
     preserves: ClassVar[bool] = False  # whether it has the preserve term
+    beyond: ClassVar[bool] = False  # whether it takes goals beyond the layer (pictures, activations)
     reduced: ClassVar[bool] = True  # whether it goes along directions; else along every input channel
 
     @abc.abstractmethod

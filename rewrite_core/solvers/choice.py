@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..errors import ArgumentError, SolverError
 from .adam import Adam
 from .base import Solver
+from .lbfgs import LBFGS
 from .lm import LM
 from .projected import Projected, Unconstrained
 
-SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (LM, Projected, Adam, Unconstrained)}
+SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (LM, LBFGS, Projected, Adam, Unconstrained)}
 
 
 def solver_of(given: str | Solver) -> Solver:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,29 @@ from ..layers.bound import BoundLayer
 
 
 @dataclasses.dataclass(frozen=True)
+class Beyond:
+    """What should come out beyond the layer, of some pictures: what `follow` makes of the layer's value."""
+
+    capture: Capture  # of the pictures, [N, I, *map]
+    follow: Callable[[Tensor], Tensor]  # a value [N, O, *map] -> [N, C, *size], differentiable
+    target: Tensor  # [N, C, *size]
+    weights: Tensor | None = None  # of the places, [N, 1, *size]; None: all alike
+
+    def distance(self, layer: BoundLayer, weight: Tensor, loss: str) -> Tensor:
+        """Mean absolute (l1) or squared (l2) error over the places, by their weights, with that weight of the layer."""
+        error = self.follow(layer.value(self.capture, weight)).to(self.target) - self.target
+        error = error.abs() if loss == "l1" else error.square()
+        if self.weights is None:
+            return error.mean()
+        return (error * self.weights).sum() / (self.weights.sum() * error.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerProblem:
     """Make the layer's value of each region's capture equal its target, by changing the weight along `directions`.
 
-    Several regions are an edit's several pastes: one change for all of them.
+    Several regions are an edit's several pastes: one change for all of them. With `beyond` it is what follows the layer
+    that is compared, and the value counts `value_weight` beside it; `ordinary` should stay as it is.
     """
 
     layer: BoundLayer
@@ -29,10 +49,15 @@ class LayerProblem:
     loss: str = "l1"
     preserve: float = 0.0
     generic: Tensor | None = None  # [R kh kw, R kh kw] (or one per group): generic_second_moment, where preserve > 0
+    beyond: Beyond | None = None
+    ordinary: Beyond | None = None  # where preserve > 0 and `beyond` is there
+    value_weight: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in: that of the goals, float32 at least."""
+        if self.beyond is not None:
+            return self.beyond.capture.key.dtype
         return self.regions[0][1].dtype if self.regions else torch.float64
 
     @property
