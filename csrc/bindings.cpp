@@ -184,15 +184,36 @@ py::object call_cholesky(Fields& fields) {
 }
 
 py::object call_cholesky_solve(Fields& fields) {
+  const double* matrices = fields.pointer<const double>("matrices");
   const double* lower = fields.pointer<const double>("lower");
   const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
-  double* x = fields.pointer<double>("x");
+  const double* rhs = fields.pointer<const double>("rhs");
   const int64_t sides = fields.number<int64_t>("sides");
+  double* x = fields.pointer<double>("x");
   const int threads = fields.number<int>("threads");
   const Isa isa = fields.isa();
   fields.done();
-  run("cholesky_solve", [&] { return cholesky_solve(lower, batch, n, x, sides, threads, isa); });
-  return py::none();
+  bool finite = true;
+  run("cholesky_solve", [&] { return cholesky_solve(matrices, lower, batch, n, rhs, sides, x, finite, threads, isa); });
+  return py::bool_(finite);
+}
+
+py::object call_spd_solve(Fields& fields) {
+  const double* matrices = fields.pointer<const double>("matrices");
+  const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
+  SPDLimits limits{};
+  limits.asymmetry = fields.number<double>("asymmetry");
+  limits.smallest_mean = fields.number<double>("smallest_mean");
+  limits.least = fields.number<double>("least");
+  const double* rhs = fields.pointer<const double>("rhs");
+  const int64_t sides = fields.number<int64_t>("sides");
+  double* x = fields.pointer<double>("x");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  bool good = false;
+  run("spd_solve", [&] { return spd_solve(matrices, batch, n, limits, rhs, sides, x, good, threads, isa); });
+  return py::bool_(good);
 }
 
 py::object call_fit_low_rank(Fields& fields) {
@@ -293,8 +314,11 @@ PyMethodDef methods[] = {
                           "that is not above `least` times its diagonal entry: matrices, batch, n, least, info, "
                           "threads, isa."),
     method<call_cholesky_solve>("cholesky_solve",
-                                "Solves L L^T x = b in place for x [batch, sides, n]: lower, batch, n, x, sides, "
-                                "threads, isa."),
+                                "x [batch, n, sides] of A x = rhs with A = L L^T; whether rhs is finite: matrices, "
+                                "lower, batch, n, rhs, sides, x, threads, isa."),
+    method<call_spd_solve>("spd_solve",
+                           "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
+                           "n, asymmetry, smallest_mean, least, rhs, sides, x, threads, isa."),
     method<call_fit_low_rank>("fit_low_rank",
                               "One fit per edit and channel: the fields of FitLowRankProblem, threads, isa."),
     method<call_fit_projected>("fit_projected",

@@ -3,20 +3,25 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "spd_solve_isa.h"
 
 namespace rewrite_core {
 namespace {
 
-constexpr int64_t block_size = 64;  // columns factored before the rest of the matrix is updated
+constexpr int64_t block_size = 64;      // columns factored before the rest of the matrix is updated
+constexpr int64_t most_kept = 1 << 23;  // bytes of work space that a thread keeps for its next call
 
 // Work space of one matrix; `sums` has one part per thread.
 struct Space {
-  Aligned<double> packed, transposed, column;
-  Space(int64_t n, int64_t width)
-      : packed((n + width) * block_size), transposed(block_size * block_size), column(block_size) {}
-  bool ok() const { return packed.data() && transposed.data() && column.data(); }
+  Aligned<double> packed, transposed, columns;
+  Space(int64_t n, int width)
+      : packed((n + width) * block_size),
+        transposed(block_size * block_size),
+        columns(4 * factor_length(block_size, width)) {}
+  bool ok() const { return packed.data() && transposed.data() && columns.data(); }
 };
 
 int64_t tile_size(const SPDSolveKernels& kernels) { return kernels.rows * kernels.panels * kernels.width; }
@@ -31,9 +36,9 @@ void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n,
     const int64_t size = std::min(block_size, n - k), below = k + size, rest = n - below;
     const int64_t panels = (rest + width - 1) / width;
     if (team.next() == 0) {
-      const int bad = kernels.factor_block(a + k * n + k, n, static_cast<int>(size), space.column.data());
+      const int bad = kernels.factor_block(a + k * n + k, n, n - k, static_cast<int>(size), space.columns.data());
       if (bad) failed = k + bad;
-      for (int64_t i = 0; i < size; ++i) {
+      for (int64_t i = 0; i < size && rest > 0; ++i) {
         for (int64_t j = 0; j < size; ++j) space.transposed.data()[j * size + i] = a[(k + i) * n + k + j];
       }
     }
@@ -179,22 +184,168 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
   return out_of_memory ? Status::out_of_memory : Status::ok;
 }
 
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa) {
-  if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!lower || !x)) || isa > detect_isa()) {
+namespace {
+
+// A solution's residual is at rounding error where no entry of b - A x is above this times |A| |x| + |b|. Cholesky's
+// are at 2 to 5 eps; what a shift or bad scaling spoils is far above.
+constexpr double solved = 32 * std::numeric_limits<double>::epsilon();
+
+// The right-hand sides of one matrix, `lanes` of them from `first` on.
+struct Sides {
+  int64_t first, count;
+  int vectors;  // 0: a few, one a row
+};
+
+Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
+  if (m < wide_from) return {0, m, 0};
+  const int64_t vectors = (m + width - 1) / width, each = vectors / panels, more = vectors % panels;
+  const int64_t begin = panel * each + std::min(panel, more), own = each + (panel < more);
+  return {begin * width, std::min(own * width, m - begin * width), static_cast<int>(own)};
+}
+
+// x[., sides] = A^-1 from[., sides] by the factor; `space` has n * wide_vectors * width numbers.
+void solve_sides(const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, Sides sides,
+                 const double* from, double* x, double* space) {
+  if (!sides.vectors) {
+    for (int64_t r = 0; r < m; ++r) {
+      for (int64_t i = 0; i < n; ++i) space[r * n + i] = from[i * m + r];
+    }
+    kernels.solve(lower, n, space, static_cast<int>(m));
+    for (int64_t r = 0; r < m; ++r) {
+      for (int64_t i = 0; i < n; ++i) x[i * m + r] = space[r * n + i];
+    }
+    return;
+  }
+  const int64_t wide = sides.vectors * static_cast<int64_t>(kernels.width);
+  for (int64_t i = 0; i < n; ++i) {
+    const double* row = from + i * m + sides.first;
+    std::copy(row, row + sides.count, space + i * wide);
+    std::fill(space + i * wide + sides.count, space + (i + 1) * wide, 0.0);
+  }
+  kernels.solve_wide(lower, n, space, sides.vectors);
+  for (int64_t i = 0; i < n; ++i) std::copy_n(space + i * wide, sides.count, x + i * m + sides.first);
+}
+
+// Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
+// look like chance, so that the matrix is read once. `space` has 6 n numbers.
+bool is_solved(const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b, const double* x,
+               double* space, bool& finite) {
+  double *w = space, *v = w + n, *y = v + n, *z = y + n, *b_sum = z + n, *b_size = b_sum + n, poison = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0, size = 0, right = 0, right_size = 0;
+    for (int64_t r = 0; r < m; ++r) {
+      const double sign = (static_cast<uint64_t>(r) * 0x9E3779B97F4A7C15u >> 40 & 1) ? -1.0 : 1.0;
+      const double value = x[i * m + r], given = b[i * m + r];
+      sum += sign * value;
+      size += std::abs(value);
+      right += sign * given;
+      right_size += std::abs(given);
+      poison += given - given;
+    }
+    w[i] = sum, v[i] = size, b_sum[i] = right, b_size[i] = right_size;
+  }
+  finite = poison == 0;
+  kernels.multiply(a, n, w, v, y, z);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(std::abs(b_sum[i] - y[i]) <= solved * (z[i] + b_size[i]))) return false;
+  }
+  return true;
+}
+
+// residual = b - A x, all sides. `space` has 4 n numbers.
+void residual_of(const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
+                 const double* x, double* residual, double* space) {
+  double *w = space, *v = w + n, *y = v + n, *z = y + n;
+  std::fill(v, v + n, 0.0);
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t i = 0; i < n; ++i) w[i] = x[i * m + r];
+    kernels.multiply(a, n, w, v, y, z);
+    for (int64_t i = 0; i < n; ++i) residual[i * m + r] = b[i * m + r] - y[i];
+  }
+}
+
+}  // namespace
+
+Status cholesky_solve(const double* matrices, const double* lower, int64_t batch, int64_t n, const double* rhs,
+                      int64_t m, double* x, bool& finite, int threads, Isa isa) {
+  if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!matrices || !lower || !rhs || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }
+  finite = true;
+  if (batch * m == 0) return Status::ok;
   const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
-  const int64_t groups = (m + solve_rows - 1) / solve_rows;
   const double work = static_cast<double>(batch) * m * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
-  Team::run(threads, [&](Team& team) {
-    for (int64_t task = team.next(); task < batch * groups; task = team.next()) {
-      const int64_t b = task / groups, first = task % groups * solve_rows;
-      kernels.solve(lower + b * n * n, n, x + (b * m + first) * n,
-                    static_cast<int>(std::min<int64_t>(solve_rows, m - first)));
+  const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;
+  int64_t panels = (vectors + wide_vectors - 1) / wide_vectors;
+  if (threads > 1) panels = std::min(vectors, (panels + threads - 1) / threads * threads);  // as much for each thread
+  const int64_t spare = std::max<int64_t>({wide_vectors * kernels.width, 6, wide_from - 1}) * n;
+  thread_local Workspace kept;
+  double* const spaces = reinterpret_cast<double*>(kept.get(threads * spare * static_cast<int64_t>(sizeof(double))));
+  if (!spaces) return Status::out_of_memory;
+  std::atomic<bool> poisoned{false}, out_of_memory{false};
+  const auto solve_all = [&](const double* l, const double* from, double* to, int64_t count, int workers) {
+    Team::run(workers, [&](Team& team) {
+      double* const space = spaces + team.join() * spare;
+      for (int64_t task = team.next(); task < count * panels; task = team.next()) {
+        const int64_t b = task / panels, at = b * n * m;
+        const Sides sides = sides_of(m, panels, task % panels, kernels.width);
+        solve_sides(kernels, l + b * n * n, n, m, sides, from + at, to + at, space);
+      }
+    });
+  };
+  solve_all(lower, rhs, x, batch, static_cast<int>(std::min<int64_t>(threads, batch * panels)));
+  Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
+    double* const space = spaces + team.join() * spare;
+    for (int64_t b = team.next(); b < batch; b = team.next()) {
+      const double* const a = matrices + b * n * n;
+      const double* const right = rhs + b * n * m;
+      bool whole = true;
+      const bool done = is_solved(kernels, a, n, m, right, x + b * n * m, space, whole);
+      if (!whole) poisoned = true;
+      if (done || !whole) continue;
+      Aligned<double> change(n * m);
+      if (!change.data()) {
+        out_of_memory = true;
+        continue;
+      }
+      residual_of(kernels, a, n, m, right, x + b * n * m, change.data(), space);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const Sides sides = sides_of(m, panels, panel, kernels.width);
+        solve_sides(kernels, lower + b * n * n, n, m, sides, change.data(), change.data(), space);
+      }
+      for (int64_t i = 0; i < n * m; ++i) x[b * n * m + i] += change.data()[i];
     }
   });
-  return Status::ok;
+  kept.trim(most_kept);
+  finite = !poisoned;
+  return out_of_memory ? Status::out_of_memory : Status::ok;
+}
+
+Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimits& limits, const double* rhs,
+                 int64_t m, double* x, bool& good, int threads, Isa isa) {
+  good = false;
+  if (batch < 0 || n < 1 || m < 0) return Status::bad_argument;
+  thread_local std::vector<double> found;
+  thread_local std::vector<int64_t> info;
+  found.resize(3 * batch);
+  info.resize(batch);
+  Status status = examine(matrices, batch, n, found.data(), threads);
+  if (status != Status::ok) return status;
+  for (int64_t b = 0; b < batch; ++b) {
+    const double mean = found[3 * b], largest = found[3 * b + 1], difference = found[3 * b + 2];
+    if (!(difference <= limits.asymmetry * largest && mean >= limits.smallest_mean)) return Status::ok;
+  }
+  thread_local Workspace kept;
+  double* const lower = reinterpret_cast<double*>(kept.get(batch * n * n * static_cast<int64_t>(sizeof(double))));
+  if (!lower) return Status::out_of_memory;
+  for (int64_t row = 0; row < batch * n; ++row) std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+  status = cholesky(lower, batch, n, limits.least, info.data(), threads, isa);
+  if (status == Status::ok && std::all_of(info.begin(), info.end(), [](int64_t bad) { return bad == 0; })) {
+    status = cholesky_solve(matrices, lower, batch, n, rhs, m, x, good, threads, isa);
+  }
+  kept.trim(most_kept);
+  return status;
 }
 
 }  // namespace rewrite_core

@@ -18,7 +18,22 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
 // The result has the same bits for any number of threads.
 Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa);
 
-// Solves L L^T x = b in place. lower [batch, n, n]; x [batch, m, n], one right-hand side a row.
-Status cholesky_solve(const double* lower, int64_t batch, int64_t n, double* x, int64_t m, int threads, Isa isa);
+// Solves A x = b with the factor L of A = L L^T: x and rhs [batch, n, m]. What is not solved to rounding error (the
+// residual of a mixture of the right-hand sides tells, see spd_solve.cpp) is refined once.
+// finite  whether every number of rhs is; where one is not, x holds nothing
+Status cholesky_solve(const double* matrices, const double* lower, int64_t batch, int64_t n, const double* rhs,
+                      int64_t m, double* x, bool& finite, int threads, Isa isa);
+
+// What a matrix must be for `spd_solve` to go on.
+struct SPDLimits {
+  double asymmetry;      // largest |a_ij - a_ji|, of the largest diagonal entry
+  double smallest_mean;  // of the diagonal
+  double least;          // of each pivot, of its diagonal entry
+};
+
+// All of it in one call: examine, factor, solve.
+// good  whether every matrix is within `limits` and every number finite; else x holds nothing
+Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimits& limits, const double* rhs,
+                 int64_t m, double* x, bool& good, int threads, Isa isa);
 
 }  // namespace rewrite_core

@@ -14,17 +14,41 @@ constexpr int most_rows = registers >= 32 ? 8 : 4;
 constexpr int tile_rows = width < most_rows ? width : most_rows;
 constexpr int tile_panels = (registers - 1) / (tile_rows + 1) < 4 ? (registers - 1) / (tile_rows + 1) : 4;
 
-int factor_block(double* block, int64_t stride, int size, double* column) {
-  for (int j = 0; j < size; ++j) {
-    const double pivot = block[j * stride + j];
-    if (!(pivot > 0.0)) return j + 1;  // also for NaN
-    const double root = __builtin_sqrt(pivot);
-    block[j * stride + j] = root;
-    for (int i = j + 1; i < size; ++i) column[i] = block[i * stride + j] /= root;
-    for (int i = j + 1; i < size; ++i) {
-      double* row = block + i * stride;
-      const double scale = column[i];
-      for (int k = j + 1; k <= i; ++k) row[k] -= scale * column[k];
+// Four columns at a time, so that what is right of them is read and written once for four products. The last vector of
+// a row may reach past the diagonal, where nothing is read again, as long as that is inside the row.
+int factor_block(double* block, int64_t stride, int64_t room, int size, double* columns) {
+  const int64_t length = factor_length(size, width);
+  for (int j = 0; j < size; j += 4) {
+    const int count = size - j < 4 ? size - j : 4, next = j + count;
+    for (int q = 0; q < count; ++q) {
+      const double* const own = block + (j + q) * stride + j;  // the row of this column's pivot
+      double* const column = columns + q * length;
+      for (int i = j + q; i < size; ++i) {
+        double* const row = block + i * stride + j;
+        double rest = row[q];
+        for (int p = 0; p < q; ++p) rest -= row[p] * own[p];
+        if (i == j + q) {
+          if (!(rest > 0.0)) return i + 1;  // also for NaN
+          row[q] = __builtin_sqrt(rest);
+        } else {
+          column[i] = row[q] = rest / own[q];
+        }
+      }
+    }
+    for (int i = next; i < size; ++i) {
+      double* const row = block + i * stride;
+      double scale[4];
+      for (int q = 0; q < 4; ++q) scale[q] = columns[q * length + i];
+      int k = next;
+      for (; k <= i && k + width <= room; k += width) {
+        Wide rest = *reinterpret_cast<const Unaligned*>(row + k);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) rest -= scale[q] * *reinterpret_cast<const Unaligned*>(columns + q * length + k);
+        *reinterpret_cast<Unaligned*>(row + k) = rest;
+      }
+      for (; k <= i; ++k) {
+        for (int q = 0; q < 4; ++q) row[k] -= scale[q] * columns[q * length + k];
+      }
     }
   }
   return 0;
@@ -83,7 +107,8 @@ inline double sum_lanes(Wide v) {
   return sum;
 }
 
-// Four rows of L at a time: every load of x serves four products, and four chains of sums run side by side.
+// A few right-hand sides. Four rows of L at a time: every load of x serves four products, and four chains of sums run
+// side by side.
 template <int rows>
 void solve_of(const double* lower, int64_t n, double* x) {
   const int64_t whole = n & ~int64_t{3};
@@ -153,13 +178,148 @@ void solve_of(const double* lower, int64_t n, double* x) {
 void solve(const double* lower, int64_t n, double* x, int rows) {
   if (rows == 1) return solve_of<1>(lower, n, x);
   if (rows == 2) return solve_of<2>(lower, n, x);
-  if (rows == 3) return solve_of<3>(lower, n, x);
-  return solve_of<solve_rows>(lower, n, x);
+  return solve_of<wide_from - 1>(lower, n, x);
+}
+
+// Rows first, ..., first + rows - 1 of L y = x, with those before them done: sums stay in registers.
+template <int rows, int vectors>
+inline void wide_forward(const double* lower, int64_t n, Wide* x, int64_t first) {
+  const double* row = lower + first * n;
+  Wide sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int q = 0; q < rows; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[q][v] = x[(first + q) * vectors + v];
+  }
+  for (int64_t k = 0; k < first; ++k) {
+    Wide known[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) known[v] = x[k * vectors + v];
+#pragma GCC unroll 8
+    for (int q = 0; q < rows; ++q) {
+      const double scale = row[q * n + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * known[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < rows; ++q) {
+#pragma GCC unroll 8
+    for (int p = 0; p < q; ++p) {
+      const double scale = row[q * n + first + p];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * sum[p][v];
+    }
+    const double pivot = row[q * n + first + q];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = sum[q][v] /= pivot;
+  }
+}
+
+// The same rows of L^T x = y, with those after them done.
+template <int rows, int vectors>
+inline void wide_backward(const double* lower, int64_t n, Wide* x, int64_t first) {
+  Wide sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int q = 0; q < rows; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[q][v] = x[(first + q) * vectors + v];
+  }
+  for (int64_t k = first + rows; k < n; ++k) {
+    const double* row = lower + k * n + first;
+    Wide known[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) known[v] = x[k * vectors + v];
+#pragma GCC unroll 8
+    for (int q = 0; q < rows; ++q) {
+      const double scale = row[q];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * known[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = rows - 1; q >= 0; --q) {
+#pragma GCC unroll 8
+    for (int p = q + 1; p < rows; ++p) {
+      const double scale = lower[(first + p) * n + first + q];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * sum[p][v];
+    }
+    const double pivot = lower[(first + q) * n + first + q];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = sum[q][v] /= pivot;
+  }
+}
+
+template <int vectors>
+void solve_wide_of(const double* lower, int64_t n, double* flat) {
+  Wide* x = reinterpret_cast<Wide*>(flat);
+  const int64_t whole = n - n % most_rows;
+  for (int64_t i = 0; i < whole; i += most_rows) wide_forward<most_rows, vectors>(lower, n, x, i);
+  for (int64_t i = whole; i < n; ++i) wide_forward<1, vectors>(lower, n, x, i);
+  for (int64_t i = n - 1; i >= whole; --i) wide_backward<1, vectors>(lower, n, x, i);
+  for (int64_t i = whole - most_rows; i >= 0; i -= most_rows) wide_backward<most_rows, vectors>(lower, n, x, i);
+}
+
+void solve_wide(const double* lower, int64_t n, double* x, int vectors) {
+  if (vectors == 1) return solve_wide_of<1>(lower, n, x);
+  if (vectors == 2) return solve_wide_of<2>(lower, n, x);
+  return solve_wide_of<wide_vectors>(lower, n, x);
+}
+
+inline double magnitude(double x) { return x < 0 ? -x : x; }
+
+// Four rows at a time, each entry read once: it counts in its own row and, mirrored, in its column's.
+void multiply(const double* a, int64_t n, const double* w, const double* v, double* y, double* z) {
+  for (int64_t i = 0; i < n; ++i) y[i] = z[i] = 0.0;
+  const int64_t whole = n & ~int64_t{3};
+  for (int64_t i = 0; i < whole; i += 4) {
+    const double* row = a + i * n;
+    Wide dot[4] = {}, size[4] = {};
+    const int64_t vectors = i - i % width;
+    for (int64_t k = 0; k < vectors; k += width) {
+      const Wide wk = *reinterpret_cast<const Unaligned*>(w + k), vk = *reinterpret_cast<const Unaligned*>(v + k);
+      Wide yk = *reinterpret_cast<const Unaligned*>(y + k), zk = *reinterpret_cast<const Unaligned*>(z + k);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const Wide entry = *reinterpret_cast<const Unaligned*>(row + q * n + k), absolute = entry < 0 ? -entry : entry;
+        dot[q] += entry * wk;
+        size[q] += absolute * vk;
+        yk += w[i + q] * entry;
+        zk += v[i + q] * absolute;
+      }
+      *reinterpret_cast<Unaligned*>(y + k) = yk;
+      *reinterpret_cast<Unaligned*>(z + k) = zk;
+    }
+    for (int q = 0; q < 4; ++q) {
+      y[i + q] += sum_lanes(dot[q]);
+      z[i + q] += sum_lanes(size[q]);
+      for (int64_t k = vectors; k <= i + q; ++k) {
+        const double entry = row[q * n + k];
+        y[i + q] += entry * w[k];
+        z[i + q] += magnitude(entry) * v[k];
+        if (k == i + q) continue;
+        y[k] += entry * w[i + q];
+        z[k] += magnitude(entry) * v[i + q];
+      }
+    }
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    for (int64_t k = 0; k <= i; ++k) {
+      const double entry = a[i * n + k];
+      y[i] += entry * w[k];
+      z[i] += magnitude(entry) * v[k];
+      if (k == i) continue;
+      y[k] += entry * w[i];
+      z[k] += magnitude(entry) * v[i];
+    }
+  }
 }
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {width, tile_rows, tile_panels, pack, tile, factor_block, solve_panel, solve};
+const SPDSolveKernels spd_solve_kernels = {width,        tile_rows,   tile_panels, pack,       tile,
+                                           factor_block, solve_panel, solve,       solve_wide, multiply};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

@@ -21,19 +21,28 @@ struct SPDSolveKernels {
   // row: `rows` neighbours inside their panel; columns: panel_count panels, panel_stride apart.
   void (*tile)(const double* row, const double* columns, int64_t panel_stride, int panel_count, int size, double* sums);
 
-  // Cholesky factor of one small block in place (row-major, row stride `stride`); column: scratch of `size`.
+  // Cholesky factor of one small block in place (row-major, row stride `stride`, `room` numbers of the row from the
+  // block on); columns: scratch of 4 * factor_length numbers. What is above the diagonal is left with anything.
   // Returns 0, or the 1-based number of the first pivot that is not positive.
-  int (*factor_block)(double* block, int64_t stride, int size, double* column);
+  int (*factor_block)(double* block, int64_t stride, int64_t room, int size, double* columns);
 
   // packed [size][width]: row <- row * lower^-T for each row of the panel. transposed [size][size] is lower^T; size is
   // a multiple of 4.
   void (*solve_panel)(double* packed, const double* transposed, int size);
 
-  // Up to solve_rows right-hand sides x[r * n] at once: L y = x, then L^T x = y, in place.
+  // A few right-hand sides x[r * n], fewer than `wide_from`: L y = x, then L^T x = y, in place.
   void (*solve)(const double* lower, int64_t n, double* x, int rows);
+
+  // Many: the same for x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane.
+  void (*solve_wide)(const double* lower, int64_t n, double* x, int vectors);
+
+  // y = A w and z = |A| v of a symmetric matrix, by its lower triangle.
+  void (*multiply)(const double* a, int64_t n, const double* w, const double* v, double* y, double* z);
 };
 
-constexpr int solve_rows = 4;
+inline int64_t factor_length(int64_t size, int width) { return size + width; }
+
+constexpr int wide_from = 4, wide_vectors = 3;
 
 REWRITE_CORE_PER_ISA(SPDSolveKernels, spd_solve_kernels)
 

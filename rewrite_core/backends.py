@@ -117,16 +117,17 @@ def select(op: str, backend: str, *args: Any, **kwargs: Any) -> Backend:
     )
 
 
-def dispatched(tensor: Tensor) -> bool:
-    """Whether torch is to see a call as an operator of its own.
+def dispatched(*tensors: Tensor) -> bool:
+    """Whether torch is to see a call with these tensors as an operator of its own.
 
     So while it compiles, traces or transforms (``torch.func``), and for tensors of other kinds or without numbers.
     Elsewhere its dispatcher would only cost a small call a few percent.
     """
-    plain = type(tensor) is Tensor and not tensor.is_meta
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.is_meta:
+            return True
     return (
-        not plain
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

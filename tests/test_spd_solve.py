@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import subprocess
@@ -68,9 +69,35 @@ def test_every_instruction_set(n, isa):
     assert info.tolist() == [0, 0, 0]
     assert torch.equal(lower, lower.tril())
     assert ((lower @ lower.mT - matrix).norm() / matrix.norm()).item() < 1e-14
-    b = right_sides(3, n, 6)
-    x = register._cpp_solve(lower, b, isa)
-    assert ((matrix @ x - b).norm() / b.norm()).item() < 1e-12
+    for sides in (1, 3, 4, 6, 25, 70):  # a few, one a row; many, one a lane, in panels
+        b = right_sides(3, n, sides)
+        x = register._cpp_solve(matrix, lower, b, isa)
+        assert ((matrix @ x - b).norm() / b.norm()).item() < 1e-12
+        vectors = register._cpp_solve(matrix, lower, b[..., 0].contiguous(), isa)
+        torch.testing.assert_close(vectors, x[..., 0], rtol=1e-11, atol=1e-13)
+
+
+@backends
+@pytest.mark.parametrize("condition", [1e2, 1e8, 1e13])
+@pytest.mark.parametrize("sides", [1, 5, 40])
+def test_solved_to_rounding_whatever_the_condition(sides, condition, backend):
+    """No entry of the residual is above a few eps of what it is the difference of (Oettli and Prager 1964)."""
+    n = 90
+    q = torch.linalg.qr(right_sides(n, n)).Q
+    scales = torch.logspace(0, -3, n, dtype=torch.float64)  # channels of other sizes, too
+    matrix = scales[:, None] * (q * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64)) @ q.T * scales
+    matrix = (matrix + matrix.T) / 2
+    b = right_sides(n, sides)
+    for x in (spd_solve(matrix, b, backend=backend), spd_factor(matrix, backend=backend).solve(b)):
+        size = matrix.abs() @ x.abs() + b.abs()
+        assert ((matrix @ x - b).abs() <= 64 * EPSILON * size).all()
+
+
+def test_a_factor_that_is_a_little_off_is_made_up_for():
+    matrix, b = second_moment(80), right_sides(80, 9)
+    factor = spd_factor(matrix)
+    off = dataclasses.replace(factor, lower=factor.lower * (1 + 1e-9))
+    torch.testing.assert_close(off.solve(b), factor.solve(b), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [70, 300])
@@ -84,7 +111,7 @@ def test_same_bits_for_any_number_of_threads(n):
             torch.set_num_threads(threads)
             for batch in (slice(None), slice(0, 1)):
                 lower, _info = register._cpp_factor(matrix[batch], 1e-13)
-                results.append((lower[0], register._cpp_solve(lower, b[batch])[0]))
+                results.append((lower[0], register._cpp_solve(matrix[batch], lower, b[batch])[0]))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

@@ -12,6 +12,11 @@ def plain(data: Tensor) -> Tensor:
     return data.resolve_neg()
 
 
+def without_gradient(data: Tensor) -> Tensor:
+    """The same numbers outside of autograd; a tensor that is there already costs nothing."""
+    return data.detach() if data.requires_grad else data
+
+
 def plain_fields(problem: Any) -> Any:
     """A problem (a NamedTuple) whose tensors are all :func:`plain`."""
     return problem._replace(**{k: plain(v) for k, v in problem._asdict().items() if isinstance(v, Tensor)})

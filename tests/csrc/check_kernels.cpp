@@ -219,20 +219,68 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   check(worst < 1e-12 * static_cast<double>(n + 10), "L L^T");
   check(above == 0, "its upper triangle");
 
-  const std::vector<double> right = normals(batch * sides * n);
-  std::vector<double> x = right, threaded = right;
-  check(cholesky_solve(lower.data(), batch, n, x.data(), sides, 1, isa) == Status::ok, "the solve's status");
-  check(cholesky_solve(lower.data(), batch, n, threaded.data(), sides, 5, isa) == Status::ok, "the solve's status");
-  check(same_bits(x, threaded), "the number of threads changes the solve's bits");
-  worst = 0;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t m = 0; m < sides; ++m)
-      for (int64_t i = 0; i < n; ++i) {
-        double sum = -right[(b * sides + m) * n + i];
-        for (int64_t j = 0; j < n; ++j) sum += matrices[(b * n + i) * n + j] * x[(b * sides + m) * n + j];
-        worst = std::max(worst, std::abs(sum));
-      }
-  check(worst < 1e-12 * static_cast<double>(n + 10), "the solve's residual");
+  std::vector<double> right = normals(batch * sides * n);
+  const auto residual = [&](const std::vector<double>& x) {
+    double largest = 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t m = 0; m < sides; ++m)
+        for (int64_t i = 0; i < n; ++i) {
+          double sum = -right[(b * n + i) * sides + m];
+          for (int64_t j = 0; j < n; ++j) sum += matrices[(b * n + i) * n + j] * x[(b * n + j) * sides + m];
+          largest = std::max(largest, std::abs(sum));
+        }
+    return largest;
+  };
+  const double most = 1e-12 * static_cast<double>(n + 10);
+  const SPDLimits limits{1e-6, 1e-290, 1e-13};
+  std::vector<double> x(right.size(), NAN), whole = x;
+  for (int threads : {1, 5}) {
+    std::vector<double> mine(right.size(), NAN), all = mine;
+    bool finite = false, good = false;
+    check(cholesky_solve(matrices.data(), lower.data(), batch, n, right.data(), sides, mine.data(), finite, threads,
+                         isa) == Status::ok &&
+              finite,
+          "the solve's status");
+    check(spd_solve(matrices.data(), batch, n, limits, right.data(), sides, all.data(), good, threads, isa) ==
+                  Status::ok &&
+              good,
+          "the whole's status");
+    if (threads == 1) x = mine;
+    check(same_bits(x, mine), "the number of threads changes the solve's bits");
+    check(same_bits(x, all), "the whole in one call gives other bits");
+  }
+  check(residual(x) < most, "the solve's residual");
+
+  // A factor of a matrix that is a little off: the residual tells, and the solve is refined.
+  std::vector<double> off = lower;
+  for (double& entry : off) entry *= 1 + 1e-9;
+  bool finite = false;
+  check(cholesky_solve(matrices.data(), off.data(), batch, n, right.data(), sides, x.data(), finite, 5, isa) ==
+            Status::ok,
+        "the refined solve's status");
+  check(residual(x) < most, "the refined solve's residual");
+
+  if (right.empty()) return;
+  bool good = true;
+  right.back() = INFINITY;
+  check(cholesky_solve(matrices.data(), lower.data(), batch, n, right.data(), sides, x.data(), finite, 1, isa) ==
+                Status::ok &&
+            !finite,
+        "an infinite right-hand side goes unseen");
+  check(
+      spd_solve(matrices.data(), batch, n, limits, right.data(), sides, x.data(), good, 5, isa) == Status::ok && !good,
+      "an infinite right-hand side goes unseen");
+  right.back() = 1;
+  for (int kind = 0; kind < 3; ++kind) {
+    std::vector<double> bad = matrices;
+    if (kind == 0) bad[bad.size() - n * n] = -1;
+    if (kind == 1) bad.back() = NAN;
+    if (kind == 2 && n > 1) bad[bad.size() - 2] += 1e3;
+    if (kind == 2 && n == 1) continue;
+    good = true;
+    check(spd_solve(bad.data(), batch, n, limits, right.data(), sides, x.data(), good, 1, isa) == Status::ok && !good,
+          "a matrix that cannot be solved with goes unseen");
+  }
 }
 
 // `examine` has one variant for all instruction sets.
@@ -270,6 +318,7 @@ void check_choleskys(bool smallest, Isa isa) {
   for (int64_t n : smallest ? std::vector<int64_t>{1, 3, 9} : std::vector<int64_t>{1, 2, 7, 31, 63, 64, 65, 130, 201}) {
     check_cholesky(1, n, 1, isa);
     check_cholesky(n < 100 ? 5 : 2, n, 7, isa);
+    check_cholesky(1, n, smallest ? 2 : 53, isa);
   }
   check_cholesky(0, 4, 2, isa);
   check_cholesky(2, 4, 0, isa);

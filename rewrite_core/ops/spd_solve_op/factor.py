@@ -11,12 +11,8 @@ from torch import Tensor
 
 from ...backends import select
 from ...errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
-from ..memory import plain
-from .problem import Cholesky, check_matrix, check_rhs
-
-EPSILON = torch.finfo(torch.float64).eps
-
-SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
+from ..memory import plain, without_gradient
+from .problem import EPSILON, SMALLEST, Cholesky, asymmetry, check_matrix, check_rhs
 
 LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
@@ -38,20 +34,16 @@ class SPDFactor:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
-        [B, n] or [B, n, m]), with one step of iterative refinement. NaN and infinity in ``rhs`` raise
+        [B, n] or [B, n, m]), refined where it is not exact to rounding. NaN and infinity in ``rhs`` raise
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN."""
         check_rhs(self.matrix, rhs)
-        if rhs.device.type == "cpu" and not torch.isfinite(rhs).all():  # elsewhere it would wait; NaN comes out as NaN
+        solve = select("spd_solve", self.backend, self.matrix, rhs).load().solve
+        x = solve(self.matrix, self.lower, without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double()))
+        if x is None:
             raise NonFiniteError(
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
             )
-        vectors = rhs.ndim == self.matrix.ndim - 1
-        b = rhs.detach().double()
-        b = b.unsqueeze(-1) if vectors else b
-        solve = select("spd_solve", self.backend, self.matrix, rhs).load().solve
-        x = solve(self.lower, b)
-        x = x + solve(self.lower, b - self.matrix @ x)
-        return x.squeeze(-1) if vectors else x
+        return x
 
     @functools.cached_property
     def condition(self) -> Tensor:
@@ -125,7 +117,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
             raise NonFiniteError(
                 f"The matrix{which} holds NaN or infinity: look for overflow in the layer's activations."
             )
-        if difference > max(1e-6, n * eps) * largest:
+        if difference > asymmetry(n, eps) * largest:
             raise RewriteCoreError(
                 f"The matrix{which} is not symmetric: pass the whole of C, or (A + A.mT) / 2 if that is what you mean."
             )

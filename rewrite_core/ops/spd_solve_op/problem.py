@@ -10,6 +10,15 @@ from torch import Tensor
 
 from ...errors import ArgumentError, RewriteCoreError
 
+EPSILON = torch.finfo(torch.float64).eps
+
+SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
+
+
+def asymmetry(n: int, eps: float) -> float:
+    """The largest |a_ij - a_ji| that rounding may have made, of the largest diagonal entry; eps: of the type."""
+    return max(1e-6, n * eps)
+
 
 def check_matrix(matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
@@ -23,9 +32,9 @@ def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
     if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
         what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
         raise ArgumentError(f"The right-hand side must be a real floating-point tensor, not {what}.")
-    batch, n = matrix.shape[:-2], matrix.shape[-1]
-    if rhs.ndim not in (len(batch) + 1, len(batch) + 2) or rhs.shape[: len(batch) + 1] != (*batch, n):
-        wanted = ", ".join(str(size) for size in (*batch, n))
+    shape, rows = rhs.shape, matrix.shape[:-1]
+    if shape != rows and shape[:-1] != rows:
+        wanted = ", ".join(map(str, rows))
         raise RewriteCoreError(
             f"The right-hand side of a {list(matrix.shape)} matrix must be [{wanted}] or [{wanted}, m], "
             f"not {list(rhs.shape)}: keys are rows, so pass keys.T."
@@ -44,4 +53,8 @@ class Cholesky(NamedTuple):
     examine: Callable[[Tensor], list[list[float]] | Tensor]
     # [B, n, n], least -> lower [B, n, n], info [B]: 0, or which pivot is not above `least` times its diagonal entry
     factor: Callable[[Tensor, float], tuple[Tensor, Tensor]]
-    solve: Callable[[Tensor, Tensor], Tensor]  # lower [..., n, n], rhs [..., n, m] -> [..., n, m]
+    # matrix and lower [..., n, n], rhs [..., n, m] or [..., n] -> the same, exact to rounding; where the rhs is not
+    # finite None on a CPU, and NaN on a GPU, where a look would wait
+    solve: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+    # matrix and rhs -> all in one call, or None where a check fails and the long way will say which
+    direct: Callable[[Tensor, Tensor], Tensor | None] = lambda matrix, rhs: None

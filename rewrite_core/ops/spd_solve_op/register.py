@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ...backends import Backend, dispatched, extension, extension_reason
+from ...backends import Backend, dispatched, extension, extension_reason, select
+from ..memory import plain, without_gradient
 from .factor import spd_factor
-from .problem import Cholesky, check_matrix, check_rhs
+from .problem import EPSILON, SMALLEST, Cholesky, asymmetry, check_matrix, check_rhs
 
 
 def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
@@ -17,15 +18,15 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
     backend  "auto", "cpp" or "reference"
 
-    Returns float64 in the shape of ``rhs``. Factors, solves, and refines once; use :func:`spd_factor` to
+    Returns float64 in the shape of ``rhs``. Factors, solves, refines where that is needed; use :func:`spd_factor` to
     solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
     what is raised. Not differentiable: gradients stop here.
     SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
     """
     check_matrix(matrix)
     check_rhs(matrix, rhs)
-    op = torch.ops.rewrite_core.spd_solve if dispatched(matrix) or dispatched(rhs) else _solve
-    return op(matrix.detach(), rhs.detach(), backend)
+    op = torch.ops.rewrite_core.spd_solve if dispatched(matrix, rhs) else _solve
+    return op(without_gradient(matrix), without_gradient(rhs), backend)
 
 
 def _cpp_examine(matrix: Tensor) -> list[list[float]]:
@@ -50,23 +51,44 @@ def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Te
     return lower, info
 
 
-def _cpp_solve(lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor:
-    lower = lower.contiguous()
-    x = rhs.mT.clone(memory_format=torch.contiguous_format)  # one right-hand side a row
-    batch = len(lower) if lower.ndim == 3 else 1
-    extension().cholesky_solve(
-        lower=lower.data_ptr(),
-        batch=batch,
-        n=lower.shape[-1],
+def _cpp_solve(matrix: Tensor, lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor | None:
+    rhs = plain(rhs).contiguous()
+    x = torch.empty_like(rhs)
+    finite = extension().cholesky_solve(
+        matrices=matrix.contiguous().data_ptr(),
+        lower=lower.contiguous().data_ptr(),
+        batch=len(matrix) if matrix.ndim == 3 else 1,
+        n=matrix.shape[-1],
+        rhs=rhs.data_ptr(),
+        sides=1 if rhs.ndim < matrix.ndim else rhs.shape[-1],
         x=x.data_ptr(),
-        sides=x.shape[-2],
         threads=torch.get_num_threads(),
         isa=isa,
     )
-    return x.mT
+    return x if finite else None
 
 
-run_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve)
+def _cpp_direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
+    if matrix.dtype != torch.float64:  # sums in float32 are made symmetric first
+        return None
+    matrix, rhs = plain(matrix).contiguous(), plain(rhs if rhs.dtype == torch.float64 else rhs.double()).contiguous()
+    x, n = torch.empty_like(rhs), matrix.shape[-1]
+    good = extension().spd_solve(
+        matrices=matrix.data_ptr(),
+        batch=len(matrix) if matrix.ndim == 3 else 1,
+        n=n,
+        asymmetry=asymmetry(n, EPSILON),
+        smallest_mean=SMALLEST,
+        least=n * EPSILON,
+        rhs=rhs.data_ptr(),
+        sides=1 if rhs.ndim < matrix.ndim else rhs.shape[-1],
+        x=x.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return x if good else None
+
+
+run_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve, _cpp_direct)
 
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
@@ -97,7 +119,8 @@ library.define(
 
 
 def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
-    return spd_factor(matrix, backend).solve(rhs).contiguous()
+    x = select("spd_solve", backend, matrix, rhs).load().direct(matrix, rhs)
+    return spd_factor(matrix, backend).solve(rhs).contiguous() if x is None else x
 
 
 library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
