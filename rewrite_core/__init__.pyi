@@ -17,6 +17,7 @@ from .errors import FileFormatError as FileFormatError
 from .errors import LatentsWarning as LatentsWarning
 from .errors import MaskError as MaskError
 from .errors import MismatchError as MismatchError
+from .errors import NoImprovementWarning as NoImprovementWarning
 from .errors import NonFiniteError as NonFiniteError
 from .errors import RankError as RankError
 from .errors import RewriteCoreError as RewriteCoreError

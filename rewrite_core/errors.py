@@ -101,6 +101,10 @@ class UnderdeterminedWarning(UserWarning):
     """The fit has at least as many unknowns as pixels, so it meets the goal and may ruin everything else."""
 
 
+class NoImprovementWarning(UserWarning):
+    """A fit changed next to nothing, or ended no better than it began."""
+
+
 class LatentsWarning(UserWarning):
     """It is not known whether latents are those that an edit was made on, or the same ones were used twice."""
 

@@ -59,7 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("solver")
     group.add_argument("--solver", choices=SOLVERS, help="default lm; lbfgs for other objectives than value")
     group.add_argument("--steps", type=positive, help="of projected, adam and unconstrained (default 2001)")
-    group.add_argument("--lr", type=real(above=0), help="learning rate of the same three (default 0.05)")
+    group.add_argument(
+        "--lr",
+        type=real(above=0),
+        help="learning rate: of projected (default 0.05), in parts of the weight of adam (0.01), unconstrained (0.002)",
+    )
     group.add_argument("--project-every", type=positive, metavar="STEPS", help="of projected (default 10)")
     group.add_argument("--iterations", type=positive, help="of lbfgs at most (default 40)")
     group.add_argument("--project-gradient", action="store_true", default=None, help="of projected: every gradient too")

@@ -19,6 +19,7 @@ MOST_CHARACTERS = 600  # of one message; longer ones keep their beginning and th
 OPTIONS = {
     "directions": "--directions {}",
     "force": "--force",
+    "loss": "--loss {}",
     "objective": "--objective {}",
     "preserve": "--preserve {}",
     "rank": "--rank {}",

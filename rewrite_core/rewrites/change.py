@@ -34,6 +34,7 @@ class Fit:
 
     losses: list[float] = dataclasses.field(default_factory=list)
     final_loss: float | None = None
+    last_loss: float | None = None
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     box: Box | tuple[Box, ...] | None = None
@@ -57,6 +58,8 @@ class Rewrite:
         final_loss: the loss of the finished change over the region it was fitted to, in float32 at least; None where
             nothing was fitted (zero). Applied, a float16 or bfloat16 weight is rounded, and a fitted box has the rest
             of its map around it instead of zeros: the loss measured then differs by that.
+        last_loss: the loss after the last step of a solver that counts steps. "adam" and "unconstrained" return the
+            best step, whose loss is `final_loss`. None for the others, and for a loaded change.
         solver: what really ran: "lm", "closed_form", "adam", "projected", "unconstrained" or "zero".
         status: for "lm", how many output channels ended in each status; for "projected" and "unconstrained", how many
             ran as what: "fused" in one kernel call, or step by step through "autograd".
@@ -90,6 +93,7 @@ class Rewrite:
         self.solver = solver
         self.losses = list(fit.losses)
         self.final_loss = fit.final_loss
+        self.last_loss = fit.last_loss
         self.edit = edit
         self.status = fit.status
         self.seconds = fit.seconds

@@ -24,7 +24,14 @@ from ..solvers.base import Solver
 from ..solvers.choice import solver_of
 from ..solvers.lbfgs import LBFGS
 from ..solvers.lm import LM
-from ..solvers.problem import Beyond, LayerProblem, LayerSolution, generic_second_moment, warn_underdetermined
+from ..solvers.problem import (
+    Beyond,
+    LayerProblem,
+    LayerSolution,
+    generic_second_moment,
+    warn_of_no_use,
+    warn_underdetermined,
+)
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from ..statistics.second_moment import SecondMoment
 from .arithmetic import plain_arithmetic
@@ -133,6 +140,8 @@ def solve(
             task.warn_of_latents()
         with stage("fit"):
             solutions = solver.solve(problems, progress=settings.progress, backend=settings.backend)
+        for problem, solution, box in zip(problems, solutions, boxes, strict=True):
+            warn_of_no_use(problem, solution, whole=box is None)
         with stage("check"):
             fitted_to = layer.weight_fingerprint(layer.weight)
         return [
@@ -209,7 +218,7 @@ def _change(
         coefficients=coefficients.to(dtype),
         fitted_to=fitted_to,
         solver=solution.solver,
-        fit=Fit(solution.losses, solution.final_loss, solution.status, seconds, box),
+        fit=Fit(solution.losses, solution.final_loss, solution.last_loss, solution.status, seconds, box),
         edit=edit,
         bound=layer,
     )

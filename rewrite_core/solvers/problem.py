@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.base import Capture, PostOperation
-from ..errors import SolverError, UnderdeterminedWarning, warn
+from ..errors import NoImprovementWarning, SolverError, UnderdeterminedWarning, warn
 from ..layers.bound import BoundLayer
+
+_USELESS = 0.99  # of the loss before: a fit that leaves so much of it did next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ class LayerProblem:
 @dataclasses.dataclass(frozen=True)
 class LayerSolution:
     """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; final_loss:
-    None where nothing was fitted; status: how many output channels ended how ("lm"), or ran as what ("projected",
-    "unconstrained": "fused" or "autograd")."""
+    of the coefficients, None where nothing was fitted; last_loss: after the last step, where steps are counted; status:
+    how many output channels ended how ("lm"), or ran as what ("projected", "unconstrained": "fused" or "autograd")."""
 
     coefficients: Tensor
     losses: list[float]
@@ -90,6 +92,7 @@ class LayerSolution:
     final_loss: float | None
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     iterations: int = 0  # "lm": tried by all channels together; else the number of steps
+    last_loss: float | None = None
 
 
 def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
@@ -201,3 +204,31 @@ def warn_underdetermined(problem: LayerProblem) -> None:
             UnderdeterminedWarning,
             advice={"region": "map", "preserve": 0.3},
         )
+
+
+def warn_of_no_use(problem: LayerProblem, solution: LayerSolution, whole: bool) -> None:
+    """Warn where the solution is no better than no change, and say what to do; `whole`: whole maps were fitted."""
+    if solution.final_loss is None or not solution.losses:
+        return  # nothing was fitted
+    first, final = solution.losses[0], solution.final_loss
+    advice: dict[str, object] = {}
+    if first == 0:
+        message = "The layer's value is the goal already, so the change is none: paste what is not there yet."
+    elif final > first:
+        message = (
+            f"The fit of {solution.solver!r} ended worse than it began (loss {first:.4g} -> {final:.4g}): use "
+            "solver='lm', or a lower lr."
+        )
+        advice["solver"] = "lm"
+    elif final > _USELESS * first:
+        message = f"The fit changed next to nothing (loss {first:.4g} -> {final:.4g}): "
+        if problem.preserve:
+            message += "lower `preserve`, or raise the rank."
+        elif whole and problem.loss == "l1":
+            message += "on a whole map l1 is often lowest where nothing changes, so use loss='l2' or region='box'."
+            advice |= {"loss": "l2", "region": "box"}
+        else:
+            message += "mark context that is more like the pasted place, raise the rank, or choose another layer."
+    else:
+        return
+    warn(message, NoImprovementWarning, advice=advice)

@@ -23,7 +23,7 @@ from ..backends import select
 from ..errors import SolverError, flag, whole_number
 from ..progress import progress_bar
 from .problem import LayerProblem, LayerSolution, after, combine, is_known
-from .stepwise import Stepwise, finite_loss
+from .stepwise import Best, Scaled, Stepwise, finite_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Projected(Stepwise):
     """The reference implementation's algorithm: Adam on W, and after steps 0, 10, 20, ... and the last one W is
     replaced by its original part orthogonal to D plus its own projection on D.
 
+    Its last step is the change, as it is the reference's, and may be worse than an earlier one, or than none.
+
     Args:
         steps: at least 1.
-        lr: learning rate, above 0.
+        lr: learning rate, above 0; whatever the weight's scale, as in the reference.
         project_every: so many steps lie between projections, at least 1.
         project_gradient: project every gradient on D, too.
     """
@@ -58,7 +60,14 @@ class Projected(Stepwise):
         directions = problem.directions.to(original.dtype)
         if _fuses(problem, backend):
             options = {"project_every": self.project_every, "project_gradient": self.project_gradient}
-            return _fused(problem, self, progress, backend, directions=directions, **options)
+            fit, losses = _fused(
+                problem, self.steps, self.lr, self.name, progress, backend, directions=directions, **options
+            )
+            change = combine(fit, directions)
+            with torch.no_grad():
+                final_loss = problem.distance(original + change).item()
+            status = {"fused": len(original)}
+            return LayerSolution(fit, losses, self.name, final_loss, status, self.steps, final_loss)
         orthogonal = original - _project(original, directions)
 
         def project(step: int, weight: Tensor) -> None:
@@ -66,21 +75,27 @@ class Projected(Stepwise):
                 weight.copy_(orthogonal + _project(weight, directions))
 
         change_gradient = (lambda gradient: _project(gradient, directions)) if self.project_gradient else None
-        weight, losses, final_loss = _descend(problem, self, progress, project, change_gradient)
+        weight, losses, final_loss = _descend(problem, self, self.lr, progress, project, change_gradient)
         coefficients = torch.einsum("oi...,ri->or...", (weight - original).double(), directions.double())
         status = {"autograd": len(original)}
-        return LayerSolution(coefficients.to(original.dtype), losses, self.name, final_loss, status, self.steps)
+        return LayerSolution(
+            coefficients.to(original.dtype), losses, self.name, final_loss, status, self.steps, final_loss
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Unconstrained(Stepwise):
+class Unconstrained(Scaled):
     """Adam on all of W: the baseline. Its directions are the identity, its coefficients the whole change.
 
     Args:
         steps: at least 1.
-        lr: learning rate, above 0.
+        lr: learning rate in parts of the weight's root mean square, above 0. (The reference's is 0.05 whatever the
+            weight.)
+        keep: "best" returns the step with the lowest loss, "last" the last one. Fused, the steps to the best one are
+            made twice.
     """
 
+    lr: float = 0.002
     name: ClassVar[str] = "unconstrained"
     reduced: ClassVar[bool] = False
 
@@ -91,11 +106,27 @@ class Unconstrained(Stepwise):
         return [self._solve(problem, progress, backend) for problem in problems]
 
     def _solve(self, problem: LayerProblem, progress: bool, backend: str) -> LayerSolution:
-        if _fuses(problem, backend):
-            return _fused(problem, self, progress, backend)
-        weight, losses, final_loss = _descend(problem, self, progress)
-        status = {"autograd": len(weight)}
-        return LayerSolution(weight - problem.weight, losses, self.name, final_loss, status, self.steps)
+        original = problem.weight
+        rate = self.rate(original)
+
+        def loss_of(change: Tensor) -> float:
+            with torch.no_grad():
+                return problem.distance(original + change).item()
+
+        if not _fuses(problem, backend):
+            best = Best()
+            last, losses, last_loss = _descend(problem, self, rate, progress, best=best)
+            kept = last if self.keep == "last" or best.kept is None else best.kept
+            change, status = kept - original, {"autograd": len(original)}
+        else:
+            change, losses = _fused(problem, self.steps, rate, self.name, progress, backend)
+            last_loss, status = loss_of(change), {"fused": len(original)}
+            steps = min(range(len(losses)), key=losses.__getitem__)  # losses[n]: after n steps
+            if self.keep == "best" and losses[steps] < last_loss:
+                change = torch.zeros_like(change)
+                if steps:
+                    change, _ = _fused(problem, steps, rate, self.name, progress, backend)
+        return LayerSolution(change, losses, self.name, loss_of(change), status, self.steps, last_loss)
 
 
 def _project(weight: Tensor, directions: Tensor) -> Tensor:
@@ -144,12 +175,14 @@ def _maps(problem: LayerProblem) -> dict[str, Tensor]:
     return {name: torch.cat([part.flatten(-2)[..., None, :] for part in parts], -1) for name, parts in maps.items()}
 
 
-def _fused(problem: LayerProblem, solver: Stepwise, progress: bool, backend: str, **options: Any) -> LayerSolution:
-    """All steps in one kernel call."""
+def _fused(
+    problem: LayerProblem, steps: int, lr: float, label: str, progress: bool, backend: str, **options: Any
+) -> tuple[Tensor, list[float]]:
+    """All steps in one kernel call: the coefficients (without directions the change), and the loss before each step."""
     weight, operation = problem.weight, after(problem, problem.regions[0][0])
 
     def bar(ranges: Iterable[Any], count: int) -> Iterable[Any]:
-        return progress_bar(ranges, total=count, label=solver.name, unit="part")
+        return progress_bar(ranges, total=count, label=label, unit="part")
 
     with torch.no_grad():
         maps: dict[str, Any] = {**_maps(problem)}
@@ -162,43 +195,45 @@ def _fused(problem: LayerProblem, solver: Stepwise, progress: bool, backend: str
             slope=operation.slope,
             gain=operation.gain,
             loss=problem.loss,
-            steps=solver.steps,
-            lr=solver.lr,
+            steps=steps,
+            lr=lr,
             backend=backend,
             progress=bar if progress else None,
             **options,
         )
-        losses = [finite_loss(loss) for loss in fit.losses.cpu()]
-        directions = options.get("directions")
-        change = fit.coefficients if directions is None else combine(fit.coefficients, directions)
-        final_loss = problem.distance(weight + change).item()
-    return LayerSolution(fit.coefficients, losses, solver.name, final_loss, {"fused": len(weight)}, solver.steps)
+        return fit.coefficients, [finite_loss(loss) for loss in fit.losses.cpu()]
 
 
 def _descend(
     problem: LayerProblem,
     solver: Stepwise,
+    lr: float,
     progress: bool,
     project: Callable[[int, Tensor], None] | None = None,
     change_gradient: Callable[[Tensor], Tensor] | None = None,
+    best: Best | None = None,
 ) -> tuple[Tensor, list[float], float]:
-    """The steps through autograd: the weight, the losses, and the loss at the end."""
+    """The steps through autograd: the weight, the losses, and the loss at the end; `best` is shown every step."""
     weight = problem.weight.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([weight], lr=solver.lr)
+    optimiser = torch.optim.Adam([weight], lr=lr)
     losses = []
     with torch.enable_grad():
         for step in solver.counted(progress):
             loss = problem.distance(weight)
+            losses.append(finite_loss(loss.detach()))
+            if best is not None:
+                best.see(losses[-1], weight)
             optimiser.zero_grad()
             loss.backward()
             assert weight.grad is not None
             if change_gradient is not None:
                 weight.grad.copy_(change_gradient(weight.grad))
             optimiser.step()
-            losses.append(finite_loss(loss.detach()))
             if project is not None:
                 with torch.no_grad():
                     project(step, weight)
     with torch.no_grad():
-        final_loss = problem.distance(weight).item()
-    return weight.detach(), losses, final_loss
+        last_loss = problem.distance(weight).item()
+        if best is not None:
+            best.see(last_loss, weight)
+    return weight.detach(), losses, last_loss
