@@ -36,8 +36,9 @@ from .launching import launch_kernel
 from .tuning import choose, multiprocessors_of
 
 MODES = ("tf32", "x3", "ieee")
-REDUCED = 64  # entries of a tile per program of the second kernel
-TOGETHER = 64  # partial sums that it adds in one go
+# How the second kernel adds up a tile's slices: the part of a tile that a program has, and how many slices it reads at
+# a time. With few slices there are many tiles, or little to do.
+FEW_SLICES, MANY_SLICES = (16, 32, 4), (8, 8, 32)
 
 
 @triton.jit
@@ -193,7 +194,7 @@ def second_moment_kernel(
     tl.store(partials + number * (BLOCK_C * BLOCK_C) + inside, total + (run - excess))
 
 
-@triton.jit(do_not_specialize=["slices"])  # which changes with the batch: one compilation serves them all
+@triton.jit(do_not_specialize=["slices"])  # which changes with the batch: a few compilations serve them all
 def add_partials_kernel(
     partials,  # pointer to float32 [slices, tiles, BLOCK_C, BLOCK_C]
     out,  # pointer to float64 [C, C]
@@ -201,29 +202,36 @@ def add_partials_kernel(
     slices,
     BLOCK_C: tl.constexpr,
     SYMMETRISE: tl.constexpr,  # take the tiles' symmetric part
-    ENTRIES: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    HEIGHT: tl.constexpr,  # of the part of a tile that a program adds up
+    WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,  # slices that are read at a time
 ):
     tile = tl.program_id(0)
     row, column = lower_tile(tile)
-    i = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) // BLOCK_C
-    j = (tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)) % BLOCK_C
-    total = tl.zeros((ENTRIES,), dtype=tl.float64)
+    across: tl.constexpr = BLOCK_C // WIDTH
+    i = tl.program_id(1) // across * HEIGHT + tl.arange(0, HEIGHT)
+    j = tl.program_id(1) % across * WIDTH + tl.arange(0, WIDTH)
+    inside = i[:, None] * BLOCK_C + j[None, :]
+    mirrored = j[None, :] * BLOCK_C + i[:, None]
+    total = tl.zeros((HEIGHT, WIDTH), dtype=tl.float64)
     for first in range(0, slices, TOGETHER):
         part = first + tl.arange(0, TOGETHER)
         start = partials + (part.to(tl.int64) * tl.num_programs(0) + tile) * (BLOCK_C * BLOCK_C)
-        there = (part < slices)[:, None]
-        terms = tl.load(start[:, None] + (i * BLOCK_C + j)[None, :], mask=there, other=0.0).to(tl.float64)
+        there = (part < slices)[:, None, None]
+        terms = tl.load(start[:, None, None] + inside[None, :, :], mask=there, other=0.0).to(tl.float64)
         if SYMMETRISE:
-            mirrored = tl.load(start[:, None] + (j * BLOCK_C + i)[None, :], mask=there, other=0.0).to(tl.float64)
-            terms = (terms + mirrored) * 0.5
+            others = tl.load(start[:, None, None] + mirrored[None, :, :], mask=there, other=0.0).to(tl.float64)
+            terms = (terms + others) * 0.5
         total += tl.sum(terms, 0)
     r = (row * BLOCK_C + i).to(tl.int64)
     c = (column * BLOCK_C + j).to(tl.int64)
-    mask = (r < channels) & (c <= r)
-    total += tl.load(out + r * channels + c, mask=mask, other=0.0)
-    tl.store(out + r * channels + c, total, mask=mask)
-    tl.store(out + c * channels + r, total, mask=mask)
+    mask = (r < channels)[:, None] & (c[None, :] <= r[:, None])
+    lower = out + (r[:, None] * channels + c[None, :])
+    total += tl.load(lower, mask=mask, other=0.0)
+    tl.store(lower, total, mask=mask)
+    # Turned over in registers, so that here, too, neighbours are written next to each other.
+    mask = (r < channels)[None, :] & (c[:, None] < r[None, :])
+    tl.store(out + (c[:, None] * channels + r[None, :]), tl.trans(total), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -453,20 +461,23 @@ def launch(features: Tensor, out: Tensor, precision: str, config: SecondMomentCo
         config = config or configuration(features, mode)
         partials, block, symmetrise = _partials(features, mode, config, multiprocessors_of(features.device))
         slices, tiles = partials.shape[:2]
-        # a program of the interpreter takes the same time whatever its size
-        entries = block * block // 2 if triton_interpreted() else REDUCED
+        height, width, together = FEW_SLICES if slices <= 2 * FEW_SLICES[2] else MANY_SLICES
+        if triton_interpreted():  # where a program takes the same time whatever its size
+            height, width = max(height, block // 2), block
+        height, width = min(height, block), min(width, block)
         launch_kernel(
             "second_moment",
             add_partials_kernel,
-            (tiles, block * block // entries),
+            (tiles, block * block // (height * width)),
             partials,
             out,
             features.shape[1],
             slices,
             BLOCK_C=block,
             SYMMETRISE=symmetrise,
-            ENTRIES=entries,
-            TOGETHER=TOGETHER,
+            HEIGHT=height,
+            WIDTH=width,
+            TOGETHER=together,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -187,11 +187,14 @@ def test_a_tile_that_spills_as_one_of_several_is_used_alone():
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("block", [16, 64, 128])
-def test_the_adding_kernel_compiles_ahead_of_time(capability, block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("slices", ["few", "many"])
+def test_the_adding_kernel_compiles_ahead_of_time(capability, block, slices, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    from rewrite_core.kernels.second_moment import REDUCED, TOGETHER, add_partials_kernel
+    from rewrite_core.kernels.second_moment import FEW_SLICES, MANY_SLICES, add_partials_kernel
 
-    constants = {"BLOCK_C": block, "SYMMETRISE": True, "ENTRIES": REDUCED, "TOGETHER": TOGETHER}
+    height, width, together = FEW_SLICES if slices == "few" else MANY_SLICES
+    constants = {"BLOCK_C": block, "SYMMETRISE": True, "TOGETHER": together}
+    constants |= {"HEIGHT": min(height, block), "WIDTH": min(width, block)}
     types = {"partials": "*fp32", "out": "*fp64"}
     compiled = compile_kernel(add_partials_kernel, capability, types, constants, num_warps=4, enable_fp_fusion=True)
     _, stack, local = resources(compiled, tmp_path)

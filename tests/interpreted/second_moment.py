@@ -111,3 +111,25 @@ def test_blocks_are_counted_up_to_the_last_number_of_int32(positions):
     out = torch.zeros(1, dtype=torch.int64)
     blocks_kernel[(1,)](out, positions, 128)
     assert out.item() == -(-positions // 128)
+
+
+@pytest.mark.parametrize("part", [kernels.FEW_SLICES, kernels.MANY_SLICES], ids=["few slices", "many slices"])
+@pytest.mark.parametrize("symmetrise", [False, True])
+def test_adding_up_in_the_parts_that_a_gpu_has(part, symmetrise):
+    """launch() gives the interpreter larger ones."""
+    block, channels, slices = 32, 45, 9
+    height, width, together = part
+    tiles = 1 if symmetrise else 3
+    channels = min(channels, block) if symmetrise else channels
+    partials = torch.randn(slices, tiles, block, block)
+    out = normal(channels, channels).double()  # its upper triangle is not read
+    wanted = out.tril() + out.tril(-1).T
+    whole = torch.zeros(2 * block, 2 * block, dtype=torch.float64)
+    for tile, (row, column) in enumerate([(0, 0), (1, 0), (1, 1)][:tiles]):
+        added = partials[:, tile].double().sum(0)
+        whole[row * block :, column * block :][:block, :block] = (added + added.T) / 2 if symmetrise else added
+    whole = whole[:channels, :channels]
+    grid = (tiles, block * block // (height * width))
+    sizes = {"BLOCK_C": block, "HEIGHT": height, "WIDTH": width, "TOGETHER": together, "SYMMETRISE": symmetrise}
+    kernels.add_partials_kernel[grid](partials, out, channels, slices, **sizes)
+    torch.testing.assert_close(out, wanted + whole.tril() + whole.tril(-1).T, rtol=1e-13, atol=1e-13)
