@@ -27,6 +27,9 @@ from .errors import UnderdeterminedWarning as UnderdeterminedWarning
 from .errors import UnknownLayerError as UnknownLayerError
 from .evaluation.measuring import measure as measure
 from .evaluation.report import Report as Report
+from .evaluation.scan import LayerScan as LayerScan
+from .evaluation.scan import ScanRow as ScanRow
+from .evaluation.scan import scan_layers as scan_layers
 from .generators.loading import load_generator as load_generator
 from .generators.proggan import load_proggan as load_proggan
 from .generators.stylegan2 import load_stylegan2 as load_stylegan2

@@ -328,9 +328,8 @@ class Session:
 
         Arguments and errors are those of :func:`rewrite_core.measure`.
         """
-        given = Given(
-            several_changes(changes), edit, self.latents, unseen, None, self.moment, strength, span, batch_size
-        )
+        several = several_changes(changes)
+        given = Given(several, edit, self.latents, unseen, None, self.moment, strength, span, batch_size)
         whole = looking(self.layer, given)
 
         def look(latents: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:

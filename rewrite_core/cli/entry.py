@@ -13,7 +13,23 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from ..version import __version__
-from . import batch, bench, collect, demo, edit, export, info, init, layers, measure, merge, render, search, studio
+from . import (
+    batch,
+    bench,
+    collect,
+    demo,
+    edit,
+    export,
+    info,
+    init,
+    layers,
+    measure,
+    merge,
+    render,
+    scan,
+    search,
+    studio,
+)
 from .command import Command, Parser, build_parser
 from .messages import problem, say, show_warning
 from .options import check_files
@@ -25,6 +41,7 @@ COMMANDS: tuple[Command, ...] = (
     layers.COMMAND,
     collect.COMMAND,
     merge.COMMAND,
+    scan.COMMAND,
     search.COMMAND,
     edit.COMMAND,
     batch.COMMAND,

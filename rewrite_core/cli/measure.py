@@ -73,6 +73,7 @@ def _without_truth(options: argparse.Namespace, on: Subject) -> dict[str, Any]:
     """The report of rc.measure; the sheet is written where it is asked for."""
     from .. import pictures
     from ..evaluation.measuring import Given, measured
+    from ..evaluation.steps import Steps
     from ..layers.binding import bind
     from .inputs import edit_named
     from .rewrites import load_rewrites
@@ -87,7 +88,7 @@ def _without_truth(options: argparse.Namespace, on: Subject) -> dict[str, Any]:
         on.latents,
         strength=options.strength,
         span=on.span,
-        progress=on.progress,
+        steps=Steps(on.progress),
         force=options.force,
     )
     found = measured(bind(on.generator, changes[0].layer), given)

@@ -23,18 +23,18 @@ from ..errors import (
 )
 from ..layers.binding import bind, unwrapped
 from ..layers.bound import BoundLayer
+from ..layers.fingerprints import Forward
 from ..layers.latents import check_latents
 from ..layers.listing import LayerInfo, list_layers
 from ..pictures import to_unit
-from ..progress import progress_bar
 from ..rewrites.change import Rewrite
-from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from .aligning import best_shift
-from .places import Places, find_places
+from .places import Places, find_places, moments_of
 from .report import Pair, Report
 from .sheet import SHOWN
 from .showing import seen_goals
+from .steps import PLAIN, Steps
 
 UNSEEN = 256  # pictures, where none are given
 _CELLS = (2, 32)  # a context is so many cells long on the maps of the layers that are asked where it is
@@ -91,7 +91,7 @@ def measure(
     several = several_changes(change)
     on = _generator(several, layer)
     other = change if isinstance(change, nn.Module) else None
-    given = Given(several, edit, z, unseen, layer, moment, strength, span, batch_size, progress)
+    given = Given(several, edit, z, unseen, layer, moment, strength, span, batch_size, Steps(progress))
     return measured(on, given, other)
 
 
@@ -108,7 +108,7 @@ class Given:
     strength: float = 1.0
     span: tuple[float, float] = (-1.0, 1.0)
     batch_size: int = 16
-    progress: bool = False
+    steps: Steps = PLAIN
     force: bool = False
 
 
@@ -117,8 +117,9 @@ class Scene:
     """What a change of an edit is measured against: nothing of it depends on the change.
 
     edit, latents: the edit on its latents. unseen: latents, `rows` of which are looked at. places: where the context
-    is in those. wanted: the movement that the window of a paste should make, [C, h, w], and `area`, where, [h, w];
-    None for an edit without a copy.
+    is in those. looks: the window of the paste as it is, [C, h, w]. area: what of it counts, [h, w], 0 or 1. wanted:
+    how it should move, [C, h, w]; None for an edit without a copy. most: so many pictures with the context, and half as
+    many without, are measured (None: all).
     """
 
     edit: Edit
@@ -129,6 +130,24 @@ class Scene:
     looks: Tensor
     area: Tensor
     wanted: Tensor | None
+    most: int | None = None
+
+    @property
+    def matching(self) -> list[int]:
+        """The numbers among `rows` of the pictures with the context that are looked at, best match first."""
+        return _some(self.places.matching, self.most)
+
+    @property
+    def unrelated(self) -> list[int]:
+        """And of those clearly without."""
+        return _some(self.places.unrelated, None if self.most is None else self.most // 2)
+
+
+def _some(rows: list[int], most: int | None) -> list[int]:
+    """At most so many of the rows, from all parts of the list."""
+    if most is None or len(rows) <= most:
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def several_changes(change: object) -> list[Rewrite]:
@@ -191,7 +210,8 @@ def measured(
     are better ones."""
     number("strength", given.strength)
     whole_number("batch_size", given.batch_size)
-    _check_off(given.changes, on)
+    with given.steps.turn():
+        _check_off(given.changes, on)
     scene = scene_of(on, given) if scene is None else scene
     return _Measuring(scene, given, look or looking(on, given, other)).report(_size(on, given, scene))
 
@@ -215,14 +235,17 @@ def scene_of(on: BoundLayer, given: Given) -> Scene:
         unseen, rows = given.unseen, list(range(len(given.unseen)))
     if len(rows) < 2:
         raise SelectionError("There are fewer than two unseen pictures; give more latents.")
-    layers = [given.layer] if given.layer is not None else asked_layers(on, edit, given.z)
-    places, wanted = _best_told(layers, edit, given, unseen[rows])
-    return Scene(edit, given.z, unseen, rows, places, *_wanted(places, edit, given.z, wanted, given.span))
+    with given.steps.turn():
+        layers = [given.layer] if given.layer is not None else asked_layers(on, edit, given.z)
+    places, goals = _best_told(layers, edit, given, unseen[rows])
+    with given.steps.turn():
+        looks, area, wanted = _wanted(places, edit, given.z, goals, given.span)
+    return Scene(edit, given.z, unseen, rows, places, looks, area, wanted)
 
 
 def asked_layers(on: BoundLayer, edit: Edit, latents: Tensor) -> list[BoundLayer]:
     """The layers of a generator that may tell where an edit's context is: maps on which it is a few cells long."""
-    infos = map_layers(on, latents)
+    infos = map_layers(on.generator, latents, on.own_forward)
     fitting = [info for info in infos if _CELLS[0] <= _longest(edit, info.key_size) <= _CELLS[1]]
     if not fitting:
         fitting = [info for info in infos if _longest(edit, info.key_size) > 0]
@@ -233,10 +256,10 @@ def asked_layers(on: BoundLayer, edit: Edit, latents: Tensor) -> list[BoundLayer
     return [bind(on.generator, info.name, forward=on.own_forward) for info in chosen]
 
 
-def map_layers(on: BoundLayer, latents: Tensor) -> list[LayerInfo]:
+def map_layers(generator: nn.Module, latents: Tensor, forward: Forward | None = None) -> list[LayerInfo]:
     """The layers of a generator whose keys and values are maps of two axes, in the order they run."""
     with silent(UserWarning):  # of layers that are left out
-        infos = list_layers(on.generator, latents[:2], forward=on.own_forward)
+        infos = list_layers(generator, latents[:2], forward=forward)
     infos = [info for info in infos if len(info.key_size) == 2 and len(info.value_size) == 2]
     if not infos:
         raise RewriteCoreError("No layer of this generator has maps of two axes, so no place in a picture is known.")
@@ -261,14 +284,15 @@ def _best_told(
     """What the layer tells that tells most, and the pictures that its pasted value renders."""
     goals: dict[str, dict[int, Tensor]] = {}
     if edit.copy is not None and edit.pastes:
-        seen = seen_goals(layers, edit, given.z, given.span)
+        with given.steps.turn():
+            seen = seen_goals(layers, edit, given.z, given.span)
         best = max(visible.shown for visible, _ in seen)
         goals = {visible.layer: goal for visible, goal in seen if visible.shown >= _SHOWS * best}
         layers = [layer for layer in layers if layer.name in goals] or layers
     if len(layers) > 1:
-        tried = find_places(layers, edit, given.z, unseen[:_TRIED], given.batch_size, given.progress)
+        tried = find_places(layers, edit, given.z, unseen[:_TRIED], given.batch_size, given.steps)
         layers = [max(tried, key=lambda each: each.distinct).layer]
-    (places,) = find_places(layers, edit, given.z, unseen, given.batch_size, given.progress)
+    (places,) = find_places(layers, edit, given.z, unseen, given.batch_size, given.steps)
     return places, goals.get(places.layer.name)
 
 
@@ -282,7 +306,8 @@ def _wanted(
     size = before[marked[0].index].shape[1:]
 
     def cut(picture: Tensor, corner: tuple[int, int]) -> Tensor:
-        return picture[(..., *window.box(corner, size))]
+        rows, columns = window.box(corner, size)
+        return picture[..., rows, columns]
 
     masks = [(selection.area(tuple(size)), window.corner(selection.area(window.grid))) for selection in edit.where]
     area = torch.stack([cut(*mask) for mask in masks]).mean(0)
@@ -309,27 +334,26 @@ class _Measuring:
 
     def _seen(self, latents: Tensor, rows: Sequence[int], label: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(row, before, after) of each row, [C, H, W] in 0..1."""
-        with progress_bar(total=len(rows), label=label, unit="img", show=self._given.progress) as bar:
-            for first in range(0, len(rows), self._given.batch_size):
-                some = list(rows[first : first + self._given.batch_size])
+        step, steps = self._given.batch_size, self._given.steps
+        for some in steps.over([list(rows[i : i + step]) for i in range(0, len(rows), step)], label):
+            with steps.turn():
                 before, after = (to_unit(images, self._given.span) for images in self._look(latents, some))
-                if before.ndim != 4:
-                    raise RewriteCoreError(f"The generator makes {list(before.shape)}, not images [N, C, H, W].")
-                yield from zip(some, before, after, strict=True)
-                bar.update(len(some))
+            if before.ndim != 4:
+                raise RewriteCoreError(f"The generator makes {list(before.shape)}, not images [N, C, H, W].")
+            yield from zip(some, before, after, strict=True)
 
     def _crop(self, picture: Tensor, corner: tuple[int, int]) -> Tensor:
-        return picture[(slice(None), *self._window.box(corner, picture.shape[1:]))] * self._scene.area
+        rows, columns = self._window.box(corner, picture.shape[1:])
+        return picture[:, rows, columns] * self._scene.area
 
-    def _aligned(self, before: Tensor, change: Tensor, corner: tuple[int, int]) -> Tensor:
-        """The change [C, H, W] in the window at a corner, moved by up to a cell to where the picture before it looks
-        most like the paste's."""
+    def _aligned(self, before: Tensor, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """The window at a corner, moved by up to a cell to where the picture looks most like the paste's."""
         scene, size = self._scene, before.shape[1:]
         rows, columns = self._window.box(corner, size)
         cell = max(side // cells for side, cells in zip(size, self._window.grid, strict=True))
         top, left = best_shift(before, rows.start, columns.start, scene.looks, scene.area, cell)
         height, width = scene.area.shape
-        return change[:, top : top + height, left : left + width] * scene.area
+        return slice(top, top + height), slice(left, left + width)
 
     def _own(self) -> tuple[Tensor, float | None, float, list[Pair]]:
         """The wanted movement, how far the paste itself got, how large that is, and the edit's own pictures."""
@@ -353,22 +377,29 @@ class _Measuring:
         scene, places = self._scene, self._scene.places
         wanted, paste, size, pairs = self._own()
         still = size < _STILL and scene.wanted is None
-        matching, others = places.matching, places.unrelated
-        order = {scene.rows[i]: i for i in range(len(scene.rows))}
+        numbers = {scene.rows[i]: i for i in (*scene.matching, *scene.unrelated)}
+        others = {scene.rows[i] for i in scene.unrelated}
+        best, worst, most = _Best(), _Best(), _Best()
         moved: dict[int, tuple[float, float]] = {}
         inside, outside, elsewhere = [], [], {}
-        for row, before, after in self._seen(scene.unseen, [scene.rows[i] for i in (*matching, *others)], "measure"):
-            change, number = (after - before).abs().mean(0), order[row]
-            if number in set(others):
+        for row, before, after in self._seen(scene.unseen, list(numbers), "measure"):
+            change = (after - before).abs().mean(0)
+            if row in others:
                 elsewhere[row] = change.mean().item()
+                most.add(elsewhere[row], Pair("unseen", row, before, after))
                 continue
-            mine = self._covered(number, change.shape)
+            rows, columns = self._aligned(before, places.best(numbers[row]))
+            mine = self._covered(numbers[row], change.shape)
+            mine[rows, columns] = torch.maximum(mine[rows, columns], scene.area)
             inside.append((change * mine).sum().item() / mine.sum().item())
             outside.append((change * (1 - mine)).sum().item() / max(1.0, (1 - mine).sum().item()))
-            far = _progress(self._aligned(before, after - before, places.best(number)), wanted)
+            far = _progress((after - before)[:, rows, columns] * scene.area, wanted)
             moved[row] = (0.0, 0.0) if still else far
-        changed = sorted(elsewhere, key=lambda row: -elsewhere[row])
-        report = Report(
+            pair = Pair("unseen", row, before, after, mine, moved[row][0])
+            best.add(moved[row][0], pair)
+            worst.add(-moved[row][0], pair)
+        ends = {pair.row: pair for pair in (*best.pairs, *reversed(worst.pairs))}
+        return Report(
             reach=_mean([far >= _FOLLOWED for far, _ in moved.values()]),
             agreement=_mean([cosine for _, cosine in moved.values()]),
             paste=paste,
@@ -380,32 +411,36 @@ class _Measuring:
             layer=places.layer.name,
             matching=list(moved),
             moved=[far for far, _ in moved.values()],
-            unrelated_rows=[scene.rows[i] for i in others],
-            most_changed=changed[:SHOWN],
+            unrelated_rows=[scene.rows[i] for i in scene.unrelated],
+            most_changed=[pair.row for pair in most.pairs],
             wanted=size,
             distinct=places.distinct,
+            pairs=[*pairs, *ends.values(), *most.pairs],
         )
-        return dataclasses.replace(report, pairs=pairs + self._shown(report, order))
 
     def _covered(self, number: int, size: Sequence[int]) -> Tensor:
-        """The areas of all places of a picture, [H, W], 0 or 1."""
+        """The areas of all places of a picture but the best, [H, W], 0 or 1."""
         covered = torch.zeros(tuple(size))
-        for corner in self._scene.places.all_in(number):
+        for corner in self._scene.places.all_in(number)[1:]:
             box = self._window.box(corner, size)
             covered[box] = torch.maximum(covered[box], self._scene.area)
         return covered
 
-    def _shown(self, report: Report, order: dict[int, int]) -> list[Pair]:
-        """The pictures of the sheet: those that followed best and worst, and the most changed unrelated ones."""
-        far = dict(zip(report.matching, report.moved, strict=True))
-        ranked = sorted(far, key=lambda row: -far[row])
-        half = SHOWN if len(ranked) >= 2 * SHOWN else (len(ranked) + 1) // 2
-        rows = [*ranked[:half], *ranked[len(ranked) - min(half, len(ranked) - half) :]] if ranked else []
-        pairs = []
-        for row, before, after in self._seen(self._scene.unseen, [*rows, *report.most_changed], "sheet"):
-            area = self._covered(order[row], before.shape[1:]) if row in far else None
-            pairs.append(Pair("unseen", row, before, after, area, far.get(row)))
-        return pairs
+
+class _Best:
+    """The pairs of highest score, best first; of equal ones the first that came."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, int, Pair]] = []
+        self._count = 0
+
+    def add(self, score: float, pair: Pair) -> None:
+        self._count += 1
+        self._found = sorted([*self._found, (-score, self._count, pair)], key=lambda one: one[:2])[:SHOWN]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for _, _, pair in self._found]
 
 
 def _progress(moved: Tensor, wanted: Tensor) -> tuple[float, float]:
@@ -428,8 +463,9 @@ def _size(on: BoundLayer, given: Given, scene: Scene) -> tuple[float | None, flo
         if moment is None or (moment.layer is not None and moment.layer != bound.name):
             bound = bind(on.generator, bound.name, forward=on.own_forward)
             latents = scene.unseen[scene.rows]
-            moment = collect_second_moment(bound, latents, batch_size=given.batch_size, progress=given.progress)
-        sizes.append((change.size_on_keys(moment, bound), change._size_on(bound.parameter)))
+            (moment,) = moments_of([bound], latents, given.batch_size, given.steps)
+        with given.steps.turn():
+            sizes.append((change.size_on_keys(moment, bound), change._size_on(bound.parameter)))
     if not sizes:
         return None, None
     largest = max(sizes)

@@ -15,13 +15,14 @@ from ..edits.selection import Selection
 from ..errors import DiagonalShiftWarning, NonFiniteError, SelectionError, silent
 from ..layers.bound import BoundLayer
 from ..layers.capture import run_to
-from ..progress import progress_bar
 from ..statistics.collection import collect_second_moments
 from ..statistics.second_moment import SecondMoment
+from .steps import PLAIN, Steps
 
 _CELLS = 6  # a context is looked for on a map where it is at most so many cells long; finer maps are averaged
 _LOWEST = 0.1  # the pictures without the context begin as this share of all: those with the lowest scores
 _TOP = 0.05  # of a context marked in one picture alone, what such a picture scores: the mean of this share, the highest
+_PART = 4  # batches of a collection between two turns of others
 _ROUNDS = 50  # of moving the centre of the pictures without; it settles in a few
 _SURE = 0.25  # of the way from the centre without to the centre with: so far from the level a picture is clear
 
@@ -102,12 +103,13 @@ class Places:
         return top, left
 
     def all_in(self, row: int) -> list[tuple[int, int]]:
-        """The corners of all places of a picture above the level, none within half a window of a better one."""
+        """The corners of all places of a picture above the level, best first, none within half a window of a better
+        one."""
         reach = [2 * max(1, cells // 2) + 1 for cells in self.window.cells]
         heat = self.heat[row][None, None]
         around = F.max_pool2d(heat, reach, 1, [side // 2 for side in reach])
         top = ((heat == around) & (heat > self.level))[0, 0].nonzero()
-        return [(int(y), int(x)) for y, x in top]
+        return sorted(((int(y), int(x)) for y, x in top), key=lambda at: -heat[0, 0][at].item())
 
 
 class _Sight:
@@ -194,7 +196,7 @@ def find_places(
     latents: Tensor,
     unseen: Tensor,
     batch_size: int,
-    progress: bool = False,
+    steps: Steps = PLAIN,
 ) -> list[Places]:
     """Where unseen pictures hold what an edit's context shows, as each layer tells.
 
@@ -212,13 +214,26 @@ def find_places(
     """
     if len(unseen) < 2:
         raise SelectionError("Places are looked for in at least two unseen pictures; give more latents.")
-    moments = collect_second_moments(layers, unseen, batch_size=batch_size, progress=progress)
+    moments = moments_of(layers, unseen, batch_size, steps)
     keys: dict[int, Tensor] = {}
     marked = torch.cat([selection.latent(latents) for selection in edit.where])
-    run_to(layers, marked, lambda number, capture: keys.__setitem__(number, capture.key.clone()))
+    with steps.turn():
+        run_to(layers, marked, lambda number, capture: keys.__setitem__(number, capture.key.clone()))
     sights = [_Sight(layer, moments[i], edit.where, keys[i]) for i, layer in enumerate(layers)]
-    with progress_bar(total=len(unseen), label="find the context", unit="img", show=progress) as bar:
-        for batch in unseen.split(batch_size):
+    for batch in steps.over(unseen.split(batch_size), "find the context"):
+        with steps.turn():
             run_to(layers, batch, lambda number, capture: sights[number].look(capture.key))
-            bar.update(len(batch))
     return [sight.places() for sight in sights]
+
+
+def moments_of(
+    layers: Sequence[BoundLayer], latents: Tensor, batch_size: int, steps: Steps = PLAIN
+) -> list[SecondMoment]:
+    """The second moments of several layers in one pass over latents [N, ...], in steps between which others may have
+    their turn."""
+    found: list[SecondMoment] = []
+    for part in steps.over(latents.split(_PART * batch_size), "second moments"):
+        with steps.turn():
+            moments = collect_second_moments(layers, part, batch_size=batch_size, progress=False)
+        found = [whole.merge(more) for whole, more in zip(found, moments, strict=True)] if found else moments
+    return found

@@ -40,7 +40,7 @@ def sheet_of(pairs: Sequence[Pair], side: int, title: str, notes: Sequence[str])
     return pictures.grid(rows, title, [*notes, "before | after; outlined: where the context was found"])
 
 
-def _rows(pairs: Sequence[Pair], side: int, label: str) -> list[list[pictures.Cell]]:
+def _rows(pairs: Sequence[Pair], side: int, label: str, columns: int = SHOWN // 2) -> list[list[pictures.Cell]]:
     images, labels = [], []
     for pair in pairs:
         sides = [pictures.to_image(picture, side) for picture in (pair.before, pair.after)]
@@ -49,4 +49,18 @@ def _rows(pairs: Sequence[Pair], side: int, label: str) -> list[list[pictures.Ce
         images.append(pictures.side_by_side(*sides))
         far = "" if pair.moved is None else f", {pair.moved:.0%}"
         labels.append(f"{label} {pair.row}{far}")
-    return pictures.in_rows(images, labels, SHOWN // 2)
+    return pictures.in_rows(images, labels, columns)
+
+
+def scan_sheet(rows: Sequence[tuple[str, Sequence[Pair]]], side: int) -> Image:
+    """What several changes made of the same pictures: for each a text, and unseen pictures before and after."""
+    cells: list[list[pictures.Cell]] = []
+    for text, pairs in rows:
+        held = [pair for pair in pairs if pair.of == "unseen" and pair.area is not None]
+        free = [pair for pair in pairs if pair.of == "unseen" and pair.area is None]
+        ranked = sorted(held, key=lambda pair: -(pair.moved or 0.0))
+        few = [*ranked[:2], *ranked[2:][-2:], *free[:2]]
+        for row in _rows(few, side, "unseen", columns=6)[:1]:
+            cells.append([(image, f"{text}" if i == 0 else label) for i, (image, label) in enumerate(row)])
+    notes = ["two unseen pictures that follow best, two that follow least, and the two most changed unrelated ones"]
+    return pictures.grid(cells, "layers and ranks, best first", notes)

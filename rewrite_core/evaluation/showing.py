@@ -21,12 +21,13 @@ class Visibility:
 
     layer: its name. shown: how far the picture that the pasted value renders gets from the picture as it is to the
     pasted pixels, inside the pasted area: 0 is nothing, 1 all of it. outside: mean change of that picture outside,
-    0..1.
+    0..1. elsewhere: the share of all its change that lies outside.
     """
 
     layer: str
     shown: float
     outside: float
+    elsewhere: float
 
 
 def composite(edit: Edit, paste: Selection, copied: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +90,26 @@ def seen_goals(
         for paste in edit.pastes:
             wanted[paste.index], cover = composite(edit, paste, own[edit.copy.index], wanted[paste.index])
             covers[paste.index] = torch.maximum(covers[paste.index], cover)
-        along = whole = outside = 0.0
-        for row, goal in goals.items():
-            pasted, moved = wanted[row] - own[row], goal - own[row]
-            along += (covers[row] * pasted * moved).sum().item()
-            whole += (covers[row] * pasted.square()).sum().item()
-            outside += ((1 - covers[row]) * moved.abs()).sum().item() / max(
-                1.0, len(moved) * (1 - covers[row]).sum().item()
-            )
-        found.append((Visibility(layer.name, along / whole if whole else 0.0, outside / len(goals)), goals))
+        found.append((_seen(layer.name, own, wanted, covers, goals), goals))
     return found
+
+
+def _seen(
+    layer: str, own: dict[int, Tensor], wanted: dict[int, Tensor], covers: dict[int, Tensor], goals: dict[int, Tensor]
+) -> Visibility:
+    """What the goals show of what was wanted, where it is covered; all by row."""
+    along = whole = inside = outside = pixels = 0.0
+    for row, goal in goals.items():
+        cover, pasted, moved = covers[row], wanted[row] - own[row], goal - own[row]
+        along += (cover * pasted * moved).sum().item()
+        whole += (cover * pasted.square()).sum().item()
+        inside += (cover * moved.abs()).sum().item()
+        outside += ((1 - cover) * moved.abs()).sum().item()
+        pixels += len(moved) * (1 - cover).sum().item()
+    moving = inside + outside
+    return Visibility(
+        layer,
+        shown=along / whole if whole else 0.0,
+        outside=outside / pixels if pixels else 0.0,
+        elsewhere=outside / moving if moving else 0.0,
+    )

@@ -54,6 +54,7 @@ GOOD = (
     ["render", "--rewrite", "chapels.safetensors", "--images", "0-3", "--out", "new.png"],
     ["measure", *MINE, "--rewrite", "r.safetensors", "--count", "8"],
     ["measure", "--rewrite", "chapels.safetensors", "--rule", "spire", "--count", "8", "--seed", "2"],
+    ["scan", "e.json", *MINE, "--count", "8", "--ranks", "1", "--out", "new.png"],
     ["export", "r.safetensors", *MINE, "--format", "state-dict", "--out", "new.safetensors"],
     ["merge", "m.safetensors", "m2.safetensors", "--out", "new.safetensors"],
     ["collect", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--shard", "1/2"],
