@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rewrite_core as rc
+from rewrite_core.cli.settings import tomllib
 from rewrite_core.exchange.graph import save_onnx
 from rewrite_core.exchange.lora import CONFIG, WEIGHTS, load_peft, save_diffusers, save_peft
 
@@ -259,3 +265,36 @@ def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["export", "rule.safetensors", *mine, "--format", "peft", "--out", ""])
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+OTHERS = {"peft", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "accelerate"}
+
+
+def test_the_core_is_installed_without_other_tools():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", each)[0] for each in requirements}
+
+    assert not names(project["dependencies"]) & OTHERS
+    assert {"peft", "diffusers", "onnx"} <= names(project["optional-dependencies"]["export"])
+
+
+def test_adapters_are_written_and_read_without_other_tools(tmp_path):
+    """In a process in which none of them can be imported."""
+    change_of(Net().eval(), "conv").save(tmp_path / "rule")
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(OTHERS)}))\n"
+        "import rewrite_core as rc\n"
+        "from rewrite_core.exchange.lora import load_peft, save_diffusers, save_peft\n"
+        "from test_exchange import Net\n"
+        "change, net = rc.Rewrite.load('rule'), Net().eval()\n"
+        "save_peft([change], net, 'adapter'), save_diffusers([change], net, 'lora')\n"
+        "assert load_peft('adapter', net)[0].rank == 2\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
