@@ -26,6 +26,9 @@ SUITES = {
     "collect": "bench_collect",
 }
 
+ALONE = {"large": "large"}
+"""{a name: the module} of what is no race between contenders and has a ``main(out, quick)`` of its own."""
+
 
 def suite(name: str) -> ModuleType:
     """The module of a suite, which has ``OP`` and ``cases(quick)``; where `OP` is no op of ``rewrite_core.ops``
@@ -76,18 +79,23 @@ def gate(module: ModuleType, quick: bool) -> list[Checked]:
 def main(names: Sequence[str], out: Path, quick: bool) -> int:
     """Check and measure suites; the exit status.
 
-    names  of ``SUITES``, or "all"
+    names  of ``SUITES`` or ``ALONE``, or "all", which is all of ``SUITES``
     out    folder for the JSON lines and pictures, made where missing; lines are appended
     quick  tiny cases, few rounds, without the ops' tests: a smoke test, kept apart from the results
 
     0: measured. 1: refused, for an op is wrong here (stderr says which). 2: bad input.
     """
-    unknown = [name for name in names if name not in (*SUITES, "all")]
+    unknown = [name for name in names if name not in (*SUITES, *ALONE, "all")]
     if unknown or not names:
         what = f"There is no benchmark {unknown[0]!r}" if unknown else "No benchmark was named"
-        print(f"{what}: use {', '.join(SUITES)}, or all.", file=sys.stderr)
+        print(f"{what}: use {', '.join((*SUITES, *ALONE))}, or all.", file=sys.stderr)
         return 2
-    chosen = list(SUITES) if "all" in names else list(dict.fromkeys(names))
+    status = 0
+    for name in dict.fromkeys(name for name in names if name in ALONE):
+        status = max(status, importlib.import_module(f".{ALONE[name]}", __package__).main(Path(out), quick))
+    chosen = list(SUITES) if "all" in names else [name for name in dict.fromkeys(names) if name in SUITES]
+    if status or not chosen:
+        return status
 
     threads = torch.get_num_threads()
     if quick:

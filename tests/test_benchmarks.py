@@ -15,7 +15,7 @@ import torch
 
 import rewrite_core
 from rewrite_core import backends
-from rewrite_core.benchmarks import harness, lines, report, runner
+from rewrite_core.benchmarks import harness, large, lines, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
@@ -313,3 +313,30 @@ def test_commit_is_only_named_for_the_library_that_was_built_from_it(monkeypatch
     shutil.copy(folder / "csrc" / "common.h", copy / "csrc")
     (copy / "rewrite_core" / "kernels" / "__init__.py").write_text('"""Another."""')
     assert report.commit() is None
+
+
+def test_large_generators_in_small(tmp_path, capsys):
+    """Each in a process of its own; those of packages that are not installed are left out, and that is said."""
+    assert runner.main(["large"], tmp_path, True) == 0
+    out = capsys.readouterr().out
+    records = {record["generator"]: record for record in lines_of(tmp_path)}
+    assert "stylegan2-1024" in records
+    for name in large.LARGE.keys() - records.keys():
+        assert f"{name} is left out: ModuleNotFoundError" in out
+    for name, record in records.items():
+        assert f"{name}: " in out and record["tiny"] and record["losses"][1] < record["losses"][0]
+        assert tuple(record["steps"]) == large.STEPS
+        for step in record["steps"].values():
+            assert step["seconds"] > 0 and step["peak"] >= 0
+        assert record["weight_bytes"] == math.prod(record["weight"]) * (2 if record["dtype"] == "torch.bfloat16" else 4)
+
+
+def test_a_step_is_measured_at_its_peak():
+    """Some megabytes that are there in between, and a few that stay."""
+
+    def run():
+        between = torch.ones(40 << 20, dtype=torch.uint8)
+        return between[: 10 << 20].clone()
+
+    found, kept = large.measured(run)
+    assert 50 << 20 <= found["peak"] < 60 << 20 and 10 << 20 <= found["kept"] < 20 << 20 and len(kept) == 10 << 20

@@ -7,11 +7,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import same_bits, solver_of, square, state_bits
+from conftest import relative, same_bits, solver_of, square, state_bits
+from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.files import save_record
 from rewrite_core.generators.proggan import ProgGAN
+from rewrite_core.layers import memory
 from rewrite_core.rewrites import stack
 
 
@@ -419,3 +421,38 @@ def test_a_forced_state_dict_leaves_other_changes_on_record(generator, layer, ch
     assert same_bits(touched, state_bits(generator))
     changes[0].revert(force=True)
     assert same_bits(before, state_bits(generator))
+
+
+def test_a_large_weight_is_changed_in_blocks(monkeypatch):
+    """To the bit what a whole would be at rank 1, and nearly at others; its size and overflow are seen, too."""
+    generator = nn.Sequential(nn.Conv2d(24, 33, 3)).eval()
+    layer = rc.bind(generator, "0")
+    random = torch.Generator().manual_seed(0)
+    for rank in (1, 5):
+        directions = torch.linalg.qr(torch.randn(24, rank, generator=random))[0].T.contiguous()
+        coefficients = torch.randn(33, rank, 3, 3, generator=random)
+        fitted = layer.weight_fingerprint(layer.weight)
+        whole = rc.Rewrite("0", directions, coefficients, fitted, "lm", bound=layer)
+        delta, size = whole.weight_delta(), whole.size
+        with monkeypatch.context() as patched:
+            patched.setattr(memory.blocks, "__defaults__", (4 * 24 * 9 * 2,))
+            assert [*memory.blocks(delta)][:2] == [slice(0, 2), slice(2, 4)]
+            change = rc.Rewrite("0", directions, coefficients, fitted, "lm", bound=layer)
+            assert change.size == pytest.approx(size, rel=1e-14)
+            own = change.weight_delta()
+            assert torch.equal(own, delta) or (rank > 1 and relative(own, delta) < 1e-7)
+            before = layer.weight.clone()
+            with change:
+                assert torch.equal(layer.weight, before + change.weight_delta())
+            assert torch.equal(layer.weight, before)
+            huge = rc.Rewrite("0", directions, 3e38 * coefficients, fitted, "lm", bound=layer)
+            with pytest.raises(rc.NonFiniteError):
+                huge.apply()
+            assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5,), (7, 100), (1, 10**3), (3, 0)])
+def test_blocks_are_all_of_a_tensor(shape):
+    for most in (1, 8, 200, 10**6):
+        rows = [row for block in memory.blocks(torch.zeros(shape), most) for row in range(shape[0])[block]]
+        assert rows == [*range(shape[0])]

@@ -97,9 +97,8 @@ def absent(module: nn.Module) -> str:
     hooks = module._forward_pre_hooks and computed_weight(module) is None
     if hooks or has(module, "_hf_hook"):
         return (
-            "it is offloaded: its weights are on the meta device between passes, and a hook brings them; load the "
-            "generator "
-            "without offloading (in accelerate: without device_map, or call remove_hook_from_submodules)"
+            "it is offloaded: its weights are on the meta device between passes, and a hook brings them; bind it by "
+            "its name, which brings those of accelerate, or load the generator without offloading"
         )
     return "it is on the meta device, where weights have no values; give it some with to_empty and load_state_dict"
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import RewriteCoreError
 from .base import Capture, LayerAdapter, PostOperation, in_place_of, per_channel
+from .offloading import unhooked
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 TRANSPOSED = {
@@ -32,7 +33,7 @@ def kind_of(module: object) -> type[nn.Module] | None:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass's method, or a forward that was put on this one module, takes the place of torch's."""
     kind: Any = kind_of(module)
-    methods = getattr(module.forward, "__func__", None), getattr(type(module), "_conv_forward", None)
+    methods = getattr(unhooked(module), "__func__", None), getattr(type(module), "_conv_forward", None)
     return methods != (kind.forward, getattr(kind, "_conv_forward", None))
 
 

@@ -19,6 +19,7 @@ from ..errors import RewriteCoreError, SolverError
 from ..modes import evaluating
 from .base import Box, Call, Capture, LayerAdapter, PostOperation, in_place_of
 from .conv import TRANSPOSED, kind_of
+from .offloading import unhooked
 
 
 class GeneralLayer(LayerAdapter):
@@ -35,7 +36,8 @@ class GeneralLayer(LayerAdapter):
     def recognise(cls, generator: nn.Module, path: str) -> LayerAdapter | None:
         module = generator.get_submodule(path)
         weight = module._parameters.get(cls.weight_name)
-        of_torch = type(module).__module__.split(".")[0] == "torch" and "forward" not in vars(module)
+        own = getattr(unhooked(module), "__func__", None) is not type(module).forward
+        of_torch = type(module).__module__.split(".")[0] == "torch" and not own
         if weight is None or of_torch or is_lazy(weight) or weight.ndim < 2:
             return None
         return cls(path, module)

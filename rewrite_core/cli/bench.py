@@ -11,7 +11,10 @@ from .command import Command, UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "names", nargs="*", metavar="SUITE", help="second-moment, solve, edit, collect or all (default all)"
+        "names",
+        nargs="*",
+        metavar="SUITE",
+        help="second-moment, solve, edit, collect, all of these (default); or large, which needs 7 GiB",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
     parser.add_argument(

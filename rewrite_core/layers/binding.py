@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters import ADAPTERS, family_names
 from ..adapters.base import LayerAdapter
+from ..adapters.offloading import gather
 from ..errors import ArgumentError, RewriteCoreError, UnknownLayerError, quoted
 from .bound import BoundLayer
 from .fingerprints import Forward
@@ -68,7 +69,8 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     A layer may run more than once in a forward pass. Where each run has a part of the latents (a decoder with slicing)
     it is as if it ran once. Where a latent has several runs (tiles, a loop, a layer in two places) their keys can be
     collected, all of them, and no edit can be solved. An edit of a weight that another module shares changes that
-    module, which is why :func:`list_layers` leaves such layers out.
+    module, which is why :func:`list_layers` leaves such layers out. Where accelerate offloads weights, those of this
+    layer are brought to where it runs, and stay there; the rest is left as it is.
 
     Args:
         generator: any torch module that makes images from latents. Of one in torch.compile, DataParallel or
@@ -101,6 +103,8 @@ def bind(generator: nn.Module, name: str, forward: Forward | None = None, family
     adapters = [adapter for kind in ADAPTERS if (adapter := kind.recognise(generator, name)) is not None]
     for adapter in adapters:
         if family is None or adapter.family == family:
+            for part in (adapter.module, adapter.site):
+                gather(generator, part)
             reason = adapter.refusal()
             if reason:
                 raise UnknownLayerError(f"Layer {name!r} cannot be edited: {reason}.")

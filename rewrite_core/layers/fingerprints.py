@@ -8,6 +8,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import math
 import re
 import struct
 import types
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from ..adapters.base import LayerAdapter, absent, unusual
+from ..adapters.offloading import kept
 from ..errors import RewriteCoreError
-from .memory import overlap, storage_of
+from .memory import blocks, overlap, storage_of
 from .passes import Hooks, numbers_of_own
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -63,10 +65,15 @@ _SIGNS = (2654435761, 2246822519, 3266489917, 668265263)  # each makes as many s
 def _sketch(tensor: Tensor) -> list[float]:
     """The norm of a tensor, and a few sums of its numbers with signs that look random: what is near in all of them is
     the same but for rounding."""
-    numbers = tensor.detach().cpu().reshape(-1).double()
-    places = torch.arange(len(numbers), device="cpu")
-    sums = [(numbers * (1 - 2 * ((places * odd >> 20) & 1))).sum().item() for odd in _SIGNS]
-    return [numbers.norm().item(), *sums]
+    numbers = tensor.detach().cpu().reshape(-1)
+    square, sums = 0.0, [0.0] * len(_SIGNS)
+    for block in blocks(numbers, 2**18):
+        part = numbers[block].double()
+        places = torch.arange(block.start, block.start + len(part), device="cpu")
+        square += part.square().sum().item()
+        for number, odd in enumerate(_SIGNS):
+            sums[number] += (part * (1 - 2 * ((places * odd >> 20) & 1))).sum().item()
+    return [math.sqrt(square), *sums]
 
 
 def rounded_fingerprint(tensor: Tensor) -> str:
@@ -402,8 +409,12 @@ class Part:
         for name, keys in self._tensors.items():
             tensors, plain = dict(_own(modules[name])), name.replace("_orig_mod.", "").removesuffix("._orig_mod")
             for key in keys:
-                _check_readable(name, modules[name], tensors[key])
-                _hash_tensor(digest, f"{plain}.{key}", tensors[key])
+                tensor = tensors[key]
+                if tensor.is_meta:
+                    held = kept(modules[name], key)
+                    tensor = tensor if held is None else held
+                _check_readable(name, modules[name], tensor)
+                _hash_tensor(digest, f"{plain}.{key}", tensor)
             if name in self._started:
                 digest.update(f"{plain}|{[*_settings(modules[name])]}|".encode())
         return KIND + digest.hexdigest()

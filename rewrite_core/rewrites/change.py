@@ -19,6 +19,7 @@ from ..errors import MismatchError, SolverError, flag, number, printable, quoted
 from ..layers.binding import bind, unwrapped
 from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
+from ..layers.memory import blocks
 from ..statistics.second_moment import SecondMoment
 from . import stack as stacks
 from .exports import edited_state_dict, lora_factors
@@ -140,7 +141,9 @@ class Rewrite:
         squares = 0.0
         for own, rows in zip(outputs, self.directions.double().chunk(self.groups, 1)):  # a group has its part of D
             squares += torch.einsum("ort,rs,ost->", own, rows @ rows.T, own).item()
-        whole = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+        weight = weight.detach()
+        norms = [torch.linalg.vector_norm(weight[block], dtype=torch.float64).item() for block in blocks(weight)]
+        whole = norms[0] if len(norms) == 1 else math.hypot(*norms)
         return math.sqrt(max(0.0, squares)) / whole if whole else math.inf
 
     def size_on_keys(self, moment: SecondMoment, generator: nn.Module | BoundLayer | None = None) -> float:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from ..adapters.base import LayerAdapter
 from ..errors import MismatchError, NonFiniteError
 from ..layers.bound import BoundLayer
+from ..layers.memory import blocks
 from ..solvers.problem import combine
 from ..statistics.checks import all_finite
 
@@ -47,16 +48,19 @@ class Stack(TypedDict, total=False):
 
 def delta(directions: Tensor, coefficients: Tensor, strength: float = 1.0) -> Tensor:
     """strength Lambda D, [O, I, *kernel], computed in float64, in the coefficients' dtype."""
-    change = combine(coefficients.double(), directions.double())
-    change = change if strength == 1 else strength * change
-    return change.to(coefficients.dtype, memory_format=torch.contiguous_format)
+    outputs, _, *kernel = coefficients.shape
+    result = coefficients.new_empty(outputs, directions.shape[1], *kernel)
+    for block in blocks(result):
+        result[block] = strength * combine(coefficients[block].double(), directions.double())
+    return result
 
 
 def plus(bound: BoundLayer, weight: Tensor, change: Change) -> Tensor:
     """A weight in native layout with a change on it. A float16 or bfloat16 weight is added to in the coefficients'
     float32 and rounded once."""
     added = bound.to_native(delta(*change)).to(weight.device)
-    return (weight + added).to(weight.dtype)
+    wide = added.dtype == torch.promote_types(added.dtype, weight.dtype)
+    return (added.add_(weight) if wide else weight + added).to(weight.dtype)
 
 
 # --- one thread at a time, and nothing derived is left -------------------------------------------------------------

@@ -1,7 +1,12 @@
 """Weights that are not there, or stored otherwise: offloaded, sharded, in 8 bits. Refused with the right advice."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import PROGRAMS
 from torch import nn
 
 import rewrite_core as rc
@@ -80,7 +85,25 @@ def test_a_weight_that_is_empty_between_passes_is_refused():
         rc.bind(generator, "2")
 
 
-def test_sharded_weights_are_refused(tmp_path):
+def test_weights_sharded_over_processes_are_refused_with_what_to_do(tmp_path):
+    """Of FSDP2, in two processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, PROGRAMS / "sharded.py", str(rank), tmp_path / "store", tmp_path],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for child in children:
+        _, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err[-2000:]
+    assert rc.SecondMoment.load(tmp_path / "moment").count == 4 * 36
+
+
+def test_a_sharded_generator_lists_no_layers(tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -90,8 +113,6 @@ def test_sharded_weights_are_refused(tmp_path):
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         for module in (generator[0], generator[2], generator[3]):
             fully_shard(module, mesh=mesh)
-        with pytest.raises(rc.UnknownLayerError, match="DTensor, sharded over processes.*full state dict"):
-            rc.bind(generator, "2")
         with pytest.warns(UserWarning, match="no layer that can be bound"):
             assert rc.list_layers(generator, maps()) == []
     finally:
