@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
-constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
+constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
+constexpr int64_t few = 16;  // positions at most where outer products are faster than tiles
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -164,6 +165,43 @@ std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& block
   return shares;
 }
 
+// Few positions: the keys as doubles, then every block by itself.
+Status run_few(const SecondMomentProblem& p, double* out, int threads) {
+  const int64_t n = p.channels, positions = p.positions.total, panel = p.kernels.panel;
+  const int64_t stride = (n + outer_columns - 1) / outer_columns * outer_columns;
+  thread_local Workspace workspace;
+  const int64_t panel_bytes = (panel * key_stride + 63) / 64 * 64;
+  char* const packed = workspace.get(panel_bytes + positions * stride * static_cast<int64_t>(sizeof(double)));
+  if (!packed) return Status::out_of_memory;
+  double* const keys = reinterpret_cast<double*>(packed + panel_bytes);
+  for (int64_t channel = 0; channel < n; channel += panel) {
+    const int count = static_cast<int>(std::min(panel, n - channel));
+    pack(p, 0, channel, count, packed);
+    p.kernels.widen(packed, count, static_cast<int>(positions), keys + channel, stride);
+  }
+  for (int64_t position = 0; position < positions; ++position) {
+    std::fill(keys + position * stride + n, keys + (position + 1) * stride, 0.0);
+  }
+  const int64_t down = (n + block_rows - 1) / block_rows, across = stride / block_columns;
+  const double work = 0.5 * static_cast<double>(positions + 16) * n * n;  // 16: to read and write the sums
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 4e6));
+  Team::run(threads, [&](Team& team) {
+    alignas(64) double part[block_rows * block_columns];
+    for (int64_t task = team.next(); task < down * across; task = team.next()) {
+      const int64_t rows[2] = {(down - 1 - task / across) * block_rows,
+                               std::min(n, (down - task / across) * block_rows)};
+      const int64_t columns[2] = {task % across * block_columns, std::min(n, (task % across + 1) * block_columns)};
+      if (columns[0] >= rows[1]) continue;
+      const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
+      p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],
+                      part + (first - rows[0]) * block_columns);
+      p.kernels.add_mirrored(part, block_columns, rows, columns, n, out);
+    }
+  });
+  workspace.trim(alone_bytes);
+  return Status::ok;
+}
+
 // How threads share the work. Caches of different cores talk slowly, so that threads that share packed keys mostly
 // wait; they are better off alone, each packing what it needs.
 enum class Sharing {
@@ -276,7 +314,8 @@ Status second_moment(const void* features, DType dtype, const int64_t sizes[4], 
   const bool pairs = dtype == DType::bfloat16 && table.bfloat16.element && detect_bfloat16();
   const SecondMomentKernels& kernels = dtype == DType::float64 ? table.float64 : pairs ? table.bfloat16 : table.float32;
   const int64_t channel_stride = sizes[1] > 1 ? strides[1] : 0;  // of one channel it may be anything
-  return run({kernels, bytes, dtype, sizes[1], channel_stride, positions}, out, threads);
+  const SecondMomentProblem problem{kernels, bytes, dtype, sizes[1], channel_stride, positions};
+  return positions.total > 0 && positions.total <= few ? run_few(problem, out, threads) : run(problem, out, threads);
 }
 
 }  // namespace rewrite_core

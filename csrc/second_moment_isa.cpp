@@ -1,7 +1,9 @@
 // Compiled once per instruction set with REWRITE_CORE_ISA as the namespace; see second_moment_isa.h.
-// second_moment/packing.h brings keys into order, second_moment/products.h multiplies them.
+// second_moment/packing.h brings keys into order, second_moment/products.h multiplies them, and second_moment/outer.h
+// where there are few.
 #include "second_moment_isa.h"
 
+#include "second_moment/outer.h"
 #include "second_moment/packing.h"
 #include "second_moment/products.h"
 
@@ -43,6 +45,7 @@ constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) 
           tile_rows,       tile_columns,
           panel_channels,  pack,
           tile<Element>,   diagonal<Element>,
+          widen<Element>,  outer,
           add_mirrored};
 }
 

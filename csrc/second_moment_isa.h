@@ -13,7 +13,7 @@ namespace rewrite_core {
 // different sets of the cache, and with a constant all of a tile's addresses are one register and a number.
 constexpr int run_bytes = 2048;
 constexpr int key_stride = run_bytes + 64;
-constexpr int most_block_rows = 96;  // of add_mirrored
+constexpr int most_block_rows = 96, outer_columns = 32;  // of add_mirrored and outer
 
 // What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
 // `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
@@ -51,6 +51,14 @@ struct SecondMomentKernels {
 
   // The same for the products j <= i of the first `channels` <= columns channels from `block`.
   void (*diagonal)(const void* block, int channels, int steps, double* out, int64_t out_stride);
+
+  // Few positions: to[position * stride + channel] = the packed keys of `channels` channels, in double.
+  void (*widen)(const void* packed, int channels, int positions, double* to, int64_t stride);
+
+  // part[i][j] = the sum over the positions of keys[., row + i] keys[., column + j], i < row_count, j < outer_columns,
+  // in double, channels along a vector's lanes.
+  void (*outer)(const double* keys, int64_t stride, int positions, int64_t row, int row_count, int64_t column,
+                double* part);
 
   // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <=
   // j < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes

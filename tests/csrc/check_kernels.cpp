@@ -155,6 +155,7 @@ void check_second_moments(bool smallest, Isa isa) {
       {"transposed maps", {2, 33, 9, 31}, {9207, 279, 1, 9}},
       {"columns", {700, 65, 1, 1}, {1, 700, 0, 0}},
       {"wide rows", {37, 300, 1, 1}, {301, 1, 0, 0}},
+      {"few keys", {2, 130, 1, 7}, {1040, 8, 8, 1}},
       {"groups of runs", {2, 24, 96, 96}, {221184, 9216, 96, 1}},
       {"blocks of channels", {4, 250, 16, 16}, {64000, 256, 16, 1}},
   };
