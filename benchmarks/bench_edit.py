@@ -9,6 +9,7 @@ contender takes minutes it runs a few of its 2001 steps, and is set aside with t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -26,6 +27,7 @@ from rewrite_core import (
     Rewrite,
     SecondMoment,
     Selection,
+    Session,
     Session,
     bind,
     collect_second_moment,
@@ -80,6 +82,11 @@ def cases(quick: bool) -> list[Case]:
     def click(size: int, layer: str) -> Case:
         return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer))
 
+    def warm(size: int, layer: str) -> Case:
+        return Case(
+            f"click in a warm session, StyleGAN2-{size} {layer}", functools.partial(make_warm_click, size, layer)
+        )
+
     if quick:
         return [
             fit("stylegan2", 16, 6, 1, 40, 40),
@@ -88,6 +95,7 @@ def cases(quick: bool) -> list[Case]:
             whole(16, 8, 4, 40),
             batch(3, 8, "convs.1.conv"),
             click(8, "convs.1.conv"),
+            warm(8, "convs.1.conv"),
         ]
     sizes = [
         (64, 10, 1),
@@ -113,6 +121,7 @@ def cases(quick: bool) -> list[Case]:
         batch(64, 256, "convs.5.conv"),
         click(256, "convs.5.conv"),
         click(256, "convs.6.conv"),
+        warm(256, "convs.6.conv"),
     ]
 
 
@@ -410,51 +419,105 @@ def make_batch(count: int, size: int, name: str, backend: str) -> Problem:
     )
 
 
+def _drawn(side: int, moved: int = 0) -> Edit:
+    """An edit of one picture pasted into another, three of context; `moved` puts its masks to other places."""
+    extent = min(10, side // 2)
+    places = side - extent + 1
+
+    def mask(number: int) -> Tensor:
+        place = side // 3 * places + side // 3 + number
+        top, left = place // places % places, place % places
+        drawn = torch.zeros(side, side)
+        drawn[top : top + extent, left : left + extent] = 1
+        return drawn
+
+    context = [Selection(row, mask(moved)) for row in (2, 3, 4)]
+    return Edit(copy=Selection(0, mask(moved)), paste=Selection(1, mask(7 * moved)), context=context)
+
+
+class _Click:
+    """From an edit to applied weights, `rewrite(edit).apply()`, with what each stage took."""
+
+    def __init__(self, layer: BoundLayer):
+        self.layer, self.original = layer, layer.weight.clone()
+        self.stages: dict[str, float] = {}
+        self.details: dict[str, float] = {}
+        self._times: dict[str, list[float]] = {}
+        self._on: Rewrite | None = None
+
+    def contender(self, name: str, call: Callable[[], Rewrite], aside: bool = False) -> Contender:
+        """`call()` and apply; reverted before the next one, which is not timed."""
+        return Contender(name, lambda: self._run(call, name == "rewrite_core"), prepare=self._revert, aside=aside)
+
+    def _run(self, call: Callable[[], Rewrite], ours: bool) -> Rewrite:
+        start = time.perf_counter()
+        self._on = change = call()
+        solved = time.perf_counter()
+        change.apply()
+        if ours:
+            seconds = change.seconds | {"apply": time.perf_counter() - solved}
+            seconds["the rest"] = time.perf_counter() - start - sum(seconds.values())
+            for stage, took in seconds.items():
+                self._times.setdefault(stage, []).append(took)
+                self.stages[stage] = statistics.median(self._times[stage])
+            passes = self.stages.get("generator", 0)
+            self.details["all but the generator's passes"] = sum(self.stages.values()) - passes
+        return change
+
+    def _revert(self) -> None:
+        if self._on is not None:
+            self._on.revert()
+            self._on = None
+
+    def error(self, change: Rewrite | None) -> float:
+        """How far the applied weight is from what it should be, relative."""
+        if change is None:
+            return 1.0
+        wanted = self.original.double() + change.weight_delta()
+        return ((self.layer.weight - wanted).abs().max() / wanted.abs().max()).item()
+
+    def problem(self, ours: Contender, stock: list[Contender], side: int) -> Problem:
+        return Problem(
+            ours=ours,
+            stock=stock,
+            shapes={"weight": list(self.original.shape), "context": [3, side, side]},
+            dtype="float32",
+            operations=2.0 * self.original.numel(),
+            traffic=4.0 * self.original.numel(),
+            error=self.error,
+            error_kind="largest error of the applied weight, relative",
+            tolerance=1e-6,
+            details=self.details,
+            stages=self.stages,
+        )
+
+
 def make_click(size: int, name: str, backend: str) -> Problem:
     """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand. The bare forward
     passes that it needs are a contender (and do not do the job: error 1)."""
     layer, latents, moment, mask = _stylegan2(size, name)
-    edit = Edit(
-        copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(number, mask) for number in (2, 3, 4)]
-    )
-    original = layer.weight.clone()
-    times: dict[str, list[float]] = {}
-    stages: dict[str, float] = {}
-    details: dict[str, float] = {}
+    side = len(mask)
+    edit, click = _drawn(side), _Click(layer)
 
-    def click() -> Tensor:
-        change = rewrite(layer, moment, edit, latents, backend=backend)
-        start = time.perf_counter()
-        change.apply()
-        seconds = change.seconds | {"apply": time.perf_counter() - start}
-        for stage, took in seconds.items():
-            times.setdefault(stage, []).append(took)
-            stages[stage] = statistics.median(times[stage])
-        details["all but the generator's passes"] = sum(stages.values()) - stages["generator"]
-        wanted = original.double() + change.weight_delta()
-        outcome = (layer.weight - wanted).abs().max() / wanted.abs().max()
-        change.revert()
-        return outcome
-
-    def passes() -> Tensor:
+    def passes() -> None:
         for selection in edit.selections:
             layer.capture(latents[selection.index][None])
-        return torch.ones(())  # nothing is applied
 
-    keys = len(edit.where)
-    return Problem(
-        ours=Contender("rewrite_core", click),
-        stock=[Contender("the generator's passes alone", passes)],
-        shapes={"weight": list(original.shape), "context": [keys, *mask.shape]},
-        dtype="float32",
-        operations=2.0 * original.numel(),
-        traffic=4.0 * original.numel(),
-        error=lambda difference: difference.item(),
-        error_kind="largest error of the applied weight, relative",
-        tolerance=1e-6,
-        details=details,
-        stages=stages,
-    )
+    ours = click.contender("rewrite_core", lambda: rewrite(layer, moment, edit, latents, backend=backend))
+    return click.problem(ours, [Contender("the generator's passes alone", passes, prepare=click._revert)], side)
+
+
+def make_warm_click(size: int, name: str, backend: str) -> Problem:
+    """The click in a session that has seen its pictures, with masks that are drawn at another place each time. The same
+    edit again, and the free function, which runs the generator, are contenders."""
+    layer, latents, moment, mask = _stylegan2(size, name)
+    side = len(mask)
+    session, moved, same, click = Session(layer, moment, latents), itertools.count(1), _drawn(side), _Click(layer)
+    session.rewrite(same, backend=backend)  # its pictures are known from here on
+    ours = click.contender("rewrite_core", lambda: session.rewrite(_drawn(side, next(moved)), backend=backend))
+    again = click.contender("the same edit again", lambda: session.rewrite(same, backend=backend), aside=True)
+    free = click.contender("rc.rewrite, no session", lambda: rewrite(layer, moment, same, latents, backend=backend))
+    return click.problem(ours, [free, again], side)
 
 
 def bench_edit(measure: Callable[[], None]) -> None:
