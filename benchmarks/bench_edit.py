@@ -28,7 +28,6 @@ from rewrite_core import (
     SecondMoment,
     Selection,
     Session,
-    Session,
     bind,
     collect_second_moment,
     rewrite,
