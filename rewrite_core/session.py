@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapters.base import Capture
 from .edits.edit import Edit
@@ -22,6 +20,7 @@ from .edits.selection import Selection
 from .errors import RewriteCoreError, SelectionError, warn, whole_number
 from .evaluation.measuring import Given, looking, measured, scene_of, several_changes
 from .evaluation.report import Report
+from .evaluation.steps import Steps
 from .layers.bound import BoundLayer
 from .layers.latents import check_latents
 from .layers.replay import Record, record
@@ -29,15 +28,7 @@ from .rewrites.calls import erase, rewrite, rewrite_many, zero
 from .rewrites.change import Rewrite
 from .statistics.checks import check_layer
 from .statistics.second_moment import SecondMoment, check_moment
-
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def generator_lock(generator: nn.Module) -> threading.RLock:
-    """The one lock around a generator, which all sessions of it share."""
-    with _making:
-        return _locks.setdefault(generator, threading.RLock())
+from .turns import generator_lock
 
 
 class _Kept:
@@ -328,72 +319,33 @@ class Session:
 
         Arguments and errors are those of :func:`rewrite_core.measure`.
         """
-        several = several_changes(changes)
-        given = Given(several, edit, self.latents, unseen, None, self.moment, strength, span, batch_size)
+        several, steps = several_changes(changes), Steps(turn=self._turn)
+        return self._measure(
+            Given(several, edit, self.latents, unseen, None, self.moment, strength, span, batch_size, steps)
+        )
+
+    def _measure(self, given: Given) -> Report:
+        """:meth:`measure`; other threads have turns between the steps."""
         whole = looking(self.layer, given)
 
         def look(latents: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
             if latents is not self.latents:
                 return whole(latents, rows)
-            strengths = [strength] * len(given.changes)
+            strengths = [given.strength] * len(given.changes)
             return self.images(rows), self.images(rows, given.changes, strengths)
 
+        key, own = ("scene", given.edit.to_json(), given.span, given.batch_size), given.unseen is None
         with self._turn():
-            key = "scene", edit.to_json(), span, batch_size
-            scene = self._kept.get(key) if unseen is None else None
-            if scene is None:
-                scene = scene_of(self.layer, given)
-                if unseen is None:
+            scene = self._kept.get(key) if own else None
+        if scene is None:
+            scene = scene_of(self.layer, given)
+            with self._turn():
+                if own:
                     self._kept.put(key, scene, scene.places.heat.nbytes)
-            return measured(self.layer, given, look=look, scene=scene)
+        return measured(self.layer, given, look=look, scene=scene)
 
     def _solved(self, call: Callable[..., Rewrite], edit: Edit, options: dict[str, Any]) -> Rewrite:
         with self._turn():
             change = call(self._remembering, self.moment, edit, self.latents, **options)
             change._made_on = self.layer
             return change
-
-
-class Latest:
-    """One thread that works through calls; a new call replaces the one that waits, so that dragging never queues up."""
-
-    def __init__(self) -> None:
-        self._waiting: tuple[Future, Callable[[], Any]] | None = None
-        self._wake = threading.Condition()
-        self._closed = False
-        threading.Thread(target=self._run, daemon=True, name="rewrite_core latest").start()
-
-    def submit(self, call: Callable[[], Any]) -> Future:
-        """The result of ``call()``; cancelled where a newer call came before it began."""
-        future: Future = Future()
-        with self._wake:
-            if self._waiting is not None:
-                self._waiting[0].cancel()
-            self._waiting = future, call
-            self._wake.notify()
-        return future
-
-    def close(self) -> None:
-        """End the thread after the call that runs."""
-        with self._wake:
-            self._closed = True
-            if self._waiting is not None:
-                self._waiting[0].cancel()
-                self._waiting = None
-            self._wake.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while self._waiting is None and not self._closed:
-                    self._wake.wait()
-                if self._waiting is None:
-                    return
-                future, call = self._waiting
-                self._waiting = None
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # whoever waits for the result is told
-                future.set_exception(error)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import rewrite_core as rc
-from rewrite_core.session import Latest, Session
+from rewrite_core.session import Session
+from rewrite_core.turns import GeneratorLock, Latest
 
 
 def make(noise=None):
@@ -230,6 +231,32 @@ def test_many_threads(session, layer):
     for thread in threads:
         thread.join()
     assert not wrong and torch.equal(painted(layer, [1, 2]), plain)
+
+
+def test_a_generator_goes_to_whoever_has_waited_longest():
+    lock, order, started = GeneratorLock(), [], threading.Event()
+
+    def long():
+        for number in range(3):
+            with lock, lock:  # twice
+                order.append(f"long {number}")
+                started.set()
+                if number == 0:
+                    while not lock._line:
+                        pass
+
+    def short():
+        started.wait()
+        with lock:
+            order.append("short")
+
+    threads = [threading.Thread(target=work) for work in (long, short)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == ["long 0", "short", "long 1", "long 2"]
+    assert lock._owner is None and not lock._line
 
 
 def test_a_newer_call_replaces_the_one_that_waits():

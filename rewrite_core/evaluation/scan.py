@@ -27,7 +27,8 @@ from ..layers.bound import BoundLayer
 from ..layers.fingerprints import Forward
 from ..layers.latents import check_latents
 from ..rewrites.change import Rewrite
-from ..session import Session, generator_lock
+from ..session import Session
+from ..turns import generator_lock
 from .measuring import Given, Scene, map_layers, measured, scene_of
 from .places import moments_of
 from .report import Report

@@ -92,6 +92,7 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/settings", _take_settings, "PUT"),
         route("/api/fit", _fit, "POST"),
         route("/api/fit", lambda request, shop: shop.drop_live(), "DELETE"),
+        route("/api/measure", lambda request, shop: shop.measure(), "POST"),
         route("/api/search", _search, "POST"),
         route("/api/rules", _keep, "POST"),
         route("/api/rules", _arrange, "PUT"),
@@ -119,7 +120,7 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
     length = request.headers.get("content-length", "0")
     if not length.isdigit() or int(length) > _MOST_BYTES:
         return _told(f"A request holds at most {_MOST_BYTES >> 20} MB.", 413)
-    request.scope["read"] = await request.body()
+    request.scope["read"], before = await request.body(), workshop.version
     try:
         answer = await run_in_threadpool(endpoint, request, workshop)
     except concurrent.futures.CancelledError:
@@ -130,7 +131,8 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
         return _told(f"This did not work: {' '.join(str(error).split())[:300]}", 500)
     if isinstance(answer, Response):
         return answer
-    return Response(to_json(answer), headers=_HEADERS, media_type="application/json")
+    versions = {"X-Versions": f"{before} {workshop.version}"}  # a page knows its own changes by them
+    return Response(to_json(answer), headers=_HEADERS | versions, media_type="application/json")
 
 
 def _told(sentence: str, status: int) -> Response:

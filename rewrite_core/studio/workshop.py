@@ -13,6 +13,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,30 @@ from .. import pictures
 from ..edits.edit import Edit
 from ..edits.selection import Selection
 from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError, heard, silent, warn
+from ..evaluation.measuring import Given
+from ..evaluation.steps import Cancelled as Ended
+from ..evaluation.steps import Steps
 from ..files import atomic_write, from_json, to_json
 from ..layers.binding import bind
 from ..layers.bound import BoundLayer
 from ..layers.listing import LayerInfo, list_layers
 from ..rewrites.change import Rewrite
-from ..session import Latest, Session, generator_lock
+from ..session import Session
 from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
+from ..turns import Latest, generator_lock
 
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
 _MOST_FRAMES = 120
+_MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
+_PLACES = {
+    "try another layer with rc.scan_layers": "try another layer",
+    "mark more of it, with rc.search": "mark more of it, with “Find matches”",
+    "give more unseen latents, or mark": "mark",
+    "the sheet shows the pictures": "“What changed most” shows the pictures",
+}
 
 
 @dataclasses.dataclass
@@ -103,6 +115,13 @@ def stored_moment(folder: Path, layer: BoundLayer, latents: Tensor) -> SecondMom
     return None
 
 
+def in_the_page(advice: str) -> str:
+    """Advice in the words of the page, where it names functions of the library."""
+    for function, place in _PLACES.items():
+        advice = advice.replace(function, place)
+    return advice
+
+
 class Cancelled(RewriteCoreError):
     """A person stopped what was running."""
 
@@ -131,9 +150,10 @@ class Workshop:
         self.rules: list[Rule] = []
         self.live: Rewrite | None = None
         self.live_report: dict[str, Any] = {}
+        self.live_edit: Edit | None = None
         self.version = 0  # of all that pictures depend on
         self._state = threading.RLock()
-        self._latest = Latest()
+        self._latest, self._measuring = Latest(), Latest()
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._cancel = threading.Event()
         self._layers: list[LayerInfo] | None = None
@@ -276,28 +296,36 @@ class Workshop:
             "loss": [change.losses[0], change.final_loss] if change.losses else None,
             "seconds": change.seconds,
             "warnings": said,
+            "measured": None,
         }
         with self._state:
-            self.live, self.live_report = change, report
-            report["pictures"] = self._effect(edit)
+            self.live, self.live_report, self.live_edit = change, report, edit
             self._changed()
         return report
 
-    def _effect(self, edit: Edit) -> dict[str, float] | None:
-        """How far the pictures that are pasted into changed, inside the pasted areas and around them."""
-        if not edit.pastes:
-            return None
-        rows = list(dict.fromkeys(paste.index for paste in edit.pastes))
-        change = (self.paint(rows) - self.paint(rows, original=True)).abs().mean(1)
-        inside = torch.zeros_like(change)
-        for paste in edit.pastes:
-            where = rows.index(paste.index)
-            inside[where] = torch.maximum(inside[where], paste.area(tuple(change.shape[1:])))
-        outside = 1 - inside
-        return {
-            "inside": float((change * inside).sum() / inside.sum().clamp_min(1)),
-            "outside": float((change * outside).sum() / outside.sum().clamp_min(1)),
-        }
+    def measure(self) -> dict[str, Any]:
+        """What the live change does to unseen pictures: see :func:`rewrite_core.measure`. Others have
+        turns at the generator meanwhile. It is cancelled where the change is gone, and by a newer call."""
+        return self._measuring.submit(self._measure).result()
+
+    def _measure(self) -> dict[str, Any]:
+        with self._state:
+            change, edit, session, strength = self.live, self.live_edit, self.session, self.settings.strength
+        if change is None or edit is None:
+            raise RewriteCoreError("There is no change to measure; make one first.")
+        steps = Steps(cancelled=lambda: self.live is not change, turn=session._turn)
+        given = Given([change], edit, self.latents, None, None, session.moment, strength, self.span, steps=steps)
+        try:
+            with heard():
+                report = session._measure(given)
+        except Ended:
+            raise CancelledError from None
+        measured = {name: value for name, value in report.to_dict().items() if name in _MEASURED}
+        measured |= {"advice": in_the_page(report.advice), "seen": len(report.matching), "strength": strength}
+        with self._state:
+            if self.live is change:
+                self.live_report["measured"] = measured
+        return measured
 
     def drop_live(self) -> None:
         with self._state:
@@ -511,6 +539,7 @@ class Workshop:
 
     def close(self) -> None:
         self._latest.close()
+        self._measuring.close()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Workshop]:
