@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rewrite_core"
 ROOMS = (
     ("clock", "errors", "files", "progress", "version"),
     ("backends", "kernels", "ops"),
-    ("modes",),
+    ("modes", "turns"),
     ("adapters", "generators"),
     ("layers",),
     ("statistics",),

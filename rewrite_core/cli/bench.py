@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="SUITE",
-        help="second-moment, solve, edit, collect, all of these (default); or large, which needs 7 GiB",
+        help="second-moment, solve, edit, collect, all of these (default); large, which needs 7 GiB; studio, a browser",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
     parser.add_argument(

@@ -12,6 +12,7 @@ import functools
 import hmac
 import json
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -127,7 +128,8 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
         return JSONResponse({"replaced": True}, 409, _HEADERS)
     except (RewriteCoreError, OSError) as error:
         return _told(" ".join(str(error).split())[:500], 400)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:  # whatever a generator raises; the page goes on
+        traceback.print_exc()
         return _told(f"This did not work: {' '.join(str(error).split())[:300]}", 500)
     if isinstance(answer, Response):
         return answer

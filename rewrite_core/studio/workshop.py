@@ -47,7 +47,7 @@ _PLACES = {
     "try another layer with rc.scan_layers": "try another layer",
     "mark more of it, with rc.search": "mark more of it, with “Find matches”",
     "give more unseen latents, or mark": "mark",
-    "the sheet shows the pictures": "“What changed most” shows the pictures",
+    "Keep it; the sheet shows the pictures that followed least.": "Keep it as a rule.",
 }
 
 
@@ -61,6 +61,7 @@ class Settings:
     preserve: float = 0.0
     strength: float = 1.0
     units: int = 30
+    objective: str = "value"
 
     def change(self, values: object) -> None:
         """Take over what a page sends. Raises RewriteCoreError for what no setting can be."""
@@ -283,7 +284,7 @@ class Workshop:
         solving = common | {"loss": settings.loss, "region": settings.region, "preserve": settings.preserve}
         with heard() as said:
             if kind == "rewrite":
-                change = session.rewrite(edit, **solving)
+                change = session.rewrite(edit, objective=settings.objective, **solving)
             elif kind == "erase":
                 change = session.erase(edit, units=settings.units, **solving)
             else:

@@ -138,7 +138,7 @@ class Page:
         for path, body in (("/api/edit", "{}"), ("/api/rules", "[]")):
             assert self.page.request.put(self.address(path), data=body).ok
         assert self.page.request.delete(self.address("/api/fit")).ok
-        settings = {"rank": 4, "loss": "l2", "region": "map", "preserve": 0, "strength": 1}
+        settings = {"rank": 4, "loss": "l2", "region": "map", "preserve": 0, "strength": 1, "objective": "value"}
         assert self.page.request.put(self.address("/api/settings"), data=json.dumps(settings)).ok
         self.open()
 
@@ -240,15 +240,13 @@ def test_domes_become_spires_by_mouse(page):
         page.choose(selection.index)
         page.lasso(selection.mask)
         page.use("context")
-    page.wait(
-        lambda: (
-            (page.state()["live"] or {}).get("rank") == 4 and "Size of the change" in page.page.inner_text("#report")
-        )
-    )
     page.wait(lambda: len(page.edit().context or ()) == 4)
     assert page.edit().rows  # it knows its latents again
+    page.wait(lambda: page.page.locator(".verdict").count() == 1)
     live = page.state()["live"]
-    assert live["pictures"]["inside"] > 3 * live["pictures"]["outside"] and live["size"] < 1
+    assert live["rank"] == 4 and live["size"] < 1
+    assert live["measured"]["inside"] > 3 * live["measured"]["outside"]
+    assert "Size of the change" in page.page.inner_text("#report")
     page.page.click("#keep")
     page.wait(lambda: page.page.locator("#rules li").count() == 1)
     assert page.page.locator(".tile").count() >= 12

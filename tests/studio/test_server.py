@@ -140,12 +140,88 @@ def test_an_edit_is_what_rewrite_makes(client, shop, session):
         session.layer, session.moment, rc.Edit.from_json(json.dumps(EDIT)).on(Z), Z, rank=2, loss="l2", region="map"
     )
     assert torch.equal(shop.live.coefficients, change.coefficients)
-    assert report["size"] == pytest.approx(change.size) and report["pictures"]["inside"] > report["pictures"]["outside"]
+    assert report["size"] == pytest.approx(change.size) and report["measured"] is None
     with change, torch.no_grad():
         wanted = (session.layer.generator(Z[[5]]) + 1) / 2
     assert torch.equal(shop.paint([5]), wanted.clamp(0, 1))
     assert client.get("/api/differences?rows=1,5").json()[0] > 0
     assert client.delete("/api/fit").status_code == 200 and shop.live is None
+
+
+def test_what_is_measured_is_what_rc_measure_says(client, shop, session):
+    assert client.post("/api/measure").status_code == 400  # there is no change yet
+    fit(client)
+    found = client.post("/api/measure").json()
+    report = rc.measure(shop.live, rc.Edit.from_json(json.dumps(EDIT)).on(Z), Z, moment=session.moment)
+    assert found["verdict"] == report.verdict and found["reach"] == report.reach
+    assert found["unrelated"] == report.unrelated and "rc." not in found["advice"]
+    assert client.get("/api/state").json()["live"]["measured"] == found
+
+
+def test_a_measurement_makes_way(client, shop, session, monkeypatch):
+    """It is stopped for pictures that somebody waits for, and is whole all the same."""
+    fit(client)
+    plain = client.post("/api/measure").json()
+    original, asked, go = session._measure, [], threading.Event()
+
+    def slow(given, ask):
+        def counted():
+            asked.append(1)
+            go.wait(10)
+            ask()
+
+        return original(given, counted)
+
+    monkeypatch.setattr(session, "_measure", slow)
+    session._kept.clear()
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(client.post("/api/measure").json()))
+    thread.start()
+    while not asked:
+        pass
+    other = threading.Thread(target=lambda: client.get("/api/pictures.png?rows=1&side=8"))
+    other.start()
+    while not shop.session._lock.wanted:
+        pass
+    before = len(asked)
+    go.set()
+    thread.join()
+    other.join()
+    assert before == 1 and answers == [plain]
+
+
+def test_a_measurement_of_a_change_that_is_gone_is_dropped(client, shop, session, monkeypatch):
+    fit(client)
+    original, asked, go = session._measure, threading.Event(), threading.Event()
+
+    def slow(given, ask):
+        asked.set()
+        go.wait(10)
+        return original(given, ask)
+
+    monkeypatch.setattr(session, "_measure", slow)
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(client.post("/api/measure").status_code))
+    thread.start()
+    asked.wait(10)
+    client.delete("/api/fit")
+    go.set()
+    thread.join()
+    assert statuses == [409]
+
+
+def test_a_page_knows_its_own_changes(client, shop):
+    told = []
+    shop.listen(told.append)
+    answer = client.post("/api/fit", json={"edit": EDIT})
+    before, after = map(int, answer.headers["X-Versions"].split())
+    assert [event["version"] for event in told if event["kind"] == "state"] == list(range(before + 1, after + 1))
+
+
+def test_what_a_generator_raises_is_told(client, shop, session, monkeypatch):
+    monkeypatch.setattr(session, "images", lambda *given: 1 / 0)
+    answer = client.get("/api/pictures.png?rows=1")
+    assert answer.status_code == 500 and "division by zero" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("kind", ["erase", "zero"])

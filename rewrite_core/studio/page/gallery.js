@@ -1,7 +1,8 @@
 // The gallery: tiles of pictures by number, in several views and orders, brought up to date as the edit changes.
 import * as api from "./api.js";
 
-const FIRST = 8, CHUNK = 24; // pictures asked for at once; the first of them on their own, so that some are there at once
+const MORE = 24; // tiles that scrolling adds
+const FIRST = 4, CHUNK = 20; // pictures asked for at once; the first of them on their own, so that some are there at once
 
 export class Gallery {
   constructor(tiles, more, chosen, told) {
@@ -19,7 +20,8 @@ export class Gallery {
     this.run = 0;
     this.shown = 0;
     this.strength = null;
-    new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && this.extend(), { root: tiles, rootMargin: "300px" }).observe(more);
+    this.largest = 512; // the longer side of the generator's own pictures
+    this.end = new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && this.extend(), { root: tiles, rootMargin: "300px" });
     tiles.append(more);
     this.more = more;
     setInterval(() => { if (this.view === "blink") { this.blink = !this.blink; this.paintAll(); } }, 500);
@@ -36,11 +38,14 @@ export class Gallery {
   }
 
   extend() {
-    const next = this.rows.slice(this.shown, this.shown + CHUNK);
+    const next = this.rows.slice(this.shown, this.shown + MORE);
     if (!next.length) return;
     this.shown += next.length;
     for (const row of next) this.box.insertBefore(this.tile(row), this.more);
-    this.load(next, this.run);
+    this.end.unobserve(this.more); // again, as it may be in sight still
+    this.end.observe(this.more);
+    const run = this.run;
+    this.ask(next).then((sheets) => this.put(next, sheets, run));
   }
 
   tile(row) {
@@ -70,39 +75,54 @@ export class Gallery {
     });
   }
 
-  // Ask for everything that is shown again: what is seen first, in two steps.
-  async refresh() {
-    const run = ++this.run;
-    const seen = this.visible(), shown = this.rows.slice(0, this.shown);
-    const rest = shown.filter((row) => !seen.includes(row));
-    await this.load(seen.slice(0, FIRST), run);
-    if (run === this.run) performance.mark("first");
-    for (const part of [...chunks(seen.slice(FIRST), CHUNK), ...chunks(rest, CHUNK)]) {
+  // Ask for everything that is shown again: what is seen first. While a slider is dragged, for no more than that.
+  async refresh({ rest = true } = {}) {
+    const run = ++this.run, seen = this.visible();
+    const others = rest ? this.rows.slice(0, this.shown).filter((row) => !seen.includes(row)) : [];
+    const rows = [...seen, ...others];
+    const parts = [rows.slice(0, FIRST), ...chunks(rows.slice(FIRST), CHUNK)].filter((part) => part.length);
+    let painted = 0;
+    performance.clearMarks("first");
+    performance.clearMarks("twenty-four");
+    let asked = parts.length ? this.ask(parts[0]) : null;
+    for (let i = 0; i < parts.length; i++) {
+      const sheets = await asked;
       if (run !== this.run) return;
-      await this.load(part, run);
+      asked = i + 1 < parts.length ? this.ask(parts[i + 1]) : null; // the server works while this page decodes
+      await this.put(parts[i], sheets, run);
+      painted += parts[i].length;
+      if (i === 0) performance.mark("first");
+      if (painted >= Math.min(24, rows.length) && !performance.getEntriesByName("twenty-four").length) performance.mark("twenty-four");
     }
-    if (run === this.run) { performance.mark("all"); document.body.dataset.painted = String(run); }
+    if (run === this.run) document.body.dataset.painted = String(run);
   }
 
-  async load(rows, run) {
-    if (!rows.length) return;
+  async ask(rows) {
+    const needed = this.view !== "edited" || this.held ? rows.filter((row) => !this.original.has(row)) : [];
     try {
-      const needed = rows.filter((row) => !this.original.has(row));
-      const wantsOriginal = this.view !== "edited" || this.held;
-      const [edited, original] = await Promise.all([
-        api.pictures(rows, this.pixels(), { strength: this.strength }),
-        wantsOriginal && needed.length ? api.pictures(needed, this.pixels(), { original: true }) : [],
+      return await Promise.all([
+        api.sheet(rows, this.pixels(), { strength: this.strength }),
+        needed.length ? api.sheet(needed, this.pixels(), { original: true }) : null,
+        needed,
       ]);
-      needed.forEach((row, i) => original[i] && this.original.set(row, original[i]));
-      if (run !== this.run) return;
-      rows.forEach((row, i) => { this.edited.set(row, edited[i]); this.paint(row); });
     } catch (error) {
       this.told(error);
+      return null;
     }
+  }
+
+  async put(rows, sheets, run) {
+    if (!sheets) return;
+    const [edited, original, needed] = sheets;
+    if (original) (await api.decoded(original, needed.length)).forEach((picture, i) => this.original.set(needed[i], picture));
+    const found = await api.decoded(edited, rows.length);
+    if (run !== this.run) return;
+    rows.forEach((row, i) => { this.edited.set(row, found[i]); this.paint(row); });
   }
 
   pixels() {
-    return Math.min(512, Math.round(this.side * (window.devicePixelRatio || 1)));
+    const wanted = Math.min(512, Math.round(this.side * (window.devicePixelRatio || 1)));
+    return Math.min(wanted, this.largest); // the canvas makes small pictures larger, to the same picture
   }
 
   async setView(view) {

@@ -2,11 +2,15 @@
 import * as api from "./api.js";
 import { Editor, Mask } from "./editor.js";
 import { Gallery } from "./gallery.js";
+import { lead } from "./lead.js";
+import { Report } from "./report.js";
 import { Rules } from "./rules.js";
+import { Slots } from "./slots.js";
 
 const $ = (id) => document.getElementById(id);
-const FIELDS = { copy: "object", paste: "paste", context: "key" };
 const MOST_SEARCHED = 24;
+const SETTINGS = ["rank", "preserve", "loss", "region", "objective", "strength"];
+const REST = 700; // milliseconds without a change before unseen pictures are looked at
 
 let shop; // what the server says
 let row = 0; // the picture in the editor
@@ -14,7 +18,6 @@ let picture; // its bitmap
 let free; // {row, mask}: a selection that is in no slot yet
 let active = null; // the slot entry that is drawn on, or null
 let matches = null; // of the last search
-const slots = { copy: [], paste: [], context: [] }; // entries {row, mask, url, card}
 
 // --- telling
 
@@ -33,6 +36,10 @@ const doing = (call) => async (...given) => {
 const editor = new Editor($("canvas"), doing(strokeEnded));
 const gallery = new Gallery($("tiles"), $("more"), doing(open), toast);
 const rules = new Rules($("rules"), $("rules-empty"), { changed: doing(arrange) });
+const report = new Report($("report"));
+const slots = new Slots({
+  opened: doing((entry) => open(entry.row, entry)), removed: doing(remove), size: () => Editor.maskSize(shop.width, shop.height),
+});
 
 // --- pictures
 
@@ -41,11 +48,16 @@ let opening = 0; // of several pictures asked for, the last is shown
 async function open(number, entry = null) {
   const turn = ++opening;
   const side = Math.min(1024, Math.max(shop.width, shop.height));
-  const [found] = await api.pictures([number], side, { original: true });
+  const [found] = await api.pictures([number], side, { original: !$("edited").checked });
   if (turn !== opening) return;
   [row, active, picture] = [number, entry, found];
   if (!entry && free?.row !== row) free = { row, mask: new Mask(...Editor.maskSize(shop.width, shop.height)) };
   present();
+}
+
+// The large picture again, where it shows what the change does.
+async function repaint() {
+  if ($("edited").checked) await open(row, active);
 }
 
 function present() {
@@ -56,11 +68,10 @@ function present() {
   $("picture-name").textContent = active ? `the ${active.slot}` : "";
   document.body.dataset.row = row;
   gallery.mark(row);
-  for (const entry of all()) entry.card.setAttribute("aria-current", entry === active);
+  slots.mark(active);
   enable();
 }
 
-const all = () => Object.values(slots).flat();
 const current = () => (active ? active.mask : free?.mask);
 
 function enable() {
@@ -68,11 +79,12 @@ function enable() {
   for (const id of ["use-copy", "use-paste", "use-context", "find", "clear"]) $(id).disabled = none;
   $("undo").disabled = !current()?.strokes.length;
   $("redo").disabled = !current()?.undone.length;
-  $("rewrite").disabled = !(slots.copy.length && slots.paste.length);
+  $("rewrite").disabled = !slots.complete;
   $("erase").disabled = !slots.paste.length;
   $("zero").disabled = !(slots.paste.length || slots.context.length);
+  $("fresh").hidden = !slots.all().length;
   $("spread").hidden = !(slots.copy.length && slots.context.length);
-  lead();
+  lead($("lead"), slots, shop.name);
 }
 
 async function strokeEnded() {
@@ -80,58 +92,17 @@ async function strokeEnded() {
   enable();
   if (active) {
     if (active.mask.empty) return remove(active);
-    await redraw(active);
+    await slots.redraw(active);
     await editChanged();
   }
 }
 
 // --- slots
 
-async function put(slot, entry) {
-  if (slot === "copy") for (const old of [...slots.copy]) remove(old, false);
-  entry.slot = slot;
-  slots[slot].push(entry);
-  entry.card = document.createElement("button");
-  entry.card.type = "button";
-  entry.card.className = "card";
-  entry.card.setAttribute("aria-label", `${slot}: picture ${entry.row}`);
-  entry.card.append(document.createElement("canvas"));
-  entry.card.addEventListener("click", doing(() => open(entry.row, entry)));
-  const off = document.createElement("button");
-  off.type = "button";
-  off.className = "off";
-  off.textContent = "×";
-  off.setAttribute("aria-label", `Take picture ${entry.row} out of ${slot}`);
-  off.addEventListener("click", doing(() => remove(entry)));
-  entry.holder = document.createElement("span");
-  entry.holder.className = "holder";
-  entry.holder.append(entry.card, off);
-  document.querySelector(`[data-slot=${slot}] .cards`).append(entry.holder);
-  await redraw(entry);
-}
-
-async function redraw(entry) {
-  entry.url = await entry.mask.url();
-  entry.bitmap ??= (await api.pictures([entry.row], 112, { original: true }))[0];
-  const canvas = entry.card.firstChild, context = canvas.getContext("2d");
-  canvas.width = entry.bitmap.width;
-  canvas.height = entry.bitmap.height;
-  context.drawImage(entry.bitmap, 0, 0);
-  const tint = new OffscreenCanvas(canvas.width, canvas.height), inner = tint.getContext("2d");
-  inner.drawImage(entry.mask.canvas, 0, 0, canvas.width, canvas.height);
-  inner.globalCompositeOperation = "source-in";
-  inner.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(`--${entry.slot}`);
-  inner.fillRect(0, 0, canvas.width, canvas.height);
-  context.globalAlpha = 0.55;
-  context.drawImage(tint, 0, 0);
-  context.globalAlpha = 1;
-}
-
-async function remove(entry, send = true) {
-  slots[entry.slot] = slots[entry.slot].filter((each) => each !== entry);
-  entry.holder.remove();
+async function remove(entry) {
+  slots.take(entry);
   if (active === entry) await open(entry.row);
-  if (send) await editChanged();
+  await editChanged();
 }
 
 // The selection that is drawn goes into a slot; a copy of it where it is in one already.
@@ -141,41 +112,22 @@ async function use(slot) {
   let entry;
   if (active) entry = { row: active.row, mask: await Mask.of(active.url, mask.canvas.width, mask.canvas.height) };
   else { entry = free; free = { row, mask: new Mask(mask.canvas.width, mask.canvas.height) }; }
-  const placed = put(slot, entry);
+  const placed = slots.put(slot, entry);
   active = entry;
   present();
   await placed;
   await editChanged();
 }
 
-function edit() {
-  const record = {};
-  const pair = (entry) => [entry.row, entry.url];
-  if (slots.copy.length) record.object = pair(slots.copy[0]);
-  if (slots.paste.length === 1) record.paste = pair(slots.paste[0]);
-  else if (slots.paste.length) record.paste = slots.paste.map(pair);
-  if (slots.context.length) record.key = slots.context.map(pair);
-  return record;
-}
-
 async function editChanged() {
   enable();
-  if ($("live").checked && slots.copy.length && slots.paste.length) await fit("rewrite");
-  else await api.saveEdit(edit());
+  if ($("live").checked && slots.complete) await fit("rewrite");
+  else await api.saveEdit(slots.edit());
 }
 
 async function loadEdit(record) {
-  for (const entry of all()) entry.holder.remove();
-  for (const slot of Object.keys(slots)) slots[slot] = [];
   active = null;
-  const size = Editor.maskSize(shop.width, shop.height);
-  for (const [slot, field] of Object.entries(FIELDS)) {
-    const value = record[field];
-    if (!value) continue;
-    for (const [index, url] of Array.isArray(value[0]) ? value : [value]) {
-      await put(slot, { row: index, mask: await Mask.of(url, ...size) });
-    }
-  }
+  await slots.load(record);
   enable();
 }
 
@@ -183,40 +135,44 @@ async function loadEdit(record) {
 
 const settings = () => ({
   rank: Number($("rank").value) || 1, preserve: Number($("preserve").value) || 0, loss: $("loss").value,
-  region: $("region").value, strength: Number($("strength").value),
+  region: $("region").value, objective: $("objective").value, strength: Number($("strength").value),
 });
 
+let busy = 0; // fits whose pictures are not there yet
 async function fit(kind) {
-  $("report").textContent = "Rewriting …";
-  let report;
+  clearTimeout(resting);
+  document.body.toggleAttribute("data-busy", ++busy > 0);
   try {
-    report = await api.fit({ kind, edit: edit(), settings: settings() });
+    tell(await api.fit({ kind, edit: slots.edit(), settings: settings() }));
+    await Promise.all([gallery.refresh(), repaint()]);
+    look();
   } catch (error) {
-    if (!(error instanceof api.Replaced)) { $("report").textContent = error.message; $("report").className = "warn"; }
-    return;
+    if (!(error instanceof api.Replaced)) report.say(error.message, true);
+  } finally {
+    document.body.toggleAttribute("data-busy", --busy > 0);
   }
-  tell(report);
-  await gallery.refresh();
 }
 
-function tell(report) {
-  $("keep").hidden = $("drop").hidden = !report;
-  $("report").className = "";
-  if (!report) { $("report").textContent = "Draw a copy, a paste and a context; the gallery follows."; return; }
-  const seconds = Object.values(report.seconds).reduce((a, b) => a + b, 0);
-  const lines = [`Rank ${report.rank} at ${report.layer} in ${(1000 * seconds).toFixed(0)} ms.`];
-  if (report.pictures) {
-    const { inside, outside } = report.pictures;
-    if (inside < 0.004) lines.push("The pasted places hardly changed: try another layer, a higher rank or more strength.");
-    else if (outside > 0.5 * inside) lines.push("Much changes around the pasted places too: draw a larger context, or raise preserve.");
-    else lines.push("The pasted places changed, and little around them.");
-  }
-  if (report.size > 1) {
-    lines.push(`The change is ${report.size.toFixed(1)} times the layer's own weight: pictures may break. Lower the rank, or set preserve to 0.3.`);
-    $("report").className = "warn";
-  } else if (report.size != null) lines.push(`Size of the change: ${report.size.toFixed(2)} of the layer's weight.`);
-  lines.push(...report.warnings);
-  $("report").textContent = lines.join(" ");
+function tell(found) {
+  shop.live = found;
+  $("keep").hidden = $("drop").hidden = !found;
+  report.show(found);
+}
+
+// When nothing has changed for a while: what the change does to pictures that the edit does not name.
+let resting = 0;
+function look() {
+  clearTimeout(resting);
+  resting = setTimeout(doing(async () => {
+    const found = shop.live;
+    if (!found) return;
+    let measured;
+    try { measured = await api.measure(); } catch (error) {
+      if (!(error instanceof api.Replaced) && found === shop.live) report.say(error.message, true);
+      return;
+    }
+    if (found === shop.live) { found.measured = measured; report.show(found); }
+  }), REST);
 }
 
 let painting = false, wanted = null;
@@ -229,7 +185,7 @@ async function strengthMoved() {
   while (wanted !== null) {
     gallery.strength = wanted;
     wanted = null;
-    await gallery.refresh();
+    await Promise.all([gallery.refresh({ rest: false }), repaint()]);
     document.body.dataset.drags = String(Number(document.body.dataset.drags ?? 0) + 1);
   }
   painting = false;
@@ -258,7 +214,7 @@ async function addTen() {
       }
     }));
     if (mask.empty || slots.context.some((entry) => entry.row === matches.rows[i])) continue;
-    await put("context", { row: matches.rows[i], mask });
+    await slots.put("context", { row: matches.rows[i], mask });
     added++;
   }
   await editChanged();
@@ -268,7 +224,7 @@ async function spread() {
   const [copy] = slots.copy;
   for (const entry of [...slots.context]) {
     if (entry.row === copy.row || slots.paste.some((paste) => paste.row === entry.row)) continue;
-    await put("paste", { row: entry.row, mask: await Mask.of(entry.url, entry.mask.canvas.width, entry.mask.canvas.height) });
+    await slots.again("paste", entry);
   }
   await editChanged();
 }
@@ -284,7 +240,7 @@ async function reorder() {
   if (order === "changed" || order === "spilled") {
     const looked = numbers.slice(0, 200);
     const amounts = new Map((await api.differences(looked)).map((amount, i) => [looked[i], amount]));
-    const mine = new Set(all().map((entry) => entry.row));
+    const mine = new Set(slots.all().map((entry) => entry.row));
     numbers = looked.filter((number) => order === "changed" || !mine.has(number));
     numbers.sort((a, b) => amounts.get(b) - amounts.get(a));
   }
@@ -300,7 +256,8 @@ async function arrange(wantedRules) {
 }
 
 async function keep() {
-  await api.keep(`picture ${slots.copy[0]?.row ?? slots.paste[0]?.row ?? ""} at ${shop.layer}`);
+  const from = slots.copy[0] ?? slots.paste[0];
+  await api.keep(from ? `as in picture ${from.row}` : "");
   await synchronise();
   await gallery.refresh();
 }
@@ -308,7 +265,7 @@ async function keep() {
 async function synchronise() {
   shop = await api.state();
   rules.show(shop.rules, shop.conflicts);
-  tell(shop.live && Object.keys(shop.live).length ? shop.live : null);
+  tell(shop.live);
   $("where").textContent = `${shop.name} · ${shop.pictures} pictures of ${shop.width} × ${shop.height}`;
   $("layer-name").textContent = `${shop.layer} (${shop.map.join(" × ")})`;
   editor.map = shop.map;
@@ -321,9 +278,7 @@ async function showLayers() {
   for (const layer of await api.layers()) {
     const button = document.createElement("button");
     button.type = "button";
-    button.role = "option";
-    button.setAttribute("aria-selected", layer.name === shop.layer);
-    if (layer.name === shop.layer) button.setAttribute("aria-pressed", "true");
+    button.setAttribute("aria-pressed", layer.name === shop.layer);
     const name = document.createElement("span"), size = document.createElement("span");
     name.textContent = layer.name;
     size.textContent = `${layer.map.join("×")}${layer.ready ? "" : " · to be collected"}`;
@@ -333,7 +288,7 @@ async function showLayers() {
       await synchronise();
       await showLayers();
       present();
-      if (slots.copy.length && slots.paste.length) await fit("rewrite");
+      if (slots.complete) await fit("rewrite");
       else await gallery.refresh();
     }));
     box.append(button);
@@ -345,9 +300,16 @@ function heard(event) {
     $("progress").hidden = event.done >= event.total;
     $("progress").querySelector("progress").value = event.done / event.total;
     $("progress").querySelector("span").textContent = `${event.what}: ${event.done} of ${event.total}`;
-  } else if ((event.kind === "state" || event.kind === "hello") && shop && event.version > shop.version + 1) {
-    synchronise().then(() => gallery.refresh()); // another page works here too
   }
+}
+
+// Another page works here too.
+async function changedElsewhere() {
+  await synchronise();
+  await loadEdit(shop.edit);
+  for (const id of SETTINGS) $(id).value = shop.settings[id];
+  present();
+  await gallery.refresh();
 }
 
 async function takeFile(file) {
@@ -365,27 +327,6 @@ async function takeFile(file) {
   }
 }
 
-// --- the first visit
-
-function lead() {
-  const seen = localStorage.getItem("rewrite-studio-led");
-  const step = !slots.copy.length ? 1 : !slots.paste.length ? 2 : !slots.context.length ? 3 : 4;
-  const words = {
-    1: "1 of 3. Choose a picture in the gallery, draw around something you like, and press “Copy this”. Draw generously.",
-    2: "2 of 3. Choose another picture, draw where it should go, and press “Paste here”. The gallery follows at once.",
-    3: "3 of 3. With the pasted place still marked, press “Find matches”, then “Add the first 10”: the places that share the rule.",
-    4: "Every picture that this generator makes now follows your rule. Move the strength, or keep it as a rule.",
-  };
-  $("lead").hidden = Boolean(seen);
-  if (seen) return;
-  $("lead").replaceChildren(words[step]);
-  const done = document.createElement("button");
-  done.type = "button";
-  done.textContent = step === 4 ? "Done" : "Hide";
-  done.addEventListener("click", () => { localStorage.setItem("rewrite-studio-led", "1"); $("lead").hidden = true; });
-  $("lead").append(done);
-}
-
 // --- controls
 
 const on = (id, event, call) => $(id).addEventListener(event, doing(call));
@@ -393,6 +334,7 @@ const on = (id, event, call) => $(id).addEventListener(event, doing(call));
 function chooseTool(tool) {
   editor.setTool(tool);
   for (const button of document.querySelectorAll("[data-tool]")) button.setAttribute("aria-checked", button.dataset.tool === tool);
+  $("size").hidden = tool !== "brush";
 }
 for (const button of document.querySelectorAll("[data-tool]")) button.addEventListener("click", () => chooseTool(button.dataset.tool));
 
@@ -413,6 +355,15 @@ async function clear() {
 on("undo", "click", () => step(true));
 on("redo", "click", () => step(false));
 on("clear", "click", clear);
+on("edited", "change", () => open(row, active));
+on("fresh", "click", async () => {
+  for (const entry of slots.all()) slots.take(entry);
+  if (shop.live) await api.drop();
+  await api.saveEdit({});
+  await synchronise();
+  await open(row);
+  await gallery.refresh();
+});
 on("grid", "change", () => { editor.showGrid = $("grid").checked; editor.paint(); });
 on("brush-size", "input", () => { editor.size = Number($("brush-size").value); });
 on("use-copy", "click", () => use("copy"));
@@ -430,8 +381,8 @@ on("zero", "click", () => fit("zero"));
 on("drop", "click", async () => { await api.drop(); await synchronise(); await gallery.refresh(); });
 on("keep", "click", keep);
 on("strength", "input", strengthMoved);
-on("strength", "change", async () => { await api.saveSettings(settings()); });
-for (const id of ["rank", "preserve", "loss", "region"]) on(id, "change", () => editChanged());
+on("strength", "change", async () => { await api.saveSettings(settings()); await gallery.refresh(); look(); });
+for (const id of ["rank", "preserve", "loss", "region", "objective"]) on(id, "change", () => editChanged());
 on("view", "change", () => gallery.setView($("view").value));
 on("order", "change", reorder);
 on("zoom", "input", () => gallery.resize(Number($("zoom").value)));
@@ -474,12 +425,14 @@ doing(async () => {
   await synchronise();
   document.body.style.setProperty("--shape", String(shop.width / shop.height));
   $("goto").max = shop.pictures - 1;
+  gallery.largest = Math.max(shop.width, shop.height);
   document.body.classList.toggle("crisp", shop.width < 256);
-  for (const id of ["rank", "preserve", "loss", "region", "strength"]) $(id).value = shop.settings[id];
+  for (const id of SETTINGS) $(id).value = shop.settings[id];
   $("strength-shown").textContent = Number(shop.settings.strength).toFixed(2);
   await loadEdit(shop.edit);
   await open(slots.copy[0]?.row ?? 0, slots.copy[0] ?? null);
   await reorder();
-  api.events(heard);
+  api.events(heard, doing(changedElsewhere));
+  if (shop.live && !shop.live.measured) look();
   document.body.dataset.ready = "1";
 })();
