@@ -24,14 +24,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import RewriteCoreError
+from ..errors import RewriteCoreError, quoted
 from ..files import to_json
+from .film import KINDS
 from .workshop import Workshop
 
 _MOST_BYTES = 64 << 20  # of one request
 _MOST_ROWS = 200  # pictures in one sheet
 _MOST_SIDE = 2048
-_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; "
     "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*",
@@ -105,7 +106,7 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/edit.json", lambda request, shop: _file(shop.edit_json.encode(), "edit.json")),
         route("/api/checkpoint.safetensors", lambda request, shop: _file(shop.checkpoint(), "edited.safetensors")),
         route("/api/sheet.png", lambda request, shop: _file(shop.before_after(_rows(request)), "before_after.png")),
-        route("/api/walk.gif", lambda request, shop: _file(shop.walk(_rows(request)), "walk.gif")),
+        route("/api/walk.{kind}", _film),
     ]
     app = Starlette(routes=routes)
     app.state.token = token
@@ -158,7 +159,7 @@ async def _static(request: Request) -> Response:
     file = resources.files(__package__) / "page" / name
     if not name.replace(".", "").replace("-", "").isalnum() or not file.is_file():
         return _told("There is no such file.", 404)
-    return Response(file.read_bytes(), headers=_HEADERS, media_type=_KINDS.get(name.rpartition(".")[2], "text/plain"))
+    return Response(file.read_bytes(), headers=_HEADERS, media_type=_TYPES.get(name.rpartition(".")[2], "text/plain"))
 
 
 async def _events(workshop: Workshop, request: Request) -> Response:
@@ -230,6 +231,13 @@ def _pictures(request: Request, shop: Workshop) -> Response:
     return Response(
         shop.sheet(_rows(request), side, original, _strength(request)), headers=_HEADERS, media_type="image/png"
     )
+
+
+def _film(request: Request, shop: Workshop) -> Response:
+    kind = request.path_params["kind"]
+    if kind not in KINDS:
+        raise RewriteCoreError(f"A film is one of {', '.join(KINDS)}, not {quoted(kind)}.")
+    return _file(shop.walk(_rows(request), kind), f"walk.{kind}")
 
 
 def _take_edit(request: Request, shop: Workshop) -> None:

@@ -37,11 +37,11 @@ from ..session import Session
 from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from ..turns import Latest, generator_lock
+from . import film
 
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
-_MOST_FRAMES = 120
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
 _PLACES = {
     "try another layer with rc.scan_layers": "try another layer",
@@ -200,6 +200,7 @@ class Workshop:
                 "conflicts": self.conflicts(),
                 "live": self.live_report if self.live is not None else None,
                 "version": self.version,
+                "films": film.kinds(),
                 "memory": self.session.nbytes,
             }
 
@@ -520,23 +521,15 @@ class Workshop:
             pictures.grid(pairs, title=", ".join(rule.name for rule in self.rules if rule.on) or "before and after")
         )
 
-    def walk(self, rows: Sequence[int], frames: int = 48, side: int = 256) -> bytes:
-        """A GIF that walks through the latents of some pictures and back, with the rules on."""
-        frames = max(2, min(frames, _MOST_FRAMES))
-        stops = torch.stack([*self.latents[list(rows)], self.latents[rows[0]]])
-        places = torch.linspace(0, len(stops) - 1, frames + 1)[:-1]
-        first = places.long()
-        share = (places - first).reshape(-1, *[1] * (stops.ndim - 1))
-        latents = torch.lerp(stops[first], stops[first + 1], share.to(stops.dtype))
+    def walk(self, rows: Sequence[int], kind: str = "gif", frames: int = 48, side: int = 256) -> bytes:
+        """A film that walks through the latents of some pictures and back, with the rules on."""
         changes, strengths = self._rewrites(False, None)
         images = []
         with generator_lock(self.generator), self.session._changed(changes, strengths):
-            for batch in latents.split(12):
+            for batch in film.walk(self.latents[list(rows)], frames).split(12):
                 images.append(self.session.layer.render(batch))
-        tiles = [pictures.to_image(p, side) for p in pictures.to_unit(torch.cat(images), self.span)]
-        buffer = io.BytesIO()
-        tiles[0].save(buffer, "GIF", save_all=True, append_images=tiles[1:], duration=80, loop=0)
-        return buffer.getvalue()
+        tiles = [pictures.to_image(picture, side) for picture in pictures.to_unit(torch.cat(images), self.span)]
+        return film.film(tiles, kind)
 
     def close(self) -> None:
         self._latest.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 import threading
 
 import pytest
@@ -335,6 +337,20 @@ def test_sheets_and_films(client):
     assert Image.open(io.BytesIO(client.get("/api/sheet.png?rows=0,1").content)).width > 256
     film = Image.open(io.BytesIO(client.get("/api/walk.gif?rows=0,1").content))
     assert film.n_frames > 20
+    assert client.get("/api/walk.avi?rows=0,1").status_code == 400
+
+
+def test_an_mp4_where_ffmpeg_is_there(client, monkeypatch):
+    if shutil.which("ffprobe") is None:
+        pytest.skip("films are looked at with ffprobe, of Debian's ffmpeg")
+    assert client.get("/api/state").json()["films"] == ["gif", "mp4"]
+    film = client.get("/api/walk.mp4?rows=0,1,2").content
+    asked = ["-v", "error", "-count_frames", "-show_entries", "stream=codec_name,width,nb_read_frames", "-of", "csv"]
+    found = subprocess.run(["ffprobe", *asked, "-"], input=film, capture_output=True, check=True).stdout.decode()
+    assert found.strip() == "stream,h264,256,48"
+    monkeypatch.setenv("PATH", "")
+    assert client.get("/api/state").json()["films"] == ["gif"]
+    assert "not installed" in client.get("/api/walk.mp4?rows=0").json()["error"]
 
 
 # --- what lasts

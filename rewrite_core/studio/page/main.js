@@ -358,10 +358,10 @@ on("clear", "click", clear);
 on("edited", "change", () => open(row, active));
 on("fresh", "click", async () => {
   for (const entry of slots.all()) slots.take(entry);
+  await open(row);
   if (shop.live) await api.drop();
   await api.saveEdit({});
   await synchronise();
-  await open(row);
   await gallery.refresh();
 });
 on("grid", "change", () => { editor.showGrid = $("grid").checked; editor.paint(); });
@@ -389,6 +389,11 @@ on("zoom", "input", () => gallery.resize(Number($("zoom").value)));
 on("layer-strip", "toggle", async () => { if ($("layer-strip").open) await showLayers(); });
 on("cancel", "click", () => api.cancel());
 on("goto", "change", () => open(Math.min(shop.pictures - 1, Math.max(0, Math.round(Number($("goto").value) || 0)))));
+on("files", "toggle", () => { // of the pictures that are seen now
+  const seen = gallery.visible();
+  $("save-sheet").href = `/api/sheet.png?rows=${seen.slice(0, 16).join(",") || "0"}`;
+  for (const kind of shop.films) $(kind === "gif" ? "save-walk" : "save-mp4").href = `/api/walk.${kind}?rows=${[row, ...seen.filter((each) => each !== row)].slice(0, 4).join(",")}`;
+});
 on("help", "click", () => $("keys").showModal());
 on("load-edit", "change", async (event) => { await takeFile(event.target.files[0]); event.target.value = ""; });
 on("load-rule", "change", async (event) => { await takeFile(event.target.files[0]); event.target.value = ""; });
@@ -425,6 +430,7 @@ doing(async () => {
   await synchronise();
   document.body.style.setProperty("--shape", String(shop.width / shop.height));
   $("goto").max = shop.pictures - 1;
+  $("save-mp4").hidden = !shop.films.includes("mp4");
   gallery.largest = Math.max(shop.width, shop.height);
   document.body.classList.toggle("crisp", shop.width < 256);
   for (const id of SETTINGS) $(id).value = shop.settings[id];

@@ -46,7 +46,7 @@ export class Rules {
     strength.addEventListener("input", () => { shown.textContent = Number(strength.value).toFixed(2); });
     strength.addEventListener("change", () => this.set(place, { strength: Number(strength.value) }));
     how.append("Strength", strength, shown);
-    line.append(on, name, tools, how);
+    line.append(this.grip(line, place), on, name, tools, how);
     if (others.length) {
       line.className = "conflict";
       const words = document.createElement("small");
@@ -54,6 +54,36 @@ export class Rules {
       line.append(words);
     }
     return line;
+  }
+
+  // A handle to drag the rule to another place, by mouse, pen or finger; the arrows do the same.
+  grip(line, place) {
+    const grip = document.createElement("span");
+    grip.className = "grip";
+    grip.textContent = "⠿";
+    grip.title = "Drag to another place";
+    grip.setAttribute("aria-hidden", "true");
+    const lines = () => [...this.list.children];
+    const over = (event) => lines().findIndex((each) => event.clientY < each.getBoundingClientRect().bottom);
+    grip.addEventListener("pointerdown", (event) => { grip.setPointerCapture(event.pointerId); line.classList.add("dragged"); });
+    grip.addEventListener("pointermove", (event) => {
+      if (!line.classList.contains("dragged")) return;
+      const to = over(event);
+      lines().forEach((each, i) => each.classList.toggle("before", i === to && i !== place));
+    });
+    const end = (event) => {
+      if (!line.classList.contains("dragged")) return;
+      for (const each of lines()) each.classList.remove("before", "dragged");
+      if (event.type === "pointercancel") return;
+      const found = over(event), to = found < 0 ? this.rules.length - 1 : found;
+      if (to === place) return;
+      const order = [...this.rules], [moved] = order.splice(place, 1);
+      order.splice(to, 0, moved);
+      this.changed(order.map(plain));
+    };
+    grip.addEventListener("pointerup", end);
+    grip.addEventListener("pointercancel", end);
+    return grip;
   }
 
   set(place, values) {
