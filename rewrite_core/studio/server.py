@@ -102,6 +102,7 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/rules/{number:int}/file", _rule_file),
         route("/api/layers", lambda request, shop: shop.layers()),
         route("/api/layer", _choose_layer, "PUT"),
+        route("/api/scan", lambda request, shop: shop.scan(), "POST"),
         route("/api/cancel", lambda request, shop: shop.cancel(), "POST"),
         route("/api/edit.json", lambda request, shop: _file(shop.edit_json.encode(), "edit.json")),
         route("/api/checkpoint.safetensors", lambda request, shop: _file(shop.checkpoint(), "edited.safetensors")),

@@ -6,6 +6,7 @@ go, so that a crash or a reload loses at most the last stroke.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import io
@@ -26,6 +27,7 @@ from ..edits.edit import Edit
 from ..edits.selection import Selection
 from ..errors import FileFormatError, MismatchError, RewriteCoreError, SelectionError, heard, silent, warn
 from ..evaluation.measuring import Given
+from ..evaluation.scan import scan_layers
 from ..evaluation.steps import Cancelled as Ended
 from ..evaluation.steps import Steps
 from ..files import atomic_write, from_json, to_json
@@ -42,9 +44,10 @@ from . import film
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
+_THUMBNAIL = 64  # pixels
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
 _PLACES = {
-    "try another layer with rc.scan_layers": "try another layer",
+    "with rc.scan_layers": "with “Try all layers”",
     "mark more of it, with rc.search": "mark more of it, with “Find matches”",
     "give more unseen latents, or mark": "mark",
     "Keep it; the sheet shows the pictures that followed least.": "Keep it as a rule.",
@@ -446,6 +449,38 @@ class Workshop:
         with self._state:
             self.layer, self.live, self.live_report = name, None, {}
             self._changed()
+
+    def scan(self) -> list[dict[str, Any]]:
+        """Try the edit in hand at all layers, with progress told: the best rank of each, best first, as
+        :func:`rewrite_core.scan_layers` finds them; of a scan that was stopped what it has. Others have turns
+        meanwhile."""
+        edit = Edit.from_json(self.edit_json)
+        self._cancel.clear()
+
+        def told(stage: str, done: int, total: int) -> None:
+            self.tell(kind="progress", what=stage, done=done, total=total)
+
+        found = scan_layers(
+            self.generator,
+            edit,
+            self.latents,
+            forward=self.session.layer.own_forward,
+            span=self.span,
+            told=told,
+            cancelled=self._cancel.is_set,
+            objective="value",
+        )
+        self.tell(kind="progress", what="scan", done=1, total=1)
+        best: dict[str, dict[str, Any]] = {}
+        for row in found.rows:
+            report, own = row.report, next((pair for pair in row.report.pairs if pair.of == "edit"), None)
+            told_of = {"layer": row.layer, "rank": row.rank, "score": row.score, "verdict": report.verdict}
+            told_of |= {"reach": report.reach, "elsewhere": max(report.outside or 0.0, report.unrelated or 0.0)}
+            if own is not None:
+                picture = base64.b64encode(_png(pictures.to_image(own.after.clamp(0, 1), _THUMBNAIL))).decode()
+                told_of["picture"] = f"data:image/png;base64,{picture}"
+            best.setdefault(row.layer, told_of)
+        return list(best.values())
 
     def _moment(self, layer: BoundLayer) -> SecondMoment:
         stored = stored_moment(self.folder, layer, self.latents)

@@ -160,46 +160,34 @@ def test_what_is_measured_is_what_rc_measure_says(client, shop, session):
     assert client.get("/api/state").json()["live"]["measured"] == found
 
 
-def test_a_measurement_makes_way(client, shop, session, monkeypatch):
-    """It is stopped for pictures that somebody waits for, and is whole all the same."""
+def test_others_have_turns_while_it_is_measured(client, shop, session, monkeypatch):
     fit(client)
-    plain = client.post("/api/measure").json()
-    original, asked, go = session._measure, [], threading.Event()
+    original, order, others = session.images, [], []
 
-    def slow(given, ask):
-        def counted():
-            asked.append(1)
-            go.wait(10)
-            ask()
+    def images(rows, *more):
+        if not others:  # in the first turn of the measurement
+            others.append(threading.Thread(target=lambda: client.get("/api/pictures.png?rows=1&side=8")))
+            others[0].start()
+            while not session._lock._line:
+                pass
+        found = original(rows, *more)
+        order.append(list(rows))
+        return found
 
-        return original(given, counted)
-
-    monkeypatch.setattr(session, "_measure", slow)
-    session._kept.clear()
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(client.post("/api/measure").json()))
-    thread.start()
-    while not asked:
-        pass
-    other = threading.Thread(target=lambda: client.get("/api/pictures.png?rows=1&side=8"))
-    other.start()
-    while not shop.session._lock.wanted:
-        pass
-    before = len(asked)
-    go.set()
-    thread.join()
-    other.join()
-    assert before == 1 and answers == [plain]
+    monkeypatch.setattr(session, "images", images)
+    client.post("/api/measure")
+    others[0].join()
+    assert [1] in order[:-1] and order[-1] != [1]
 
 
 def test_a_measurement_of_a_change_that_is_gone_is_dropped(client, shop, session, monkeypatch):
     fit(client)
     original, asked, go = session._measure, threading.Event(), threading.Event()
 
-    def slow(given, ask):
+    def slow(given):
         asked.set()
         go.wait(10)
-        return original(given, ask)
+        return original(given)
 
     monkeypatch.setattr(session, "_measure", slow)
     statuses = []
@@ -210,6 +198,24 @@ def test_a_measurement_of_a_change_that_is_gone_is_dropped(client, shop, session
     go.set()
     thread.join()
     assert statuses == [409]
+
+
+def test_all_layers_are_tried(client, shop, session):
+    client.put("/api/edit", json=EDIT)
+    told = []
+    shop.listen(told.append)
+    found = client.post("/api/scan").json()
+    scan = rc.scan_layers(session.layer.generator, rc.Edit.from_json(json.dumps(EDIT)).on(Z), Z, objective="value")
+    assert found[0]["layer"] == scan.best.layer and found[0]["rank"] == scan.best.rank
+    assert found[0]["score"] == pytest.approx(scan.best.score) and found[0]["picture"].startswith("data:image/png")
+    assert len({row["layer"] for row in found}) == len(found)
+    assert any(event["kind"] == "progress" for event in told)
+
+
+def test_a_scan_is_stopped(client, shop):
+    client.put("/api/edit", json=EDIT)
+    shop.listen(lambda event: shop.cancel())
+    assert client.post("/api/scan").json() == []
 
 
 def test_a_page_knows_its_own_changes(client, shop):

@@ -54,6 +54,7 @@ export const arrange = (rules) => send("PUT", "/api/rules", JSON.stringify(rules
 export const loadRule = (name, data) =>
   send("POST", `/api/rules/file?name=${encodeURIComponent(name)}`, data, "application/octet-stream");
 export const chooseLayer = (name) => send("PUT", "/api/layer", JSON.stringify({ name }));
+export const scan = () => send("POST", "/api/scan");
 export const cancel = () => send("POST", "/api/cancel");
 
 // Pictures side by side in one PNG; `decoded` makes a bitmap of each, so that the next can be asked for meanwhile.

@@ -2,6 +2,7 @@
 import * as api from "./api.js";
 import { Editor, Mask } from "./editor.js";
 import { Gallery } from "./gallery.js";
+import { Layers } from "./layers.js";
 import { lead } from "./lead.js";
 import { Report } from "./report.js";
 import { Rules } from "./rules.js";
@@ -36,6 +37,7 @@ const doing = (call) => async (...given) => {
 const editor = new Editor($("canvas"), doing(strokeEnded));
 const gallery = new Gallery($("tiles"), $("more"), doing(open), toast);
 const rules = new Rules($("rules"), $("rules-empty"), { changed: doing(arrange) });
+const layers = new Layers($("layers"), doing(chooseLayer));
 const report = new Report($("report"));
 const slots = new Slots({
   opened: doing((entry) => open(entry.row, entry)), removed: doing(remove), size: () => Editor.maskSize(shop.width, shop.height),
@@ -80,6 +82,7 @@ function enable() {
   $("undo").disabled = !current()?.strokes.length;
   $("redo").disabled = !current()?.undone.length;
   $("rewrite").disabled = !slots.complete;
+  $("scan").disabled = !slots.complete;
   $("erase").disabled = !slots.paste.length;
   $("zero").disabled = !(slots.paste.length || slots.context.length);
   $("fresh").hidden = !slots.all().length;
@@ -273,25 +276,27 @@ async function synchronise() {
 }
 
 async function showLayers() {
-  const box = $("layers");
-  box.replaceChildren();
-  for (const layer of await api.layers()) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.setAttribute("aria-pressed", layer.name === shop.layer);
-    const name = document.createElement("span"), size = document.createElement("span");
-    name.textContent = layer.name;
-    size.textContent = `${layer.map.join("×")}${layer.ready ? "" : " · to be collected"}`;
-    button.append(name, size);
-    button.addEventListener("click", doing(async () => {
-      await api.chooseLayer(layer.name);
-      await synchronise();
-      await showLayers();
-      present();
-      if (slots.complete) await fit("rewrite");
-      else await gallery.refresh();
-    }));
-    box.append(button);
+  layers.show(await api.layers(), shop.layer);
+}
+
+async function chooseLayer(name, rank) {
+  await api.chooseLayer(name);
+  if (rank) $("rank").value = rank;
+  await synchronise();
+  await showLayers();
+  present();
+  if (slots.complete) await fit("rewrite");
+  else await gallery.refresh();
+}
+
+async function scan() {
+  await api.saveEdit(slots.edit());
+  $("scan").disabled = true;
+  try {
+    layers.found = new Map((await api.scan()).map((each) => [each.layer, each]));
+    await showLayers();
+  } finally {
+    enable();
   }
 }
 
@@ -387,6 +392,7 @@ on("view", "change", () => gallery.setView($("view").value));
 on("order", "change", reorder);
 on("zoom", "input", () => gallery.resize(Number($("zoom").value)));
 on("layer-strip", "toggle", async () => { if ($("layer-strip").open) await showLayers(); });
+on("scan", "click", scan);
 on("cancel", "click", () => api.cancel());
 on("goto", "change", () => open(Math.min(shop.pictures - 1, Math.max(0, Math.round(Number($("goto").value) || 0)))));
 on("files", "toggle", () => { // of the pictures that are seen now
