@@ -12,7 +12,7 @@ from torch import Tensor
 from ...backends import select
 from ...errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
 from ..memory import plain, without_gradient
-from .problem import EPSILON, SMALLEST, Cholesky, asymmetry, check_matrix, check_rhs
+from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry, check_matrix, check_rhs, refuse_in_graph
 
 LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
@@ -25,20 +25,27 @@ class SPDFactor:
     lower   the same shape: matrix = lower @ lower.T
     shift   scalar or [B], float64: what was added to a diagonal entry of mean size, 0 where nothing was; to each in
             proportion, so that channels of small scale keep their digits, and to a dead one as if it were of mean size
+    shifted whether any shift may not be 0: what the host knows without a look at the device
     """
 
     matrix: Tensor
     lower: Tensor
     shift: Tensor
     backend: str = "auto"
+    shifted: bool = True
 
     def solve(self, rhs: Tensor) -> Tensor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
         [B, n] or [B, n, m]), refined where it is not exact to rounding. NaN and infinity in ``rhs`` raise
-        NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN."""
+        NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN. There one matrix's
+        solve can be captured in a CUDA graph, after a first call; a batch's is refused (RewriteCoreError)."""
         check_rhs(self.matrix, rhs)
+        if self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library()):
+            # inside a capture MAGMA does not raise, it aborts the process
+            refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
         solve = select("spd_solve", self.backend, self.matrix, rhs).load().solve
-        x = solve(self.matrix, self.lower, without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double()))
+        wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
+        x = solve(self.matrix, self.lower, wide, self.shifted)
         if x is None:
             raise NonFiniteError(
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
@@ -49,12 +56,13 @@ class SPDFactor:
     def condition(self) -> Tensor:
         """An estimate of the condition number in the 1-norm, scalar or [B]: a lower bound, seldom below a
         third of it (Hager 1984; SciPy: ``scipy.linalg.lapack.dpocon``)."""
+        refuse_in_graph(self.matrix, "The estimate looks at its numbers on the host", "take it before the capture")
         if self.matrix.ndim == 3:
             if not len(self.matrix):
                 return self.matrix.new_empty(0)
             return torch.stack(
                 [
-                    SPDFactor(*parts, self.backend).condition
+                    SPDFactor(*parts, self.backend, self.shifted).condition
                     for parts in zip(self.matrix, self.lower, self.shift, strict=True)
                 ]
             )
@@ -91,27 +99,23 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
     below n, rounding error is all that any factor has there: no shift below n eps or `noise` times an entry will do.
 
     Raises ArgumentError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
-    an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), or one with a clearly negative eigenvalue.
+    an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), one with a clearly negative eigenvalue, or
+    where a CUDA graph is being captured. On a GPU the host waits once, and once more for each shift that is tried.
     SciPy: ``scipy.linalg.cho_factor``.
     """
     check_matrix(matrix)
+    refuse_in_graph(matrix, "spd_factor looks at its checks on the host", "factor before the capture")
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
     matrix = plain(matrix.detach().double())
     full = matrix if matrix.ndim == 3 else matrix[None]
     kernels = select("spd_solve", backend, matrix).load()
-    facts = kernels.examine(full)
+    given = full
     if eps > EPSILON:
         full = (full + full.mT) / 2
     n = full.shape[-1]
     least = max(n * EPSILON, noise)
-    lower, info = kernels.factor(full, least)
-    if isinstance(facts, Tensor):  # on a GPU the only wait of a factor that needs no shift
-        *facts, info = torch.cat([facts.T, info[None].to(facts)]).tolist()
-        facts, info = list(zip(*facts)), list(map(int, info))
-    else:
-        info = info.tolist()
-    means = []
-    for b, (mean, largest, difference) in enumerate(facts):
+    lower, facts = kernels.factor(given, full, least)
+    for b, (mean, largest, difference, _pivot) in enumerate(facts):
         which = f" {b} of the batch" if matrix.ndim == 3 else ""
         if not math.isfinite(difference):
             raise NonFiniteError(
@@ -131,32 +135,32 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
                 f"The mean diagonal of the matrix{which} is {mean:.3g}, too close to float64's smallest number to "
                 "solve with: scale the keys up."
             )
-        means.append(mean)
     shift = full.new_zeros(len(full))
     deficient = rank is not None and rank < n
-    if any(info) or deficient:
+    shifted = deficient or any(each.pivot for each in facts)
+    if shifted:
         full = full.clone()
-        _shift(kernels, full, lower, info, means, shift, least, deficient, batched=matrix.ndim == 3)
+        _shift(kernels, full, lower, facts, shift, least, deficient, batched=matrix.ndim == 3)
     if matrix.ndim == 3:
-        return SPDFactor(full, lower, shift, backend)
-    return SPDFactor(full[0], lower[0], shift[0], backend)
+        return SPDFactor(full, lower, shift, backend, shifted)
+    return SPDFactor(full[0], lower[0], shift[0], backend, shifted)
 
 
 def _shift(
     kernels: Cholesky,
     full: Tensor,
     lower: Tensor,
-    info: list[int],
-    means: list[float],
+    facts: list[Facts],
     shift: Tensor,
     least: float,
     deficient: bool,
     batched: bool,
 ) -> None:
-    """Factors those matrices whose info is not 0 (or all, if they are known to be rank-deficient) again, in place, with
-    ever larger shifts from eps (or `least`) times each diagonal entry on; warns or raises."""
+    """Factors those matrices that have a bad pivot (or all, if they are known to be rank-deficient) again, in place,
+    with ever larger shifts from eps (or `least`) times each diagonal entry on; warns or raises."""
+    means = [each.mean for each in facts]
     for b, mean in enumerate(means):
-        if not info[b] and not deficient:
+        if not facts[b].pivot and not deficient:
             continue
         diagonal = full[b].diagonal()
         plain = diagonal.clone()
@@ -171,8 +175,8 @@ def _shift(
                 )
             shift[b] = step * mean
             diagonal.copy_(plain + step * sizes)
-            part, again = kernels.factor(full[b : b + 1], least)
-            lower[b], bad = part[0], bool(again[0])
+            part, again = kernels.factor(full[b : b + 1], full[b : b + 1], least)
+            lower[b], bad = part[0], bool(again[0].pivot)
             step = 10 * step
     relative = [size / mean for size, mean in zip(shift.tolist(), means)]
     worst = max(range(len(means)), key=relative.__getitem__)

@@ -45,16 +45,28 @@ def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
         )
 
 
-class Cholesky(NamedTuple):
-    """One backend: what differs between them; checks, shifts and refinement are shared."""
+def refuse_in_graph(matrix: Tensor, what: str, instead: str) -> None:
+    """Raise RewriteCoreError where a CUDA graph is being captured: `what` cannot go into it."""
+    if matrix.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RewriteCoreError(f"{what}, which a CUDA graph cannot hold: {instead}.")
 
-    # [B, n, n] -> for each: mean diagonal, largest |diagonal|, largest |a_ij - a_ji| (NaN where anything is not finite)
-    # (a list, or a tensor [B, 3] that is still to be read)
-    examine: Callable[[Tensor], list[list[float]] | Tensor]
-    # [B, n, n], least -> lower [B, n, n], info [B]: 0, or which pivot is not above `least` times its diagonal entry
-    factor: Callable[[Tensor, float], tuple[Tensor, Tensor]]
-    # matrix and lower [..., n, n], rhs [..., n, m] or [..., n] -> the same, exact to rounding; where the rhs is not
-    # finite None on a CPU, and NaN on a GPU, where a look would wait
-    solve: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+class Facts(NamedTuple):
+    """What is known of one matrix when it is factored."""
+
+    mean: float  # of the diagonal
+    largest: float  # |diagonal entry|
+    difference: float  # largest |a_ij - a_ji|, NaN where anything is not finite
+    pivot: int  # 0, or which one, from 1 on, is not above `least` times its diagonal entry
+
+
+class Cholesky(NamedTuple):
+    """One backend: what differs between them; checks and shifts are shared."""
+
+    # [B, n, n] as given, the same made symmetric, least -> lower [B, n, n] of the latter, and the facts of each
+    factor: Callable[[Tensor, Tensor, float], tuple[Tensor, list[Facts]]]
+    # matrix and lower [..., n, n], rhs [..., n, m] or [..., n], whether a matrix is shifted -> the shape of rhs, exact
+    # to rounding; where the rhs is not finite None on a CPU, and NaN on a GPU, where a look would wait
+    solve: Callable[[Tensor, Tensor, Tensor, bool], Tensor | None]
     # matrix and rhs -> all in one call, or None where a check fails and the long way will say which
     direct: Callable[[Tensor, Tensor], Tensor | None] = lambda matrix, rhs: None

@@ -8,7 +8,7 @@ from torch import Tensor, library
 from ...backends import Backend, dispatched, extension, extension_reason, select
 from ..memory import plain, without_gradient
 from .factor import spd_factor
-from .problem import EPSILON, SMALLEST, Cholesky, asymmetry, check_matrix, check_rhs
+from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry, check_matrix, check_rhs, refuse_in_graph
 
 
 def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
@@ -20,11 +20,13 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
 
     Returns float64 in the shape of ``rhs``. Factors, solves, refines where that is needed; use :func:`spd_factor` to
     solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
-    what is raised. Not differentiable: gradients stop here.
+    what is raised. Not differentiable: gradients stop here. On a GPU the host waits once, to look at the checks; inside
+    the capture of a CUDA graph that is refused (RewriteCoreError).
     SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
     """
     check_matrix(matrix)
     check_rhs(matrix, rhs)
+    refuse_in_graph(matrix, "spd_solve looks at its checks on the host", "factor with spd_factor before the capture")
     op = torch.ops.rewrite_core.spd_solve if dispatched(matrix, rhs) else _solve
     return op(without_gradient(matrix), without_gradient(rhs), backend)
 
@@ -49,6 +51,12 @@ def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Te
         isa=isa,
     )
     return lower, info
+
+
+def _cpp_examined(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, list[Facts]]:
+    found = _cpp_examine(given)
+    lower, pivots = _cpp_factor(matrix, least)
+    return lower, [Facts(*each, pivot) for each, pivot in zip(found, pivots.tolist(), strict=True)]
 
 
 def _cpp_solve(matrix: Tensor, lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor | None:
@@ -88,7 +96,11 @@ def _cpp_direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
     return x if good else None
 
 
-run_cpp = Cholesky(_cpp_examine, _cpp_factor, _cpp_solve, _cpp_direct)
+def _cpp_refined(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool) -> Tensor | None:
+    return _cpp_solve(matrix, lower, rhs)  # looks at the residual itself
+
+
+run_cpp = Cholesky(_cpp_examined, _cpp_refined, _cpp_direct)
 
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
