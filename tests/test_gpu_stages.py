@@ -182,6 +182,22 @@ def test_a_kernel_that_is_wrong(name, function, fields, setting, monkeypatch):
     assert line["error"] > line["tolerance"]
 
 
+def test_one_wrong_coefficient_where_the_goal_is_met():
+    """The final loss is then at rounding: of it any difference is a multiple. The coefficients are float32's."""
+    name = "fit_low_rank l1, linear, 16 directions, 4x4: dual form"
+    launches, judge = modes.case(CASES["S1"][name], "cpu", small=False)
+    found = launches()
+    assert found.loss.max() < 1e-9 * found.initial_loss.min()
+    right = judge(found)
+    assert right["error"] < right["tolerance"] / 2
+    coefficients = found.coefficients.clone()
+    coefficients[17] *= 1 + 1e-4
+    wrong = judge(found._replace(coefficients=coefficients))
+    assert wrong["error"] > wrong["tolerance"] and "really leave" in wrong["error_kind"]
+    worse = judge(found._replace(loss=found.loss + 1e-4 * found.initial_loss))
+    assert worse["error"] > worse["tolerance"]
+
+
 def test_what_is_wrong_is_not_timed(setting, monkeypatch):
     monkeypatch.setattr(targets, "spd_solve", scaled(targets.spd_solve))
     (line,) = run(setting, "S2", "solve n 64, 8 right-hand sides")
@@ -466,6 +482,13 @@ def test_what_coefficients_leave(loss, segments):
     torch.testing.assert_close(problems.losses_of(inputs, fit.coefficients, loss), fit.loss, rtol=1e-5, atol=1e-9)
     nothing = torch.zeros_like(fit.coefficients)
     torch.testing.assert_close(problems.losses_of(inputs, nothing, loss), fit.initial_loss, rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_of_solves_is_never_captured():
+    """MAGMA's would end the process, not the case."""
+    assert set(targets.solve("cpu", True, 24, 1, 2).uncaptured) < set(targets.solve("cpu", True, 24, 2, 2).uncaptured)
+    batch = targets.solve("cpu", True, 24, 2, 2)
+    assert set(batch.uncaptured) == {contender.name for contender in batch.problem.contenders}
 
 
 # --- tests and compute-sanitizer ---
