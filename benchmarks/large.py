@@ -13,6 +13,7 @@ import functools
 import gc
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -142,6 +143,9 @@ LARGE = {
 }
 
 
+# glibc gives every block back as it is freed: what is resident is what is in use, for somewhat longer times
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+
 # --- what a step takes -----------------------------------------------------------------------------------------------
 
 
@@ -250,16 +254,18 @@ def run(name: str, tiny: bool) -> Record:
 
 def _table(record: Record) -> list[str]:
     weight, bound = record["weight_bytes"], record["statistics"] + record["steps"]["to the layer"]["peak"]
+    bounds = {"bind": record["steps"]["pass"]["peak"], **dict.fromkeys(STEPS[STEPS.index("collect") :], bound)}
     lines = [
         f"{record['generator']}: {record['parameters'] / 1e6:.0f} million parameters, {record['dtype']}, "
         f"{record['bytes'] / 2**20:.0f} MiB; {record['layer']} {record['weight']}, map {record['map']}",
-        f"  one weight is {weight / 2**20:.1f} MiB; 3 C^2 doubles and the activations of {record['batch']} latents "
-        f"up to the layer are {bound / 2**20:.1f} MiB",
+        f"  one weight is {weight / 2**20:.1f} MiB; the bound, 3 C^2 doubles and what {record['batch']} latents take on "
+        f"their way to the layer, is {bound / 2**20:.1f} MiB (of bind, which looks at a whole pass: that pass)",
     ]
     for step, taken in record["steps"].items():
         lines.append(
             f"  {step:12} {duration(taken['seconds']):>8}   peak {taken['peak'] / 2**20:7.1f} MiB   "
             f"kept {taken['kept'] / 2**20:7.1f} MiB"
+            + (f"   {taken['peak'] / bounds[step]:.2f} of the bound" if step in bounds else "")
         )
     return lines
 
@@ -272,7 +278,7 @@ def main(out: Path, quick: bool) -> int:
     status = 0
     for name in LARGE:
         command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, name, *(["--tiny"] * quick)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | MALLOC)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             missing = reason.startswith("ModuleNotFoundError")
