@@ -258,8 +258,8 @@ def _table(record: Record) -> list[str]:
     lines = [
         f"{record['generator']}: {record['parameters'] / 1e6:.0f} million parameters, {record['dtype']}, "
         f"{record['bytes'] / 2**20:.0f} MiB; {record['layer']} {record['weight']}, map {record['map']}",
-        f"  one weight is {weight / 2**20:.1f} MiB; the bound, 3 C^2 doubles and what {record["batch"]} latents take "
-        f"on their way to the layer, is {bound / 2**20:.1f} MiB (of bind, which looks at a whole pass: that pass)",
+        f"  one weight is {weight / 2**20:.1f} MiB; the bound, 3 C^2 doubles and what {record['batch']} latents take",
+        f"  on their way to the layer, is {bound / 2**20:.1f} MiB (of bind, which looks at a whole pass: that pass)",
     ]
     for step, taken in record["steps"].items():
         lines.append(

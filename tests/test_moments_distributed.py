@@ -290,6 +290,24 @@ def test_what_torchrun_is_refused(tmp_path, capsys, user_generator, monkeypatch)
         assert code == 2 and out == "" and err.startswith(f"rewrite collect: {words}") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["info"], ["render", "--out", "x.png"], ["merge", "a", "--out", "b"]])
+def test_commands_that_torchrun_would_run_several_times(command, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run(capsys, *command)
+    assert (
+        code == 2
+        and out == ""
+        and err
+        == (
+            f"rewrite {command[0]}: rewrite {command[0]} does not share its work between torchrun's processes, as collect "
+            "does; run it in one process.\n"
+        )
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "torchrun" not in run(capsys, *command)[2]
+
+
 def killed_runs(undisturbed, folder, times):
     """So many times four processes of which one is killed, at a random moment of its collecting: torchrun starts all of
     them again, once, and they go on, each with at most one batch done again, to the same bits."""

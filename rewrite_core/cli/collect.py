@@ -145,4 +145,5 @@ COMMAND = Command(
     run,
     notes=GENERATOR_NOTES,
     interrupted=_interrupted,
+    processes=True,
 )

@@ -30,6 +30,7 @@ class Command:
     notes          what --help says besides
     interrupted    what to say of going on after Ctrl-C, such as "; run it again"
     settings       whether options that are not given come from rewrite.toml
+    processes      whether the processes of torchrun share its work
     """
 
     name: str
@@ -40,6 +41,7 @@ class Command:
     notes: str = ""
     interrupted: Callable[[argparse.Namespace], str] = _not_to_be_resumed
     settings: bool = True
+    processes: bool = False
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,7 +30,7 @@ from . import (
     search,
     studio,
 )
-from .command import Command, Parser, build_parser
+from .command import Command, Parser, UsageError, build_parser
 from .messages import problem, say, show_warning
 from .options import check_files
 from .settings import fill, read_settings
@@ -112,10 +112,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options.command, options)
 
 
+def _check_processes(command: Command) -> None:
+    """Raises UsageError where torchrun has started a command in several processes that would all do the same."""
+    # not distributed.launched(), which imports torch
+    many = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if many and not command.processes:
+        shared = " and ".join(each.name for each in COMMANDS if each.processes)
+        raise UsageError(
+            f"rewrite {command.name} does not share its work between torchrun's processes, as {shared} does; run it in "
+            "one process."
+        )
+
+
 def _run(command: Command, options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
+            _check_processes(command)
             fill(options, read_settings() if command.settings else {})
             check_files(options)
             status = command.run(options) or 0
