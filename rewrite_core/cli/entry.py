@@ -117,9 +117,9 @@ def _check_processes(command: Command) -> None:
     # not distributed.launched(), which imports torch
     many = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many and not command.processes:
-        shared = " and ".join(each.name for each in COMMANDS if each.processes)
+        shared = ", ".join(each.name for each in COMMANDS if each.processes)
         raise UsageError(
-            f"rewrite {command.name} does not share its work between torchrun's processes, as {shared} does; run it in "
+            f"rewrite {command.name} does not share its work between torchrun's processes, as {shared} do; run it in "
             "one process."
         )
 

@@ -20,9 +20,13 @@ from ..demo import LATENT_SIZE, chapels
 from ..errors import RewriteCoreError, warn
 from ..generators.loading import load_generator, load_into
 from ..layers.latents import sample_latents
+from ..statistics.distributed import rows_together
+from ..statistics.shards import Shard
 from .command import UsageError
 from .messages import brief
 from .options import CHAPELS, PICKLED
+
+_BATCH = 16  # pictures that are painted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Subject:
     span       what the generator's images lie in
     progress   whether long work shows a bar
     shape      of one picture, [C, H, W]
+    shard      this process's, where those of torchrun paint together
     """
 
     name: str
@@ -45,12 +50,20 @@ class Subject:
     span: tuple[float, float]
     progress: bool
     shape: tuple[int, ...] = ()
+    shard: Shard | None = None
 
     def paint(self, latents: Tensor, progress: bool | None = None) -> Tensor:
         """Pictures [N, C, H, W] of latents [N, *size], float32 in 0..1 on the CPU."""
         _check_memory(f"{len(latents)} pictures", 2 * len(latents) * math.prod(self.shape))  # and what is made of them
         show = self.progress if progress is None else progress
-        painted = pictures.paint(self.generator, latents, batch_size=16, span=self.span, progress=show)
+
+        def paint(rows: Tensor, progress: bool = False) -> Tensor:
+            return pictures.paint(self.generator, rows, batch_size=_BATCH, span=self.span, progress=progress)
+
+        if self.shard is None or len(latents) <= _BATCH:
+            painted = paint(latents, show)
+        else:
+            painted = rows_together(latents, self.shard, _BATCH, paint)
         broken = len(painted) - int(torch.isfinite(painted.sum((1, 2, 3))).sum())
         if broken:
             warn(f"{broken} of {len(painted)} pictures hold NaN or infinity; where they do they are drawn black.")
@@ -66,6 +79,7 @@ def subject(options: argparse.Namespace, count: int) -> Subject:
         seed=options.seed,
         span=options.range,
         progress=not options.quiet,
+        shard=getattr(options, "process", None),
     )
     first = made.latents[:2]
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .command import Command, UsageError
 from .messages import say
 from .options import CHAPELS, DEMO_EDITS, GENERATOR_NOTES, PNG, add_generator, add_rewrites, input_file, output, whole
+from .processes import painting_together
 
 if TYPE_CHECKING:
     from .generator import Subject
@@ -105,6 +106,7 @@ COMMAND = Command(
     "measure what rewrites change on many pictures",
     "rewrite measure --edit spire --rewrite spire.safetensors --out sheet.png",
     add_arguments,
-    run,
+    painting_together(run, but_for="edit"),
     notes=GENERATOR_NOTES,
+    processes=True,
 )

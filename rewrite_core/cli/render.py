@@ -8,6 +8,7 @@ from pathlib import Path
 from .command import Command
 from .messages import say, shown
 from .options import GENERATOR_NOTES, add_generator, add_rewrites, add_sheet, check_pixels, numbers
+from .processes import is_first, painting_together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         images = [pictures.to_image(picture, options.size) for picture in on.paint(latents)]
         rows, title = pictures.in_rows(images, labels, 8), f"pictures of seed {on.seed}"
-    pictures.save_png(pictures.grid(rows, title), options.out)
+    if is_first(options):
+        pictures.save_png(pictures.grid(rows, title), options.out)
     say(f"{len(latents)} picture{'s' * (len(latents) > 1)} -> {options.out}")
 
 
@@ -45,6 +47,7 @@ COMMAND = Command(
     "render pictures, before and after rewrites",
     "rewrite render --rewrite spire.safetensors --images 0-31 --out spire.png",
     add_arguments,
-    run,
+    painting_together(run),
     notes=GENERATOR_NOTES,
+    processes=True,
 )

@@ -212,3 +212,23 @@ def _gather(moment: SecondMoment, shard: Shard) -> None:
             dist.recv(part, other)
         moment._sum += part
     vars(moment).update(joined)
+
+
+def rows_together(rows: Tensor, shard: Shard, batch_size: int, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """``work(rows)``, a CPU tensor with a row for each of `rows`, of which each process of :func:`together` does whole
+    batches. All of them get all of it, to the bits that one process makes."""
+    import torch.distributed as dist
+
+    batches = rows.split(batch_size)
+    first, last = ((shard.number - back) * len(batches) // shard.of for back in (1, 0))
+    own = torch.cat([work(batch) for batch in batches[first:last]]) if first < last else torch.empty(0)
+    shapes: list[Any] = [None] * shard.of
+    parts = []
+    with _others_may_end():
+        dist.all_gather_object(shapes, (tuple(own.shape), own.dtype))
+        for rank, (shape, dtype) in enumerate(shapes):
+            part = own.contiguous() if rank + 1 == shard.number else torch.empty(shape, dtype=dtype)
+            if len(part):
+                dist.broadcast(part, rank)
+                parts.append(part)
+    return torch.cat(parts)
