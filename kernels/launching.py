@@ -8,6 +8,7 @@ capture that is refused here in a sentence; without, it would end in an error of
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,23 +31,45 @@ def refuse_in_graph(op: str) -> None:
 
 def launch_kernel(
     op: str, kernel: Any, programs: tuple[int, ...], *arguments: Tensor | float | None, **constants: Any
-) -> None:
-    """kernel[programs](*arguments, **constants), on the current stream. The first argument is a tensor.
+) -> Any:
+    """kernel[programs](*arguments, **constants), on the current stream. The first argument is a tensor. Returns what
+    Triton compiled; None in the interpreter.
 
     Raises RewriteCoreError where a CUDA graph is being captured and nothing compiled serves this launch.
     """
     if triton_interpreted():
-        kernel[programs](*arguments, **constants)
-        return
+        return kernel[programs](*arguments, **constants)
     kinds = tuple(map(kind, arguments, _specialised(kernel)))
     first: Any = arguments[0]
     key = (kernel, first.device.index, kinds, *constants.values())
     if key in _launched:
-        kernel[programs](*arguments, **constants)
-        return
+        return kernel[programs](*arguments, **constants)
     refuse_in_graph(op)
-    kernel[programs](*arguments, **constants)
+    compiled = kernel[programs](*arguments, **constants)
     _launched.add(key)
+    return compiled
+
+
+def repeated(
+    op: str, kernel: Any, programs: tuple[int, int, int], *arguments: Tensor | float | None, **constants: Any
+) -> Callable[..., None]:
+    """A function of numbers: launch_kernel with these behind `arguments`, at a few microseconds but for its first call.
+
+    Triton looks at every argument of a launch to find what it compiled for it. Here it does so once: the numbers must
+    be integers of 32 bits that it does not specialise.
+    """
+    direct: list[Callable[..., None]] = []
+    behind = [constants[name] for name in kernel.arg_names if name in constants]
+
+    def launch(*numbers: int) -> None:
+        if direct:
+            direct[0](*arguments, *numbers, *behind)
+            return
+        compiled = launch_kernel(op, kernel, programs, *arguments, *numbers, **constants)
+        if compiled is not None:
+            direct.append(compiled[programs])
+
+    return launch
 
 
 @functools.cache

@@ -20,70 +20,84 @@ from rewrite_core.ops.fit_projected_op.problem import TRITON
 
 
 @needs_triton
-def test_all_threads_have_read_a_change_before_one_writes_it():
-    """128 numbers of a tile on 256 threads: each is held twice. A late thread must not read what the other wrote."""
-    from rewrite_core.kernels.fit_projected import steps
+def test_all_threads_have_read_before_one_writes():
+    """A number of a small tile is held by several threads. A late one must not read what another wrote."""
+    from rewrite_core.kernels.fit_projected import directions, fit
 
-    source = Path(steps.__file__).read_text()
-    read = source.index("before = tl.load(own_rows(state.change,")
-    write = source.index("tl.store(own_rows(state.mean, start, mode.ROWS, mode), mean)")
-    assert "tl.debug_barrier()" in source[read:write] and "tl.store" not in source[read:write]
+    for module, first, last in (
+        (fit, "after = tl.load(change + at)", "tl.store(mean + at, m)"),
+        (directions, "tl.dot(tl.load(own", "tl.store(own + i[None, :], new)"),
+    ):
+        source = Path(module.__file__).read_text()
+        read = source.index(first)
+        between = source[read : source.index(last, read)]
+        assert "tl.debug_barrier()" in between and "tl.store(own" not in between
+
+
+POINTERS = (
+    *("maps", "change", "mean", "power", "slopes", "bend", "weight", "square", "directions", "leaning", "rates"),
+    *("partial", "norms", "base", "target", "value", "shift", "goal", "combined", "basis"),
+)
+
+
+def compiled_for(capability, kernel, config, **constants):
+    """A kernel in the fullest modes, as a launch has it: sizes are multiples of 16."""
+    from rewrite_core.kernels.fit_projected import host
+
+    types = dict.fromkeys(POINTERS, "*fp32") | {"losses": "*fp64"}
+    types |= dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
+    constants = {"DEMODULATED": True, "SHIFT": True, "FEW": host.FEW, "PRECISION": host.PRECISION} | constants
+    known = (*POINTERS, "losses", "weights", "inputs", "width", "span", "padded")
+    warps, stages = (config.warps, config.stages) if config else (host.WARPS, 3)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    return compile_kernel(kernel, capability, types, constants, known, **options)
+
+
+def sound(compiled, capability, folder):
+    """Registers, spills, shared memory; what is multiplied and added how."""
+    ptx = compiled.asm["ptx"]
+    registers, stack, local = resources(compiled, folder)
+    assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
+    assert stack <= (64 if capability == 80 else 16), f"spills: {stack}"
+    assert compiled.metadata.shared <= 99 << 10
+    assert not re.search(r"fma\.rn\.f32", ptx), "a value and the goal equal to it would leave something"
+    assert not ATOMICS.search(ptx), "sums in any order"
+    return ptx
 
 
 @needs_triton_compiler
-@pytest.mark.parametrize(
-    ("capability", "kind"), [(80, "one tile"), (90, "one tile"), (90, "many tiles"), (100, "one tile")]
-)
-def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
-    """For GPUs this machine lacks, from source to machine code, in the fullest modes."""
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kind", ["first", "second", "third", "many tiles", "projected gradient"])
+def test_updates_compile_ahead_of_time(capability, kind, tmp_path, monkeypatch):
+    """For GPUs this machine lacks, from source to machine code."""
     from rewrite_core.kernels.fit_projected import fit, host
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # compile now, whatever was compiled before
-    config, one, kernel = host.CANDIDATES[0], kind == "one tile", fit.fit_kernel
-    pointers = (
-        "maps",
-        "base",
-        "target",
-        "value",
-        "shift",
-        "weight",
-        "square",
-        "directions",
-        "basis",
-        "rates",
-        "scratch",
-        "coefficients",
-    )
-    types = (
-        dict.fromkeys(pointers, "*fp32")
-        | {"losses": "*fp64"}
-        | dict.fromkeys(("share", "eps", "slope", "gain"), "fp32")
-    )
-    constants = {
-        "ABSOLUTE": one,
-        "DEMODULATED": True,
-        "SHIFT": True,
-        "PROJECTS": True,
-        "PROJECTS_GRADIENT": not one,
-        "ONE_TILE": one,
-        "CHANNELS": config.channels,
-        "ROWS": config.rows,
-        "PIXELS": config.pixels,
-        "PRECISION": host.PRECISION,
-    }
-    known = (*pointers, "losses", "inputs", "width", "stride")  # as a launch has them: multiples of 16
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
-    compiled = compile_kernel(kernel, capability, types, constants, known, **options)
-    ptx = compiled.asm["ptx"]
-    registers, stack, local = resources(compiled, tmp_path)
-    assert f"sm_{capability}" in ptx and registers <= 255 and local == 0
-    assert stack <= (16 if capability == 80 else 0), f"spills: {stack}"
-    assert compiled.metadata.shared <= 99 << 10
+    assert len(host.CANDIDATES) == 3
+    config = host.CANDIDATES[{"second": 1, "third": 2}.get(kind, 0)]
+    sizes = {"CHANNELS": config.channels, "ROWS": config.rows, "PIXELS": config.pixels}
+    modes = {"ONE_TILE": kind != "many tiles", "PROJECTS_GRADIENT": kind == "projected gradient"}
+    ptx = sound(compiled_for(capability, fit.update_kernel, config, **sizes, **modes), capability, tmp_path)
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 8, "read 4 bytes at a time"
     assert re.search(r"mma\S*tf32", ptx), "no tensor cores"
-    # three products, of numbers split in two
-    assert not re.search(r"fma\.rn\.f32", ptx), "a value and the goal equal to it would leave something"
-    assert not ATOMICS.search(ptx), "sums in any order"
+
+
+@needs_triton_compiler
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kind", ["compare", "project", "lean"])
+def test_the_others_compile_ahead_of_time(capability, kind, tmp_path, monkeypatch):
+    from rewrite_core.kernels.fit_projected import directions, fit, host
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    if kind == "compare":
+        sizes = {"CHANNELS": host.COMPARED, "PIXELS": host.CANDIDATES[0].pixels, "ABSOLUTE": True}
+        ptx = sound(compiled_for(capability, fit.compare_kernel, None, **sizes), capability, tmp_path)
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= fit.TOGETHER, "read 4 bytes at a time"
+        return
+    kernel = getattr(directions, f"{kind}_kernel")
+    sizes = {"CHANNELS": host.TURNED, "ROWS": host.TURNED_INPUTS, "PIXELS": host.FEW}
+    ptx = sound(compiled_for(capability, kernel, None, **sizes), capability, tmp_path)
+    assert re.search(r"mma\S*tf32", ptx), "no tensor cores"
 
 
 def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):

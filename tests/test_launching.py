@@ -15,7 +15,7 @@ class GPU:
     """In place of Triton's launches: what is compiled, by Triton's own rules, and whether a graph is captured."""
 
     def __init__(self):
-        self.compiled, self.capturing, self.fused, self.binders = set(), False, {}, {}
+        self.compiled, self.capturing, self.fused, self.binders, self.launched = set(), False, {}, {}, []
 
     def key(self, kernel, *arguments, **constants):
         """What Triton keeps a compiled kernel under."""
@@ -30,6 +30,7 @@ class GPU:
         return kernel, str(specialisation), str(options)
 
     def launch(self, kernel, *arguments, **constants):
+        self.launched.append(kernel.__name__)
         key = self.key(kernel, *arguments, **constants)
         assert not self.capturing or key in self.compiled, "an error of CUDA's: a kernel is loaded inside a capture"
         self.compiled.add(key)
@@ -48,6 +49,10 @@ class Watched:
         return lambda *arguments, **constants: self.gpu.launch(self.kernel, *arguments, **constants)
 
 
+DESCENDS = "update_kernel", "compare_kernel", "project_kernel", "lean_kernel"
+KERNELS = "second_moment_kernel", "add_partials_kernel", "fit_kernel", "exact_kernel", *DESCENDS
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     from rewrite_core.kernels import launching, second_moment
@@ -59,7 +64,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(launching, "_launched", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     for module in (second_moment, fit_low_rank, fit_projected):
-        for name in ("second_moment_kernel", "add_partials_kernel", "fit_kernel", "exact_kernel"):
+        for name in KERNELS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Watched(getattr(module, name), gpu))
     return gpu
@@ -129,6 +134,7 @@ def projected_call(draw):
     loss, steps = draw("loss", ("l1", "l2")), draw("steps", (1, 20))
     maps = (operator, base, base, base, shift, None, None)
     problem = FitProjectedProblem(*maps, 0.0, 0.2, 1.0, directions, loss, steps, 0.05, 10, False)
+    problem = problem._replace(project_gradient=problem.steps == 1 and len(directions) > 0)
     return lambda: fit_projected.launch(problem)
 
 
@@ -166,8 +172,54 @@ def test_what_must_not_be_fused(gpu):
         draw = Draw()
         for _ in range(20):
             make(draw)()
-    assert set(gpu.fused) == {"fit_kernel", "exact_kernel"} and not any(gpu.fused.values())
+    assert set(gpu.fused) == {"fit_kernel", "exact_kernel", *DESCENDS} and not any(gpu.fused.values())
     assert None not in gpu.fused.values()
+
+
+def test_two_launches_a_step(gpu):
+    """And three more where it projects, at steps 0, 10 and the last."""
+    from rewrite_core.kernels import fit_projected
+    from rewrite_core.ops.fit_projected_op.problem import FitProjectedProblem
+
+    operator, base = torch.ones(32, 3, 3, 4, 4), torch.ones(16, 4, 4)
+    maps = (operator, base, base, base, None, None, None)
+    problem = FitProjectedProblem(*maps, 0.0, 0.2, 1.0, torch.ones(1, 32), "l1", 14, 0.05, 10, False)
+    fit_projected.launch(problem)
+    first, *steps = "".join(name[0] for name in gpu.launched).split("c")
+    assert first == "u", "demodulation's norm before the first step"
+    assert steps == ["upu", *["u"] * 9, "upu", *["u"] * 2, "up"]
+
+
+def test_repeated_launches_go_straight_to_what_is_compiled(monkeypatch):
+    from rewrite_core.kernels import launching
+
+    calls = []
+
+    class Kernel:
+        arg_names, do_not_specialize = ("x", "size", "step", "TILE"), ("step",)
+
+        def __getitem__(self, programs):
+            def launch(*arguments, **constants):
+                calls.append(("searched", programs, arguments, constants))
+                return Compiled()
+
+            return launch
+
+    class Compiled:
+        def __getitem__(self, programs):
+            return lambda *arguments: calls.append(("straight", programs, arguments))
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = torch.zeros(3)
+    launch = launching.repeated("fit", Kernel(), (2, 1, 1), x, 16, num_warps=4, TILE=32)
+    for step in (0, 1, 2):
+        launch(step)
+    assert calls == [
+        ("searched", (2, 1, 1), (x, 16, 0), {"num_warps": 4, "TILE": 32}),
+        ("straight", (2, 1, 1), (x, 16, 1, 32)),
+        ("straight", (2, 1, 1), (x, 16, 2, 32)),
+    ]
 
 
 def test_divisibility_counts_and_not_the_size(gpu):

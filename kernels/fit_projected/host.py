@@ -1,8 +1,9 @@
-"""From a problem to its launch: configurations, padding to whole tiles, and scratch."""
+"""From a problem to its launches: configurations, padding to whole tiles, and arrays."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,38 +14,44 @@ import triton
 from torch import Tensor
 
 from ...ops.fit_projected_op.problem import BETA1, BETA2, FitProjectedProblem
-from ..launching import launch_kernel
-from ..tuning import choose
-from .fit import fit_kernel
+from ..launching import repeated
+from ..tuning import choose, multiprocessors_of
+from .directions import lean_kernel, project_kernel
+from .fit import compare_kernel, update_kernel
 from .steps import RANKS
-from .structs import scratch_size
 
 
 @dataclass(frozen=True)
 class FitProjectedConfig:
-    """How the kernel is compiled and spread.
+    """How update_kernel is compiled and spread.
 
-    channels  of a program; 512 of them are 64 programs of 8
+    channels  of a program at most
     rows      weights of a tile
     pixels    of a tile at most
+    programs  for each multiprocessor, about
     warps, stages
     """
 
     channels: int
     rows: int
     pixels: int
+    programs: int
     warps: int
     stages: int
 
 
 CANDIDATES = (
-    FitProjectedConfig(8, 32, 128, 8, 1),
-    FitProjectedConfig(4, 32, 128, 8, 1),
-    FitProjectedConfig(8, 16, 128, 8, 1),
-    FitProjectedConfig(8, 16, 128, 4, 1),
+    FitProjectedConfig(64, 16, 128, 2, 4, 1),
+    FitProjectedConfig(64, 32, 128, 1, 8, 1),
+    FitProjectedConfig(32, 32, 128, 1, 8, 1),
 )
 MEASURED_STEPS = 12  # of a descent that chooses among configurations
 PRECISION = "tf32x3"
+FEW = 32  # pixels of a tile of the gradient
+COMPARED = 4  # channels of a program that compares
+TURNED = 16  # channels of a program that multiplies with directions
+TURNED_INPUTS = 64  # of a tile there, at most
+WARPS = 4  # of these two
 
 
 def _whole(count: int, tile: int) -> int:
@@ -63,9 +70,9 @@ def _prepare(problem: FitProjectedProblem) -> dict[str, Any]:
         "target": problem.target.flatten(1).contiguous(),
         "value": problem.value.flatten(1).contiguous(),
         "shift": None if problem.shift is None else problem.shift.flatten(1),
-        "weight": None if problem.weight is None else problem.weight.flatten(2).permute(2, 1, 0),
+        "weight": None if problem.weight is None else problem.weight.flatten(2).mT,
         "square": None if problem.style is None else problem.style.square(),
-        "basis": torch.einsum("ri,itp->trp", directions, operator) if len(directions) else None,
+        "basis": torch.einsum("ri,itp->trp", directions, operator) if problem.project_gradient else None,
         "rates": torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float(),
     }
 
@@ -75,67 +82,169 @@ def _padded(part: Tensor | None, *more: int) -> Tensor | None:
     return None if part is None else F.pad(part, [each for one in more for each in (0, one)]).contiguous()
 
 
-def _descend(
-    problem: FitProjectedProblem, shared: dict[str, Any], config: FitProjectedConfig, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernel for so many steps: coefficients [channels, taps, directions or padded inputs], losses."""
-    taps, inputs, pixels = shared["maps"].shape
-    channels, rank = len(problem.base), len(problem.directions)
-    tile = min(config.pixels, max(16, triton.next_power_of_2(pixels)))
-    width, padded, ranks = _whole(pixels, tile), _whole(inputs, config.rows), _whole(max(rank, 1), RANKS)
-    more, beyond, beside = padded - inputs, width - pixels, ranks - rank
-    programs = triton.cdiv(channels, config.channels)
-    stride = scratch_size(taps, padded, ranks, width, config.channels)
-    scratch = torch.empty(programs, stride, dtype=torch.float32, device=problem.base.device)
-    losses = torch.empty(programs, steps, dtype=torch.float64, device=problem.base.device)
-    coefficients = problem.base.new_empty(channels, taps, ranks if rank else padded)
-    shift = shared["shift"]
-    launch_kernel(
-        "fit_projected",
-        fit_kernel,
-        (programs,),
-        _padded(shared["maps"], beyond, more),
-        shared["base"],
-        shared["target"],
-        shared["value"],
-        shift,
-        _padded(shared["weight"], 0, more),
-        _padded(shared["square"], more),
-        _padded(problem.directions, more, beside) if rank else None,
-        _padded(shared["basis"], beyond, beside),
-        shared["rates"],
-        scratch,
-        losses,
-        coefficients,
-        channels,
-        padded,
-        taps,
-        ranks,
-        pixels,
-        width,
-        *((0, 0) if shift is None else shift.stride()),
-        steps,
-        problem.project_every,
-        stride,
-        1 / problem.base.numel(),
-        float(problem.eps),
-        float(problem.slope),
-        float(problem.gain),
-        ABSOLUTE=problem.loss == "l1",
-        DEMODULATED=problem.weight is not None,
-        SHIFT=shift is not None,
-        PROJECTS=rank > 0,
-        PROJECTS_GRADIENT=problem.project_gradient,
-        ONE_TILE=width == tile,
-        CHANNELS=config.channels,
-        ROWS=config.rows,
-        PIXELS=tile,
-        PRECISION=PRECISION,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        enable_fp_fusion=False,  # a value and the goal that is equal to it must leave nothing
-    )
-    return coefficients, losses
+class _Descent:
+    """The arrays of a descent, and its launches."""
+
+    def __init__(self, problem: FitProjectedProblem, shared: dict[str, Any], config: FitProjectedConfig, steps: int):
+        self.problem, self.shared, self.config, self.steps = problem, shared, config, steps
+        self.taps, inputs, self.pixels = shared["maps"].shape
+        channels, rank = len(problem.base), len(problem.directions)
+        self.group = min(config.channels, max(16, triton.next_power_of_2(channels)))
+        self.tile = min(config.pixels, max(16, triton.next_power_of_2(self.pixels)))
+        self.channels, self.width = _whole(channels, self.group), _whole(self.pixels, self.tile)
+        self.inputs, self.ranks = _whole(inputs, config.rows), _whole(max(rank, 1), RANKS)
+        self.weights = self.taps * self.inputs
+        self.span = self._span()
+        self.slices = triton.cdiv(self.weights, self.span)
+        self.unknowns = self._arrays(inputs, rank)
+
+    def _span(self) -> int:
+        """Weights of a slice: whole tiles, so many that there are about as many programs as wanted."""
+        device, config = self.problem.base.device, self.config
+        wanted = config.programs * multiprocessors_of(device) * self.group // self.channels
+        return triton.cdiv(self.weights // config.rows, max(wanted, 1)) * config.rows
+
+    def _arrays(self, inputs: int, rank: int) -> dict[str, Tensor | None]:
+        """By name, with zeros to whole tiles."""
+        shared, base = self.shared, self.problem.base
+        more, beyond, beside = self.inputs - inputs, self.width - self.pixels, self.ranks - rank
+        below = self.channels - len(base)
+        turned = base.new_empty(2, self.channels, self.taps, self.ranks)
+        change, mean, power = base.new_zeros(3, self.channels, self.taps, self.inputs)
+        return {
+            "maps": _padded(shared["maps"], beyond, more),
+            "change": change,
+            "mean": mean,
+            "power": power,
+            "slopes": base.new_zeros(self.channels, self.width),
+            "bend": base.new_zeros(self.channels),
+            "weight": _padded(shared["weight"], more, 0, below),
+            "square": _padded(shared["square"], more),
+            "directions": _padded(self.problem.directions, more, beside) if rank else None,
+            "combined": turned[0],
+            "leaning": turned[1],
+            "basis": _padded(shared["basis"], beyond, beside),
+            "partial": base.new_empty(self.slices, self.channels, self.width),
+            "norms": base.new_empty(self.slices, self.channels),
+            "goal": base.new_empty(self.channels, self.width),
+            "losses": base.new_empty(self.channels // COMPARED, self.steps, dtype=torch.float64),
+        }
+
+    def _of(self, *names: str) -> list[Tensor | None]:
+        return [self.unknowns[name] for name in names]
+
+    def _update(self) -> Callable[..., None]:
+        return repeated(
+            "fit_projected",
+            update_kernel,
+            (self.channels // self.group, self.slices, 1),
+            *self._of("maps", "change", "mean", "power", "slopes", "bend", "weight", "square", "directions", "leaning"),
+            self.shared["rates"],
+            *self._of("partial", "norms"),
+            self.weights,
+            self.inputs,
+            self.ranks,
+            self.width,
+            self.span,
+            DEMODULATED=self.problem.weight is not None,
+            PROJECTS_GRADIENT=self.problem.project_gradient,
+            ONE_TILE=self.width == self.tile,
+            CHANNELS=self.group,
+            ROWS=self.config.rows,
+            PIXELS=self.tile,
+            FEW=min(FEW, self.tile),
+            PRECISION=PRECISION,
+            num_warps=self.config.warps,
+            num_stages=self.config.stages,
+            enable_fp_fusion=False,
+        )
+
+    def _compare(self) -> Callable[..., None]:
+        problem, shift = self.problem, self.shared["shift"]
+        return repeated(
+            "fit_projected",
+            compare_kernel,
+            (self.channels // COMPARED, 1, 1),
+            *self._of("partial", "norms"),
+            self.shared["base"],
+            self.shared["target"],
+            self.shared["value"],
+            shift,
+            *self._of("goal", "slopes", "bend", "losses"),
+            self.slices,
+            len(problem.base),
+            self.channels,
+            self.pixels,
+            self.width,
+            *((0, 0) if shift is None else shift.stride()),
+            self.steps,
+            1 / problem.base.numel(),
+            float(problem.eps),
+            float(problem.slope),
+            float(problem.gain),
+            ABSOLUTE=problem.loss == "l1",
+            DEMODULATED=problem.weight is not None,
+            SHIFT=shift is not None,
+            CHANNELS=COMPARED,
+            PIXELS=self.tile,
+            num_warps=WARPS,
+            enable_fp_fusion=False,  # a value and the goal that is equal to it must leave nothing
+        )
+
+    def _project(self) -> Callable[..., None]:
+        return repeated(
+            "fit_projected",
+            project_kernel,
+            (self.channels // TURNED, self.taps, 1),
+            *self._of("change", "directions", "combined"),
+            self.weights,
+            self.inputs,
+            self.ranks,
+            CHANNELS=TURNED,
+            ROWS=math.gcd(self.inputs, TURNED_INPUTS),
+            PRECISION=PRECISION,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+
+    def _lean(self) -> Callable[..., None]:
+        return repeated(
+            "fit_projected",
+            lean_kernel,
+            (self.channels // TURNED, self.taps, 1),
+            *self._of("slopes", "bend", "change", "weight", "square", "directions", "basis", "leaning"),
+            self.weights,
+            self.inputs,
+            self.ranks,
+            self.width,
+            DEMODULATED=self.problem.weight is not None,
+            CHANNELS=TURNED,
+            ROWS=math.gcd(self.inputs, TURNED_INPUTS),
+            PIXELS=min(FEW, self.tile),
+            PRECISION=PRECISION,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Coefficients [channels, taps, directions or inputs], padded behind; sums of losses [programs, steps]."""
+        update, compare, project, lean = self._update(), self._compare(), self._project(), self._lean()
+        projects, every = len(self.problem.directions) > 0, self.problem.project_every
+        update(0)  # demodulation's norm of the layer's own weights, as at all steps
+        compare(0)
+        for step in range(1, self.steps + 1):
+            if self.problem.project_gradient:
+                lean()
+            update(step)
+            if projects and ((step - 1) % every == 0 or step == self.steps):
+                project()
+                if step < self.steps:
+                    update(0)
+            if step < self.steps:
+                compare(step)
+        found, losses = self._of("combined" if projects else "change", "losses")
+        assert found is not None and losses is not None
+        return found[: len(self.problem.base)], losses
 
 
 def _configuration(
@@ -166,7 +275,7 @@ def launch(
     shared = functools.cache(lambda: _prepare(problem))
 
     def descend(config: FitProjectedConfig, steps: int) -> tuple[Tensor, Tensor]:
-        return _descend(problem, shared(), config, steps)
+        return _Descent(problem, shared(), config, steps).run()
 
     with torch.cuda.device_of(problem.base):  # Triton launches on the current device
         config = config or _configuration(problem, descend)
