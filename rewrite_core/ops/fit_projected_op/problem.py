@@ -1,8 +1,8 @@
 """Adam on a layer's whole weight with projection onto directions: the reference implementation's trajectory, fused.
 
 What the layer does after its linear operator acts per output channel, and Adam acts per number, so the channels never
-meet but in the loss that is reported. The algorithm, the same in reference.py, csrc/fit_projected*.cpp and
-kernels/fit_projected (which has no Winograd, and reads the operator as it is):
+meet but in the loss that is reported. The trajectory is the same in reference.py, csrc/fit_projected*.cpp and
+kernels/fit_projected (which says how it is made on a GPU). On a CPU:
 
 - With V the change of the weight, linear output = base + V . operator. After steps 0, every, 2 every, ... and the last
   one V becomes its projection on the directions: then the reference's ``orthogonal part of W0 + projection of W`` is
