@@ -6,6 +6,7 @@ from .edits.directions import context_directions as context_directions
 from .edits.directions import context_keys as context_keys
 from .edits.directions import query_key as query_key
 from .edits.edit import Edit as Edit
+from .edits.goals import preview as preview
 from .edits.matches import SearchResult as SearchResult
 from .edits.matches import search as search
 from .edits.selection import Selection as Selection

@@ -15,11 +15,13 @@ from .options import (
     GENERATOR_NOTES,
     LOSSES,
     OBJECTIVES,
+    PNG,
     REGIONS,
     SAFETENSORS,
     SOLVERS,
     add_edit,
     add_generator,
+    check_pixels,
     collected_afresh,
     input_file,
     output,
@@ -30,8 +32,12 @@ from .options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..edits.edit import Edit
+    from ..layers.bound import BoundLayer
     from ..solvers.base import Solver
+    from .generator import Subject
 
+_SIDE = 128  # of each picture in the preview
 SOLVER_OPTIONS = ("steps", "lr", "project_every", "project_gradient", "iterations")  # each solver takes some of them
 
 
@@ -73,10 +79,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     parser.add_argument(
         "--out",
-        required=True,
         type=output(SAFETENSORS, required=False),
         metavar="FILE",
         help="safetensors file to write",
+    )
+    parser.add_argument(
+        "--preview",
+        type=output(PNG),
+        metavar="FILE.png",
+        help="draw what the paste renders, before any fit; without --out nothing is fitted",
     )
     parser.add_argument(
         "--goal",
@@ -154,6 +165,22 @@ def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _draw_preview(options: argparse.Namespace, on: Subject, layer: BoundLayer, edit: Edit) -> None:
+    """The pictures that are pasted into, as they are and with the paste."""
+    import torch
+
+    from .. import pictures
+    from ..edits.goals import preview
+
+    rows = list(dict.fromkeys(paste.index for paste in edit.pastes))
+    check_pixels(2 * len(rows), _SIDE)
+    after = pictures.to_unit(preview(layer, edit, on.latents, blend=options.blend or "mask"), on.span)
+    before = on.paint(on.latents[torch.tensor(rows)], progress=False)
+    cells = pictures.before_after(before, after, _SIDE, [f"picture {row}" for row in rows], columns=6)
+    pictures.save_png(pictures.grid(cells, f"before | the paste at layer {layer.name}"), options.preview)
+    say(f"what the paste renders -> {options.preview}")
+
+
 def run(options: argparse.Namespace) -> None:
     from ..errors import warn
     from ..files import save_tensors
@@ -162,10 +189,18 @@ def run(options: argparse.Namespace) -> None:
     from .generator import subject
     from .inputs import edit_named, moment_for
 
+    if not (options.out or options.preview):
+        raise UsageError("Name the file to write with --out, or with --preview a picture of what the paste renders.")
+    if options.preview and (options.erase or options.zero or options.goal):
+        raise UsageError("--preview draws a copy and its pastes, and --erase, --zero and --goal paste nothing.")
     given = asked_for(options)
     edit = edit_named(options.edit, options.generator, options.seed)
     on = subject(options, options.count)
     layer = bind(on.generator, options.layer)
+    if options.preview:
+        _draw_preview(options, on, layer, edit)
+        if not options.out:
+            return
     moment = moment_for(options.moment, layer, on)
     if options.zero:
         change = zero(layer, moment, edit, on.latents, **given)

@@ -49,7 +49,7 @@ generators:
 ONE, SEVERAL, OPTIONAL = "one", "several", "optional"  # what a command takes of layers
 
 
-SAFETENSORS, PNG = ".safetensors", ".png"
+SAFETENSORS, PNG, JSON = ".safetensors", ".png", ".json"
 
 
 class InputFile(str):
@@ -238,12 +238,12 @@ def add_rewrites(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--force", action="store_true", help="apply to weights the rewrite was not fitted to")
 
 
-def add_sheet(parser: argparse.ArgumentParser) -> None:
+def add_sheet(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """A sheet of pictures to write."""
     parser.add_argument(
         "--size", type=whole(1, 4096), default=128, help="side of each picture in the grid (default 128)"
     )
-    parser.add_argument("--out", required=True, type=output(PNG), metavar="FILE.png", help="picture to write")
+    parser.add_argument("--out", required=required, type=output(PNG), metavar="FILE.png", help="picture to write")
 
 
 # --- what no single option can know ------------------------------------------------------------------------------

@@ -9,10 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError, FileFormatError, LatentsWarning, RewriteCoreError, SelectionError, quoted, warn
+from ..errors import (
+    ArgumentError,
+    FileFormatError,
+    LatentsWarning,
+    RewriteCoreError,
+    SelectionError,
+    number,
+    quoted,
+    warn,
+    whole_number,
+)
 from ..files import atomic_write, from_json, open_file, shown, to_json
+from ..layers.bound import BoundLayer
 from ..layers.latents import LatentRecipe, check_latents, check_rows, recipe_of, row_digests
+from ..statistics.second_moment import SecondMoment
 from .selection import Selection
+from .spreading import SLACK, find_places, spread_pastes
 
 _FIELDS = {"object": "copy", "paste": "paste", "key": "context", "query": "query"}
 _LATENTS = "latents"  # a field of ours: the latents that the edit's selections index
@@ -103,6 +116,58 @@ class Edit:
         )
         made = f"<small>{html.escape(str(self.recipe))}</small>" if self.recipe else ""
         return f"<table>{rows}</table>{made}"
+
+    # --- the same paste in more places
+
+    def spread(
+        self,
+        layer: BoundLayer,
+        moment: SecondMoment,
+        latents: Tensor,
+        *,
+        matches: int = 0,
+        slack: float = SLACK,
+        progress: bool = False,
+    ) -> Edit:
+        """This edit with its copy pasted into every place of the context, and of search matches, not into one place.
+
+        A patch moves by whole cells of the layer's map. A place is taken where that brings the centre of the copy's
+        mask to the centre of the place's mask, but for `slack` of a cell; others are left out, with a warning. So it is
+        an edit for layers with maps of this size.
+
+        Args:
+            layer, moment, latents: those that the edit is solved with.
+            matches: so many pictures that search finds, by the first context selection, become context first.
+            slack: how far, in cells, the patch may land beside the mask on each axis, 0 to 0.5.
+            progress: show a bar while searching.
+
+        Raises:
+            SelectionError: it has no copy, no place is left, or there are not so many other pictures.
+            MaskError, MismatchError, NonFiniteError: as their names say.
+        """
+        if self.copy is None:
+            raise SelectionError("This edit has no copy to paste in more places; add one, or use rc.erase or rc.zero.")
+        slack = number("slack", slack, least=0)
+        known = self.on(latents)
+        if matches:
+            known = known.with_matches(layer, moment, latents, matches, progress=progress)
+        size = tuple(layer.values(self.copy.latent(latents)).shape[2:])
+        pastes = spread_pastes(self.copy, known.pastes, known.where, size, slack)
+        return Edit(self.copy, pastes, known.where, self.query, latents)
+
+    def with_matches(
+        self, layer: BoundLayer, moment: SecondMoment, latents: Tensor, count: int, *, progress: bool = False
+    ) -> Edit:
+        """This edit with `count` more context selections: where search finds most of what the first context selection
+        shows, in pictures that the edit does not select from yet. Look at them before you believe them.
+
+        Raises:
+            SelectionError: there are not so many other pictures.
+            MaskError, MismatchError, NonFiniteError: as their names say.
+        """
+        count, known = whole_number("count", count), self.on(latents)
+        found = find_places(layer, moment, known.where[0], known.selections, latents, count, progress)
+        return Edit(self.copy, self.pastes or None, [*known.where, *found], self.query, latents)
 
     # --- the latents that it was made on
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.base import Box, Capture, window
 from ..errors import NonFiniteError, SelectionError, SolverError, choice, warn, whole_number
 from ..layers.bound import BoundLayer
-from ..statistics.checks import all_finite
+from ..statistics.checks import all_finite, check_layer
 from ..statistics.second_moment import SecondMoment
 from .directions import context_keys, rank_units
 from .edit import Edit
@@ -240,6 +240,26 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "b
                 _composite(target, whole, box, patch, cover)
             goals.append(Goal(cropped, target, fitted))
     return goals
+
+
+def preview(layer: BoundLayer, edit: Edit, latents: Tensor, *, blend: str = "mask") -> Tensor:
+    """What the paste renders before any fit: the pictures that follow from the layer's value with the copied patch in
+    it (paper, figure 3). Where they do not show the rule, no change of this layer will.
+
+    Args:
+        layer, edit, latents, blend: those of :func:`rewrite_core.rewrite`.
+
+    Returns images [n, C, *size] as the generator makes them, of each picture that the edit pastes into, in its order.
+
+    Raises:
+        SelectionError: there is no copy or no paste, or two pastes of one picture overlap.
+        MaskError, MismatchError, NonFiniteError: as their names say.
+    """
+    check_layer(layer)
+    edit.check(latents)
+    goals = paste_goals(layer, edit, latents, "map", blend)
+    rows = [pastes[0].index for pastes in _by_picture(edit)]
+    return torch.cat([layer.render(latents[[row]], goal.target) for row, goal in zip(rows, goals, strict=True)])
 
 
 def erase_goals(
