@@ -18,7 +18,7 @@ import torch
 
 from rewrite_core.benchmarks import lines
 from rewrite_core.benchmarks.gpu import __main__ as command
-from rewrite_core.benchmarks.gpu import host, plan, schedule, summary
+from rewrite_core.benchmarks.gpu import host, plan, schedule, summary, tables
 from rewrite_core.benchmarks.gpu.stages import (
     ALONE,
     HARM,
@@ -536,3 +536,70 @@ def test_the_table():
     skipped = {"stage": "S2", "case": "late", "state": "skipped"}
     assert summary.status(found) == 1 and summary.status([timed, skipped]) == 0
     assert summary.status([]) == 1 and summary.status([skipped]) == 1
+
+
+# --- the table of the docs ---
+
+
+def timed(case, run="1", sources="a", ours=2e-3, stock=1e-3, state="ok", **more):
+    contenders = {
+        "rewrite_core": {"p50": ours, "wall": {"p50": 2 * ours}, "timed_by": "replays of a graph", "aside": False},
+        "stock": {"p50": stock, "wall": {"p50": stock}, "part": 0.5, "timed_by": "events", "aside": False},
+        "bare": {"p50": stock / 4, "wall": {"p50": stock}, "timed_by": "events", "aside": True},
+    }
+    contenders["rewrite_core"]["error"] = 1e-7
+    common = {"stage": "S2", "case": case, "run": run, "sources": sources, "state": state, "gpu": "G"}
+    common |= {"torch": "2", "triton": "3", "best_stock": "stock", "ratio": 2 * stock / ours, "contenders": contenders}
+    return {**common, "details": {"floor_seconds": ours / 4}, **more}
+
+
+def test_a_table_of_lines():
+    rate = {**timed("rate tf32"), "stage": "S0", "rate": 4e14, "unit": "operations/s"}
+    crashed = {**timed("solve 2 of n 64, 8", "2", "b", state="crashed"), "reason": "killed | by", "contenders": {}}
+    found = tables.markdown(
+        [
+            rate,
+            timed("collect it, batch 32"),
+            timed("collect it, batch 32", "2", "b", ours=4e-3),
+            timed("fit x, 1 edit"),
+            crashed,
+            {**timed("fit x, 1 edit", "2", "b"), "state": "skipped"},
+        ]
+    )
+    assert "sources `b` (rows with \\*: earlier sources, run of 1)" in found and "tf32 400 Top/s" in found
+    collect = "| collect it, batch 32 | 4 ms | 8 ms | about 2 ms (stock); 250 us (bare) | 0.5 | 0.25 | 25 % | 1.0e-07 |"
+    assert collect in found.splitlines()
+    assert "| fit x, 1 edit \\* | 2 ms | 4 ms | about 2 ms (stock); 250 us (bare) | 1 | 0.5 | 25 % | 1.0e-07 |" in found
+    assert "| solve 2 of n 64, 8 | crashed: killed / by | - |" in found
+    assert "- S2 `solve 2 of n 64, 8`: crashed" in found
+    assert "| collection: times the bare forward pass | at most 1.05 | 16 |" in found
+    assert "| fit of one edit: ms | below 1 | 2 |" in found
+
+
+def test_every_goal_is_of_some_case():
+    cases = [case.name for stage in all_stages(HERE, 16) if stage.name == "S2" for case in stage.cases]
+    for what, _, which, _ in tables.ASKED:
+        assert any(re.match(which, name) for name in cases), what
+
+
+def test_the_table_is_put_into_a_page(tmp_path, capsys):
+    path, page = tmp_path / "g.jsonl", tmp_path / "page.md"
+    assert command.main(["--table", str(path)]) == 2
+    path.write_text("{}\n")
+    assert command.main(["--table", str(path)]) == 2
+    lines.append(path, timed("fit x, 1 edit"))
+    page.write_text("no place\n")
+    assert command.main(["--table", str(path), "--into", str(page)]) == 2 and page.read_text() == "no place\n"
+    assert capsys.readouterr().err.count(".\n") == 3
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    for _ in range(2):
+        assert command.main(["--table", str(path), "--into", str(page)]) == 0
+    table = tables.markdown(lines.read(path))
+    assert page.read_text() == f"before\n{tables.BEGIN}\n{table}\n{tables.END}\nafter\n"
+    assert command.main(["--table", str(path)]) == 0 and capsys.readouterr().out == table + "\n"
+
+
+def test_the_docs_have_the_table_of_the_results():
+    """If not: python -m benchmarks.gpu --table benchmarks/results/nvidia-h200.jsonl --into docs/gpu.md"""
+    table = tables.markdown(lines.read(ROOT / "benchmarks" / "results" / "nvidia-h200.jsonl"))
+    assert f"{tables.BEGIN}\n{table}\n{tables.END}" in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..lines import Record, append
-from . import host, summary
+from . import host, summary, tables
 from .plan import timetable
 from .processes import Processes, run
 from .schedule import run_stage
@@ -51,9 +51,15 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="of the machine (to plan for)")
     parser.add_argument("--rehearse", action="store_true", help="S0, S1 and S2 on the CPU, with everything small")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only write a file of lines as a table (Markdown)")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE", help="with --table: in place of the table that this page has, not printed"
+    )
     given = parser.parse_args(words)
     if not 0 < given.minutes < 1e6:
         parser.error("--minutes must be a positive number.")
+    if given.into is not None and given.table is None:
+        parser.error("--into needs --table, the file of lines.")
     if given.build and given.system is None:
         parser.error("--build needs --system, the folder to build in.")
     return given
@@ -192,6 +198,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """0: all that ran is right. 1: something is wrong, failed, crashed or hung, or nothing ran. 2: no GPU, or bad
     arguments."""
     given = arguments(words)
+    if given.table is not None:
+        wrong = tables.show(given.table, given.into)
+        return 0 if wrong is None else fail(wrong, 2)
     try:
         todo = chosen(given)
     except ValueError as error:
