@@ -7,8 +7,9 @@ capture that is refused here in a sentence; without, it would end in an error of
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from ..backends import triton_interpreted
 from ..errors import RewriteCoreError
 
-_launched: set[tuple] = set()  # what has been compiled and loaded in this process
+_compiled: dict[tuple, Any] = {}  # by all that Triton compiles for: what is loaded in this process
+_plans: dict[tuple, Any] = {}  # see keep_plan
+MOST_PLANS = 4096
 
 
 def refuse_in_graph(op: str) -> None:
@@ -29,25 +32,51 @@ def refuse_in_graph(op: str) -> None:
         )
 
 
-def launch_kernel(
-    op: str, kernel: Any, programs: tuple[int, ...], *arguments: Tensor | float | None, **constants: Any
-) -> Any:
-    """kernel[programs](*arguments, **constants), on the current stream. The first argument is a tensor. Returns what
-    Triton compiled; None in the interpreter.
-
-    Raises RewriteCoreError where a CUDA graph is being captured and nothing compiled serves this launch.
-    """
+def _launch(
+    op: str, kernel: Any, programs: tuple[int, ...], arguments: tuple[Tensor | float | None, ...], constants: dict
+) -> Callable[..., None] | None:
+    """Launch, and return what Triton has compiled: a function of all arguments and constants, in their order, that
+    launches again without a look at them. None in the interpreter."""
     if triton_interpreted():
-        return kernel[programs](*arguments, **constants)
+        kernel[programs](*arguments, **constants)
+        return None
     kinds = tuple(map(kind, arguments, _specialised(kernel)))
     first: Any = arguments[0]
     key = (kernel, first.device.index, kinds, *constants.values())
-    if key in _launched:
-        return kernel[programs](*arguments, **constants)
-    refuse_in_graph(op)
-    compiled = kernel[programs](*arguments, **constants)
-    _launched.add(key)
-    return compiled
+    found = _compiled.get(key)
+    if found is None:
+        refuse_in_graph(op)
+        found = _compiled[key] = kernel[programs](*arguments, **constants)
+        run: Callable[..., None] = found[programs]
+    else:
+        run = found[programs]
+        run(*arguments, *_behind(kernel, constants))
+    return run
+
+
+def _behind(kernel: Any, constants: dict) -> list[Any]:
+    """A kernel's constants as they follow its arguments; what is left are options of the compiler."""
+    return [constants[name] for name in kernel.arg_names if name in constants]
+
+
+def launch_kernel(
+    op: str, kernel: Any, programs: tuple[int, ...], *arguments: Tensor | float | None, **constants: Any
+) -> Callable[..., None]:
+    """kernel[programs](*arguments, **constants), on the current stream. The first argument is a tensor.
+
+    Returns a function that does the same again for other tensors of the same kinds (types, devices and alignment), in
+    place of those that the arguments begin with. It spares what Triton does at every launch to find the machine code.
+
+    Raises RewriteCoreError where a CUDA graph is being captured and nothing compiled serves this launch.
+    """
+    tensors = (each is None or isinstance(each, Tensor) for each in arguments)
+    own = next((place for place, each in enumerate(tensors) if not each), len(arguments))
+    run = _launch(op, kernel, programs, arguments, constants)
+    numbers = arguments[own:]  # all that is kept: no tensor
+    if run is None:
+        return lambda *tensors: kernel[programs](*tensors, *numbers, **constants)
+    again, numbers = run, (*numbers, *_behind(kernel, constants))
+    return lambda *tensors: again(*tensors, *numbers)
 
 
 def repeated(
@@ -59,17 +88,47 @@ def repeated(
     be integers of 32 bits that it does not specialise.
     """
     direct: list[Callable[..., None]] = []
-    behind = [constants[name] for name in kernel.arg_names if name in constants]
+    behind = _behind(kernel, constants)
 
     def launch(*numbers: int) -> None:
         if direct:
             direct[0](*arguments, *numbers, *behind)
             return
-        compiled = launch_kernel(op, kernel, programs, *arguments, *numbers, **constants)
-        if compiled is not None:
-            direct.append(compiled[programs])
+        run = _launch(op, kernel, programs, (*arguments, *numbers), constants)
+        if run is not None:
+            direct.append(run)
 
     return launch
+
+
+def plan_of(key: tuple) -> Any:
+    """What :func:`keep_plan` was given under the key; None where nothing was."""
+    return _plans.get(key)
+
+
+def keep_plan(key: tuple, plan: object) -> None:
+    """Keep what a call worked out for the next one of its kind. `key` names the op and everything that its launches
+    follow from."""
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+
+
+def forget() -> None:
+    """Forget what was compiled and planned in this process, as tests do that stand for another."""
+    _compiled.clear()
+    _plans.clear()
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Inside, the tensor's GPU is the current one, on which Triton launches."""
+    index = tensor.device.index
+    if index is None or index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(index):
+            yield
 
 
 @functools.cache
@@ -86,3 +145,9 @@ def kind(argument: Tensor | float | None, specialised: bool) -> object:
         return type(argument)
     wide = not -(2**31) <= argument < 2**31
     return (wide, argument == 1, argument % 16 == 0) if specialised else wide
+
+
+@functools.cache
+def power_of_2(number: int) -> int:
+    """The least power of 2 that is no less; Triton's own function takes 10 us."""
+    return 1 << (number - 1).bit_length()

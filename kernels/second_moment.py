@@ -23,6 +23,7 @@ ieee   float32 multiply-adds, without tensor cores
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
-from .launching import launch_kernel
+from .launching import keep_plan, launch_kernel, on_device_of, plan_of, power_of_2
 from .tuning import choose, multiprocessors_of
 
 MODES = ("tf32", "x3", "ieee")
@@ -315,7 +316,7 @@ def candidates(major: int, mode: str, channels: int, scattered: bool = False) ->
     fitting = [
         config
         for config in table
-        if config.block <= max(64, triton.next_power_of_2(channels)) and not (config.single and channels > config.block)
+        if config.block <= max(64, power_of_2(channels)) and not (config.single and channels > config.block)
     ]
     return tuple(sorted(fitting, key=lambda config: -config.block))  # stable: of equal tiles the first stays first
 
@@ -381,20 +382,34 @@ def slices_of(tiles: int, blocks: int, programs: int) -> int:
     return min(sorted(choices), key=time)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A call's two launches: the shape of the partial sums between them, and each as a function of its two tensors."""
+
+    shape: tuple[int, ...]  # slices, tiles, block, block
+    multiply: Callable[[Tensor, Tensor], None]
+    add_up: Callable[[Tensor, Tensor], None]
+
+    def run(self, features: Tensor, out: Tensor) -> None:
+        partials = features.new_empty(self.shape, dtype=torch.float32)
+        self.multiply(features, partials)
+        self.add_up(partials, out)
+
+
 def _partials(
     features: Tensor, mode: str, config: SecondMomentConfig, multiprocessors: int
-) -> tuple[Tensor, int, bool]:
-    """The partial sums [slices, tiles, block, block], the tile's size, and whether they are to be symmetrised."""
+) -> tuple[Tensor, Callable[..., None]]:
+    """The partial sums [slices, tiles, block, block], and the launch again for other features and sums."""
     channels = features.shape[1]
     layout = Layout.of(features)
     positions = layout.samples * layout.pixels
-    block = min(config.block, max(16, triton.next_power_of_2(channels)))
+    block = min(config.block, max(16, power_of_2(channels)))
     tiles = triton.cdiv(channels, block)
     tiles = tiles * (tiles + 1) // 2
     slices = slices_of(tiles, triton.cdiv(positions, config.positions), multiprocessors * config.resident)
     partials = torch.empty(slices, tiles, block, block, dtype=torch.float32, device=features.device)
     stride_n, stride_h, stride_w = layout.strides
-    launch_kernel(
+    again = launch_kernel(
         "second_moment",
         second_moment_kernel,
         (tiles, slices),
@@ -421,7 +436,7 @@ def _partials(
         num_stages=config.stages,
         enable_fp_fusion=True,  # for "ieee"; from Triton 3.10 on it would not be so by itself
     )
-    return partials, block, mode == "x3" and tiles == 1
+    return partials, again
 
 
 def configuration(features: Tensor, mode: str) -> SecondMomentConfig:
@@ -435,10 +450,7 @@ def configuration(features: Tensor, mode: str) -> SecondMomentConfig:
     choices = candidates(properties.major, mode, channels, scattered)
     kind = "scattered" if scattered else "pixels" if layout.strides[2] == 1 else "channels"
     size = min(max((layout.samples * layout.pixels).bit_length(), 10), 20) // 2  # four times as many keys: a new class
-    name = (
-        f"{str(features.dtype).removeprefix('torch.')}-{mode}-{kind}-"
-        f"{min(triton.next_power_of_2(channels), 4096)}x{4**size}"
-    )
+    name = f"{str(features.dtype).removeprefix('torch.')}-{mode}-{kind}-{min(power_of_2(channels), 4096)}x{4**size}"
     return choose(
         features.device,
         "second_moment",
@@ -457,27 +469,49 @@ def launch(features: Tensor, out: Tensor, precision: str, config: SecondMomentCo
         out.copy_(out.tril() + out.tril(-1).T)
         return
     mode = precision if features.dtype == torch.float32 else "half"
-    with torch.cuda.device_of(features):  # Triton launches on the current device
-        config = config or configuration(features, mode)
-        partials, block, symmetrise = _partials(features, mode, config, multiprocessors_of(features.device))
-        slices, tiles = partials.shape[:2]
-        height, width, together = FEW_SLICES if slices <= 2 * FEW_SLICES[2] else MANY_SLICES
-        if triton_interpreted():  # where a program takes the same time whatever its size
-            height, width = max(height, block // 2), block
-        height, width = min(height, block), min(width, block)
-        launch_kernel(
-            "second_moment",
-            add_partials_kernel,
-            (tiles, block * block // (height * width)),
-            partials,
-            out,
-            features.shape[1],
-            slices,
-            BLOCK_C=block,
-            SYMMETRISE=symmetrise,
-            HEIGHT=height,
-            WIDTH=width,
-            TOGETHER=together,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    key = (
+        "second_moment",
+        features.device,
+        features.dtype,
+        features.shape,
+        features.stride(),
+        features.data_ptr() % 16,
+        out.data_ptr() % 16,
+        mode,
+        config,
+        triton_interpreted(),
+    )
+    with on_device_of(features):
+        plan = plan_of(key)
+        if plan is None:
+            keep_plan(key, _first(features, out, mode, config))
+        else:
+            plan.run(features, out)
+
+
+def _first(features: Tensor, out: Tensor, mode: str, config: SecondMomentConfig | None) -> _Plan:
+    """The first call of its kind, and the plan of those that follow."""
+    config = config or configuration(features, mode)
+    partials, multiply = _partials(features, mode, config, multiprocessors_of(features.device))
+    slices, tiles, block, _ = partials.shape
+    height, width, together = FEW_SLICES if slices <= 2 * FEW_SLICES[2] else MANY_SLICES
+    if triton_interpreted():  # where a program takes the same time whatever its size
+        height, width = max(height, block // 2), block
+    height, width = min(height, block), min(width, block)
+    add_up = launch_kernel(
+        "second_moment",
+        add_partials_kernel,
+        (tiles, block * block // (height * width)),
+        partials,
+        out,
+        features.shape[1],
+        slices,
+        BLOCK_C=block,
+        SYMMETRISE=mode == "x3" and tiles == 1,
+        HEIGHT=height,
+        WIDTH=width,
+        TOGETHER=together,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return _Plan(tuple(partials.shape), multiply, add_up)

@@ -1,10 +1,12 @@
 """What a CUDA graph cannot take in is refused, against what Triton itself says that it would compile."""
 
 import random
+import weakref
 
 import pytest
 import torch
 from conftest import needs_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewrite_core.errors import RewriteCoreError
 
@@ -35,6 +37,25 @@ class GPU:
         assert not self.capturing or key in self.compiled, "an error of CUDA's: a kernel is loaded inside a capture"
         self.compiled.add(key)
         self.fused[kernel.__name__] = constants.get("enable_fp_fusion")
+        options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+        return Compiled(self, kernel, key, options)
+
+
+class Compiled:
+    """In place of machine code: what it is launched with must be what it was compiled for."""
+
+    def __init__(self, gpu, kernel, key, options):
+        self.gpu, self.kernel, self.wanted, self.options = gpu, kernel, key, options
+
+    def __getitem__(self, programs):
+        assert all(count > 0 for count in programs)
+
+        def run(*arguments):
+            assert len(arguments) == len(self.kernel.arg_names), "Triton's launcher takes constants, too"
+            assert self.gpu.key(self.kernel, *arguments, **self.options) == self.wanted
+            self.gpu.launched.append(self.kernel.__name__)
+
+        return run
 
 
 class Watched:
@@ -61,7 +82,8 @@ def gpu(monkeypatch):
 
     gpu = GPU()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(launching, "_launched", set())
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_plans", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     for module in (second_moment, fit_low_rank, fit_projected):
         for name in KERNELS:
@@ -148,7 +170,7 @@ def test_captures_are_refused_or_right(gpu, make):
     for _ in range(50):
         warm, captured = draw.pair(make)
         gpu.compiled.clear()
-        launching._launched.clear()
+        launching.forget()
         gpu.capturing = False
         warm()
         warmed = set(gpu.compiled)
@@ -164,6 +186,49 @@ def test_captures_are_refused_or_right(gpu, make):
             captured()
             assert gpu.compiled > warmed, "nothing had to be compiled"
     assert 5 <= refused <= 45, "the pairs show nothing"
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that launch a kernel of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        views = any(each.alias_info is not None and not each.alias_info.is_write for each in operation._schema.returns)
+        if not views and not operation._schema.name.split("::")[1].startswith(("empty", "new_empty")):
+            self.names.append(operation._schema.name)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_second_moment_is_two_launches_and_a_plan(gpu):
+    """From the second call of a kind on nothing is worked out again, and torch is asked for memory alone."""
+    from rewrite_core.kernels import launching, second_moment
+
+    features, out = torch.ones(8, 64, 16, 16), torch.zeros(64, 64).double()
+    second_moment.launch(features, out, "x3")
+    plans = dict(launching._plans)
+    gpu.launched.clear()
+    with Operations() as operations:
+        for _ in range(3):
+            second_moment.launch(features, out, "x3")
+    assert gpu.launched == ["second_moment_kernel", "add_partials_kernel"] * 3 and not operations.names
+    assert launching._plans == plans and len(plans) == 1
+    second_moment.launch(torch.empty(8 * 64 * 256 + 1)[1:].view(8, 64, 16, 16), out, "x3")  # at another alignment
+    assert len(launching._plans) == 2
+
+
+def test_plans_do_not_pile_up_and_keep_no_tensor(gpu, monkeypatch):
+    from rewrite_core.kernels import launching, second_moment
+
+    monkeypatch.setattr(launching, "MOST_PLANS", 3)
+    for size in range(4, 12):
+        features = torch.ones(1, 16, size, size)
+        gone = weakref.ref(features)
+        second_moment.launch(features, torch.zeros(16, 16).double(), "x3")
+        del features
+        assert gone() is None and len(launching._plans) <= 3
 
 
 def test_what_must_not_be_fused(gpu):

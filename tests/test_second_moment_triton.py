@@ -358,11 +358,12 @@ def test_gpu_many_keys(shape, kind):
 @needs_gpu
 def test_gpu_graph_and_streams():
     """No wait for the GPU and no measurement while a graph is captured; the current stream is used."""
-    from rewrite_core.kernels import tuning
+    from rewrite_core.kernels import launching, tuning
 
     features = normal(8, 96, 16, 16).cuda()
     out = prefilled(96).cuda()
     tuning._chosen.clear()
+    launching.forget()
     with (
         pytest.raises(RewriteCoreError, match="call it once before the capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
