@@ -105,6 +105,26 @@ def test_triton_compiles_ahead_of_time(capability, kind, tmp_path, monkeypatch):
     assert not ATOMICS.search(ptx), "sums in any order"
 
 
+@needs_triton_compiler
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("large", [False, True])
+def test_what_edits_share_compiles_ahead_of_time(capability, large, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from rewrite_core.kernels.fit_low_rank import host, shared
+
+    config = max(host.CANDIDATES, key=lambda config: config.pixels) if large else host.SMALL[0]
+    constants = {"WEIGHTED": True, "DEMODULATED": True, "PENALISED": True, "BLOCK": config.block}
+    constants |= {"PIXELS": config.pixels, "CHUNK": host.CHUNK}
+    for kernel in (shared.share_kernel, shared.scale_kernel):
+        pointers = {name for name in kernel.arg_names if name not in ("unknowns", "pixels", "channels", *constants)}
+        types = dict.fromkeys(pointers, "*fp64") | {"basis": "*fp32"}
+        options = {"num_warps": max(4, config.warps), "num_stages": 1, "enable_fp_fusion": False}
+        compiled = compile_kernel(kernel, capability, types, constants, pointers, **options)
+        _, stack, local = resources(compiled, tmp_path)
+        assert stack == local == 0
+        assert not ATOMICS.search(compiled.asm["ptx"]), "sums in any order"
+
+
 def test_what_the_gpu_kernel_leaves_to_others(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     problem = linear_problem()

@@ -23,6 +23,7 @@ _LAUNCHED = "Triton launches with pointers and numbers one by one, and takes flo
 EXCUSED = {
     "kernels/fit_low_rank/exact.py:exact_kernel": _LAUNCHED,
     "kernels/fit_low_rank/fit.py:fit_kernel": _LAUNCHED,
+    "kernels/fit_low_rank/shared.py:scale_kernel": _LAUNCHED,
     "kernels/fit_projected/directions.py:lean_kernel": _LAUNCHED,
     "kernels/fit_projected/fit.py:compare_kernel": _LAUNCHED,
     "kernels/fit_projected/fit.py:update_kernel": _LAUNCHED,

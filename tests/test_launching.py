@@ -71,7 +71,8 @@ class Watched:
 
 
 DESCENDS = "update_kernel", "compare_kernel", "project_kernel", "lean_kernel"
-KERNELS = "second_moment_kernel", "add_partials_kernel", "fit_kernel", "exact_kernel", *DESCENDS
+FITS = "share_kernel", "fit_kernel", "exact_kernel"
+KERNELS = "second_moment_kernel", "add_partials_kernel", *FITS, "scale_kernel", *DESCENDS
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_what_must_not_be_fused(gpu):
         draw = Draw()
         for _ in range(20):
             make(draw)()
-    assert set(gpu.fused) == {"fit_kernel", "exact_kernel", *DESCENDS} and not any(gpu.fused.values())
+    assert set(gpu.fused) == {*FITS, *DESCENDS} and not any(gpu.fused.values())
     assert None not in gpu.fused.values()
 
 
@@ -302,3 +303,28 @@ def test_divisibility_counts_and_not_the_size(gpu):
     call(100)
     gpu.capturing = True
     call(100)
+
+
+def test_a_fit_is_three_launches_and_a_plan(gpu):
+    """Scales and weights, quadratic forms, the fit: from the second call on torch is asked for memory alone."""
+    from rewrite_core.kernels import fit_low_rank, launching
+    from rewrite_core.ops.fit_low_rank_op.problem import FitLowRankProblem
+
+    basis, base = torch.ones(1, 9, 100), torch.ones(1, 32, 100)
+    forms = torch.ones(1, 32).double(), torch.zeros(1, 32, 9).double(), torch.eye(9)[None].double()
+    none = (None,) * 3
+    problem = FitLowRankProblem(basis, base, base, None, *forms, 0.2, 1.0, *none, "l1", 60, 1e-5)
+    linear = problem._replace(constant=None, linear=None, quadratic=None)
+    for each, launches in (
+        (problem, ["share_kernel", "scale_kernel", "fit_kernel"]),
+        (linear, ["share_kernel", "fit_kernel"]),
+    ):
+        fit_low_rank.launch(each)
+        plans = set(launching._plans)
+        gpu.launched.clear()
+        with Operations() as operations:
+            fit_low_rank.launch(each)
+        assert gpu.launched == launches and not operations.names
+        assert set(launching._plans) == plans
+    fit_low_rank.launch(linear._replace(slope=1.0, loss="l2"))
+    assert gpu.launched[-2:] == ["share_kernel", "exact_kernel"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
+from ...backends import triton_interpreted
 from ...ops.fit_low_rank_op.problem import (
     SLOW_SHARE,
     SMOOTHING_FAST,
@@ -19,10 +20,11 @@ from ...ops.fit_low_rank_op.problem import (
     Outputs,
     empty_outputs,
 )
-from ..launching import launch_kernel
+from ..launching import keep_plan, launch_kernel, on_device_of, plan_of, power_of_2
 from ..tuning import choose, multiprocessors_of
 from .exact import exact_kernel
 from .fit import fit_kernel
+from .shared import scale_kernel, share_kernel
 from .structs import scratch_size
 
 
@@ -50,6 +52,7 @@ class FitLowRankConfig:
 SMALL = (FitLowRankConfig(16, 32, 128, 2, 8), FitLowRankConfig(16, 16, 128, 1, 8), FitLowRankConfig(16, 32, 128, 4, 4))
 LARGE = (FitLowRankConfig(32, 32, 128, 4, 4), FitLowRankConfig(32, 32, 256, 8, 2))
 CANDIDATES = (*SMALL, *LARGE)
+CHUNK = 1024  # numbers that a program of scale_kernel looks at in one go
 SCRATCH = 1 << 27  # float64 numbers of all programs together (1 GiB)
 MEASURED_STEPS = 4  # of a fit that chooses among configurations
 
@@ -65,47 +68,24 @@ def plan(problem: FitLowRankProblem) -> tuple[bool, int]:
     return dual_form, pixels if dual_form else unknowns
 
 
-def _prepare(problem: FitLowRankProblem) -> dict[str, Any]:
-    """What the channels of an edit share."""
-    basis = problem.basis
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": basis.device}
-    edits, unknowns, pixels = basis.shape
+def _gram(problem: FitLowRankProblem, shared: Shared) -> Tensor | None:
+    """The products of basis rows that all channels of an edit start from: in dual form, and for the closed form."""
     dual_form, order = plan(problem)
-    if problem.pixel_weights is None:
-        weights = torch.full((1, pixels), 1 / pixels, **wide)
-    else:
-        weights = problem.pixel_weights
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    size = torch.empty(edits, unknowns, **wide)
-    gram = torch.empty(edits, order, order, **wide) if dual_form or problem.exact else None
+    if not (dual_form or problem.exact):
+        return None
+    basis = problem.basis
+    edits, unknowns, pixels = basis.shape
+    gram = torch.empty(edits, order, order, dtype=torch.float64, device=basis.device)
     some = max(1, (1 << 25) // (unknowns * pixels))  # edits at a time: float64 copies of all might fill the GPU
     for first in range(0, edits, some):
         part = slice(first, first + some)
-        rows, weight = basis[part].double(), (weights[part] if len(weights) > 1 else weights)[:, None]
-        size[part] = (weight * rows.square()).sum(-1).sqrt()
-        size[part] = torch.where(size[part] > 0, size[part], 1.0)  # also of NaN
-        if gram is None:
-            continue
-        rows = rows / size[part][..., None]
+        weights = shared.weights[part] if len(shared.weights) > 1 else shared.weights
+        rows = basis[part].double() * shared.inverse_size[part, :unknowns, None]
         if dual_form:
             torch.bmm(rows.mT, rows, out=gram[part])
         else:
-            torch.bmm(problem.gain**2 * weight * rows, rows.mT, out=gram[part])
-    square = size[:, :, None] * size[:, None, :]
-    constant, penalty_scale = problem.constant, problem.penalty_scale
-    if (
-        constant is not None and problem.quadratic is not None
-    ):  # without a change the quadratic form does not count, unless it is not finite
-        constant = constant + 0.0 * problem.quadratic.sum((1, 2))[:, None]
-    return {
-        "constant": constant,
-        "weights": weights.contiguous(),
-        "inverse_size": 1 / size,
-        "gram": gram,
-        "quadratic": None if problem.quadratic is None else problem.quadratic / square,
-        "penalty": None if problem.penalty is None else problem.penalty / square,
-        "penalty_scale": None if penalty_scale is None else penalty_scale.contiguous(),
-    }
+            torch.bmm(problem.gain**2 * weights[:, None] * rows, rows.mT, out=gram[part])
+    return gram
 
 
 def _paces(problem: FitLowRankProblem) -> tuple[float, float, float]:
@@ -116,23 +96,119 @@ def _paces(problem: FitLowRankProblem) -> tuple[float, float, float]:
     return slow_rate, slow_rate**2, SMOOTHING_FAST
 
 
-def _fit(
-    problem: FitLowRankProblem, shared: dict[str, Any], outputs: Outputs, config: FitLowRankConfig, steps: int
-) -> None:
-    """Launch the kernel that fits, with up to so many steps."""
+class Shared(NamedTuple):
+    """What the channels of an edit share, as structs.Given has it."""
+
+    weights: Tensor
+    inverse_size: Tensor
+    quadratic: Tensor | None
+    penalty: Tensor | None
+    constant: Tensor | None
+
+    @classmethod
+    def empty(cls, problem: FitLowRankProblem, config: FitLowRankConfig) -> Shared:
+        edits, unknowns, pixels = problem.basis.shape
+
+        def empty(*shape: int) -> Tensor:
+            return problem.basis.new_empty(shape, dtype=torch.float64)
+
+        def like(given: Tensor | None) -> Tensor | None:
+            return None if given is None else empty(*given.shape)
+
+        weights = empty(1 if problem.pixel_weights is None else edits, pixels)
+        size = empty(edits, triton.cdiv(unknowns, config.block) * config.block)
+        return cls(weights, size, like(problem.quadratic), like(problem.penalty), like(problem.constant))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A call's launches, each a function of tensors, and the shape of its scratch."""
+
+    config: FitLowRankConfig
+    scratch: tuple[int, int]
+    share: Callable[..., None]
+    scale: Callable[..., None] | None
+    fit: Callable[..., None]
+
+    def run(self, problem: FitLowRankProblem, outputs: Outputs) -> None:
+        shared = Shared.empty(problem, self.config)
+        self.share(*_sharing(problem, shared))
+        if self.scale is not None:
+            self.scale(*_scaling(problem, shared))
+        scratch = problem.base.new_empty(self.scratch, dtype=torch.float64)
+        self.fit(*_fitting(problem, shared, scratch, outputs))
+
+
+def _sharing(problem: FitLowRankProblem, shared: Shared) -> tuple[Tensor | None, ...]:
+    return problem.basis, problem.pixel_weights, shared.weights, shared.inverse_size
+
+
+def _scaling(problem: FitLowRankProblem, shared: Shared) -> tuple[Tensor | None, ...]:
+    given = (problem.quadratic, problem.penalty, problem.constant)
+    return *given, shared.inverse_size, shared.quadratic, shared.penalty, shared.constant
+
+
+def _fitting(
+    problem: FitLowRankProblem, shared: Shared, scratch: Tensor, outputs: Outputs
+) -> tuple[Tensor | None, ...]:
+    demodulation = () if problem.exact else (shared.constant, problem.linear, shared.quadratic)
+    return (
+        problem.basis,
+        problem.base,
+        problem.target,
+        problem.shift,
+        *demodulation,
+        shared.weights,
+        shared.penalty,
+        problem.penalty_scale,
+        shared.inverse_size,
+        _gram(problem, shared),
+        scratch,
+        *outputs,
+    )
+
+
+def _first(problem: FitLowRankProblem, outputs: Outputs, config: FitLowRankConfig, steps: int) -> _Plan:
+    """Launch the kernels that fit, with up to so many steps; the plan of launches like these."""
     edits, unknowns, pixels = problem.basis.shape
     tasks = edits * problem.base.shape[1]
     dual_form, order = plan(problem)
     device = problem.base.device
+    shared = Shared.empty(problem, config)
+    blocks = triton.cdiv(unknowns, config.block)
+    fixed = {"num_stages": 1, "enable_fp_fusion": False}  # see below
+    share = launch_kernel(
+        "fit_low_rank",
+        share_kernel,
+        (edits, blocks),
+        *_sharing(problem, shared),
+        unknowns,
+        pixels,
+        WEIGHTED=problem.pixel_weights is not None,
+        BLOCK=config.block,
+        PIXELS=config.pixels,
+        num_warps=max(4, config.warps),
+        **fixed,
+    )
+    scale = None
+    if problem.quadratic is not None or problem.penalty is not None:
+        scale = launch_kernel(
+            "fit_low_rank",
+            scale_kernel,
+            (edits, blocks + 1),
+            *_scaling(problem, shared),
+            unknowns,
+            problem.base.shape[1],
+            DEMODULATED=problem.quadratic is not None,
+            PENALISED=problem.penalty is not None,
+            BLOCK=config.block,
+            CHUNK=CHUNK,
+            num_warps=max(4, config.warps),
+            **fixed,
+        )
     stride = scratch_size(unknowns, pixels, order, config.block, config.pixels)
     programs = min(tasks, multiprocessors_of(device) * config.resident, max(1, SCRATCH // stride))
     scratch = torch.empty(programs, stride, dtype=torch.float64, device=device)
-    inverse_size = torch.nn.functional.pad(shared["inverse_size"], (0, -unknowns % config.block))
-    maps = [part.contiguous() for part in (problem.basis, problem.base, problem.target)]
-    demodulation = []
-    if not problem.exact:
-        linear = None if problem.linear is None else problem.linear.contiguous()
-        demodulation = [shared["constant"], linear, shared["quadratic"]]
     numbers, flags = [problem.gain], {}
     if not problem.exact:
         numbers = [problem.slope, problem.gain, problem.tolerance, *_paces(problem), steps]
@@ -141,25 +217,16 @@ def _fit(
             "ROUNDED": problem.slope != 1.0,
             "DEMODULATED": problem.linear is not None,
         }
-    launch_kernel(
+    fit = launch_kernel(
         "fit_low_rank",
         exact_kernel if problem.exact else fit_kernel,
         (programs,),
-        *maps,
-        problem.shift,
-        *demodulation,
-        shared["weights"],
-        shared["penalty"],
-        shared["penalty_scale"],
-        inverse_size,
-        shared["gram"],
-        scratch,
-        *outputs,
+        *_fitting(problem, shared, scratch, outputs),
         tasks,
         problem.base.shape[1],
         unknowns,
         pixels,
-        pixels if len(shared["weights"]) > 1 else 0,
+        pixels if problem.pixel_weights is not None else 0,
         *((0, 0, 0) if problem.shift is None else problem.shift.stride()),
         *numbers,
         stride,
@@ -171,18 +238,18 @@ def _fit(
         TILE=config.tile,
         PIXELS=config.pixels,
         num_warps=config.warps,
-        num_stages=1,
-        enable_fp_fusion=False,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
+        **fixed,  # fused across a butterfly, the copies of one sum would differ, and part at a branch
     )
+    return _Plan(config, (programs, stride), share, scale, fit)
 
 
-def _configuration(problem: FitLowRankProblem, fit: Callable[[FitLowRankConfig, int], None]) -> FitLowRankConfig:
+def _configuration(problem: FitLowRankProblem, fit: Callable[[FitLowRankConfig, int], object]) -> FitLowRankConfig:
     """The configuration for such problems on their GPU: measured once per kind of GPU and class of shapes."""
     dual_form, order = plan(problem)
     edits, channels, pixels = problem.base.shape
     kind = "exact" if problem.exact else "pixels" if dual_form else "unknowns"
-    name = f"{kind}-{triton.next_power_of_2(order)}-{triton.next_power_of_2(pixels)}"
-    name += f"-{min(triton.next_power_of_2(edits * channels), 1 << 14)}"
+    name = f"{kind}-{power_of_2(order)}-{power_of_2(pixels)}"
+    name += f"-{min(power_of_2(edits * channels), 1 << 14)}"
     steps = min(problem.max_iterations, MEASURED_STEPS)
     return choose(problem.base.device, "fit_low_rank", name, candidates(order), lambda config: fit(config, steps))
 
@@ -195,12 +262,23 @@ def launch(problem: FitLowRankProblem, config: FitLowRankConfig | None = None) -
     outputs = empty_outputs(problem.basis, problem.base)
     if not problem.base.shape[0] or not problem.base.shape[1]:
         return outputs
-    shared = functools.cache(lambda: _prepare(problem))
+    problem = problem._replace(**{name: part.contiguous() for name, part in _read(problem) if name != "shift"})
+    kinds = [(name, part.shape, part.stride(), part.data_ptr() % 16) for name, part in _read(problem)]
+    options = tuple(value for value in problem if not isinstance(value, Tensor))  # None where there is no tensor
+    key = ("fit_low_rank", problem.base.device, problem.base.dtype, *kinds, options, config, triton_interpreted())
+    with on_device_of(problem.base):
+        found = plan_of(key)
+        if found is not None:
+            found.run(problem, outputs)
+            return outputs
 
-    def fit(config: FitLowRankConfig, steps: int) -> None:
-        _fit(problem, shared(), outputs, config, steps)
+        def fit(config: FitLowRankConfig, steps: int) -> _Plan:
+            return _first(problem, outputs, config, steps)
 
-    with torch.cuda.device_of(problem.base):  # Triton launches on the current device
-        config = config or _configuration(problem, fit)
-        fit(config, problem.max_iterations)
+        keep_plan(key, fit(config or _configuration(problem, fit), problem.max_iterations))
     return outputs
+
+
+def _read(problem: FitLowRankProblem) -> list[tuple[str, Tensor]]:
+    """The tensors that there are, by name."""
+    return [(name, part) for name, part in zip(problem._fields, problem) if isinstance(part, Tensor)]
