@@ -2,18 +2,21 @@
 
 import copy
 import gc
+import hashlib
 import pickle
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_gpu, needs_triton_compiler
+from helpers.triton_compiler import compile_kernel, resources
 from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.generators.proggan import ProgGAN
 from rewrite_core.generators.stylegan2 import StyleGAN2
-from rewrite_core.layers import bound, capture
+from rewrite_core.layers import bits, bound, capture, fingerprints
 from rewrite_core.layers.fingerprints import tensor_fingerprint
 
 
@@ -175,3 +178,105 @@ def test_a_weight_is_known_again_by_its_bits(monkeypatch):
     assert changed == tensor_fingerprint(layer.weight) != wanted
     for view in (weight.double(), weight.flatten(), weight.mT, weight.bfloat16()):
         assert layer.weight_fingerprint(view) == tensor_fingerprint(view)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors are taken to be on a GPU, which adds up their bits: the list of what the host waits for."""
+    waits = []
+    fetched = bits.fetched
+    for module in (bits, fingerprints):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+        monkeypatch.setattr(module, "fetched", lambda tensor: waits.append(tensor.nbytes) or fetched(tensor))
+
+    def summed(tensors):
+        digest = hashlib.blake2b()
+        for tensor in tensors:
+            digest.update(bits._words(tensor).numpy())
+        return fetched_sum(digest.digest())
+
+    def fetched_sum(found):
+        waits.append(len(found))
+        return found
+
+    monkeypatch.setattr(fingerprints, "summed", summed)
+    return waits
+
+
+@pytest.mark.parametrize("together", [1, 100, 1 << 26])
+def test_a_gpu_is_waited_for_once_for_all_its_tensors(together, gpu, monkeypatch):
+    """And the fingerprint is that of the same weights on a CPU, whatever is copied at a time."""
+    monkeypatch.setattr(bits, "TOGETHER", together)
+    monkeypatch.setattr(fingerprints, "TOGETHER", together)
+    generator = Branching().eval()
+    generator.a.register_buffer("sparse", torch.eye(3).to_sparse())
+    generator.a.register_buffer("short", torch.ones(3, dtype=torch.bfloat16))
+    layer = rc.bind(generator, "conv")
+    before = layer.fingerprint(maps())
+    copies = len(gpu)
+    assert copies == 1 if together > 100 else copies > 1
+    with monkeypatch.context() as patch:
+        for module in (bits, fingerprints):
+            patch.setattr(module, "on_gpu", lambda tensor: False)
+        assert rc.bind(generator, "conv").fingerprint(maps()) == before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gpus_sums_see_every_change(change, gpu):
+    generator = Branching().eval()
+    layer = rc.bind(generator, "conv")
+    before = layer.fingerprint(maps())
+    for waits in (2, 1, 1):  # the fingerprint and the sums; the sums alone
+        gpu.clear()
+        assert passes(layer) == (0, before) and len(gpu) == waits
+    CHANGES[change](generator)
+    runs, after = passes(layer)
+    assert runs == 1 and after != before and after == rc.bind(generator, "conv").fingerprint(maps())
+    assert passes(layer) == (0, after)
+
+
+def test_without_triton_every_check_reads_all_weights(gpu, monkeypatch):
+    monkeypatch.setattr(fingerprints, "summed", lambda tensors: None)
+    generator = Branching().eval()
+    layer = rc.bind(generator, "conv")
+    before = layer.fingerprint(maps())
+    assert [passes(layer), passes(layer)] == [(0, before)] * 2
+    generator.a.weight.data.mul_(2)
+    assert passes(layer)[0] == 1
+
+
+@needs_triton_compiler
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_summing_kernel_compiles_ahead_of_time(capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from rewrite_core.kernels.checksum import STEP, checksum_kernel
+
+    types, constants = {"table": "*i64", "sums": "*i64"}, {"STEP": STEP}
+    compiled = compile_kernel(
+        checksum_kernel, capability, types, constants, ("table", "sums"), num_warps=4, enable_fp_fusion=False
+    )
+    registers, stack, local = resources(compiled, tmp_path)
+    assert stack == local == 0 and registers <= 128 and "atom" not in compiled.asm["ptx"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("change", ["in place", "data, in place", "load_state_dict", "parameter, replaced", "string"])
+def test_gpu_fingerprints_are_those_of_a_cpu(change):
+    generator = Branching().eval()
+    wanted = rc.bind(copy.deepcopy(generator), "conv").fingerprint(maps())
+    layer = rc.bind(generator.cuda(), "conv")
+    z = maps().cuda()
+    assert [layer.fingerprint(z) for _ in range(3)] == [wanted] * 3
+    CHANGES[change](generator)
+    after = layer.fingerprint(z)
+    assert after != wanted and after == rc.bind(copy.deepcopy(generator).cpu(), "conv").fingerprint(maps())
+
+
+@needs_gpu
+def test_gpu_waits_for_its_sums_alone(monkeypatch):
+    """From the third look on."""
+    layer = rc.bind(Branching().eval().cuda(), "conv")
+    wanted, waits, fetched = layer.fingerprint(maps().cuda()), [], bits.fetched
+    layer.fingerprint(maps().cuda())
+    monkeypatch.setattr(bits, "fetched", lambda tensor: waits.append(tensor.nbytes) or fetched(tensor))
+    assert layer.fingerprint(maps().cuda()) == wanted and len(waits) == 1

@@ -13,7 +13,7 @@ import re
 import struct
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ..adapters.base import LayerAdapter, absent, unusual
 from ..adapters.offloading import kept
 from ..errors import RewriteCoreError
+from .bits import TOGETHER, bits_of, fetched, on_gpu, on_host, summed
 from .memory import blocks, overlap, storage_of
 from .passes import Hooks, numbers_of_own
 
@@ -41,13 +42,13 @@ def plain_call(generator: nn.Module, latents: Tensor) -> Any:
 KIND = "xxh3-3:"
 
 
+def _head(name: str, tensor: Tensor) -> bytes:
+    return f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
+
+
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    data = tensor.detach().cpu()
-    if data.layout != torch.strided:  # a sparse buffer
-        data = data.to_dense()
-    data = data.resolve_conj().resolve_neg().contiguous()
-    digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    digest.update(_head(name, tensor))
+    digest.update(fetched(bits_of(tensor)))
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -390,6 +391,23 @@ def _held(forward: object, depth: int = 0) -> list[object]:
     return [value for value in values if value is not None and (isinstance(value, Tensor) or _is_setting(value))]
 
 
+Fact = str | tuple[str, Tensor]  # a setting, or a tensor by name
+
+
+def _together(facts: Iterable[Fact]) -> Iterator[list[Fact]]:
+    """In pieces whose tensors on GPUs are copied together. At most one tensor of the host is in a piece: it may have
+    been read from a disk for this."""
+    piece, size = list[Fact](), 0
+    for fact in facts:
+        piece.append(fact)
+        if not isinstance(fact, str):
+            size += fact[1].numel() * fact[1].element_size()
+            if size > TOGETHER or not on_gpu(fact[1]):
+                yield piece
+                piece, size = [], 0
+    yield piece
+
+
 class Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
@@ -399,13 +417,35 @@ class Part:
     def fingerprint(self, generator: nn.Module, forward: Forward) -> str:
         """Of every bit of it. Raises RewriteCoreError where the weights of it have no values here (offloaded,
         sharded)."""
-        modules = dict(generator.named_modules())
         digest = xxhash.xxh3_128()
-        for number, value in enumerate(_held(None if forward is plain_call else forward)):
-            if isinstance(value, Tensor):
-                _hash_tensor(digest, f"forward {number}", value)
+        for facts in _together(self._facts(generator, forward)):
+            contents = on_host([fact[1] for fact in facts if not isinstance(fact, str)])
+            for fact in facts:
+                digest.update(fact.encode() if isinstance(fact, str) else _head(*fact))
+                if not isinstance(fact, str):
+                    digest.update(next(contents))
+        return KIND + digest.hexdigest()
+
+    def mark(self, generator: nn.Module, forward: Forward) -> bytes | None:
+        """What stays the same as long as the fingerprint does, for the same tensors on the same devices: found sooner,
+        as a GPU adds up the bits of its tensors by itself and is waited for once. None where nothing is on a GPU."""
+        digest, away = xxhash.xxh3_128(), list[Tensor]()
+        for fact in self._facts(generator, forward):
+            if isinstance(fact, str):
+                digest.update(fact.encode())
+            elif on_gpu(fact[1]):
+                digest.update(_head(*fact))
+                away.append(fact[1])
             else:
-                digest.update(f"forward {number}|{value!r}|".encode())
+                _hash_tensor(digest, *fact)
+        sums = summed(away) if away else None
+        return None if sums is None else digest.digest() + sums
+
+    def _facts(self, generator: nn.Module, forward: Forward) -> Iterator[Fact]:
+        """All that it consists of: settings, and tensors by name."""
+        modules = dict(generator.named_modules())
+        for number, value in enumerate(_held(None if forward is plain_call else forward)):
+            yield (f"forward {number}", value) if isinstance(value, Tensor) else f"forward {number}|{value!r}|"
         for name, keys in self._tensors.items():
             tensors, plain = dict(_own(modules[name])), name.replace("_orig_mod.", "").removesuffix("._orig_mod")
             for key in keys:
@@ -414,10 +454,9 @@ class Part:
                     held = kept(modules[name], key)
                     tensor = tensor if held is None else held
                 _check_readable(name, modules[name], tensor)
-                _hash_tensor(digest, f"{plain}.{key}", tensor)
+                yield f"{plain}.{key}", tensor
             if name in self._started:
-                digest.update(f"{plain}|{[*_settings(modules[name])]}|".encode())
-        return KIND + digest.hexdigest()
+                yield f"{plain}|{[*_settings(modules[name])]}|"
 
 
 def _check_readable(name: str, module: nn.Module, tensor: Tensor) -> None:
@@ -439,6 +478,7 @@ class Remembered:
 
     def __init__(self, part: Part, fingerprint: str, before: Surroundings | None, after: Surroundings | None):
         self._part, self.fingerprint = part, fingerprint
+        self._mark: bytes | None = None  # the part's, once it was looked at again
         self._surroundings = after
         # what passes write says nothing of the way that they go
         self._written = set() if before is None or after is None else after.changed(before)
@@ -448,7 +488,12 @@ class Remembered:
         fingerprint was made of (which it can branch on, too). Otherwise: trace again."""
         if self._surroundings is None or self._surroundings != Surroundings.of(generator, forward, latents):
             return False
-        return self._part.fingerprint(generator, forward) == self.fingerprint
+        mark = self._part.mark(generator, forward)
+        if mark is not None and self._mark is not None:
+            return mark == self._mark
+        same = self._part.fingerprint(generator, forward) == self.fingerprint
+        self._mark = mark if same else None
+        return same
 
     def same_way(self, last: Remembered) -> bool:
         """Whether passes go the way that they went when `last` was found; where that cannot be compared, whether the
