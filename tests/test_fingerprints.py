@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_gpu, needs_triton_compiler
+from conftest import needs_triton_compiler
 from helpers.triton_compiler import compile_kernel, resources
 from torch import nn
 
@@ -259,7 +259,8 @@ def test_the_summing_kernel_compiles_ahead_of_time(capability, tmp_path, monkeyp
     assert stack == local == 0 and registers <= 128 and "atom" not in compiled.asm["ptx"]
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("change", ["in place", "data, in place", "load_state_dict", "parameter, replaced", "string"])
 def test_gpu_fingerprints_are_those_of_a_cpu(change):
     generator = Branching().eval()
@@ -272,7 +273,8 @@ def test_gpu_fingerprints_are_those_of_a_cpu(change):
     assert after != wanted and after == rc.bind(copy.deepcopy(generator).cpu(), "conv").fingerprint(maps())
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_waits_for_its_sums_alone(monkeypatch):
     """From the third look on."""
     layer = rc.bind(Branching().eval().cuda(), "conv")
