@@ -117,9 +117,10 @@ class Scene:
     """What a change of an edit is measured against: nothing of it depends on the change.
 
     edit, latents: the edit on its latents. unseen: latents, `rows` of which are looked at. places: where the context
-    is in those. looks: the window of the paste as it is, [C, h, w]. area: what of it counts, [h, w], 0 or 1. wanted:
-    how it should move, [C, h, w]; None for an edit without a copy. most: so many pictures with the context, and half as
-    many without, are measured (None: all).
+    is in those. looks: the window of the paste as it is, [C, h, w]. area: what of it most contexts cover, [h, w], 0 or
+    1, where movements are compared. around: what any context covers; what is beyond is outside. wanted: how it should
+    move, [C, h, w]; None for an edit without a copy. most: so many pictures with the context, and half as many without,
+    are measured (None: all).
     """
 
     edit: Edit
@@ -129,6 +130,7 @@ class Scene:
     places: Places
     looks: Tensor
     area: Tensor
+    around: Tensor
     wanted: Tensor | None
     most: int | None = None
 
@@ -239,8 +241,8 @@ def scene_of(on: BoundLayer, given: Given) -> Scene:
         layers = [given.layer] if given.layer is not None else asked_layers(on, edit, given.z)
     places, goals = _best_told(layers, edit, given, unseen[rows])
     with given.steps.turn():
-        looks, area, wanted = _wanted(places, edit, given.z, goals, given.span)
-    return Scene(edit, given.z, unseen, rows, places, looks, area, wanted)
+        looks, area, around, wanted = _wanted(places, edit, given.z, goals, given.span)
+    return Scene(edit, given.z, unseen, rows, places, looks, area, around, wanted)
 
 
 def asked_layers(on: BoundLayer, edit: Edit, latents: Tensor) -> list[BoundLayer]:
@@ -298,9 +300,9 @@ def _best_told(
 
 def _wanted(
     places: Places, edit: Edit, latents: Tensor, goals: dict[int, Tensor] | None, span: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The window of the (first) paste as it is [C, h, w]; what of a window counts [h, w], 0 or 1; and how pictures
-    should move there [C, h, w]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The window of the (first) paste as it is [C, h, w]; what of a window most contexts and what any of them covers
+    [h, w], 0 or 1; and how pictures should move there [C, h, w]."""
     window, marked = places.window, edit.pastes or tuple(edit.where)
     before = {paste.index: to_unit(places.layer.render(latents[paste.index][None]), span)[0] for paste in marked}
     size = before[marked[0].index].shape[1:]
@@ -310,16 +312,16 @@ def _wanted(
         return picture[..., rows, columns]
 
     masks = [(selection.area(tuple(size)), window.corner(selection.area(window.grid))) for selection in edit.where]
-    area = torch.stack([cut(*mask) for mask in masks]).mean(0)
-    area = (area >= min(0.5, area.max().item())).float()
+    share = torch.stack([cut(*mask) for mask in masks]).mean(0)
+    area, around = (share >= min(0.5, share.max().item())).float(), (share > 0).float()
     corners = [window.corner(paste.area(window.grid)) for paste in marked]
     looks = cut(before[marked[0].index], corners[0])
     if goals is None:
-        return looks, area, None
+        return looks, area, around, None
     moves = [
         cut(goals[paste.index] - before[paste.index], corner) for paste, corner in zip(marked, corners, strict=True)
     ]
-    return looks, area, torch.stack(moves).mean(0) * area
+    return looks, area, around, torch.stack(moves).mean(0) * area
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -390,7 +392,7 @@ class _Measuring:
                 continue
             rows, columns = self._aligned(before, places.best(numbers[row]))
             mine = self._covered(numbers[row], change.shape)
-            mine[rows, columns] = torch.maximum(mine[rows, columns], scene.area)
+            mine[rows, columns] = torch.maximum(mine[rows, columns], scene.around)
             inside.append((change * mine).sum().item() / mine.sum().item())
             outside.append((change * (1 - mine)).sum().item() / max(1.0, (1 - mine).sum().item()))
             far = _progress((after - before)[:, rows, columns] * scene.area, wanted)
@@ -423,7 +425,7 @@ class _Measuring:
         covered = torch.zeros(tuple(size))
         for corner in self._scene.places.all_in(number)[1:]:
             box = self._window.box(corner, size)
-            covered[box] = torch.maximum(covered[box], self._scene.area)
+            covered[box] = torch.maximum(covered[box], self._scene.around)
         return covered
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..adapters.base import Box
 from ..edits.edit import Edit
 from ..edits.goals import bounding_box
 from ..edits.selection import Selection
@@ -22,6 +23,7 @@ from .steps import PLAIN, Steps
 _CELLS = 6  # a context is looked for on a map where it is at most so many cells long; finer maps are averaged
 _LOWEST = 0.1  # the pictures without the context begin as this share of all: those with the lowest scores
 _TOP = 0.05  # of a context marked in one picture alone, what such a picture scores: the mean of this share, the highest
+_TOUCHED = 0.3  # of the fullest cell's share: a cell with less is at the edge of a mask, and not of it
 _PART = 4  # batches of a collection between two turns of others
 _ROUNDS = 50  # of moving the centre of the pictures without; it settles in a few
 _SURE = 0.25  # of the way from the centre without to the centre with: so far from the level a picture is clear
@@ -50,12 +52,17 @@ class Window:
         return max(1, round(cells * pixels / grid))
 
     def corner(self, area: Tensor) -> tuple[int, int]:
-        """The corner of the window around the positive entries of an area [*grid]."""
-        top, left, bottom, right = bounding_box(area)
+        """The corner of the window around the cells that an area [*grid] fills."""
+        top, left, bottom, right = cells_of(area)
         found = []
         for start, stop, cells, grid in zip((top, left), (bottom, right), self.cells, self.grid, strict=True):
             found.append(max(0, min(grid - cells, (start + stop) // 2 - cells // 2)))
         return found[0], found[1]
+
+
+def cells_of(area: Tensor) -> Box:
+    """The box of the cells that an area [h, w] fills, not counting those that it hardly touches."""
+    return bounding_box((area >= _TOUCHED * area.max()).float())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,17 +131,18 @@ class _Sight:
         size = tuple(keys.shape[2:])
         areas = [selection.area(size) for selection in where]
         longest = max(
-            max(stop - start for start, stop in zip(box[:2], box[2:], strict=True)) for box in map(bounding_box, areas)
+            max(stop - start for start, stop in zip(box[:2], box[2:], strict=True)) for box in map(cells_of, areas)
         )
         self._pool = 1
         while longest > _CELLS * self._pool and not any(side % (2 * self._pool) for side in size):
             self._pool *= 2
-        self._areas = [F.avg_pool2d(area[None, None], self._pool)[0, 0] for area in areas]
+        grid = size[0] // self._pool, size[1] // self._pool
+        self._areas = [selection.area(grid) for selection in where]
         self._maps = self.white(keys).split(1)
-        boxes = [bounding_box(area) for area in self._areas]
+        boxes = [cells_of(area) for area in self._areas]
         self.window = Window(
             (max(box[2] - box[0] for box in boxes), max(box[3] - box[1] for box in boxes)),
-            (size[0] // self._pool, size[1] // self._pool),
+            grid,
         )
         self.corners = [self.window.corner(area) for area in self._areas]
         self._parts = [(self._cut(own[0], i), self._cut(self._areas[i][None], i)) for i, own in enumerate(self._maps)]
