@@ -25,7 +25,7 @@ from rewrite_core.evaluation.verdict import DESTROYS, FOLLOWS, SPILLS, Numbers, 
 from rewrite_core.pictures import paint
 
 UNSEEN = rc.sample_latents(16, 40, seed=11)
-HOW = {"loss": "l2", "region": "map"}
+HOW = {"objective": "value", "rank": 1, "loss": "l2", "region": "map"}
 
 
 @pytest.fixture(scope="module")

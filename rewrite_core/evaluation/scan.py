@@ -37,6 +37,7 @@ from .showing import Visibility, visibility
 from .steps import Cancelled, Steps
 
 RANKS = (1, 4, 10)
+FIT: dict[str, Any] = {"objective": "value", "loss": "l2", "region": "map"}
 _SHOWS = 0.25  # of what the best layer shows of the paste: a layer that shows less is left out
 _ELSEWHERE = 0.75  # of what a layer's pasted value changes: a layer where more of it lies outside is left out
 _LAYERS = 12  # that are fitted at most, evenly spread
@@ -176,8 +177,8 @@ def scan_layers(
             the scan.
         cancelled: asked between two steps; once it says True the scan ends with the rows it has, and its ``complete``
             is False.
-        options: of :func:`rewrite_core.rewrite`. By default loss="l2" and region="map": fits of values on the whole map
-            take milliseconds, and which layer holds a rule does not depend on how it is fitted in the end.
+        options: of :func:`rewrite_core.rewrite`. By default objective="value", loss="l2" and region="map": values on
+            the whole map, which takes milliseconds.
 
     Raises:
         SelectionError: the edit has no copy or no paste. UnknownLayerError: there is no such layer.
@@ -189,7 +190,7 @@ def scan_layers(
     ranks = [whole_number("A rank", rank) for rank in ranks]
     steps = Steps(progress, told, cancelled, lambda: generator_lock(generator))
     edit, latents = edit.on(z), z if unseen is None else torch.cat([z, unseen.to(z)])
-    scan = _Scan(generator, edit, latents, len(z), forward, span, steps, {"loss": "l2", "region": "map"} | options)
+    scan = _Scan(generator, edit, latents, len(z), forward, span, steps, FIT | options)
     try:
         scan.look(layers)
         scan.fit(ranks)
