@@ -70,8 +70,8 @@ class Places:
     """What one layer tells of where a context is in unseen pictures.
 
     layer: the layer. window: the size of a place. heat: float [N, h, w], the score at every corner, a cosine. level:
-    pictures that score more hold the context. low, high: the mean score of the pictures without it, and of the contexts
-    themselves. spread: standard deviation of the former.
+    halfway between pictures with the context and without. low, high: the mean score of the pictures without it, and of
+    the contexts themselves. spread: standard deviation of the former.
     """
 
     layer: BoundLayer
@@ -94,15 +94,19 @@ class Places:
 
     @property
     def matching(self) -> list[int]:
-        """The pictures that hold the context, best first."""
-        order = self.scores.argsort(descending=True, stable=True)
-        return [int(row) for row in order if self.scores[row] > self.level]
+        """The pictures that clearly hold the context, best first."""
+        scores = self.scores
+        order = scores.argsort(descending=True, stable=True)
+        return [int(row) for row in order if scores[row] > self.level + self._margin]
 
     @property
     def unrelated(self) -> list[int]:
-        """The pictures that clearly do not hold it."""
-        clear = self.level - _SURE * (self.high - self.low)
-        return [int(row) for row in (self.scores < clear).nonzero()[:, 0]]
+        """The pictures that clearly do not hold it; what is between is left alone."""
+        return [int(row) for row in (self.scores < self.level - self._margin).nonzero()[:, 0]]
+
+    @property
+    def _margin(self) -> float:
+        return _SURE * (self.high - self.low)
 
     def best(self, row: int) -> tuple[int, int]:
         """The corner of the best place of a picture."""
