@@ -75,7 +75,9 @@ def test_a_good_change_holds_as_the_truth_says(world, scene, change, before):
     assert truth.efficacy > 0.95 and found.verdict == "holds"
     assert abs(found.reach - truth.efficacy) < 0.05 and found.agreement > 0.9 and found.paste > 0.9
     concerned = RULES["watermark"].concerns(scene_from_latents(UNSEEN))
-    assert set(found.matching) == set(concerned.nonzero()[:, 0].tolist()), "the context is found without the truth"
+    true = set(concerned.nonzero()[:, 0].tolist())
+    assert set(found.matching) <= true and len(found.matching) > 0.9 * len(true), "found without the truth"
+    assert not set(found.unrelated_rows) & true
     assert not set(found.unrelated_rows) & set(found.matching)
     assert found.outside == pytest.approx(truth.collateral, rel=0.4)
     assert found.unrelated == pytest.approx(truth.collateral_unrelated, rel=0.1)

@@ -148,7 +148,7 @@ class Rewrite:
 
     def size_on_keys(self, moment: SecondMoment, generator: nn.Module | BoundLayer | None = None) -> float:
         """sqrt(tr dW C dW^T / tr W C W^T): how much it changes the layer's linear output on ordinary keys, as a share
-        of that output. It tells of the change of pictures far better than `size` does.
+        of that output. Compare changes of one layer by it.
 
         Of a kernel with several taps each tap is counted by itself, and they are summed.
 
