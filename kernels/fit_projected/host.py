@@ -41,8 +41,9 @@ class FitProjectedConfig:
 
 
 CANDIDATES = (
+    FitProjectedConfig(64, 16, 128, 2, 4, 3),
     FitProjectedConfig(64, 16, 128, 2, 4, 1),
-    FitProjectedConfig(64, 32, 128, 1, 8, 1),
+    FitProjectedConfig(64, 32, 128, 1, 8, 2),
     FitProjectedConfig(32, 32, 128, 1, 8, 1),
 )
 MEASURED_STEPS = 12  # of a descent that chooses among configurations
