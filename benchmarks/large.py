@@ -219,7 +219,14 @@ def run(name: str, tiny: bool) -> Record:
     mask = torch.zeros(side)
     mask[tuple(slice(length // 4, length // 2 + 1) for length in side)] = 1
     edit = Edit(copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(2, mask)])
-    steps["rewrite"], change = measured(lambda: rewrite(layer, moment, edit, made.latents, region="map", loss="l2"))
+    values: dict[str, Any] = {
+        "rank": 1,
+        "objective": "value",
+        "region": "map",
+        "loss": "l2",
+        "preserve": 0.0,
+    }  # of the layer alone
+    steps["rewrite"], change = measured(lambda: rewrite(layer, moment, edit, made.latents, **values))
     steps["apply"], _ = measured(change.apply)
     assert tensor_fingerprint(layer.weight) != before
     steps["revert"], _ = measured(change.revert)

@@ -11,6 +11,8 @@ from rewrite_core.demo import chapels, load_edit
 
 accelerate = pytest.importorskip("accelerate", reason="the extra `export` is not installed")
 
+OF_VALUES = {"objective": "value", "region": "map", "loss": "l2"}
+
 
 def make():
     torch.manual_seed(0)
@@ -56,8 +58,8 @@ def test_the_edited_layer_is_gathered_and_the_rest_left(kind, tmp_path):
     edit = rc.Edit(copy=rc.Selection(0, mask), paste=rc.Selection(1, mask), context=[rc.Selection(2, mask)])
     with torch.no_grad():
         images = generator(z)
-    change = rc.rewrite(layer, moment, edit, z, region="map", loss="l2")
-    assert torch.equal(change.coefficients, rc.rewrite(own, moment, edit, z, region="map", loss="l2").coefficients)
+    change = rc.rewrite(layer, moment, edit, z, **OF_VALUES)
+    assert torch.equal(change.coefficients, rc.rewrite(own, moment, edit, z, **OF_VALUES).coefficients)
     with change, torch.no_grad():
         edited = generator(z)
         assert torch.equal(edited, generator(z)) and not torch.equal(edited, images)
@@ -95,8 +97,8 @@ def test_a_layer_whose_parts_are_modules(tmp_path):
     moment = rc.collect_second_moment(layer, z[:64], progress=False)
     moment.check(own, z)
     whole = rc.sample_latents(16, 1000, seed=1)
-    change = rc.rewrite(layer, moment, load_edit("spire"), whole, rank=2, loss="l2", region="map")
-    wanted = rc.rewrite(own, moment, load_edit("spire"), whole, rank=2, loss="l2", region="map")
+    change = rc.rewrite(layer, moment, load_edit("spire"), whole, rank=2, **OF_VALUES)
+    wanted = rc.rewrite(own, moment, load_edit("spire"), whole, rank=2, **OF_VALUES)
     assert torch.equal(change.coefficients, wanted.coefficients)
     with change, wanted, torch.no_grad():
         assert torch.equal(generator(z[:2]), plain(z[:2]))
