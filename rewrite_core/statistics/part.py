@@ -81,8 +81,13 @@ class Part:
         """:meth:`update` on a GPU, without waiting for it, of features that count as `counts` says: what :meth:`settle`
         takes, the first as numbers on the GPU."""
         if self._total is None:
+            own = self.moment._sum
             with torch.inference_mode(False):
-                self._total = self.moment._sum.to(features.device, copy=True)
+                # zeros are not worth a copy, for which the host would wait until the first pass is over
+                fresh = self.moment.count == 0
+                self._total = (
+                    own.new_zeros(own.shape, device=features.device) if fresh else own.to(features.device, copy=True)
+                )
         part, numbers = measured(features, counts, skip_nonfinite)
         self._total += part
         self.done += count
