@@ -368,3 +368,20 @@ def test_a_large_mean_needs_no_shift():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert moment.factor.shift == 0
+
+
+def test_a_moment_elsewhere_leaves_this_one():
+    moment = rc.SecondMoment(4, "layer", "print")
+    moment.update(torch.randn(20, 4))
+    moment.latents["seed"] = 1
+    before = moment.matrix()
+    assert moment.to("cpu") is moment
+    moved = moment.to("meta")  # any other device
+    assert moved._sum.is_meta and (moved.count, moved.layer, moved.latents) == (20, "layer", {"seed": 1})
+    moved.latents["seed"], moved.count = 2, 0
+    assert torch.equal(moment.matrix(), before) and moment.latents == {"seed": 1}
+    with pytest.raises(rc.ArgumentError, match="'nowhere' is no device of this machine"):
+        moment.to("nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(rc.ArgumentError, match="no device of this machine"):
+            moment.to("cuda")

@@ -296,3 +296,23 @@ def test_update_of_features_on_the_gpu():
             rows = given.to(dtype).double().movedim(1, -1).reshape(-1, 70)
             assert moment.count == len(rows)
             assert (moment._sum - rows.T @ rows).norm() <= 2e-6 * (rows.T @ rows).norm()
+
+
+def test_a_moment_on_a_gpu_is_as_good(tmp_path):
+    """The same file, the same checks; what it solves agrees with the CPU to rounding times the condition."""
+    layer = bound()
+    moment = rc.collect_second_moment(layer, LATENTS, batch_size=8, progress=False)
+    moved = moment.to(GPU)
+    assert moved is not moment and moved.to(GPU) is moved and moved.matrix().is_cuda
+    moved.check(layer, LATENTS)
+    paths = [tmp_path / "one", tmp_path / "other"]
+    moment.save(paths[0]), moved.save(paths[1])
+    assert_same(*map(rc.SecondMoment.load, paths))
+    rows = torch.randn(5, moment.channels, device=GPU)
+    moment.update(rows), moved.update(rows)
+    assert torch.equal(moment._sum, moved._sum.cpu()) and moment.count == moved.count
+    plain = rc.SecondMoment(48)
+    plain.update(torch.randn(1000, 48, generator=torch.Generator().manual_seed(0)))
+    keys = torch.randn(3, 48, dtype=torch.float64)
+    one, other = plain.solve(keys), plain.to(GPU).solve(keys.to(GPU))
+    assert other.is_cuda and (one - other.cpu()).norm() <= 1e-13 * one.norm()

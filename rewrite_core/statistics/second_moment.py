@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -135,12 +136,32 @@ class SecondMoment:
             raise RewriteCoreError("This second moment holds no keys yet; update or collect it first.")
         return self._sum / self.count
 
+    def to(self, device: torch.device | str) -> SecondMoment:
+        """This moment with its sum on a device, where its factor and what :meth:`solve` returns are then, too; itself
+        where it is there already. Files are the same from everywhere, and :meth:`load` gives a moment of the CPU.
+
+        On a GPU an edit need not copy the factor, nor wait for the CPU to solve. What is solved there agrees with the
+        CPU's to float64's rounding times the condition of C, not to the bit. Updates of either go on as before.
+
+        Raises ArgumentError for what is no device.
+        """
+        try:
+            with torch.inference_mode(False):  # or it could not be written in place outside
+                total = self._sum.to(device=torch.device(device))
+        except (RuntimeError, TypeError, AssertionError) as error:  # torch says AssertionError where it has no CUDA
+            raise ArgumentError(f"{quoted(device)} is no device of this machine: {error}") from error
+        if total is self._sum:
+            return self
+        moved = copy.copy(self)
+        moved._sum, moved._factor, moved.latents = total, None, dict(self.latents)
+        return moved
+
     def within_groups(self, groups: int) -> SecondMoment:
         """This moment with zeros between groups of channels: what bears on a grouped convolution, each of whose groups
         has keys of its own. Itself for one group."""
         if groups == 1:
             return self
-        moment = SecondMoment(self.channels, self.layer, self.fingerprint)
+        moment = SecondMoment(self.channels, self.layer, self.fingerprint).to(self._sum.device)
         group = torch.arange(self.channels, device=self._sum.device) // (self.channels // groups)
         moment._sum.copy_(self._sum.where(group[:, None] == group, 0.0))
         moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
