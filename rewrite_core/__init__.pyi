@@ -26,6 +26,8 @@ from .errors import SelectionError as SelectionError
 from .errors import SolverError as SolverError
 from .errors import UnderdeterminedWarning as UnderdeterminedWarning
 from .errors import UnknownLayerError as UnknownLayerError
+from .evaluation.comparing import Compared as Compared
+from .evaluation.comparing import compare as compare
 from .evaluation.measuring import measure as measure
 from .evaluation.report import Report as Report
 from .evaluation.scan import LayerScan as LayerScan
@@ -48,6 +50,8 @@ from .rewrites.change import Rewrite as Rewrite
 from .rewrites.parametrization import LowRankChange as LowRankChange
 from .session import Session as Session
 from .solvers.adam import Adam as Adam
+from .solvers.baselines import FineTuned as FineTuned
+from .solvers.baselines import fine_tune as fine_tune
 from .solvers.lbfgs import LBFGS as LBFGS
 from .solvers.lm import LM as LM
 from .solvers.projected import Projected as Projected
