@@ -55,5 +55,5 @@ def advice_of(numbers: Numbers) -> str:
     if numbers.paste is not None and numbers.paste < HALF_DONE:
         return "Even its own paste hardly moved: try another layer with rc.scan_layers, or a higher rank."
     return (
-        "Its own paste follows and others do not: mark more context, paste into several pictures, or apply it stronger."
+        "Its own paste follows and too few others do: mark more context, paste into several pictures, or apply it stronger."
     )
