@@ -54,4 +54,6 @@ def advice_of(numbers: Numbers) -> str:
         return "The context is hardly told apart from other places: mark more of it, with rc.search."
     if numbers.paste is not None and numbers.paste < HALF_DONE:
         return "Even its own paste hardly moved: try another layer with rc.scan_layers, or a higher rank."
-    return "Its own paste follows, too few others do: mark more context, paste into several pictures, or apply it stronger."
+    return (
+        "Its own paste follows, too few others do: mark more context, paste into several pictures, or raise strength."
+    )
