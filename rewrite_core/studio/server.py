@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import RewriteCoreError, quoted
 from ..files import to_json
-from .film import KINDS
+from .films import KINDS
 from .workshop import Workshop
 
 _MOST_BYTES = 64 << 20  # of one request

@@ -39,7 +39,7 @@ from ..session import Session
 from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from ..turns import Latest, generator_lock
-from . import film
+from . import films
 
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"
@@ -203,7 +203,7 @@ class Workshop:
                 "conflicts": self.conflicts(),
                 "live": self.live_report if self.live is not None else None,
                 "version": self.version,
-                "films": film.kinds(),
+                "films": films.kinds(),
                 "memory": self.session.nbytes,
             }
 
@@ -561,10 +561,10 @@ class Workshop:
         changes, strengths = self._rewrites(False, None)
         images = []
         with generator_lock(self.generator), self.session._changed(changes, strengths):
-            for batch in film.walk(self.latents[list(rows)], frames).split(12):
+            for batch in films.walk(self.latents[list(rows)], frames).split(12):
                 images.append(self.session.layer.render(batch))
         tiles = [pictures.to_image(picture, side) for picture in pictures.to_unit(torch.cat(images), self.span)]
-        return film.film(tiles, kind)
+        return films.film(tiles, kind)
 
     def close(self) -> None:
         self._latest.close()
