@@ -55,8 +55,8 @@ def studio(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def browser_page(address: str) -> Iterator[Any]:
-    """The page in Chromium, 1280 x 720. Raises Refused where there is none to drive."""
+def browser_page(address: str, scheme: str = "light") -> Iterator[Any]:
+    """The page in Chromium, 1280 x 720, light or dark. Raises Refused where there is none to drive."""
     chromium = shutil.which("chromium")
     try:
         from playwright.sync_api import sync_playwright
@@ -66,7 +66,7 @@ def browser_page(address: str) -> Iterator[Any]:
         raise Refused("The studio is measured in Debian's chromium, which is not installed: apt-get install chromium.")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_context(viewport={"width": 1280, "height": 720}).new_page()
+        page = browser.new_context(viewport={"width": 1280, "height": 720}, color_scheme=scheme).new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.wait_for_selector("body[data-ready]")
