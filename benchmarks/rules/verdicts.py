@@ -192,8 +192,10 @@ def summary(rows: Sequence[dict]) -> Iterator[str]:
             f"{right(test, *limits):.1%} of the second"
         )
     for kind in ("holds", "weak", "spills", "destroys"):
-        own = [verdict_with(row, FOLLOWS, SPILLS, DESTROYS) for row in rows if true_verdict(row["truth"]) == kind]
-        yield f"truly {kind}: {len(own)}, told " + ", ".join(f"{each} {own.count(each)}" for each in sorted(set(own)))
+        told = [verdict_with(row, FOLLOWS, SPILLS, DESTROYS) for row in rows if true_verdict(row["truth"]) == kind]
+        yield f"truly {kind}: {len(told)}, told " + ", ".join(
+            f"{each} {told.count(each)}" for each in sorted(set(told))
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

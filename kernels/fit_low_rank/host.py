@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -262,7 +262,8 @@ def launch(problem: FitLowRankProblem, config: FitLowRankConfig | None = None) -
     outputs = empty_outputs(problem.basis, problem.base)
     if not problem.base.shape[0] or not problem.base.shape[1]:
         return outputs
-    problem = problem._replace(**{name: part.contiguous() for name, part in _read(problem) if name != "shift"})
+    contiguous: dict[str, Any] = {name: part.contiguous() for name, part in _read(problem) if name != "shift"}
+    problem = problem._replace(**contiguous)
     kinds = [(name, part.shape, part.stride(), part.data_ptr() % 16) for name, part in _read(problem)]
     options = tuple(value for value in problem if not isinstance(value, Tensor))  # None where there is no tensor
     key = ("fit_low_rank", problem.base.device, problem.base.dtype, *kinds, options, config, triton_interpreted())

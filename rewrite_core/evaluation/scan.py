@@ -90,7 +90,7 @@ class LayerScan:
     def table(self) -> list[tuple[str, ...]]:
         """The rows in words, the head first."""
         head = ("layer", "rank", "score", "verdict", "reach", "agreement", "outside", "unrelated", "size", "shown")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             told = row.report
             numbers = (told.reach, told.agreement, told.outside, told.unrelated, told.size)

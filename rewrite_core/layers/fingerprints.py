@@ -423,7 +423,7 @@ class Part:
             for fact in facts:
                 digest.update(fact.encode() if isinstance(fact, str) else _head(*fact))
                 if not isinstance(fact, str):
-                    digest.update(next(contents))
+                    digest.update(next(contents).data)
         return KIND + digest.hexdigest()
 
     def mark(self, generator: nn.Module, forward: Forward) -> bytes | None:

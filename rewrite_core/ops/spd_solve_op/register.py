@@ -56,7 +56,8 @@ def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Te
 def _cpp_examined(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, list[Facts]]:
     found = _cpp_examine(given)
     lower, pivots = _cpp_factor(matrix, least)
-    return lower, [Facts(*each, pivot) for each, pivot in zip(found, pivots.tolist(), strict=True)]
+    parts = zip(found, pivots.tolist(), strict=True)
+    return lower, [Facts(mean, largest, apart, pivot) for (mean, largest, apart), pivot in parts]
 
 
 def _cpp_solve(matrix: Tensor, lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor | None:
