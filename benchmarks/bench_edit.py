@@ -50,6 +50,7 @@ TESTS = ("fit_low_rank", "fit_projected")
 STEPS = 2001  # the reference's
 SAMPLE = 32  # channels that are compared with the float64 reference backend
 KINDS = ("linear", "stylegan2")
+CLICK: dict[str, Any] = {"rank": 1, "region": "box", "loss": "l1", "objective": "value", "preserve": 0.0}  # reference's
 
 
 def _few_steps(channels: int, side: int) -> tuple[int, int]:
@@ -502,7 +503,7 @@ def make_click(size: int, name: str, backend: str) -> Problem:
         for selection in edit.selections:
             layer.capture(latents[selection.index][None])
 
-    ours = click.contender("rewrite_core", lambda: rewrite(layer, moment, edit, latents, backend=backend))
+    ours = click.contender("rewrite_core", lambda: rewrite(layer, moment, edit, latents, **CLICK, backend=backend))
     return click.problem(ours, [Contender("the generator's passes alone", passes, prepare=click._revert)], side)
 
 
@@ -512,10 +513,12 @@ def make_warm_click(size: int, name: str, backend: str) -> Problem:
     layer, latents, moment, mask = _stylegan2(size, name)
     side = len(mask)
     session, moved, same, click = Session(layer, moment, latents), itertools.count(1), _drawn(side), _Click(layer)
-    session.rewrite(same, backend=backend)  # its pictures are known from here on
-    ours = click.contender("rewrite_core", lambda: session.rewrite(_drawn(side, next(moved)), backend=backend))
-    again = click.contender("the same edit again", lambda: session.rewrite(same, backend=backend), aside=True)
-    free = click.contender("rc.rewrite, no session", lambda: rewrite(layer, moment, same, latents, backend=backend))
+    session.rewrite(same, **CLICK, backend=backend)  # its pictures are known from here on
+    ours = click.contender("rewrite_core", lambda: session.rewrite(_drawn(side, next(moved)), **CLICK, backend=backend))
+    again = click.contender("the same edit again", lambda: session.rewrite(same, **CLICK, backend=backend), aside=True)
+    free = click.contender(
+        "rc.rewrite, no session", lambda: rewrite(layer, moment, same, latents, **CLICK, backend=backend)
+    )
     return click.problem(ours, [free, again], side)
 
 
