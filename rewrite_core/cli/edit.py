@@ -53,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blend", choices=BLENDS, help="paste through the copy's mask (default) or its bounding box")
     parser.add_argument("--loss", choices=LOSSES, help="absolute (default) or squared distance to the goal")
-    parser.add_argument("--preserve", type=real(), help="weight of leaving ordinary pictures alone (default 0)")
+    parser.add_argument(
+        "--preserve", type=real(), help="weight of leaving other pictures alone (default 0; 1 but for values)"
+    )
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
@@ -158,7 +160,7 @@ def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in named}
     given["solver"] = _solver(
         options.solver,
-        options.objective,
+        "value" if options.erase else options.objective,
         {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None},
     )
     given["units"] = options.erase

@@ -193,7 +193,14 @@ class Record:
             )
         if to == "pictures":
             with self._answers(value):
-                return self._pass(gradients=wanted)
+                images = self._pass(gradients=wanted)
+            if wanted and not images.requires_grad:
+                raise RewriteCoreError(
+                    "The generator makes its images without gradients (it switches them off in its forward pass); use "
+                    "objective='value'.",
+                    advice={"objective": "value"},
+                )
+            return images
         found = self._next(value if wanted else value.detach().requires_grad_())
         return found if wanted else found.detach()
 

@@ -42,13 +42,13 @@ def rewrite(
     edit: Edit,
     latents: Tensor,
     *,
-    rank: int = 1,
+    rank: int | None = 1,
     directions: str = "whitened",
     region: str = "box",
     blend: str = "mask",
     loss: str = "l1",
-    preserve: float = 0.0,
-    objective: str = "value",
+    preserve: float | None = None,
+    objective: str | None = "value",
     goal: Tensor | None = None,
     solver: str | Solver | None = None,
     progress: bool = False,
@@ -57,25 +57,38 @@ def rewrite(
     """Solve one edit: the rank-R change of the layer that makes the pasted region come out as the copied one.
 
     The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D). An edit with
-    several pastes has one change that is fitted to all of them: the loss is the mean over the pixels of all.
+    several pastes has one change that is fitted to all of them: the loss is the mean over the pixels of all. The
+    defaults are the reference's own, but for its solver. On generators of your own begin with ``rank=4, region="map",
+    loss="l2", objective="pictures"``.
 
     Args:
         layer: from :func:`rewrite_core.bind`.
         moment: second moment of that layer's keys.
         edit: copy, paste and context; its selections index the rows of `latents`.
         latents: [N, ...], the set the edit was made on.
-        rank: R, 1 to the number of key channels. "unconstrained" needs neither rank nor context.
+        rank: R, 1 to the number of key channels; None: 4, or as many directions as the context has where these are
+            fewer. "unconstrained" needs neither rank nor context.
         directions: how they are found, see :func:`rewrite_core.context_directions`.
-        region: "box" fits the pasted box, zero-padded at its edge, as the reference does (SolverError where the layer
-            cannot be run so: other padding than zeros, or map sizes that are no multiples); "map" the whole map.
+        region: "map" fits the whole map; "box" the pasted box, zero-padded at its edge, as the reference does
+            (SolverError where the layer cannot be run so: other padding than zeros, or map sizes that are no
+            multiples).
         blend: "mask" composites through the copy's mask, "box" through its bounding box.
-        loss: "l1" (the reference's) or "l2", the mean over the region.
-        preserve: weight of the paper's L_smooth, the mean squared change that the rewrite makes to the values of
-            ordinary images before the activation, at the demodulation that the unchanged weight has; 0 is the
-            reference's objective. For "lm" and "adam".
-        solver: "lm" (default), "projected" (the reference's algorithm), "adam", or "unconstrained"; or one with options
-            of its own: :class:`rewrite_core.LM`, :class:`~rewrite_core.Projected`, :class:`~rewrite_core.Adam`,
-            :class:`~rewrite_core.Unconstrained`.
+        loss: "l2" or "l1" (the reference's), the mean over what is compared.
+        preserve: weight of leaving ordinary pictures alone. Where pictures or activations are compared: of their mean
+            change in 16 pictures of the latents that hold nothing like the context, beside the distance to the goal,
+            which counts 1; None is 1. Where values are compared: of the paper's L_smooth, the mean squared change of
+            the values of ordinary images before the activation, at the demodulation that the unchanged weight has, for
+            "lm", "lbfgs" and "adam"; None is 0, the reference's objective.
+        objective: what is compared with the goal. "pictures": what the generator paints, with the picture that the
+            pasted value renders; the values' own distance counts a tenth beside it. "activation": what the next layer
+            is given. "value": the layer's value, as the reference does. None: "pictures", or "value" for a solver that
+            compares nothing else.
+        goal: your own pictures in the place of a copy, [n, C, H, W] in the generator's range, one for each picture that
+            the edit pastes into. For objective "pictures".
+        solver: None is "lm" for values and "lbfgs" for the other objectives. "lm", "lbfgs", "projected" (the
+            reference's algorithm), "adam" or "unconstrained"; or one with options of its own:
+            :class:`rewrite_core.LM`, :class:`~rewrite_core.LBFGS`, :class:`~rewrite_core.Projected`,
+            :class:`~rewrite_core.Adam`, :class:`~rewrite_core.Unconstrained`.
         progress: show bars of what takes long.
         backend: of the operations, see :func:`rewrite_core.explain`.
 
@@ -110,13 +123,13 @@ def rewrite_many(
     edits: Iterable[Edit],
     latents: Tensor,
     *,
-    rank: int = ...,
+    rank: int | None = ...,
     directions: str = ...,
     region: str = ...,
     blend: str = ...,
     loss: str = ...,
-    preserve: float = ...,
-    objective: str = ...,
+    preserve: float | None = ...,
+    objective: str | None = ...,
     goal: Sequence[Tensor] | None = ...,
     solver: str | Solver | None = ...,
     progress: bool = ...,
@@ -131,13 +144,13 @@ def rewrite_many(
     edits: Iterable[Edit],
     latents: Tensor,
     *,
-    rank: int = ...,
+    rank: int | None = ...,
     directions: str = ...,
     region: str = ...,
     blend: str = ...,
     loss: str = ...,
-    preserve: float = ...,
-    objective: str = ...,
+    preserve: float | None = ...,
+    objective: str | None = ...,
     goal: Sequence[Tensor] | None = ...,
     solver: str | Solver | None = ...,
     progress: bool = ...,
@@ -151,13 +164,13 @@ def rewrite_many(
     edits: Iterable[Edit],
     latents: Tensor,
     *,
-    rank: int = 1,
+    rank: int | None = 1,
     directions: str = "whitened",
     region: str = "box",
     blend: str = "mask",
     loss: str = "l1",
-    preserve: float = 0.0,
-    objective: str = "value",
+    preserve: float | None = None,
+    objective: str | None = "value",
     goal: Sequence[Tensor] | None = None,
     solver: str | Solver | None = None,
     progress: bool = False,
@@ -169,16 +182,18 @@ def rewrite_many(
     layers, a list of them with a list of their moments, the result is a list of such lists, in the order of the layers:
     every edit at every layer. Hundreds of edits, to be resumed after an interrupt, are what ``rewrite batch`` is for.
     """
-    settings = Settings(rank, directions, loss, preserve, solver, progress, backend, objective)
+    settings = Settings.of_a_paste(
+        objective, preserve, solver, rank=rank, directions=directions, loss=loss, progress=progress, backend=backend
+    )
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
     edits = _checked(edits)
 
-    painted = _goals(goal, edits, objective)
+    painted = _goals(goal, edits, settings.objective)
 
     def solved(own: BoundLayer, statistics: SecondMoment) -> list[Rewrite]:
         tasks = [
-            _paste(own, edit, latents, (region, blend, objective), pictures)
+            _paste(own, edit, latents, (region, blend, settings.objective), pictures)
             for edit, pictures in zip(edits, painted, strict=True)
         ]
         return solve(own, statistics, tasks, settings, latents)

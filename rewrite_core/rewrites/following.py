@@ -17,7 +17,7 @@ from ..layers.replay import Record, record
 from ..solvers.problem import Beyond
 
 OBJECTIVES = ("value", "activation", "pictures")  # what is compared with the goal
-ORDINARY = 32  # pictures that should stay as they are
+ORDINARY = 16  # pictures that should stay as they are
 _LOOKED_AT = 128  # of which these are chosen
 _MATCHES = 0.5  # of what the context's own keys have along the directions
 
@@ -39,7 +39,7 @@ def goal_pictures(layer: BoundLayer, edit: Edit, latents: Tensor, goal: Tensor) 
     if not edit.pastes:
         raise SelectionError("This edit has no paste selection, which says whose picture the goal is; add one.")
     rows = pasted_rows(edit)
-    kept = record(layer, latents[rows])
+    kept = _recorded(layer, latents[rows])
     if goal.shape != kept.images.shape:
         raise RewriteCoreError(
             f"goal must be {list(kept.images.shape)}, a picture for each of the pictures {rows} that the edit pastes "
@@ -53,10 +53,20 @@ def goal_pictures(layer: BoundLayer, edit: Edit, latents: Tensor, goal: Tensor) 
 def goal_beyond(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Sequence[Goal], objective: str) -> Beyond:
     """What follows from the target values of whole maps, one for each picture that the edit pastes into."""
     rows = pasted_rows(edit)
-    kept = record(layer, latents[rows])
+    kept = _recorded(layer, latents[rows])
     with torch.no_grad():
         target = kept.follow(torch.cat([goal.target for goal in goals]), objective)
     return _beyond(layer, latents[rows], kept, objective, target)
+
+
+def _recorded(layer: BoundLayer, latents: Tensor) -> Record:
+    """A record of these latents. Raises RewriteCoreError where there can be none, and names the way out."""
+    try:
+        return record(layer, latents)
+    except RewriteCoreError as error:
+        raise RewriteCoreError(
+            f"Pictures cannot be compared; use objective='value'. {error}", advice={"objective": "value"}
+        ) from error
 
 
 def _beyond(layer: BoundLayer, latents: Tensor, kept: Record, objective: str, target: Tensor) -> Beyond:
@@ -87,7 +97,7 @@ def ordinary(layer: BoundLayer, edit: Edit, latents: Tensor, directions: Tensor,
     free = (order < _MATCHES * own).nonzero()[:, 0]
     chosen = free[:ORDINARY] if len(free) >= ORDINARY else order.argsort(stable=True)[:ORDINARY]
     some = latents[chosen.sort().values.to(latents.device)]
-    kept = record(layer, some)
+    kept = _recorded(layer, some)
     with torch.no_grad():
         target = kept.images if objective == "pictures" else kept.follow(layer.values(some), objective)
     return _beyond(layer, some, kept, objective, target)

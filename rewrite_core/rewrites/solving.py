@@ -5,8 +5,10 @@ keys of the context -> directions D;  goals -> regions of a problem;  solver -> 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..clock import Clock, stage
 from ..edits.directions import DIRECTIONS, context_directions
 from ..edits.edit import Edit
 from ..edits.goals import Goal
-from ..errors import NonFiniteError, SolverError, choice, flag, number, warn
+from ..errors import NonFiniteError, RankError, SolverError, choice, flag, number, warn
 from ..layers.bound import BoundLayer
 from ..ops.losses import LOSSES
 from ..solvers.adam import Adam
@@ -39,6 +41,8 @@ from .change import Fit, Rewrite
 from .following import OBJECTIVES, ordinary
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
+RANK = 4  # of a paste where none is asked for
+PRESERVE = 1.0  # of ordinary pictures, where pictures are compared and nothing else is asked for
 _VALUE_WEIGHT = 0.1  # of the values' distance beside that of pictures or activations: these leave a null space
 
 
@@ -51,7 +55,7 @@ class Settings:
         RewriteCoreError: no such directions or loss, or preserve is no weight.
     """
 
-    rank: int = 1
+    rank: int | None = 1  # None: RANK, or as many directions as the context has
     directions: str = "whitened"
     loss: str = "l1"
     preserve: float = 0.0
@@ -66,16 +70,28 @@ class Settings:
         choice("objective", self.objective, OBJECTIVES)
         number("preserve", self.preserve, least=0)
         flag("progress", self.progress)
-        if self.preserve and not self.chosen.preserves:
-            raise SolverError(
-                f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.",
-                advice={"preserve": 0},
-            )
         if self.objective != "value" and not self.chosen.beyond:
             raise SolverError(
                 f"Solver {self.chosen.name!r} compares values alone; use solver='lbfgs', or objective='value'.",
                 advice={"solver": "lbfgs", "objective": "value"},
             )
+        if self.preserve and not self.chosen.preserves:
+            raise SolverError(
+                f"Solver {self.chosen.name!r} has no preserve term; use 'lm' or 'adam', or preserve=0.",
+                advice={"preserve": 0},
+            )
+
+    @classmethod
+    def of_a_paste(
+        cls, objective: str | None, preserve: float | None, solver: str | Solver | None, **rest: Any
+    ) -> Settings:
+        """With what was left open: pictures are compared where the solver can, and ordinary ones then count as much as
+        the goal does."""
+        if objective is None:
+            objective = "pictures" if solver is None or solver_of(solver).beyond else "value"
+        if preserve is None:
+            preserve = 0.0 if objective == "value" else PRESERVE
+        return cls(objective=objective, preserve=preserve, solver=solver, **rest)
 
     @property
     def chosen(self) -> Solver:
@@ -139,7 +155,7 @@ def solve(
         for task in tasks:
             task.warn_of_latents()
         with stage("fit"):
-            solutions = solver.solve(problems, progress=settings.progress, backend=settings.backend)
+            solutions = _solutions(solver, problems, settings)
         for problem, solution, box in zip(problems, solutions, boxes, strict=True):
             warn_of_no_use(problem, solution, whole=box is None)
         with stage("check"):
@@ -148,6 +164,16 @@ def solve(
             _change(problem, solution, fitted_to, edit, dict(clock.seconds), box)
             for edit, problem, solution, box in zip(edits, problems, solutions, boxes, strict=True)
         ]
+
+
+def _solutions(solver: Solver, problems: Sequence[LayerProblem], settings: Settings) -> list[LayerSolution]:
+    """Those of one rank together."""
+    found: dict[int, LayerSolution] = {}
+    for rank in dict.fromkeys(len(problem.directions) for problem in problems):
+        own = [i for i, problem in enumerate(problems) if len(problem.directions) == rank]
+        solved = solver.solve([problems[i] for i in own], progress=settings.progress, backend=settings.backend)
+        found |= zip(own, solved, strict=True)
+    return [found[i] for i in range(len(problems))]
 
 
 def _directions(
@@ -164,7 +190,14 @@ def _directions(
     # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
     keys, weights = task.context(settings.directions != "units")
     own = moment.within_groups(layer.groups)
-    return context_directions(own, keys, weights, settings.rank, settings.directions, quantiles)
+    if settings.rank is not None:
+        return context_directions(own, keys, weights, settings.rank, settings.directions, quantiles)
+    marked = len(keys) if weights is None else int((weights > 0).sum())
+    most = 1 if settings.directions == "mean" else max(1, min(RANK, marked, layer.in_channels))
+    for rank in range(most, 1, -1):
+        with contextlib.suppress(RankError):  # the context spans fewer
+            return context_directions(own, keys, weights, rank, settings.directions, quantiles)
+    return context_directions(own, keys, weights, 1, settings.directions, quantiles)
 
 
 def _problem(

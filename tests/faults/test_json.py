@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import reference
 from helpers.command_line import run, save_edit
 from PIL import Image
 
@@ -21,7 +22,7 @@ def rule(user_generator):
     save_edit(context=[rc.Selection(2, np.pad(np.ones((4, 4)), 2))])
     layer, latents = rc.bind(user_generator, "3"), rc.sample_latents(6, 20)
     moment = rc.collect_second_moment(layer, latents, progress=False)
-    rc.rewrite(layer, moment, rc.Edit.load("e.json"), latents, region="map", loss="l2").save("r.safetensors")
+    reference.rewrite(layer, moment, rc.Edit.load("e.json"), latents, region="map", loss="l2").save("r.safetensors")
     return "r.safetensors"
 
 

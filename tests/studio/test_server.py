@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from helpers import reference
 from PIL import Image
 from torch import nn
 
@@ -139,7 +140,7 @@ def test_bad_pictures_are_told(client, query):
 
 def test_an_edit_is_what_rewrite_makes(client, shop, session):
     report = fit(client)
-    change = rc.rewrite(
+    change = reference.rewrite(
         session.layer, session.moment, rc.Edit.from_json(json.dumps(EDIT)).on(Z), Z, rank=2, loss="l2", region="map"
     )
     assert torch.equal(shop.live.coefficients, change.coefficients)
