@@ -7,7 +7,7 @@ from rewrite_core.benchmarks.bench_studio import Hand, browser_page, studio
 
 PICTURES = Path(__file__).parent / "pictures"
 UNPAINTED = "[...document.querySelectorAll('.tile canvas')].filter((each) => each.width === 300).length"
-SPIRE, DOME = (0.10, 0.10, 0.46, 0.50), (0.18, 0.08, 0.50, 0.46)  # left, top, right, bottom
+SPIRE, DOME = (0.10, 0.10, 0.46, 0.48), (0.14, 0.10, 0.50, 0.48)  # left, top, right, bottom
 
 
 def draw(address: str, scheme: str) -> None:
