@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def studio(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def browser_page(address: str, scheme: str = "light") -> Iterator[Any]:
+def browser_page(address: str, scheme: Literal["light", "dark"] = "light") -> Iterator[Any]:
     """The page in Chromium, 1280 x 720, light or dark. Raises Refused where there is none to drive."""
     chromium = shutil.which("chromium")
     try:

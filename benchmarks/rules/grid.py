@@ -190,7 +190,8 @@ def rows_of(judged: Rule, settings: dict[str, dict[str, Any]], steps: int, equal
     layer = rc.bind(judge.generator, named)
     moment = rc.collect_second_moment(layer, judge.edit_latents, batch_size=50, progress=False)
     for name, options in (*settings.items(), ("fine-tuning", None)):
-        start, facts = time.perf_counter(), {"rank": None, "size": None}
+        start = time.perf_counter()
+        facts: dict[str, Any] = {"rank": None, "size": None}
         if options is None:
             scaled = fine_tuned(judge, layer, steps)
         else:
