@@ -302,8 +302,8 @@ def test_a_session_knows_how_often_a_layer_runs_and_how_it_was_called():
         session = rc.Session(layer, moment, z)
         if name == "conv":
             with pytest.raises(rc.RewriteCoreError, match="runs 2 times"):
-                session.rewrite(edit, objective="value")
+                session.rewrite(edit, region="map")
         else:
             with pytest.warns(UserWarning, match="not known"):
-                change = session.rewrite(edit, solver=rc.LM())
+                change = session.rewrite(edit, region="map", solver=rc.LM())
             assert change.solver == "adam" and change.losses[-1] < change.losses[0]

@@ -56,8 +56,8 @@ def fine_tune(
         progress: show a bar.
 
     Raises:
-        RewriteCoreError: goals of another shape than the pictures, or no parameters. NonFiniteError: the loss became
-        NaN or infinite.
+        RewriteCoreError: goals of another shape than the pictures, or no parameters.
+        NonFiniteError: the loss became NaN or infinite.
     """
     check_latents(latents)
     number("preserve", preserve, least=0)

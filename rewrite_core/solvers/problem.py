@@ -210,25 +210,29 @@ def warn_of_no_use(problem: LayerProblem, solution: LayerSolution, whole: bool) 
     """Warn where the solution is no better than no change, and say what to do; `whole`: whole maps were fitted."""
     if solution.final_loss is None or not solution.losses:
         return  # nothing was fitted
-    first, final = solution.losses[0], solution.final_loss
-    advice: dict[str, object] = {}
+    first, final, kind = solution.losses[0], solution.final_loss, NoImprovementWarning
+    little = f"The fit changed next to nothing (loss {first:.4g} -> {final:.4g})"
     if first == 0:
-        message = "The layer's value is the goal already, so the change is none: paste what is not there yet."
+        warn("The layer's value is the goal already, so the change is none: paste what is not there yet.", kind)
     elif final > first:
-        message = (
+        warn(
             f"The fit of {solution.solver!r} ended worse than it began (loss {first:.4g} -> {final:.4g}): use "
-            "solver='lm', or a lower lr."
+            "solver='lm', or a lower lr.",
+            kind,
+            advice={"solver": "lm"},
         )
-        advice["solver"] = "lm"
-    elif final > _USELESS * first:
-        message = f"The fit changed next to nothing (loss {first:.4g} -> {final:.4g}): "
-        if problem.preserve:
-            message += "lower `preserve`, or raise the rank."
-        elif whole and problem.loss == "l1":
-            message += "on a whole map l1 is often lowest where nothing changes, so use loss='l2' or region='box'."
-            advice |= {"loss": "l2", "region": "box"}
-        else:
-            message += "mark context that is more like the pasted place, raise the rank, or choose another layer."
-    else:
+    elif final <= _USELESS * first:
         return
-    warn(message, NoImprovementWarning, advice=advice)
+    elif problem.preserve:
+        warn(f"{little}: lower `preserve`, or raise the rank.", kind)
+    elif whole and problem.loss == "l1":
+        warn(
+            f"{little}: on a whole map l1 is often lowest where nothing changes, so use loss='l2' or region='box'.",
+            kind,
+            advice={"loss": "l2", "region": "box"},
+        )
+    else:
+        warn(
+            f"{little}: mark context that is more like the pasted place, raise the rank, or choose another layer.",
+            kind,
+        )

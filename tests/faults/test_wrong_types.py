@@ -16,13 +16,13 @@ def given():
 
 
 WRONG = {
-    "rank": ["1", 1.0, True, None, [1]],
+    "rank": ["1", 1.0, True, [1]],
     "directions": [None, True, ["svd"], "pca"],
     "region": ["yes", True, None, "Box"],
     "blend": ["yes", True, None, 0.5],
     "loss": [None, True, "L1", 1],
-    "preserve": ["x", None, True, -1, float("nan"), float("inf")],
-    "solver": [None, 5, "LM", rc.LM, rc.Adam, True],
+    "preserve": ["x", True, -1, float("nan"), float("inf")],
+    "solver": [5, "LM", rc.LM, rc.Adam, True],
     "backend": [None, 5, "gpu"],
 }
 

@@ -55,13 +55,14 @@ GOOD = (
     ["measure", *MINE, "--rewrite", "r.safetensors", "--count", "8"],
     ["measure", "--rewrite", "chapels.safetensors", "--rule", "spire", "--count", "8", "--seed", "2"],
     ["scan", "e.json", *MINE, "--count", "8", "--ranks", "1", "--out", "new.png"],
+    ["make-edit", "--copy", "0:1,1,5,5", "--paste", "1:1,1,5,5", "--out", "new.json", *MINE, "--count", "8"],
     ["export", "r.safetensors", *MINE, "--format", "state-dict", "--out", "new.safetensors"],
     ["merge", "m.safetensors", "m2.safetensors", "--out", "new.safetensors"],
     ["collect", *MINE, *ON_THE_LAYER, "--out", "new.safetensors", "--shard", "1/2"],
     ["batch", "jobs.jsonl", *MINE, "--layer", "3", "--count", "8", "--out", "folder"],
     ["info"],
 )
-"""What works. Not demo and bench, which take minutes, nor studio, which does not end."""
+"""What works. Not demo, bench and compare, which take minutes, nor studio, which does not end."""
 
 NUMBERS = (
     *("0", "1", "2", "3", "7", "16", "-1", "-0", "1000000", "100000000", "9999999999", "2147483647", "2147483648"),
@@ -306,7 +307,12 @@ def begin() -> None:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--gigabytes", type=int, default=3, help="of memory")
     options = words.parse_args()
-    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {"demo", "bench", "studio"}
+    assert {command.name for command in COMMANDS} == {words[0] for words in GOOD} | {
+        "demo",
+        "bench",
+        "compare",
+        "studio",
+    }
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
         limit_memory(options.gigabytes)
