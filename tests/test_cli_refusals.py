@@ -144,7 +144,7 @@ def test_pictures_that_cannot_be(images, words, tmp_path, capsys):
 
 
 def test_argparse_errors_exit_with_two(capsys):
-    for arguments in ([], ["fly"], ["render", "--images", "a-b", "--out", "x.png"], ["edit", "e.json"]):
+    for arguments in ([], ["fly"], ["render", "--images", "a-b", "--out", "x.png"], ["edit"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

@@ -175,11 +175,11 @@ def test_nonfinite_rows_are_skipped_and_too_large_ones_are_not():
     assert moment.count == 1 and moment.skipped == 2
     assert torch.equal(moment.matrix(), torch.tensor([[1.0, 2.0], [2.0, 4.0]]).double())
     with pytest.raises(rc.NonFiniteError, match="squares overflow"):
-        moment.update(torch.tensor([[torch.nan, 1.0], [1e30, 1.0]]), skip_nonfinite=True)
+        moment.update(torch.tensor([[torch.nan, 1.0], *[[1e30, 1.0]] * 32]), skip_nonfinite=True)
     assert moment.count == 1 and moment.skipped == 2
 
 
-@pytest.mark.parametrize("features", [torch.full((2, 3), 1e20), torch.full((2, 3), 1e200, dtype=torch.float64)])
+@pytest.mark.parametrize("features", [torch.full((32, 3), 1e20), torch.full((2, 3), 1e200, dtype=torch.float64)])
 def test_features_too_large_to_square_say_so(features):
     moment = rc.SecondMoment(3)
     with pytest.raises(rc.NonFiniteError, match=r"as large as 1e\+20+ and their squares overflow") as caught:

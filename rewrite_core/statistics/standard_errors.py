@@ -145,7 +145,7 @@ class KeyErrors:
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - whole
             variances = between.clamp(min=0) / (len(counts) - 1)
             self._variances = variances / self._directions.cpu().square().sum(1)
-        self._directions = solve(self._keys.T).T.to(self._device, memory_format=torch.contiguous_format)
+        self._directions = solve(self._keys.T).T.contiguous().to(self._device)
         self._products.zero_()
         self._counts = [0] * self.GROUPS
         self._solved, self._evaluated = True, self._batches

@@ -363,9 +363,9 @@ on("clear", "click", clear);
 on("edited", "change", () => open(row, active));
 on("fresh", "click", async () => {
   for (const entry of slots.all()) slots.take(entry);
-  await api.saveEdit({}); // first: a reload from here on finds it empty
-  if (shop.live) await api.drop();
   await open(row);
+  if (shop.live) await api.drop();
+  await api.saveEdit({});
   await synchronise();
   await gallery.refresh();
 });
