@@ -362,10 +362,10 @@ on("redo", "click", () => step(false));
 on("clear", "click", clear);
 on("edited", "change", () => open(row, active));
 on("fresh", "click", async () => {
-  for (const entry of slots.all()) slots.take(entry);
-  await open(row);
   if (shop.live) await api.drop();
   await api.saveEdit({});
+  await open(row);
+  for (const entry of slots.all()) slots.take(entry); // when this shows, the server is through
   await synchronise();
   await gallery.refresh();
 });
