@@ -165,7 +165,8 @@ def dry(tmp_path_factory):
 def test_what_fails_hangs_and_crashes_costs_nothing_else(dry):
     _, found, _ = dry
     states = {(line["stage"], line["case"]): line["state"] for line in found}
-    assert len(states) == len(found)  # no case has two lines
+    # one line each; where a worker was ended as it told of a case there are two, of which the later counts
+    assert len(found) - len(states) <= 1
     assert set(states) == {(stage.name, case.name) for stage in dry_stages() for case in stage.cases}
     harmed = dict(zip(HARM, ["failed", "skipped", "timeout", *["crashed"] * 4, "ok", "crashed"]))
     for (stage, case), state in states.items():
