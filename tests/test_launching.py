@@ -48,7 +48,7 @@ class Compiled:
         self.gpu, self.kernel, self.wanted, self.options = gpu, kernel, key, options
 
     def __getitem__(self, programs):
-        assert all(count > 0 for count in programs)
+        assert len(programs) == 3 and all(count > 0 for count in programs), "machine code has three axes"
 
         def run(*arguments):
             assert len(arguments) == len(self.kernel.arg_names), "Triton's launcher takes constants, too"
