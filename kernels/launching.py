@@ -42,8 +42,8 @@ def _launch(
         return None
     programs = (*programs, 1, 1)[:3]  # what is compiled takes no fewer, where a kernel to be looked up would
     kinds = tuple(map(kind, arguments, _specialised(kernel)))
-    first: Any = arguments[0]
-    key = (kernel, first.device.index, kinds, *constants.values())
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    key = (kernel, device.index, kinds, *constants.values())
     found = _compiled.get(key)
     if found is None:
         refuse_in_graph(op)
@@ -63,7 +63,7 @@ def _behind(kernel: Any, constants: dict) -> list[Any]:
 def launch_kernel(
     op: str, kernel: Any, programs: tuple[int, ...], *arguments: Tensor | float | None, **constants: Any
 ) -> Callable[..., None]:
-    """kernel[programs](*arguments, **constants), on the current stream. The first argument is a tensor.
+    """kernel[programs](*arguments, **constants), on the current stream. One argument at least is a tensor.
 
     Returns a function that does the same again for other tensors of the same kinds (types, devices and alignment), in
     place of those that the arguments begin with. It spares what Triton does at every launch to find the machine code.

@@ -71,8 +71,8 @@ class Watched:
 
 
 DESCENDS = "update_kernel", "compare_kernel", "project_kernel", "lean_kernel"
-FITS = "share_kernel", "fit_kernel", "exact_kernel"
-KERNELS = "second_moment_kernel", "add_partials_kernel", *FITS, "scale_kernel", *DESCENDS
+FITS = "share_kernel", "scale_kernel", "fit_kernel", "exact_kernel"
+KERNELS = "second_moment_kernel", "add_partials_kernel", *FITS, *DESCENDS
 
 
 @pytest.fixture
@@ -137,8 +137,14 @@ def fit_call(draw):
     ]
     target = torch.ones(maps.numel() + 1, dtype=dtype)[draw("misaligned", (0, 0, 0, 1)) :][: maps.numel()].view_as(maps)
     loss, slope, steps = draw("loss", ("l1", "l2")), draw("slope", (0.2, 1.0)), draw("steps", (5, 60))
-    none = (None,) * 3
-    problem = FitLowRankProblem(basis, maps, target, shift, *none, slope, 1.0, *none, loss, steps, 1e-5)
+    unknowns, wide = basis.shape[1], {"dtype": torch.float64}
+    square, each = torch.ones(edits, unknowns, unknowns, **wide), torch.ones(edits, channels, **wide)
+    linear = torch.ones(edits, channels, unknowns, **wide)
+    demodulation = draw("demodulation", ((None,) * 3, (each, linear, square)))
+    penalty = draw("penalty", ((None, None), (square, each)))
+    problem = FitLowRankProblem(
+        basis, maps, target, shift, *demodulation, slope, 1.0, None, *penalty, loss, steps, 1e-5
+    )
     return lambda: fit_low_rank.launch(problem)
 
 
@@ -236,8 +242,9 @@ def test_what_must_not_be_fused(gpu):
     """As the tests that compile ahead of time have it. A fused sum would round otherwise than its copies."""
     for make in (fit_call, projected_call):
         draw = Draw()
-        for _ in range(20):
-            make(draw)()
+        for _ in range(30):
+            for call in draw.pair(make):
+                call()
     assert set(gpu.fused) == {*FITS, *DESCENDS} and not any(gpu.fused.values())
     assert None not in gpu.fused.values()
 

@@ -300,8 +300,8 @@ def test_update_of_features_on_the_gpu():
 
 def test_a_moment_on_a_gpu_is_as_good(tmp_path):
     """The same file, the same checks; what it solves agrees with the CPU to rounding times the condition."""
-    layer = bound()
-    moment = rc.collect_second_moment(layer, LATENTS, batch_size=8, progress=False)
+    [layer] = bound()
+    moment = collect(layer, LATENTS)
     moved = moment.to(GPU)
     assert moved is not moment and moved.to(GPU) is moved and moved.matrix().is_cuda
     moved.check(layer, LATENTS)
