@@ -74,6 +74,13 @@ def browser_page(address: str, scheme: Literal["light", "dark"] = "light") -> It
         browser.close()
 
 
+def bounds(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of what a mask marks, 0..1."""
+    rows, columns = np.nonzero(mask > 0.5)
+    height, width = mask.shape
+    return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
+
+
 class Hand:
     """What a person does on the page, by mouse."""
 
@@ -112,9 +119,8 @@ class Hand:
         self.page.mouse.up()
 
     def around(self, mask: np.ndarray) -> None:
-        rows, columns = np.nonzero(mask > 0.5)
-        height, width = mask.shape
-        self.lasso(columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
+        """The lasso along the rectangle of what a mask marks."""
+        self.lasso(*bounds(mask))
 
     def use(self, slot: str) -> None:
         cards = self.page.locator(f"[data-slot={slot}] .card")

@@ -12,7 +12,7 @@ from rewrite_core.cli.entry import main
 BAD = [
     (["layers", "--generator", "mine"], "module:function"),
     (["layers", "--generator", "nowhere:make", "--latent-size", "6"], "no module 'nowhere'"),
-    (["layers", "--generator", "../work/mine.py:make", "--latent-size", "6"], "use mine:make, and run from ../work/"),
+    (["layers", "--generator", "../other/mine.py:make", "--latent-size", "6"], "use mine:make, and run from ../other/"),
     (
         ["layers", "--generator", "needy:make", "--latent-size", "6"],
         "install what it needs: ModuleNotFoundError: No module named 'notthere'",

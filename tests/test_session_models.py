@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.small import dcgan
 from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.demo import LATENT_SIZE, chapels
 from rewrite_core.generators.proggan import ProgGAN
 from rewrite_core.generators.stylegan2 import StyleGAN2
-
-
-def dcgan():
-    return nn.Sequential(
-        nn.ConvTranspose2d(16, 32, 4),
-        nn.BatchNorm2d(32),
-        nn.ReLU(True),
-        nn.ConvTranspose2d(32, 16, 4, 2, 1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(True),
-        nn.Conv2d(16, 3, 3, 1, 1),
-        nn.Tanh(),
-    )
 
 
 def decoder():

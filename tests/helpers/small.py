@@ -23,6 +23,21 @@ def generator(wrap=lambda module: module, seed=0):
     ).eval()
 
 
+def dcgan(seed=0):
+    """[16, 1, 1] to 3 x 8 x 8, with batch normalisation and in-place rectifiers."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.ConvTranspose2d(16, 32, 4),
+        nn.BatchNorm2d(32),
+        nn.ReLU(True),
+        nn.ConvTranspose2d(32, 16, 4, 2, 1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(True),
+        nn.Conv2d(16, 3, 3, 1, 1),
+        nn.Tanh(),
+    ).eval()
+
+
 Z = rc.sample_latents(16, 64)
 COPY, PASTE = rc.Selection.box(0, (1, 1, 4, 4), 8), rc.Selection.box(1, (4, 4, 7, 7), 8)
 EDIT = rc.Edit(COPY, PASTE, [PASTE, rc.Selection.box(2, (4, 4, 7, 7), 8)], latents=Z)

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 import rewrite_core as rc
+from rewrite_core.benchmarks.bench_studio import Hand
 
 CHROMIUM = shutil.which("chromium")
 REQUIRED = os.environ.get("CI") == "true"
@@ -71,7 +71,7 @@ def browser():
         browser.close()
 
 
-class Page:
+class Page(Hand):
     """The page as a person uses it."""
 
     def __init__(self, browser, server):
@@ -90,22 +90,9 @@ class Page:
         self.page.press("#goto", "Enter")
         self.wait(lambda: self.page.get_attribute("body", "data-row") == str(row))
 
-    def place(self, x, y):
-        """Where a place of the picture, 0..1 across and down, is on the screen."""
-        box = self.page.locator("#canvas").bounding_box()
-        side = min(box["width"], box["height"])
-        return box["x"] + (box["width"] - side) / 2 + x * side, box["y"] + (box["height"] - side) / 2 + y * side
-
-    def lasso(self, mask):
-        """Around the mask's rectangle, by mouse."""
+    def around(self, mask):
         self.page.click("[data-tool=lasso]")
-        left, top, right, bottom = bounds(mask)
-        corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
-        self.page.mouse.move(*self.place(*corners[0]))
-        self.page.mouse.down()
-        for corner in corners[1:]:
-            self.page.mouse.move(*self.place(*corner), steps=3)
-        self.page.mouse.up()
+        super().around(mask)
 
     def use(self, slot):
         count = self.page.locator(f"[data-slot={slot}] .card").count()
@@ -167,13 +154,6 @@ class Page:
         settings = {"rank": 4, "loss": "l2", "region": "map", "preserve": 0, "strength": 1, "objective": "value"}
         assert self.page.request.put(self.address("/api/settings"), data=json.dumps(settings)).ok
         self.open()
-
-
-def bounds(mask):
-    """Left, top, right, bottom of what a mask marks, 0..1."""
-    rows, columns = np.nonzero(mask > 0.5)
-    height, width = mask.shape
-    return columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import urllib.request
 
 import numpy as np
 import torch
-from helpers.studio_page import bounds
 
 import rewrite_core as rc
+from rewrite_core.benchmarks.bench_studio import bounds
 from rewrite_core.demo import load_edit
 
 
@@ -84,14 +84,14 @@ def test_a_polygon_closes_near_its_start_and_a_lasso_may_leave_the_picture(page)
 def test_domes_become_spires_by_mouse(page):
     edit = load_edit("spire")
     page.choose(edit.copy.index)
-    page.lasso(edit.copy.mask)
+    page.around(edit.copy.mask)
     page.use("copy")
     page.choose(edit.pastes[0].index)
-    page.lasso(edit.pastes[0].mask)
+    page.around(edit.pastes[0].mask)
     page.use("paste")
     for selection in edit.context[1:]:
         page.choose(selection.index)
-        page.lasso(selection.mask)
+        page.around(selection.mask)
         page.use("context")
     page.wait(lambda: len(page.edit().context or ()) == 4)
     assert page.edit().rows  # it knows its latents again

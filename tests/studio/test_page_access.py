@@ -29,7 +29,7 @@ def test_nothing_keeps_people_from_the_page(page, scheme):
     assert serious(page) == []  # the first visit
     for row, slot in ((6, "copy"), (0, "paste")):
         page.choose(row)
-        page.lasso(np.pad(np.ones((32, 32)), 16))
+        page.around(np.pad(np.ones((32, 32)), 16))
         page.use(slot)
     page.settle()
     page.page.click("#find")

@@ -14,14 +14,14 @@ def make_change(page, copy=6, paste=0, mask=MIDDLE):
     """A copy and a paste by mouse, and the change they make."""
     for row, slot in ((copy, "copy"), (paste, "paste")):
         page.choose(row)
-        page.lasso(mask)
+        page.around(mask)
         page.use(slot)
     page.settle()
 
 
 def test_a_reload_and_a_killed_server_lose_nothing(page, server):
     page.choose(9)
-    page.lasso(np.pad(np.ones((32, 32)), 16))
+    page.around(np.pad(np.ones((32, 32)), 16))
     page.use("copy")
     page.wait(lambda: bool(page.state()["edit"]))
     before = page.edit()
@@ -38,10 +38,10 @@ def test_a_reload_and_a_killed_server_lose_nothing(page, server):
 def test_two_pages_see_the_same(page, browser, server):
     other = Page(browser, server)
     page.choose(1)
-    page.lasso(np.pad(np.ones((32, 32)), 16))
+    page.around(np.pad(np.ones((32, 32)), 16))
     page.use("copy")
     page.choose(2)
-    page.lasso(np.pad(np.ones((32, 32)), 16))
+    page.around(np.pad(np.ones((32, 32)), 16))
     page.use("paste")
     page.wait(lambda: page.state()["live"] is not None)
     other.open()
@@ -118,7 +118,7 @@ def test_a_server_that_was_killed_while_it_worked_knows_everything_but_the_last_
     page.wait(lambda: page.page.locator("#rules li").count() == 1)
     before = page.edit()
     page.page.click("[data-slot=paste] .card")
-    page.lasso(np.pad(np.ones((16, 16)), ((8, 40), (8, 40))))
+    page.around(np.pad(np.ones((16, 16)), ((8, 40), (8, 40))))
     server.kill()  # in the middle of it
     server.start(server.port)
     page.open()
