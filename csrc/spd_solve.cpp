@@ -339,7 +339,15 @@ Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimi
   thread_local Workspace kept;
   double* const lower = reinterpret_cast<double*>(kept.get(batch * n * n * static_cast<int64_t>(sizeof(double))));
   if (!lower) return Status::out_of_memory;
-  for (int64_t row = 0; row < batch * n; ++row) std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+  const int64_t blocks = (batch * n + block_size - 1) / block_size;  // fresh pages cost more than the copy: by all
+  const int copiers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 18)));
+  Team::run(copiers, [&](Team& team) {
+    for (int64_t block = team.next(); block < blocks; block = team.next()) {
+      for (int64_t row = block * block_size; row < std::min((block + 1) * block_size, batch * n); ++row) {
+        std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+      }
+    }
+  });
   status = cholesky(lower, batch, n, limits.least, info.data(), threads, isa);
   if (status == Status::ok && std::all_of(info.begin(), info.end(), [](int64_t bad) { return bad == 0; })) {
     status = cholesky_solve(matrices, lower, batch, n, rhs, m, x, good, threads, isa);

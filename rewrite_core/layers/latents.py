@@ -177,13 +177,23 @@ def recipe_of(latents: Tensor) -> LatentRecipe | None:
     return dataclasses.replace(recipe, count=len(latents))
 
 
+_names: dict[tuple[tuple[int, ...], bytes], str] = {}  # of rows that were named before, by shape and contents
+_MOST_NAMES = 4096
+
+
 def row_digest(row: Tensor) -> str:
     """A short name of one latent, 16 hexadecimal digits: of its shape and its numbers as float32 (zero has one
     sign)."""
     numbers = row.detach().to("cpu", torch.float32).contiguous() + 0.0  # -0.0 + 0.0 is 0.0
-    digest = hashlib.blake2b(f"{tuple(numbers.shape)}|".encode(), digest_size=8)
-    digest.update(numbers.numpy().tobytes())
-    return digest.hexdigest()
+    shape = tuple(numbers.shape)
+    seen = shape, xxhash.xxh3_128(numbers.numpy().data).digest()  # at the speed of memory, a tenth of the time
+    if seen not in _names:
+        if len(_names) >= _MOST_NAMES:
+            _names.clear()
+        digest = hashlib.blake2b(f"{shape}|".encode(), digest_size=8)
+        digest.update(numbers.numpy().data)
+        _names[seen] = digest.hexdigest()
+    return _names[seen]
 
 
 def row_digests(latents: Tensor, indices: Iterable[int]) -> dict[int, str]:
