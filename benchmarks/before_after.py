@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("suites", nargs="+", choices=("second-moment", "solve", "edit", "collect"))
+    parser.add_argument("--cases", default="", help="those with this in their name")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     old, new = Side(given.old), Side(given.new)
@@ -93,7 +94,7 @@ def main() -> int:
     for suite in (name.replace("-", "_") for name in given.suites):
         cases = new.ask(suite=suite, quick=given.quick)
         known = old.ask(suite=suite, quick=given.quick)
-        for case in cases:
+        for case in (name for name in cases if given.cases in name):
             if case not in known:
                 print(f"{suite}: {case}: only in the new one", flush=True)
                 continue
