@@ -290,58 +290,6 @@ def test_what_torchrun_is_refused(tmp_path, capsys, user_generator, monkeypatch)
         assert code == 2 and out == "" and err.startswith(f"rewrite collect: {words}") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [["info"], ["layers"], ["merge", "a", "--out", "b"]])
-def test_commands_that_torchrun_would_run_several_times(command, capsys, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, err = run(capsys, *command)
-    assert (
-        code == 2
-        and out == ""
-        and err
-        == (
-            f"rewrite {command[0]}: rewrite {command[0]} does not share its work between torchrun's processes, as "
-            "collect, render, measure do; run it in one process.\n"
-        )
-    )
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert "torchrun" not in run(capsys, *command)[2]
-
-
-def torchrun(folder, processes, *command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-    program = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    program += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "rewrite_core"]
-    done = subprocess.run(
-        [*program, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_pictures_that_processes_paint_together(tmp_path, capsys, user_generator):
-    """To the bits of one process; the first says and writes it."""
-    layer, z = rc.bind(user_generator, "3"), rc.sample_latents(6, 40)
-    mask = torch.zeros(8, 8)
-    mask[1:5, 1:5] = 1
-    edit = rc.Edit(copy=rc.Selection(0, mask), paste=rc.Selection(1, mask))
-    moment = rc.collect_second_moment(layer, z, progress=False)
-    rc.rewrite(layer, moment, edit, z, region="map").save("r.safetensors")
-    rule = ("--rewrite", "r.safetensors", *MINE, "--quiet")
-    render, measure = ("render", *rule, "--images", "0-39"), ("measure", *rule, "--count", "40")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert run(capsys, *render, "--out", "one.png")[0] == 0
-        code, report, _ = run(capsys, *measure)
-    finally:
-        torch.set_num_threads(threads)
-    assert torchrun(tmp_path, 2, *render, "--out", "two.png")[:2] == (0, "40 pictures -> two.png\n")
-    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
-    assert torchrun(tmp_path, 2, *measure)[:2] == (code, report)
-    code, _, err = torchrun(tmp_path, 2, *measure, "--edit", "none.json")
-    assert code != 0 and "With --edit the work is not shared" in err
-
-
 def killed_runs(undisturbed, folder, times):
     """So many times four processes of which one is killed, at a random moment of its collecting: torchrun starts all of
     them again, once, and they go on, each with at most one batch done again, to the same bits."""

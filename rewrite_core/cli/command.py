@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..errors import RewriteCoreError
-from .messages import shown
+from .messages import say_once, shown
 
 
 class UsageError(RewriteCoreError):
@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but bad usage is one sentence, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {shown(message).rstrip('.')}; see {self.prog} --help.\n")
+        say_once(f"{self.prog}: {shown(message).rstrip('.')}; see {self.prog} --help.")
+        self.exit(2)
 
 
 def build_parser(commands: Sequence[Command], version: str) -> Parser:

@@ -33,7 +33,7 @@ from . import (
     studio,
 )
 from .command import Command, Parser, UsageError, build_parser
-from .messages import problem, say, show_warning
+from .messages import of_several, problem, say, say_once, show_warning
 from .options import check_files
 from .settings import fill, read_settings
 
@@ -118,9 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_processes(command: Command) -> None:
     """Raises UsageError where torchrun has started a command in several processes that would all do the same."""
-    # not distributed.launched(), which imports torch
-    many = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if many and not command.processes:
+    if of_several() and not command.processes:
         shared = ", ".join(each.name for each in COMMANDS if each.processes)
         raise UsageError(
             f"rewrite {command.name} does not share its work between torchrun's processes, as {shared} do; run it in "
@@ -143,11 +141,11 @@ def _run(command: Command, options: argparse.Namespace) -> int:
                 _flush_output()
             return 141
         except KeyboardInterrupt:
-            say(f"rewrite {command.name}: interrupted{command.interrupted(options)}.", to=sys.stderr)
+            say_once(f"rewrite {command.name}: interrupted{command.interrupted(options)}.")
             return 130
         except Exception as error:
             sentence = problem(error)
             if sentence is None:
                 raise
-            say(f"rewrite {command.name}: {sentence}", to=sys.stderr)
+            say_once(f"rewrite {command.name}: {sentence}")
             return 2

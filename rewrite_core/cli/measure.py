@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .command import Command, UsageError
 from .messages import say
 from .options import CHAPELS, DEMO_EDITS, GENERATOR_NOTES, PNG, add_generator, add_rewrites, input_file, output, whole
-from .processes import painting_together
+from .processes import is_first, shared
 
 if TYPE_CHECKING:
     from .generator import Subject
@@ -89,12 +89,12 @@ def _without_truth(options: argparse.Namespace, on: Subject) -> dict[str, Any]:
         on.latents,
         strength=options.strength,
         span=on.span,
-        steps=Steps(on.progress),
+        steps=Steps(on.progress, shard=on.shard),
         force=options.force,
     )
     found = measured(bind(on.generator, changes[0].layer), given)
     told = found.to_dict()
-    if options.out:
+    if options.out and is_first(options):
         pictures.save_png(found.sheet(options.size or 96), options.out)
         told["sheet"] = str(options.out)
     told["changed_unrelated"] = told.pop("most_changed")  # of all pictures is another list
@@ -106,7 +106,7 @@ COMMAND = Command(
     "measure what rewrites change on many pictures",
     "rewrite measure --edit spire --rewrite spire.safetensors --out sheet.png",
     add_arguments,
-    painting_together(run, but_for="edit"),
+    shared(run),
     notes=GENERATOR_NOTES,
     processes=True,
 )

@@ -6,6 +6,7 @@ The library's messages name Python's arguments, as in "or pass force=True.", and
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -97,6 +98,24 @@ def say(text: str = "", to: TextIO | None = None) -> None:
     stream = sys.stdout if to is None else to
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def of_several() -> bool:
+    """Whether torchrun has started this process as one of several: distributed.launched(), without importing torch."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def say_once(sentence: str) -> None:
+    """Say why a command ends; of the processes of torchrun, which mostly end for one reason, only the first does."""
+    if not of_several():
+        say(sentence, to=sys.stderr)
+        return
+    from ..statistics.distributed import told_once
+
+    with told_once() as first:
+        if first:
+            say(sentence, to=sys.stderr)
+            sys.stderr.flush()
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Commands whose pictures the processes of torchrun paint together; the first of them says and writes what came."""
+"""Commands whose work the processes of torchrun share; the first of them says and writes what came."""
 
 from __future__ import annotations
 
@@ -6,38 +6,55 @@ import argparse
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from .command import UsageError
+from .messages import in_options, show_warning
 
 
-def painting_together(run: Callable[[argparse.Namespace], None], but_for: str = "") -> Callable[..., None]:
-    """A command's `run` that also runs in each process of torchrun, where :meth:`.generator.Subject.paint` shares the
-    work. `but_for` names an option with which it cannot."""
+def shared(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command's `run` that also runs in each process of torchrun, a part of the work in each: where pictures are
+    painted by :meth:`.generator.Subject.paint`, and in the steps of :class:`..evaluation.steps.Steps`."""
 
-    def shared(options: argparse.Namespace) -> None:
-        from ..statistics.distributed import launched, own_device, together
+    def in_each(options: argparse.Namespace) -> None:
+        from ..statistics.distributed import everybodys, launched, own_device, together
 
         if not launched():
             run(options)
             return
-        if but_for and getattr(options, but_for) is not None:
-            raise UsageError(f"With --{but_for} the work is not shared between torchrun's processes; run one process.")
         options.device = own_device(options.device)
         with together() as shard:
             options.process = shard
-            if shard.number == 1:
+            first = is_first(options)
+            options.quiet = options.quiet or not first
+            unheard = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
+            with unheard, _noted(first) as said:
                 run(options)
-                return
-            options.quiet = True
-            with contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")  # the first says it
-                run(options)
+            every = everybodys(said, shard, "warnings", first_only=True)
+            for text in dict.fromkeys(text for words in every for text in words):
+                if text not in said:
+                    show_warning(text)
 
-    return shared
+    return in_each
+
+
+@contextlib.contextmanager
+def _noted(shown: bool) -> Iterator[list[str]]:
+    """The warnings inside, in words; shown too, if asked for."""
+    said: list[str] = []
+    show = warnings.showwarning
+
+    def note(message: Warning | str, *rest: Any, **more: Any) -> None:
+        said.append(in_options(message, getattr(message, "advice", {})))
+        if shown:
+            show(message, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        yield said
 
 
 def is_first(options: argparse.Namespace) -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this process is the one that says and writes what came: the first of torchrun's, or the only one."""
     shard = getattr(options, "process", None)
     return shard is None or shard.number == 1

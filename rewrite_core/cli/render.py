@@ -8,7 +8,7 @@ from pathlib import Path
 from .command import Command
 from .messages import say, shown
 from .options import GENERATOR_NOTES, add_generator, add_rewrites, add_sheet, check_pixels, numbers
-from .processes import is_first, painting_together
+from .processes import is_first, shared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ COMMAND = Command(
     "render pictures, before and after rewrites",
     "rewrite render --rewrite spire.safetensors --images 0-31 --out spire.png",
     add_arguments,
-    painting_together(run),
+    shared(run),
     notes=GENERATOR_NOTES,
     processes=True,
 )

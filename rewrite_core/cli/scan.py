@@ -19,6 +19,7 @@ from .options import (
     real,
     whole,
 )
+from .processes import is_first, shared
 
 RANKS = (1, 4, 10)  # the library's own; a test compares them
 
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from .. import pictures
-    from ..evaluation.scan import scan_layers
+    from ..evaluation.scan import scanned
+    from ..evaluation.steps import Steps
     from ..files import to_json
     from .generator import subject
     from .inputs import edit_named
@@ -55,15 +57,17 @@ def run(options: argparse.Namespace) -> None:
     edit = edit_named(options.edit, options.generator, options.seed)
     on = subject(options, options.count)
     given = {name: getattr(options, name) for name in ("ranks", "preserve", "loss", "region")}
-    found = scan_layers(
+    found = scanned(
         on.generator,
         edit,
         on.latents,
+        Steps(on.progress, shard=on.shard),
         layers=options.layers,
         span=on.span,
-        progress=on.progress,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if not is_first(options):
+        return
     say(to_json(found.to_dict(), "the scan", indent=2) if options.json else str(found))
     if options.out and found.rows:
         pictures.save_png(found.sheet(options.size), options.out)
@@ -76,6 +80,7 @@ COMMAND = Command(
     "find the layer and the rank that hold an edit's rule",
     "rewrite scan spire --out scan.png",
     add_arguments,
-    run,
+    shared(run),
     notes=GENERATOR_NOTES,
+    processes=True,
 )

@@ -286,8 +286,10 @@ def _best_told(
     """What the layer tells that tells most, and the pictures that its pasted value renders."""
     goals: dict[str, dict[int, Tensor]] = {}
     if edit.copy is not None and edit.pastes:
+        stage = "what layers show"
         with given.steps.turn():
-            seen = seen_goals(layers, edit, given.z, given.span)
+            seen = seen_goals(given.steps.own(layers), edit, given.z, given.span)
+        seen = given.steps.all(seen, stage)
         best = max(visible.shown for visible, _ in seen)
         goals = {visible.layer: goal for visible, goal in seen if visible.shown >= _SHOWS * best}
         layers = [layer for layer in layers if layer.name in goals] or layers
@@ -334,10 +336,13 @@ class _Measuring:
         self._scene, self._given, self._look = scene, given, look
         self._window = scene.places.window
 
-    def _seen(self, latents: Tensor, rows: Sequence[int], label: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(row, before, after) of each row, [C, H, W] in 0..1."""
+    def _seen(
+        self, latents: Tensor, rows: Sequence[int], label: str, shared: bool = False
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(row, before, after) of each row, [C, H, W] in 0..1. `shared`: of whole batches, this process's own alone."""
         step, steps = self._given.batch_size, self._given.steps
-        for some in steps.over([list(rows[i : i + step]) for i in range(0, len(rows), step)], label):
+        batches = [list(rows[i : i + step]) for i in range(0, len(rows), step)]
+        for some in steps.over(steps.own(batches) if shared else batches, label):
             with steps.turn():
                 before, after = (to_unit(images, self._given.span) for images in self._look(latents, some))
             if before.ndim != 4:
@@ -376,49 +381,58 @@ class _Measuring:
         return wanted, paste, size, pairs
 
     def report(self, sizes: tuple[float | None, float | None]) -> Report:
-        scene, places = self._scene, self._scene.places
+        scene = self._scene
         wanted, paste, size, pairs = self._own()
         still = size < _STILL and scene.wanted is None
+        moved, elsewhere, best, worst, most = self._unseen(wanted, still)
+        ends = {pair.row: pair for pair in (*best.pairs, *reversed(worst.pairs))}
+        return Report(
+            reach=_mean([each.far >= _FOLLOWED for each in moved]),
+            agreement=_mean([each.cosine for each in moved]),
+            paste=paste,
+            inside=_mean([each.inside for each in moved]),
+            outside=_mean([each.outside for each in moved]),
+            unrelated=_mean([change for _, change in elsewhere]),
+            size=sizes[0],
+            weight_size=sizes[1],
+            layer=scene.places.layer.name,
+            matching=[each.row for each in moved],
+            moved=[each.far for each in moved],
+            unrelated_rows=[scene.rows[i] for i in scene.unrelated],
+            most_changed=[pair.row for pair in most.pairs],
+            wanted=size,
+            distinct=scene.places.distinct,
+            pairs=[*pairs, *ends.values(), *most.pairs],
+        )
+
+    def _unseen(self, wanted: Tensor, still: bool) -> tuple[list[_Far], list[tuple[int, float]], _Best, _Best, _Best]:
+        """The unseen pictures: how far those with the context moved; the others, and how much they changed; and which
+        of them followed best, worst, and changed most."""
+        scene, places, steps = self._scene, self._scene.places, self._given.steps
         numbers = {scene.rows[i]: i for i in (*scene.matching, *scene.unrelated)}
         others = {scene.rows[i] for i in scene.unrelated}
         best, worst, most = _Best(), _Best(), _Best()
-        moved: dict[int, tuple[float, float]] = {}
-        inside, outside, elsewhere = [], [], {}
-        for row, before, after in self._seen(scene.unseen, list(numbers), "measure"):
+        moved: list[_Far] = []
+        elsewhere: list[tuple[int, float]] = []
+        for row, before, after in self._seen(scene.unseen, list(numbers), "measure", shared=True):
             change = (after - before).abs().mean(0)
             if row in others:
-                elsewhere[row] = change.mean().item()
-                most.add(elsewhere[row], Pair("unseen", row, before, after))
+                elsewhere.append((row, change.mean().item()))
+                most.add(elsewhere[-1][1], Pair("unseen", row, before, after))
                 continue
             rows, columns = self._aligned(before, places.best(numbers[row]))
             mine = self._covered(numbers[row], change.shape)
             mine[rows, columns] = torch.maximum(mine[rows, columns], scene.around)
-            inside.append((change * mine).sum().item() / mine.sum().item())
-            outside.append((change * (1 - mine)).sum().item() / max(1.0, (1 - mine).sum().item()))
-            far = _progress((after - before)[:, rows, columns] * scene.area, wanted)
-            moved[row] = (0.0, 0.0) if still else far
-            pair = Pair("unseen", row, before, after, mine, moved[row][0])
-            best.add(moved[row][0], pair)
-            worst.add(-moved[row][0], pair)
-        ends = {pair.row: pair for pair in (*best.pairs, *reversed(worst.pairs))}
-        return Report(
-            reach=_mean([far >= _FOLLOWED for far, _ in moved.values()]),
-            agreement=_mean([cosine for _, cosine in moved.values()]),
-            paste=paste,
-            inside=_mean(inside),
-            outside=_mean(outside),
-            unrelated=_mean(list(elsewhere.values())),
-            size=sizes[0],
-            weight_size=sizes[1],
-            layer=places.layer.name,
-            matching=list(moved),
-            moved=[far for far, _ in moved.values()],
-            unrelated_rows=[scene.rows[i] for i in scene.unrelated],
-            most_changed=[pair.row for pair in most.pairs],
-            wanted=size,
-            distinct=places.distinct,
-            pairs=[*pairs, *ends.values(), *most.pairs],
-        )
+            inside = (change * mine).sum().item() / mine.sum().item()
+            outside = (change * (1 - mine)).sum().item() / max(1.0, (1 - mine).sum().item())
+            far, cosine = _progress((after - before)[:, rows, columns] * scene.area, wanted)
+            moved.append(_Far(row, inside, outside, *((0.0, 0.0) if still else (far, cosine))))
+            pair = Pair("unseen", row, before, after, mine, moved[-1].far)
+            best.add(moved[-1].far, pair)
+            worst.add(-moved[-1].far, pair)
+        for kept in (best, worst, most):
+            kept.share(steps)
+        return steps.all(moved, "moved"), steps.all(elsewhere, "elsewhere"), best, worst, most
 
     def _covered(self, number: int, size: Sequence[int]) -> Tensor:
         """The areas of all places of a picture but the best, [H, W], 0 or 1."""
@@ -429,20 +443,39 @@ class _Measuring:
         return covered
 
 
+@dataclasses.dataclass(frozen=True)
+class _Far:
+    """An unseen picture with the context: its mean change inside and outside, how far it moved, and in what direction
+    (a cosine)."""
+
+    row: int
+    inside: float
+    outside: float
+    far: float
+    cosine: float
+
+
 class _Best:
     """The pairs of highest score, best first; of equal ones the first that came."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[float, int, Pair]] = []
-        self._count = 0
+        self._found: list[tuple[float, Pair]] = []
 
     def add(self, score: float, pair: Pair) -> None:
-        self._count += 1
-        self._found = sorted([*self._found, (-score, self._count, pair)], key=lambda one: one[:2])[:SHOWN]
+        self._keep([*self._found, (-score, pair)])
+
+    def share(self, steps: Steps) -> None:
+        """Those of all processes that share the work."""
+        if steps.shard is not None:  # a picture of a batch would take the batch along
+            self._found = [(score, pair.alone()) for score, pair in self._found]
+        self._keep(steps.all(self._found, "pictures"))
+
+    def _keep(self, found: list[tuple[float, Pair]]) -> None:
+        self._found = sorted(found, key=lambda one: one[0])[:SHOWN]
 
     @property
     def pairs(self) -> list[Pair]:
-        return [pair for _, _, pair in self._found]
+        return [pair for _, pair in self._found]
 
 
 def _progress(moved: Tensor, wanted: Tensor) -> tuple[float, float]:

@@ -150,7 +150,7 @@ class _Sight:
         )
         self.corners = [self.window.corner(area) for area in self._areas]
         self._parts = [(self._cut(own[0], i), self._cut(self._areas[i][None], i)) for i, own in enumerate(self._maps)]
-        self._found: list[Tensor] = []
+        self.found: list[Tensor] = []
 
     def _cut(self, maps: Tensor, context: int) -> Tensor:
         """The window of one of the contexts in its own maps [I, h, w]."""
@@ -176,11 +176,11 @@ class _Sight:
         heat = self._heat(self.white(keys), range(len(self._maps)))
         if not torch.isfinite(heat).all():
             raise NonFiniteError(f"The keys of {self.layer.name!r} hold NaN or infinity; leave those pictures out.")
-        self._found.append(heat)
+        self.found.append(heat)
 
     def places(self) -> Places:
         """What was found. Each context is scored by the others, so that it does not match itself."""
-        heat = torch.cat(self._found)
+        heat = torch.cat(self.found)
         scores = heat.flatten(1).amax(1).double()
         number = len(self._maps)
         if number > 1:
@@ -232,9 +232,12 @@ def find_places(
     with steps.turn():
         run_to(layers, marked, lambda number, capture: keys.__setitem__(number, capture.key.clone()))
     sights = [_Sight(layer, moments[i], edit.where, keys[i]) for i, layer in enumerate(layers)]
-    for batch in steps.over(unseen.split(batch_size), "find the context"):
+    stage = "find the context"
+    for batch in steps.over(steps.own(unseen.split(batch_size)), stage):
         with steps.turn():
             run_to(layers, batch, lambda number, capture: sights[number].look(capture.key))
+    for sight in sights:
+        sight.found = steps.all(sight.found, stage)
     return [sight.places() for sight in sights]
 
 
@@ -243,9 +246,16 @@ def moments_of(
 ) -> list[SecondMoment]:
     """The second moments of several layers in one pass over latents [N, ...], in steps between which others may have
     their turn."""
+    stage, parts = "second moments", latents.split(_PART * batch_size)
+    processes = 1 if steps.shard is None else steps.shard.of
     found: list[SecondMoment] = []
-    for part in steps.over(latents.split(_PART * batch_size), "second moments"):
-        with steps.turn():
-            moments = collect_second_moments(layers, part, batch_size=batch_size, progress=False)
-        found = [whole.merge(more) for whole, more in zip(found, moments, strict=True)] if found else moments
+    for some in steps.over([parts[i : i + processes] for i in range(0, len(parts), processes)], stage):
+        own: list[list[SecondMoment]] = [[] for _ in layers]
+        for part in steps.own(some):  # one at most
+            with steps.turn():
+                moments = collect_second_moments(layers, part, batch_size=batch_size, progress=False)
+            own = [[moment] for moment in moments]
+        # in the order of the parts, which is that of one process: so the sums have the same bits
+        for moments in map(list, zip(*(steps.all(each, stage) for each in own), strict=True)):
+            found = [whole.merge(more) for whole, more in zip(found, moments, strict=True)] if found else moments
     return found

@@ -184,11 +184,30 @@ def scan_layers(
         SelectionError: the edit has no copy or no paste. UnknownLayerError: there is no such layer.
         MaskError: its masks vanish on every layer's map. RewriteCoreError: as their names say.
     """
+    steps = Steps(progress, told, cancelled)
+    return scanned(generator, edit, z, steps, unseen, layers, ranks, forward=forward, span=span, **options)
+
+
+def scanned(
+    generator: nn.Module,
+    edit: Edit,
+    z: Tensor,
+    steps: Steps,
+    unseen: Tensor | None = None,
+    layers: Sequence[str] | None = None,
+    ranks: Sequence[int] = RANKS,
+    *,
+    forward: Forward | None = None,
+    span: tuple[float, float] = (-1.0, 1.0),
+    **options: Any,
+) -> LayerScan:
+    """:func:`scan_layers` in these steps, with its arguments. Where processes share them, the first has the whole
+    result, and the others what they fitted themselves."""
     check_latents(z)
     if not isinstance(edit, Edit):
         raise ArgumentError(f"An edit is an rc.Edit (rc.Edit.load reads a file), not {quoted(edit)}.")
     ranks = [whole_number("A rank", rank) for rank in ranks]
-    steps = Steps(progress, told, cancelled, lambda: generator_lock(generator))
+    steps = dataclasses.replace(steps, turn=lambda: generator_lock(generator))
     edit, latents = edit.on(z), z if unseen is None else torch.cat([z, unseen.to(z)])
     scan = _Scan(generator, edit, latents, len(z), forward, span, steps, FIT | options)
     try:
@@ -225,10 +244,10 @@ class _Scan:
 
     def look(self, names: Sequence[str] | None) -> None:
         """What the layers show of the paste, which of them are promising, and where the context is."""
-        steps = self._steps
+        steps, stage = self._steps, "what layers show"
         with steps.turn():
             every = self._all_layers(names)
-        for layer in steps.over(every, "what layers show"):
+        for layer in steps.over(steps.own(every), stage):
             with steps.turn():
                 try:
                     self._visible += visibility([layer], self._edit, self._latents, self._span)
@@ -236,6 +255,8 @@ class _Scan:
                     if len(every) == 1:
                         raise
                     self._left_out[layer.name] = str(error).rstrip(".")
+        self._visible = steps.all(self._visible, stage)
+        self._left_out = dict(steps.all([*self._left_out.items()], stage))
         self._layers = self._promising({layer.name: layer for layer in every})
         unseen = None if self._own == len(self._latents) else self._latents[self._own :]
         z = self._latents[: self._own]
@@ -270,19 +291,34 @@ class _Scan:
 
     def fit(self, ranks: Sequence[int]) -> None:
         """The fits, each judged."""
-        steps, shown = self._steps, {each.layer: each.shown for each in self._visible}
+        steps, stage, shown = self._steps, "fit and judge", {each.layer: each.shown for each in self._visible}
         if not self._layers:
             return
         moments = moments_of(self._layers, self._latents[: min(self._own, _STATISTICS)], 16, steps)
         pairs = [(layer, moment, rank) for layer, moment in zip(self._layers, moments, strict=True) for rank in ranks]
         session: Session | None = None
+        before = dict(self._left_out)
         quiet = Steps(turn=steps.turn, cancelled=steps.cancelled)
-        for layer, moment, rank in steps.over(pairs, "fit and judge"):
+        for layer, moment, rank in steps.over(steps.own(pairs), stage):
             if session is None or session.layer is not layer:
                 session = Session(layer, moment, self._latents)
             row = self._row(session, rank, shown[layer.name], quiet)
             if row is not None:
                 self._rows.append(row)
+        new = [item for item in self._left_out.items() if item[0] not in before]
+        self._left_out = before | dict(steps.all(new, stage))
+        if steps.shard is not None:
+            self._share_rows(stage)
+
+    def _share_rows(self, stage: str) -> None:
+        """The rows of all processes, in the first."""
+        reports = [
+            dataclasses.replace(row.report, pairs=[pair.alone() for pair in row.report.pairs]) for row in self._rows
+        ]
+        own = [dataclasses.replace(row, report=report) for row, report in zip(self._rows, reports, strict=True)]
+        self._rows = self._steps.all(own, stage, first_only=True)
+        for row in self._rows:  # those of other processes know no generator
+            row.change._made_on = next(layer for layer in self._layers if layer.name == row.layer)
 
     def _row(self, session: Session, rank: int, shown: float, steps: Steps) -> ScanRow | None:
         scene = self._scene

@@ -25,6 +25,11 @@ class Pair:
     area: Tensor | None = None
     moved: float | None = None
 
+    def alone(self) -> Pair:
+        """The same, with memory of its own: its pictures may be parts of batches."""
+        area = None if self.area is None else self.area.clone()
+        return dataclasses.replace(self, before=self.before.clone(), after=self.after.clone(), area=area)
+
 
 def sheet_of(pairs: Sequence[Pair], side: int, title: str, notes: Sequence[str]) -> Image:
     """A grid: the edit's own pictures, then the unseen ones; before on the left, after on the right."""

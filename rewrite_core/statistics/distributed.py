@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from .shards import Shard, order_of
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+Value = TypeVar("Value")
 _PATIENCE = datetime.timedelta(days=7)  # with processes that are slower; of those that died torchrun tells
+_SOON = datetime.timedelta(seconds=5)
 
 
 def collect_shard(
@@ -109,6 +112,32 @@ def own_device(name: str) -> str:
 
 
 @contextlib.contextmanager
+def told_once() -> Iterator[bool]:
+    """Around what a process says as it fails: whether it is to say it, for no other of torchrun's processes has said
+    anything since they were started. One that is not waits until the first has spoken, for torchrun ends all of them
+    when one has ended."""
+    import torch.distributed as dist
+
+    if not launched():
+        yield True
+        return
+    key = f"rewrite_core/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, timeout=_SOON, wait_for_workers=False)
+        first = store.add(key, 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # nobody can be asked
+        yield True
+        return
+    yield first
+    with contextlib.suppress(RuntimeError):
+        if first:
+            store.set(f"{key}/said", "")
+        else:
+            store.wait([f"{key}/said"], _SOON)
+
+
+@contextlib.contextmanager
 def together() -> Iterator[Shard]:
     """Inside, the processes that torchrun started know each other; yields this one's shard of their work."""
     import torch.distributed as dist
@@ -118,10 +147,9 @@ def together() -> Iterator[Shard]:
         dist.init_process_group(
             "gloo", store=_store_of_this_start(rank, size), rank=rank, world_size=size, timeout=_PATIENCE
         )
-    try:
-        yield Shard(rank + 1, size)
-    finally:
-        dist.destroy_process_group()
+    yield Shard(rank + 1, size)
+    # Not where something was raised: the others would say that this process ended, before it says why. It does end.
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -214,14 +242,50 @@ def _gather(moment: SecondMoment, shard: Shard) -> None:
     vars(moment).update(joined)
 
 
+def own_part(count: int, shard: Shard) -> slice:
+    """Which of `count` pieces of work are this process's: a stretch as long as that of the others, or one shorter."""
+    return slice(*((shard.number - back) * count // shard.of for back in (1, 0)))
+
+
+def everybodys(value: Value, shard: Shard, stage: str, first_only: bool = False) -> list[Value]:
+    """The values of all processes of :func:`together`, in their order; tensors of others are on the CPU.
+
+    first_only  the first process gets them, the others their own alone
+    stage       what they are, the same in all processes. Raises MismatchError where it is not.
+    """
+    import torch.distributed as dist
+
+    packed = io.BytesIO()
+    torch.save(value, packed)
+    sent = (stage, packed.getvalue())
+    found: list[Any] | None = None if first_only and shard.number > 1 else [None] * shard.of
+    with _others_may_end():
+        if first_only:
+            dist.gather_object(sent, found)
+        else:
+            dist.all_gather_object(found, sent)
+    if found is None:
+        return [value]
+    if any(other != stage for other, _ in found):
+        raise MismatchError(
+            "torchrun's processes found different things to do, as machines or GPUs of different kinds may; run on one "
+            "kind, or in one process."
+        )
+    own = shard.number - 1
+    return [
+        value if rank == own else torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+        for rank, (_, data) in enumerate(found)
+    ]
+
+
 def rows_together(rows: Tensor, shard: Shard, batch_size: int, work: Callable[[Tensor], Tensor]) -> Tensor:
     """``work(rows)``, a CPU tensor with a row for each of `rows`, of which each process of :func:`together` does whole
     batches. All of them get all of it, to the bits that one process makes."""
     import torch.distributed as dist
 
     batches = rows.split(batch_size)
-    first, last = ((shard.number - back) * len(batches) // shard.of for back in (1, 0))
-    own = torch.cat([work(batch) for batch in batches[first:last]]) if first < last else torch.empty(0)
+    made = [work(batch) for batch in batches[own_part(len(batches), shard)]]
+    own = torch.cat(made) if made else torch.empty(0)
     shapes: list[Any] = [None] * shard.of
     parts = []
     with _others_may_end():
