@@ -3,9 +3,10 @@
     python -m benchmarks.before_after OLD_PYTHON NEW_PYTHON solve second-moment edit collect
 
 Each Python has its own rewrite_core (with its benchmarks). Both make the same case; then they take turns, one short
-round after the other in alternating order, so that a busy moment of the machine meets both. Only ours is timed.
-Printed:
-medians, and the ratio new / old as the median over rounds, with the smallest and largest.
+round after the other in alternating order, so that a busy moment of the machine meets both. Only ours is timed. Where
+a process's memory happens to lie moves a short call by several per cent, so each case has several pairs of fresh
+processes. Printed: medians, and the ratio new / old as the median over all rounds, with those of the lowest and the
+highest pair.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-ROUNDS, LEAST = 11, 0.15  # a round is so many seconds of calls at least, one call where that takes longer
+PAIRS, ROUNDS, LEAST = 5, 5, 0.15  # a round is so many seconds of calls at least, one call where that takes longer
 
 
 def work() -> None:
@@ -69,6 +70,12 @@ class Side:
             raise SystemExit("One of the two stopped; what it wrote is above.")
         return json.loads(answer)
 
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input ends it
+
 
 def compare(old: Side, new: Side) -> tuple[list[float], list[float]]:
     """Medians of each round, old and new."""
@@ -87,25 +94,32 @@ def main() -> int:
     parser.add_argument("new")
     parser.add_argument("suites", nargs="+", choices=("second-moment", "solve", "edit", "collect"))
     parser.add_argument("--cases", default="", help="those with this in their name")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"of fresh processes for each case ({PAIRS})")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    old, new = Side(given.old), Side(given.new)
     slower = 0
     for suite in (name.replace("-", "_") for name in given.suites):
-        cases = new.ask(suite=suite, quick=given.quick)
-        known = old.ask(suite=suite, quick=given.quick)
+        asked = {"suite": suite, "quick": given.quick}
+        with Side(given.old) as old, Side(given.new) as new:
+            known, cases = old.ask(**asked), new.ask(**asked)
         for case in (name for name in cases if given.cases in name):
             if case not in known:
                 print(f"{suite}: {case}: only in the new one", flush=True)
                 continue
-            old.ask(suite=suite, quick=given.quick, case=case)
-            new.ask(suite=suite, quick=given.quick, case=case)
-            before, after = compare(old, new)
-            ratios = sorted(b / a for a, b in zip(before, after, strict=True))
-            ratio = statistics.median(ratios)
+            before: list[float] = []
+            after: list[float] = []
+            pairs: list[float] = []
+            for _ in range(given.pairs):
+                with Side(given.old) as old, Side(given.new) as new:
+                    for side in (old, new):
+                        side.ask(**asked, case=case)
+                    rounds = compare(old, new)
+                pairs.append(statistics.median(b / a for a, b in zip(*rounds, strict=True)))
+                before, after = before + rounds[0], after + rounds[1]
+            ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
             slower += ratio > 1.03
             times = "  ".join(f"{statistics.median(part) * 1e3:9.3f} ms" for part in (before, after))
-            print(f"{suite}: {case:58s} {times}  {ratio:.3f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+            print(f"{suite}: {case:58s} {times}  {ratio:.3f}  ({min(pairs):.2f} to {max(pairs):.2f})", flush=True)
     print(f"{slower} cases are more than 3 % slower")
     return 0
 
