@@ -12,7 +12,7 @@ import torch
 
 import rewrite_core as rc
 from rewrite_core import errors
-from rewrite_core.statistics.checks import all_finite
+from rewrite_core.ops.finite import all_finite
 
 
 def test_every_exception_has_one_base_and_every_class_is_exported():

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..adapters.base import Box, Capture, window
 from ..errors import NonFiniteError, SelectionError, SolverError, choice, warn, whole_number
 from ..layers.bound import BoundLayer
-from ..statistics.checks import all_finite, check_layer
+from ..ops.finite import all_finite
+from ..statistics.checks import check_layer
 from ..statistics.second_moment import SecondMoment
 from .directions import context_keys, rank_units
 from .edit import Edit

@@ -23,8 +23,8 @@ from ..adapters.base import LayerAdapter
 from ..errors import MismatchError, NonFiniteError
 from ..layers.bound import BoundLayer
 from ..layers.memory import blocks
+from ..ops.finite import all_finite
 from ..solvers.problem import combine
-from ..statistics.checks import all_finite
 
 NAME = "_rewrite_core_stack"
 

@@ -3,7 +3,6 @@ instead."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
@@ -26,13 +25,3 @@ def check_keys(keys: Tensor, name: str = "keys") -> None:
     if not isinstance(keys, Tensor) or not keys.is_floating_point():
         what = keys.dtype if isinstance(keys, Tensor) else what_is(keys)
         raise ArgumentError(f"{name} must be a floating-point tensor of key vectors, not {what}: use torch.as_tensor.")
-
-
-def all_finite(numbers: Tensor) -> bool:
-    """Whether there is no NaN and no infinity. On a CPU by the sum, which shows either, at the speed of memory; where
-    finite numbers add up to infinity each is looked at."""
-    if numbers.device.type == "cpu":
-        wide = torch.promote_types(numbers.dtype, torch.float32)
-        if numbers.sum(dtype=wide).isfinite():
-            return True
-    return bool(numbers.isfinite().all())

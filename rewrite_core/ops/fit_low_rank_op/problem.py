@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ...backends import transformed
 from ...errors import ArgumentError, NonFiniteError, RewriteCoreError, number, whole_number
+from ..finite import all_finite
 from ..losses import LOSSES
 
 CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED, BOUNDED = range(7)
@@ -248,7 +249,7 @@ def check_segments(problem: FitLowRankProblem) -> None:
 def _check_numbers(problem: FitLowRankProblem) -> None:
     for name in AXES:
         data = getattr(problem, name)
-        if data is not None and name != "segments" and not data.isfinite().all():
+        if data is not None and name != "segments" and not all_finite(data):
             raise NonFiniteError(
                 f"{_label(name)} holds NaN or infinity: check the generator's activations and weights."
             )

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..finite import all_finite
 from ..memory import plain
 from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry
 
@@ -35,7 +36,7 @@ def _factor(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, list[F
 
 def _solve(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool) -> Tensor | None:
     """On a GPU refined only where the matrix is shifted: without, Cholesky's residual is at rounding, of |A| |x|."""
-    if _on_cpu(rhs) and not torch.isfinite(rhs).all():
+    if _on_cpu(rhs) and not all_finite(rhs):
         return None
     vectors = rhs.ndim < matrix.ndim
     b = rhs.unsqueeze(-1) if vectors else rhs
