@@ -1,7 +1,9 @@
 """``rewrite batch``: many edits from one description, told before the work where a line is wrong, and resumed."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,9 @@ from helpers import reference
 from helpers.command_line import MINE, run, save_edit, square
 
 import rewrite_core as rc
+from rewrite_core.cli import generator as cli_generator
 from rewrite_core.rewrites import calls
+from rewrite_core.statistics import collection, second_moment
 
 BATCH = ("batch", "jobs.jsonl", *MINE, "--count", "40", "--out", "rules", "--quiet")
 
@@ -134,6 +138,63 @@ def test_a_killed_run_goes_on_to_the_same_bits(capsys, user_generator, monkeypat
     code, out, _ = told(capsys, *BATCH)
     assert code == 0 and out.startswith(f"{24 - there} rewrites, and {there} that were there")
     assert sum(solved) == 24 - there and results() == undisturbed
+
+
+def test_hundreds_of_edits_layers_and_generators_from_one_line(capsys, user_generator, monkeypatch):
+    """The generators are tried before any work, of which one is kept; the layers of each are collected in one pass."""
+    for number in (1, 2):
+        torch.save({name: tensor / number for name, tensor in user_generator.state_dict().items()}, f"g{number}.pt")
+    layers, checkpoints = ["3", "5"], ["g1.pt", "g2.pt"]
+    describe({"edit": edits(*range(38)), "layer": layers, "checkpoint": checkpoints, "rank": [1, 2], "region": "map"})
+    passes, made, factored = [], [], []
+    collect, subject, factor = collection.collect_second_moments, cli_generator.subject, second_moment.spd_factor
+    monkeypatch.setattr(
+        collection,
+        "collect_second_moments",
+        lambda on, *args, **more: passes.append(len(on)) or collect(on, *args, **more),
+    )
+    monkeypatch.setattr(cli_generator, "subject", lambda *args: made.append(args) or subject(*args))
+    monkeypatch.setattr(second_moment, "spd_factor", lambda *args, **more: factored.append(1) or factor(*args, **more))
+    code, out, _ = told(capsys, *BATCH)
+    assert code == 0 and out.startswith("304 rewrites, and 0 that were there")
+    assert len(made) == 3 and passes == [2, 2] and len(factored) == 4
+    records = summary()
+    assert len({record["file"] for record in records}) == 304 == len(results())
+    assert {(record["layer"], record["checkpoint"]) for record in records} == {*itertools.product(layers, checkpoints)}
+    assert len(Path("rules", "summary.md").read_text().splitlines()) == 306
+    code, out, _ = told(capsys, *BATCH)
+    assert code == 0 and out.startswith("0 rewrites, and 304 that were there")
+
+
+def test_two_runs_at_once_on_one_folder(capsys, user_generator):
+    """Each result is there whole, whoever made it; both say that all went well."""
+    describe({"edit": edits(*range(8)), "layer": ["3", "5"], "region": "map"})
+    assert run(capsys, *BATCH)[0] == 0
+    alone = results()
+    shutil.move("rules", "alone")
+    command = [sys.executable, PROGRAMS / "slow_batch.py", *BATCH, "--together", "1"]
+    children = [
+        subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert results() == alone and [record["error"] for record in summary()] == 16 * [None]
+    counts = [re.fullmatch(r"(\d+) rewrites, and (\d+) that were there.*", out.strip()) for out in outputs]
+    assert all(int(count[1]) + int(count[2]) == 16 for count in counts) and sum(int(count[1]) for count in counts) >= 16
+    assert not [*Path("rules").glob(".*")]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"", lambda data: b"x" + data[1:]])
+def test_a_damaged_moment_is_collected_again(damage, capsys, user_generator):
+    describe({"edit": edits(0), "layer": "3"})
+    assert run(capsys, *BATCH)[0] == 0
+    whole, (name,) = results(), Path("rules", "moments").iterdir()
+    name.write_bytes(damage(name.read_bytes()))
+    for result in Path("rules").glob("*.safetensors"):
+        result.unlink()
+    code, _, err = told(capsys, *BATCH)
+    assert code == 0 and results() == whole, err
 
 
 def test_an_interrupt_leaves_a_summary_and_says_how_to_go_on(capsys, user_generator, monkeypatch):

@@ -1,5 +1,6 @@
 import time
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -225,6 +226,34 @@ def test_many_edits_equal_one_by_one(moment, layer, edit, latents):
         alone = reference.rewrite(layer, moment, one, latents, rank=2)
         assert torch.allclose(change.coefficients, alone.coefficients, rtol=1e-4, atol=1e-5)
         assert change.edit == one and change.edit.rows
+
+
+def test_many_edits_take_the_memory_of_a_few(monkeypatch, moment, layer, edit, latents):
+    """Once keys and goals of some size are there they are fitted and let go; the bits are those of all at once."""
+    others = [rc.Edit(copy=edit.copy, paste=edit.paste, context=edit.context[: 1 + i % 2]) for i in range(12)]
+    wanted = rc.rewrite_many(layer, moment, others, latents, region="map")
+    goals, most = [], []
+    make, fit = solving._problem, solving._solutions
+
+    def alive():
+        return sum(each() is not None for each in goals)
+
+    def made(*args):
+        problem = make(*args)
+        goals.extend(weakref.ref(target) for _, target in problem.regions)
+        most.append(alive())
+        return problem
+
+    sizes = []
+    monkeypatch.setattr(solving, "_problem", made)
+    monkeypatch.setattr(solving, "_solutions", lambda *args: sizes.append(len(args[1])) or fit(*args))
+    (goal,) = paste_goals(layer, edit, latents, "map")
+    monkeypatch.setattr(solving, "TOGETHER", 3 * (goal.capture.key.nbytes + goal.target.nbytes))
+    found = rc.rewrite_many(layer, moment, others, latents, region="map")
+    assert sizes == [3, 3, 3, 3] and max(most) <= 3 and alive() == 0
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.coefficients, other.coefficients) and one.losses == other.losses
+        assert one.edit == other.edit and one.box == other.box and one.seconds.keys() == other.seconds.keys()
 
 
 @pytest.mark.parametrize("solver", ["lm", "adam", "projected", "unconstrained"])

@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     open_jobs = [job for job in jobs if not _is_done(out / job.file)]
     loaded = _checked(open_jobs)
     (out / MOMENTS).mkdir(parents=True, exist_ok=True)
+    made: list[Job] = []
     failed: dict[str, str] = {}
     began = time.monotonic()
     label, there = "edits", len(jobs) - len(open_jobs)
@@ -56,13 +57,13 @@ def run(options: argparse.Namespace) -> None:
         with progress_bar(total=len(jobs), start=there, label=label, unit="edit", show=not options.quiet) as bar:
             for where, group in _grouped(open_jobs, lambda job: job.where):
                 on = loaded.pop(where, None) or _subject(group[0])
-                _work(on, group, out, options.together, failed, bar.update)
+                _work(on, group, out, options.together, made, failed, bar.update)
     finally:  # of what there is, also after Ctrl-C
         records = [_record(job, out, failed) for job in jobs]
         _write_summary(out, records)
-    seconds, made = time.monotonic() - began, len(open_jobs) - len(failed)
-    rate = f", {made / seconds:.3g} edits/s with statistics" if made else ""
-    say(f"{made} rewrites, and {there} that were there{rate} -> {out / SUMMARY}.md")
+    seconds, there = time.monotonic() - began, len(jobs) - len(made) - len(failed)
+    rate = f", {len(made) / seconds:.3g} edits/s with statistics" if made else ""
+    say(f"{len(made)} rewrites, and {there} that were there{rate} -> {out / SUMMARY}.md")
     if failed:
         line, reason = next((record["line"], record["error"]) for record in records if record["error"])
         raise UsageError(
@@ -136,9 +137,15 @@ def _checked(jobs: Sequence[Job]) -> dict[Any, Subject]:
 
 
 def _work(
-    on: Subject, jobs: Sequence[Job], out: Path, together: int, failed: dict[str, str], tell: Callable[[int], object]
+    on: Subject,
+    jobs: Sequence[Job],
+    out: Path,
+    together: int,
+    made: list[Job],
+    failed: dict[str, str],
+    tell: Callable[[int], object],
 ) -> None:
-    """Make and save the changes of one generator's jobs; why one failed is added to `failed`."""
+    """Make and save the changes of one generator's jobs, which are added to `made`; why one failed is to `failed`."""
     from ..session import Session
 
     layers = _bound(on, jobs)
@@ -149,9 +156,12 @@ def _work(
         for _, alike in _grouped(own, lambda job: repr((job.options.zero, job.given))):
             for first in range(0, len(alike), together):
                 part = alike[first : first + together]
-                for job, change in zip(part, _changes(session, part, failed)):
+                unmade = [job for job in part if not _is_done(out / job.file)]  # by another run on this folder
+                tell(len(part) - len(unmade))
+                for job, change in zip(unmade, _changes(session, unmade, failed) if unmade else []):
                     if change is not None:
                         change.save(out / job.file)
+                        made.append(job)
                     tell(1)
 
 
@@ -185,6 +195,7 @@ def _collected(on: Subject, names: Sequence[str], layers: dict[str, BoundLayer],
     for name in names:
         told = f"{latents} {layers[name].fingerprint(on.latents)} {name}"
         files.append(out / MOMENTS / f"{xxhash.xxh3_64_hexdigest(told.encode())}.safetensors")
+        _drop_damaged(files[-1])
     moments = collect_second_moments(
         [layers[name] for name in names],
         on.latents,
@@ -193,6 +204,20 @@ def _collected(on: Subject, names: Sequence[str], layers: dict[str, BoundLayer],
         latent_seed=on.seed,
     )
     return dict(zip(names, moments))
+
+
+def _drop_damaged(file: Path) -> None:
+    """Remove a file of statistics that cannot be read: it is ours, and what was in it is collected again."""
+    from ..errors import FileFormatError, warn
+    from ..statistics.second_moment import SecondMoment
+
+    try:
+        SecondMoment._load(file)  # a checkpoint is as good
+    except FileNotFoundError:
+        pass
+    except FileFormatError as error:
+        warn(f"{str(error).rstrip('.')}; it is collected again.")
+        file.unlink()
 
 
 def _changes(session: Session, jobs: Sequence[Job], failed: dict[str, str]) -> list[Rewrite | None]:

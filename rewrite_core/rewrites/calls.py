@@ -176,7 +176,8 @@ def rewrite_many(
     progress: bool = False,
     backend: str = "auto",
 ) -> list[Rewrite] | list[list[Rewrite]]:
-    """Solve several edits of one layer, each against the weight as it is now; "lm" fits them in one batch.
+    """Solve several edits of one layer, each against the weight as it is now; "lm" fits as many at once as have 256 MiB
+    of keys and goals, which then are let go: memory does not grow with the number of edits.
 
     Arguments and errors are those of :func:`rewrite`. ``change.seconds`` holds the times of the whole batch. Of several
     layers, a list of them with a list of their moments, the result is a list of such lists, in the order of the layers:

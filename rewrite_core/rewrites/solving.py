@@ -41,6 +41,7 @@ from .change import Fit, Rewrite
 from .following import OBJECTIVES, ordinary
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
+TOGETHER = 256 << 20  # bytes of keys and goals: once so many are there they are fitted, and let go
 RANK = 4  # of a paste where none is asked for
 PRESERVE = 1.0  # of ordinary pictures, where pictures are compared and nothing else is asked for
 _VALUE_WEIGHT = 0.1  # of the values' distance beside that of pictures or activations: these leave a null space
@@ -122,11 +123,23 @@ class Task:
             self.edit.check(self.latents)
 
 
+_Box = Box | tuple[Box, ...] | None  # that a problem is fitted in
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """What is kept of a problem once it is solved."""
+
+    directions: Tensor
+    solution: LayerSolution
+    box: _Box
+
+
 def solve(
     layer: BoundLayer, moment: SecondMoment, tasks: Sequence[Task], settings: Settings, latents: Tensor | None = None
 ) -> list[Rewrite]:
-    """The change of each task, all solved against the weight as it is now. `latents` [N, ...] are those that edits
-    select from; None where there are none."""
+    """The change of each task, all solved against the weight as it is now, as many at once as take :data:`TOGETHER`.
+    `latents` [N, ...] are those that edits select from; None where there are none."""
     solver = settings.chosen
     if isinstance(solver, LM) and not layer.known:
         warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', by autograd.")
@@ -139,31 +152,41 @@ def solve(
         if settings.directions == "units" and solver.reduced and latents is not None:
             with stage("directions"):
                 quantiles = collect_unit_quantiles(layer, latents, progress=settings.progress)
-        problems: list[LayerProblem] = []
-        boxes: list[Box | tuple[Box, ...] | None] = []
-        for task in tasks:
+        solved: list[_Solved] = []
+        open_problems: list[tuple[LayerProblem, _Box]] = []
+        for number, task in enumerate(tasks, 1):
             with stage("goal"):
                 goals = task.goals()
             with stage("directions"):
                 directions = _directions(layer, moment, task, settings, solver, quantiles)
             problem = _problem(layer, moment, goals, directions, settings, latents)
-            problems.append(problem if task.beyond is None else _seen_beyond(problem, task, settings))
-            if solver.preserves and not task.meets and task.beyond is None:  # the others are baselines
-                warn_underdetermined(problems[-1])
+            if task.beyond is not None:
+                problem = _seen_beyond(problem, task, settings)
+            elif solver.preserves and not task.meets:  # the others are baselines
+                warn_underdetermined(problem)
             fitted = tuple(goal.box for goal in goals if goal.box is not None)
-            boxes.append(fitted if len(fitted) > 1 else fitted[0] if fitted else None)
-        for task in tasks:
+            open_problems.append((problem, fitted if len(fitted) > 1 else fitted[0] if fitted else None))
             task.warn_of_latents()
-        with stage("fit"):
-            solutions = _solutions(solver, problems, settings)
-        for problem, solution, box in zip(problems, solutions, boxes, strict=True):
-            warn_of_no_use(problem, solution, whole=box is None)
+            if number == len(tasks) or sum(each.nbytes for each, _ in open_problems) >= TOGETHER:
+                solved += _solved(solver, open_problems, settings)
+                open_problems.clear()
+                del problem, goals
         with stage("check"):
             fitted_to = layer.weight_fingerprint(layer.weight)
         return [
-            _change(problem, solution, fitted_to, edit, dict(clock.seconds), box)
-            for edit, problem, solution, box in zip(edits, problems, solutions, boxes, strict=True)
+            _change(layer, own, fitted_to, edit, dict(clock.seconds)) for edit, own in zip(edits, solved, strict=True)
         ]
+
+
+def _solved(solver: Solver, problems: Sequence[tuple[LayerProblem, _Box]], settings: Settings) -> list[_Solved]:
+    """These problems, solved together: what is kept of them."""
+    with stage("fit"):
+        solutions = _solutions(solver, [problem for problem, _ in problems], settings)
+    kept = []
+    for (problem, box), solution in zip(problems, solutions, strict=True):
+        warn_of_no_use(problem, solution, whole=box is None)
+        kept.append(_Solved(problem.directions, solution, box))
+    return kept
 
 
 def _solutions(solver: Solver, problems: Sequence[LayerProblem], settings: Settings) -> list[LayerSolution]:
@@ -231,15 +254,10 @@ def _seen_beyond(problem: LayerProblem, task: Task, settings: Settings) -> Layer
 
 
 def _change(
-    problem: LayerProblem,
-    solution: LayerSolution,
-    fitted_to: str,
-    edit: Edit | None,
-    seconds: dict[str, float],
-    box: Box | tuple[Box, ...] | None,
+    layer: BoundLayer, solved: _Solved, fitted_to: str, edit: Edit | None, seconds: dict[str, float]
 ) -> Rewrite:
     """The change that a solution is, in float32 at least."""
-    layer, coefficients = problem.layer, solution.coefficients
+    solution, coefficients = solved.solution, solved.solution.coefficients
     if not torch.isfinite(coefficients).all():
         raise NonFiniteError(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
@@ -247,11 +265,11 @@ def _change(
     dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
     return Rewrite(
         layer=layer.name,
-        directions=problem.directions.to(dtype),
+        directions=solved.directions.to(dtype),
         coefficients=coefficients.to(dtype),
         fitted_to=fitted_to,
         solver=solution.solver,
-        fit=Fit(solution.losses, solution.final_loss, solution.last_loss, solution.status, seconds, box),
+        fit=Fit(solution.losses, solution.final_loss, solution.last_loss, solution.status, seconds, solved.box),
         edit=edit,
         bound=layer,
     )

@@ -63,6 +63,14 @@ class LayerProblem:
         return self.regions[0][1].dtype if self.regions else torch.float64
 
     @property
+    def nbytes(self) -> int:
+        """Of its keys and goals."""
+        held = [part for capture, target in self.regions for part in (capture.key, target)]
+        for pictures in (self.beyond, self.ordinary):
+            held += [] if pictures is None else [pictures.capture.key, pictures.target]
+        return sum(part.nbytes for part in held)
+
+    @property
     def weight(self) -> Tensor:
         return self.layer.weight.to(self.dtype)
 
