@@ -15,7 +15,7 @@ import rewrite_core as rc
 from rewrite_core.demo import chapels, load_edit
 from rewrite_core.demo.rules import RULES, score
 from rewrite_core.demo.world import scene_from_latents
-from rewrite_core.edits.goals import bounding_box
+from rewrite_core.edits.goals import bounding_box, landing
 from rewrite_core.evaluation import measuring
 from rewrite_core.evaluation.aligning import best_shift
 from rewrite_core.evaluation.measuring import Given, measured, scene_of, several_changes
@@ -139,6 +139,49 @@ def test_an_edit_without_a_copy_is_compared_with_its_own_paste(world, change):
     assert found.paste is None and found.wanted > 1 / 255 and found.reach is not None
     still = rc.measure(gone, plain, z, UNSEEN, layer=layer, moment=moment, strength=0.0)
     assert still.reach == 0 and still.verdict == "weak", "a paste that did not move is followed by nothing"
+
+
+def test_what_takes_away_is_not_held_against_the_copy(world):
+    """rc.erase and rc.zero put nothing of the copy down, so they are measured as an edit without one."""
+    layer, moment, edit, z = world
+    plain = rc.Edit(paste=edit.paste, context=edit.context, latents=z)
+    erased = rc.erase(layer, moment, edit, z, units=30, rank=2, loss="l2")
+    assert edit.copy is not None and erased.edit == plain and erased.edit.copy is None
+    assert rc.zero(layer, moment, edit, z, rank=1).edit == plain
+    found, want = (rc.measure(erased, each, z, UNSEEN, layer=layer, moment=moment) for each in (edit, plain))
+    assert found.paste is None and found.to_dict() == want.to_dict() and found.reach is not None
+    own = [pair.after - pair.before for pair in found.pairs if pair.of == "edit"]
+    assert found.wanted > 1 / 255 and own[0].abs().max() > 0.1, "what became of the paste is what is followed"
+
+
+def test_a_patch_is_looked_for_where_the_changed_layer_put_it(world):
+    """Centred in the cells of a finer map it would be half a cell of the changed layer beside."""
+    layer, moment, _, z = world
+    copied, paste = rc.Selection.box(6, (6, 6, 32, 29), 64), rc.Selection.box(0, (5, 12, 29, 32), 64)
+    here, finer = (landing(copied, paste, (cells, cells)) for cells in (8, 16))
+    there = landing(copied, paste, (16, 16), on=(8, 8))
+    copy_here, copy_finer = (bounding_box(copied.area((cells, cells))) for cells in (8, 16))
+    moved = [(box[1] - own[1]) / cells for box, own, cells in ((here, copy_here, 8), (finer, copy_finer, 16))]
+    assert moved[0] != moved[1] and (there[1] - copy_finer[1]) / 16 == moved[0]
+    assert landing(copied, paste, (8, 8), on=(8, 8)) == here
+    edit = rc.Edit(copied, paste, latents=z)
+    change = rc.rewrite(layer, moment, edit, z, **HOW | {"rank": 4})
+    asked = rc.bind(layer.generator, "synthesis.layer5.conv")
+    few = rc.sample_latents(16, 24, seed=7)
+    given = Given([change], edit, z, few, asked, moment)
+    scene = scene_of(layer, given)
+    assert scene.places.layer.name == asked.name
+    found = measured(layer, given, scene=scene)
+    beside = dataclasses.replace(scene, wanted=_As(scene.wanted._rendered((16, 16))))
+    assert found.paste > 0.7 > 0.5 > measured(layer, given, scene=beside).paste, "the spire is there"
+
+
+class _As:
+    def __init__(self, moves):
+        self.moves = moves
+
+    def by(self, changed):
+        return self.moves
 
 
 # --- against plain references ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,6 +99,13 @@ class Edit:
     def selections(self) -> list[Selection]:
         """All of them: copy, pastes, context, query."""
         return [part for part in (self.copy, *self.pastes, *(self.context or ()), self.query) if part is not None]
+
+    def without_copy(self) -> Edit:
+        """The same places, with nothing copied there: the edit of what only takes away."""
+        edit = copy.copy(self)
+        edit.copy = None
+        edit.rows = {index: self.rows[index] for index in {part.index for part in edit.selections} & set(self.rows)}
+        return edit
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Edit) and all(getattr(self, name) == getattr(other, name) for name in _FIELDS.values())

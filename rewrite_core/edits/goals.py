@@ -196,7 +196,34 @@ def _check_apart(boxes: Sequence[Box], area: Tensor, index: int) -> None:
                 )
 
 
-def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "box", blend: str = "mask") -> list[Goal]:
+def map_size(layer: BoundLayer, selection: Selection, latents: Tensor) -> tuple[int, ...]:
+    """The size of a layer's value map, as a selection's picture has it."""
+    return _value_size(layer, _capture_one(layer, selection, latents))
+
+
+def landing(copy: Selection, paste: Selection, size: tuple[int, ...], on: tuple[int, ...] | None = None) -> Box:
+    """The box of a map of `size` where the copied patch lands: centred on the paste. `on`: the size of another map; the
+    patch lands where it does there, to the nearest cell of this one."""
+    copied, axes = bounding_box(copy.area(size)), len(size)
+    extents = [copied[axis + axes] - copied[axis] for axis in range(axes)]
+    if on is None or tuple(on) == tuple(size):
+        around = bounding_box(paste.area(size))
+        starts = [(around[axis] + around[axis + axes]) // 2 - extents[axis] // 2 for axis in range(axes)]
+    else:
+        there, first = landing(copy, paste, on), bounding_box(copy.area(on))
+        starts = [copied[axis] + round((there[axis] - first[axis]) * size[axis] / on[axis]) for axis in range(axes)]
+    place = [max(0, min(size[axis] - extents[axis], starts[axis])) for axis in range(axes)]
+    return *place, *(start + extent for start, extent in zip(place, extents))
+
+
+def paste_goals(
+    layer: BoundLayer,
+    edit: Edit,
+    latents: Tensor,
+    region: str = "box",
+    blend: str = "mask",
+    on: tuple[int, ...] | None = None,
+) -> list[Goal]:
     """The goals of a copy and paste: the copied value patch composited at the centre of each paste. A place given twice
     counts once.
 
@@ -204,6 +231,7 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "b
         region: "box": fit the pasted boxes only (the convolution then zero-pads at their edges), a goal each; "map":
             the whole map of every picture that is pasted into.
         blend: "mask": composite through the copy's mask; "box": its bounding box.
+        on: the size of another layer's map: the patches land where they do there, to the nearest cell.
     """
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
@@ -224,15 +252,7 @@ def paste_goals(layer: BoundLayer, edit: Edit, latents: Tensor, region: str = "b
             patch = _value(layer, source, size, copy_box)
             area = area[window(copy_box)[2:]] if blend == "mask" else torch.ones_like(area[window(copy_box)[2:]])
             cover = area.to(capture.key)  # the area itself stays where looking at it waits for no GPU
-        boxes = []
-        for paste in pastes:
-            around, place = bounding_box(paste.area(size)), []
-            for axis, extent in enumerate(patch.shape[2:]):
-                centre = (around[axis] + around[axis + axes]) // 2
-                place.append(max(0, min(size[axis] - extent, centre - extent // 2)))
-            box = (*place, *(start + extent for start, extent in zip(place, patch.shape[2:])))
-            boxes.append(box)
-        boxes = _once(boxes, pastes[0].index)
+        boxes = _once([landing(edit.copy, paste, size, on) for paste in pastes], pastes[0].index)
         _check_apart(boxes, area, pastes[0].index)
         crops = [_crop(layer, capture, size, box) for box in boxes] if region == "box" else [(capture, None)]
         for cropped, fitted in crops:

@@ -17,7 +17,7 @@ from ..layers.bound import BoundLayer
 from ..rewrites.calls import erase, rewrite, zero
 from ..rewrites.change import Rewrite
 from ..rewrites.solving import Settings, Task, solve
-from ..solvers.baselines import fine_tune
+from ..solvers.baselines import STOPS, FineTuned, fine_tune
 from ..statistics.second_moment import SecondMoment
 from .measuring import Given, measured, scene_of
 from .report import Report
@@ -38,7 +38,9 @@ class Compared:
 
 
 @dataclasses.dataclass(frozen=True)
-class _On:
+class On:
+    """What all ways are given. rank: of ours, and of directions that are drawn."""
+
     layer: BoundLayer
     moment: SecondMoment
     edit: Edit
@@ -52,7 +54,7 @@ class _On:
     def single(self) -> Rewrite:
         """One place of the context alone."""
         alone = Edit(self.edit.copy, self.edit.pastes, self.edit.where[:1], latents=self.z)
-        return _On(self.layer, self.moment, alone, self.z, 1).ours(1, "value")
+        return On(self.layer, self.moment, alone, self.z, 1).ours(1, "value")
 
     def undirected(self) -> Rewrite:
         """Lambda along directions that are drawn, not found in the context."""
@@ -73,28 +75,50 @@ class _On:
 
     def erased(self) -> Rewrite:
         units = min(30, self.layer.in_channels)
-        return erase(self.layer, self.moment, self.edit, self.z, units=units, rank=self.rank, loss="l2", solver="lm")
+        options: dict[str, Any] = {"units": units, "rank": self.rank, "loss": "l2", "solver": "lm"}
+        return erase(self.layer, self.moment, self.edit, self.z, **options)
 
     def silenced(self, units: int) -> Rewrite:
         """GAN Dissection: the units most typical of the context are zero in every picture."""
         count = min(units, self.layer.in_channels)
         return zero(self.layer, self.moment, self.edit, self.z, rank=count, directions="units")
 
+    def tuned(
+        self,
+        preserve: float,
+        *,
+        lr: float = 0.01,
+        stops: Sequence[int] = STOPS,
+        ordinary: int = _ORDINARY,
+        progress: bool = False,
+    ) -> list[FineTuned]:
+        """All weights, fine-tuned on the pictures that the pasted value renders; `preserve` weighs the change of so
+        many ordinary pictures."""
+        rows = list(dict.fromkeys(paste.index for paste in self.edit.pastes))
+        named = {part.index for part in self.edit.selections}
+        others = [row for row in range(len(self.z)) if row not in named][:ordinary]
+        goals = preview(self.layer, self.edit, self.z)
+        options: dict[str, Any] = {"preserve": preserve, "lr": lr, "stops": stops, "progress": progress}
+        forward = self.layer.own_forward
+        return fine_tune(self.layer.generator, self.z[rows], goals, ordinary=self.z[others], forward=forward, **options)
 
-WAYS: dict[str, Callable[[_On], Rewrite]] = {
+
+WAYS: dict[str, Callable[[On], Rewrite]] = {
     "ours, pictures, rank 1": lambda on: on.ours(1, "pictures"),
     "ours, pictures": lambda on: on.ours(on.rank, "pictures"),
     "ours, value, rank 1": lambda on: on.ours(1, "value"),
     "ours, value": lambda on: on.ours(on.rank, "value"),
-    "single context": _On.single,
-    "Lambda without direction": _On.undirected,
-    "one layer unconstrained": _On.unconstrained,
-    "erase": _On.erased,
+    "single context": On.single,
+    "Lambda without direction": On.undirected,
+    "one layer unconstrained": On.unconstrained,
+    "erase": On.erased,
     "30 units zeroed": lambda on: on.silenced(30),
     "60 units zeroed": lambda on: on.silenced(60),
 }
 """{name: the change}; "fine-tuned" and "fine-tuned, preserved" come besides, which change no single layer."""
 TUNED = {"fine-tuned": 0.0, "fine-tuned, preserved": 1.0}
+REMOVE = ("erase", "30 units zeroed", "60 units zeroed")
+"""Ways that take the context away and copy nothing there; measured by what they themselves make of the paste."""
 
 
 def compare(
@@ -111,8 +135,9 @@ def compare(
 ) -> list[Compared]:
     """An edit made in several ways, each measured as :func:`rewrite_core.measure` does, on the same unseen pictures.
 
-    The fine-tuned generators are stopped where they did best: at the highest reach, and of several at the lowest
-    unrelated change.
+    Ways that remove, "erase" and the zeroed units, do not know the copy: reach is then the share of places that follow
+    what became of the paste. The fine-tuned generators are stopped where they did best: at the highest reach, and of
+    several at the lowest unrelated change.
 
     Args:
         layer, moment, edit, z: those of :func:`rewrite_core.rewrite`; the edit has a copy and a paste.
@@ -129,13 +154,14 @@ def compare(
     """
     for way in ways:
         choice("each of ways", way, (*WAYS, *TUNED))
-    on = _On(layer, moment, edit.on(z), z, rank)
+    on = On(layer, moment, edit.on(z), z, rank)
     steps = Steps(progress)
     scene = scene_of(layer, Given([], on.edit, z, unseen, span=span, steps=steps))
+    removing = dataclasses.replace(scene, edit=on.edit.without_copy(), wanted=None)
 
-    def report(changes: list[Rewrite], other: nn.Module | None = None) -> Report:
+    def report(changes: list[Rewrite], other: nn.Module | None = None, removes: bool = False) -> Report:
         given = Given(changes, on.edit, z, unseen, moment=moment, span=span, steps=steps)
-        return measured(layer, given, other, scene=scene)
+        return measured(layer, given, other, scene=removing if removes else scene)
 
     found = []
     for way in ways:
@@ -143,28 +169,16 @@ def compare(
         if way in WAYS:
             change = WAYS[way](on)
             seconds = time.perf_counter() - start
-            found.append(Compared(way, report([change]), seconds))
+            found.append(Compared(way, report([change], removes=way in REMOVE), seconds))
         else:
             found.append(_tuned(way, on, report, progress))
     return found
 
 
-def _tuned(way: str, on: _On, report: Callable[[list[Rewrite], nn.Module], Report], progress: bool) -> Compared:
+def _tuned(way: str, on: On, report: Callable[[list[Rewrite], nn.Module], Report], progress: bool) -> Compared:
     """All weights on the goal pictures, stopped where it did best."""
-    rows = list(dict.fromkeys(paste.index for paste in on.edit.pastes))
-    named = {part.index for part in on.edit.selections}
-    ordinary = [row for row in range(len(on.z)) if row not in named][:_ORDINARY]
     start = time.perf_counter()
-    goals = preview(on.layer, on.edit, on.z)
-    tuned = fine_tune(
-        on.layer.generator,
-        on.z[rows],
-        goals,
-        ordinary=on.z[ordinary],
-        preserve=TUNED[way],
-        forward=on.layer.own_forward,
-        progress=progress,
-    )
+    tuned = on.tuned(TUNED[way], progress=progress)
     seconds = time.perf_counter() - start
     reports = [(each.steps, report([], each.generator)) for each in tuned]
     stopped, best = max(reports, key=lambda pair: (pair[1].reach or 0.0, -(pair[1].unrelated or 0.0)))

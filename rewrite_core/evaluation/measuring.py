@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..edits.edit import Edit
-from ..edits.goals import bounding_box
+from ..edits.goals import bounding_box, map_size
 from ..errors import (
     ArgumentError,
     MismatchError,
@@ -33,7 +34,7 @@ from .aligning import best_shift
 from .places import Places, find_places, moments_of
 from .report import Pair, Report
 from .sheet import SHOWN
-from .showing import seen_goals
+from .showing import rendered_goals, seen_goals
 from .steps import PLAIN, Steps
 
 UNSEEN = 256  # pictures, where none are given
@@ -66,14 +67,15 @@ def measure(
     Where an unseen picture holds the edit's context is told by keys alone: by the cosine of the context's whitened key
     with those of a place (:func:`rewrite_core.evaluation.places.find_places`). What should happen there is what the
     pasted value renders in the edit's own picture. Both are asked of one layer: by default of the one that tells the
-    context best apart among those whose value shows the paste. So a report does not depend on the layer that was
-    changed.
+    context best apart among those whose value shows the paste. So a report does not depend on how well the changed
+    layer can show the paste. But the patch lands by whole cells, and is looked for where the changed layer put it;
+    where the cells of the layer that is asked are too coarse for that, a finer one renders it.
 
     Args:
         change: a rewrite, several (on together, in this order), or a generator that was changed in any other way, of
             the same kind as the one of `layer`. The generator is left as it was.
-        edit: that was made; its selections index the rows of `z`. One without a copy (of an erasure) is compared with
-            what happened to its own paste, or context.
+        edit: that was made; its selections index the rows of `z`. One without a copy, and what rc.erase and rc.zero
+            made of one with a copy, is compared with what happened to its own paste, or context.
         z: [M, ...], the latents of the edit.
         unseen: [N, ...] latents; by default the first 256 rows of `z` that no selection names.
         layer: the layer to ask, from :func:`rewrite_core.bind`; it names the generator for a change that was loaded or
@@ -97,7 +99,8 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """The arguments of :func:`measure`; `force`: apply rewrites to weights that they were not fitted to, too."""
+    """The arguments of :func:`measure`; `force`: apply rewrites to weights that they were not fitted to, too. What only
+    took away (rc.erase, rc.zero) is measured without the edit's copy, as it put nothing there."""
 
     changes: list[Rewrite]  # empty: the change is a generator
     edit: Edit
@@ -111,6 +114,11 @@ class Given:
     steps: Steps = PLAIN
     force: bool = False
 
+    def __post_init__(self) -> None:
+        copied = [change.edit is None or change.edit.copy is not None for change in self.changes]
+        if copied and not any(copied) and isinstance(self.edit, Edit) and self.edit.copy is not None:
+            object.__setattr__(self, "edit", self.edit.without_copy())
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -119,8 +127,8 @@ class Scene:
     edit, latents: the edit on its latents. unseen: latents, `rows` of which are looked at. places: where the context
     is in those. looks: the window of the paste as it is, [C, h, w]. area: what of it most contexts cover, [h, w], 0 or
     1, where movements are compared. around: what any context covers; what is beyond is outside. wanted: how it should
-    move, [C, h, w]; None for an edit without a copy. most: so many pictures with the context, and half as many without,
-    are measured (None: all).
+    move; None for an edit without a copy. most: so many pictures with the context, and half as many without, are
+    measured (None: all).
     """
 
     edit: Edit
@@ -131,7 +139,7 @@ class Scene:
     looks: Tensor
     area: Tensor
     around: Tensor
-    wanted: Tensor | None
+    wanted: Wanted | None
     most: int | None = None
 
     @property
@@ -143,6 +151,59 @@ class Scene:
     def unrelated(self) -> list[int]:
         """And of those clearly without."""
         return _some(self.places.unrelated, None if self.most is None else self.most // 2)
+
+
+class Wanted:
+    """How the windows of pictures with the context should move, for patches that land as on a map of a size.
+
+    Args:
+        layers: that may render it, the one that is asked first, then those that show the paste best, with the sizes of
+            their maps.
+        before: {row: [C, H, W] in 0..1} of the pictures that are pasted into.
+        cut: a window of a picture, as `corners` says for each paste.
+        area: [h, w], 0 or 1, what of the window counts.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[BoundLayer, tuple[int, ...]]],
+        edit: Edit,
+        latents: Tensor,
+        span: tuple[float, float],
+        before: dict[int, Tensor],
+        cut: Callable[[Tensor, tuple[int, int]], Tensor],
+        corners: Sequence[tuple[int, int]],
+        area: Tensor,
+    ):
+        self._layers, self._edit, self._latents, self._span = list(layers), edit, latents, span
+        self._before, self._cut, self._corners, self._area = before, cut, corners, area
+        self._sizes: dict[str, tuple[int, ...]] = {layer.name: size for layer, size in layers}
+        self._moves: dict[tuple[int, ...], Tensor] = {}
+
+    def by(self, changed: Sequence[BoundLayer]) -> Tensor:
+        """[C, h, w], for a change of those layers. It runs the generator, once for each size of map."""
+        for layer in changed:
+            if layer.name not in self._sizes:
+                self._sizes[layer.name] = map_size(layer, self._edit.pastes[0], self._latents)
+        sizes = {self._sizes[layer.name] for layer in changed}
+        asked = self._layers[0][1]
+        on = sizes.pop() if len(sizes) == 1 else asked  # layers that place it differently: as the one that is asked
+        if len(on) != len(asked):
+            on = asked
+        if on not in self._moves:
+            self._moves[on] = self._rendered(on)
+        return self._moves[on]
+
+    def _rendered(self, on: tuple[int, ...]) -> Tensor:
+        exact = [pair for pair in self._layers if not any(side % cells for side, cells in zip(pair[1], on))]
+        asked = self._layers[0]
+        layer, _ = asked if asked in exact or not exact else min(exact, key=lambda pair: math.prod(pair[1]))
+        goals = rendered_goals(layer, self._edit, self._latents, self._span, on).pictures
+        moves = [
+            self._cut(goals[paste.index] - self._before[paste.index], corner)
+            for paste, corner in zip(self._edit.pastes, self._corners, strict=True)
+        ]
+        return torch.stack(moves).mean(0) * self._area
 
 
 def _some(rows: list[int], most: int | None) -> list[int]:
@@ -215,7 +276,11 @@ def measured(
     with given.steps.turn():
         _check_off(given.changes, on)
     scene = scene_of(on, given) if scene is None else scene
-    return _Measuring(scene, given, look or looking(on, given, other)).report(_size(on, given, scene))
+    wanted: Tensor | None = None
+    if scene.wanted is not None:
+        with given.steps.turn():
+            wanted = scene.wanted.by([change._bind(on.generator) for change in given.changes] or [on])
+    return _Measuring(scene, wanted, given, look or looking(on, given, other)).report(_size(on, given, scene))
 
 
 # --- the scene -------------------------------------------------------------------------------------------------------
@@ -239,9 +304,9 @@ def scene_of(on: BoundLayer, given: Given) -> Scene:
         raise SelectionError("There are fewer than two unseen pictures; give more latents.")
     with given.steps.turn():
         layers = [given.layer] if given.layer is not None else asked_layers(on, edit, given.z)
-    places, goals = _best_told(layers, edit, given, unseen[rows])
+    places, showing = _best_told(layers, edit, given, unseen[rows])
     with given.steps.turn():
-        looks, area, around, wanted = _wanted(places, edit, given.z, goals, given.span)
+        looks, area, around, wanted = _wanted(places, edit, given.z, showing, given.span)
     return Scene(edit, given.z, unseen, rows, places, looks, area, around, wanted)
 
 
@@ -282,29 +347,35 @@ def _longest(edit: Edit, size: tuple[int, ...]) -> int:
 
 def _best_told(
     layers: Sequence[BoundLayer], edit: Edit, given: Given, unseen: Tensor
-) -> tuple[Places, dict[int, Tensor] | None]:
-    """What the layer tells that tells most, and the pictures that its pasted value renders."""
-    goals: dict[str, dict[int, Tensor]] = {}
+) -> tuple[Places, list[tuple[BoundLayer, tuple[int, ...]]]]:
+    """What the layer tells that tells most; and the layers whose value shows the paste, that one first, then those that
+    show most, with the sizes of their maps. None for an edit without a copy."""
+    showing: list[tuple[BoundLayer, tuple[int, ...]]] = []
     if edit.copy is not None and edit.pastes:
         stage = "what layers show"
         with given.steps.turn():
             seen = seen_goals(given.steps.own(layers), edit, given.z, given.span)
         seen = given.steps.all(seen, stage)
         best = max(visible.shown for visible, _ in seen)
-        goals = {visible.layer: goal for visible, goal in seen if visible.shown >= _SHOWS * best}
-        layers = [layer for layer in layers if layer.name in goals] or layers
+        named, ranked = {layer.name: layer for layer in layers}, sorted(seen, key=lambda pair: -pair[0].shown)
+        showing = [(named[each.layer], goal.size) for each, goal in ranked if each.shown >= _SHOWS * best]
+        layers = [layer for layer in layers if any(layer is other for other, _ in showing)]
     if len(layers) > 1:
         tried = find_places(layers, edit, given.z, unseen[:_TRIED], given.batch_size, given.steps)
         layers = [max(tried, key=lambda each: each.distinct).layer]
     (places,) = find_places(layers, edit, given.z, unseen, given.batch_size, given.steps)
-    return places, goals.get(places.layer.name)
+    return places, sorted(showing, key=lambda pair: pair[0].name != places.layer.name)
 
 
 def _wanted(
-    places: Places, edit: Edit, latents: Tensor, goals: dict[int, Tensor] | None, span: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    places: Places,
+    edit: Edit,
+    latents: Tensor,
+    showing: Sequence[tuple[BoundLayer, tuple[int, ...]]],
+    span: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Wanted | None]:
     """The window of the (first) paste as it is [C, h, w]; what of a window most contexts and what any of them covers
-    [h, w], 0 or 1; and how pictures should move there [C, h, w]."""
+    [h, w], 0 or 1; and how pictures should move there."""
     window, marked = places.window, edit.pastes or tuple(edit.where)
     before = {paste.index: to_unit(places.layer.render(latents[paste.index][None]), span)[0] for paste in marked}
     size = before[marked[0].index].shape[1:]
@@ -318,12 +389,9 @@ def _wanted(
     area, around = (share >= min(0.5, share.max().item())).float(), (share > 0).float()
     corners = [window.corner(paste.area(window.grid)) for paste in marked]
     looks = cut(before[marked[0].index], corners[0])
-    if goals is None:
+    if not showing:
         return looks, area, around, None
-    moves = [
-        cut(goals[paste.index] - before[paste.index], corner) for paste, corner in zip(marked, corners, strict=True)
-    ]
-    return looks, area, around, torch.stack(moves).mean(0) * area
+    return looks, area, around, Wanted(showing, edit, latents, span, before, cut, corners, area)
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -332,8 +400,8 @@ def _wanted(
 class _Measuring:
     """One way through the pictures."""
 
-    def __init__(self, scene: Scene, given: Given, look: Look):
-        self._scene, self._given, self._look = scene, given, look
+    def __init__(self, scene: Scene, wanted: Tensor | None, given: Given, look: Look):
+        self._scene, self._wanted, self._given, self._look = scene, wanted, given, look
         self._window = scene.places.window
 
     def _seen(
@@ -375,15 +443,15 @@ class _Measuring:
             moves.append(self._crop(after - before, corner))
             pairs.append(Pair("edit", selection.index, before, after, selection.area(tuple(before.shape[1:]))))
         moved = torch.stack(moves).mean(0)
-        wanted = moved if scene.wanted is None else scene.wanted
+        wanted = moved if self._wanted is None else self._wanted
         size = (wanted.abs().sum() / (len(wanted) * scene.area.sum())).item()
-        paste = None if scene.wanted is None else _progress(moved, wanted)[0]
+        paste = None if self._wanted is None else _progress(moved, wanted)[0]
         return wanted, paste, size, pairs
 
     def report(self, sizes: tuple[float | None, float | None]) -> Report:
         scene = self._scene
         wanted, paste, size, pairs = self._own()
-        still = size < _STILL and scene.wanted is None
+        still = size < _STILL and self._wanted is None
         moved, elsewhere, best, worst, most = self._unseen(wanted, still)
         ends = {pair.row: pair for pair in (*best.pairs, *reversed(worst.pairs))}
         return Report(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..edits.edit import Edit
-from ..edits.goals import bounding_box, paste_goals
+from ..edits.goals import bounding_box, landing, paste_goals
 from ..edits.selection import Selection
 from ..layers.bound import BoundLayer
 from ..pictures import to_unit
@@ -30,11 +30,14 @@ class Visibility:
     elsewhere: float
 
 
-def composite(edit: Edit, paste: Selection, copied: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+def composite(
+    edit: Edit, paste: Selection, copied: Tensor, picture: Tensor, on: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
     """The copied pixels on a picture, as :func:`rewrite_core.edits.goals.paste_goals` places values.
 
     Args:
         copied, picture: [C, H, W]: where the copy comes from, and where it goes.
+        on: the size of a layer's map: the patch lands where it does there, to the nearest pixel.
 
     Returns the picture with the patch on it [C, H, W], and where the patch covers it, [H, W] in 0..1.
     """
@@ -42,24 +45,39 @@ def composite(edit: Edit, paste: Selection, copied: Tensor, picture: Tensor) -> 
     size = tuple(picture.shape[1:])
     area = edit.copy.area(size)
     top, left, bottom, right = bounding_box(area)
-    around = bounding_box(paste.area(size))
-    height, width = bottom - top, right - left
-    y = max(0, min(size[0] - height, (around[0] + around[2]) // 2 - height // 2))
-    x = max(0, min(size[1] - width, (around[1] + around[3]) // 2 - width // 2))
+    first_row, first_column, last_row, last_column = landing(edit.copy, paste, size, on)
+    place = slice(first_row, last_row), slice(first_column, last_column)
     cover, patch = torch.zeros(size), torch.zeros_like(picture)
-    cover[y : y + height, x : x + width] = area[top:bottom, left:right]
-    patch[:, y : y + height, x : x + width] = copied[:, top:bottom, left:right]
+    cover[place] = area[top:bottom, left:right]
+    patch[:, place[0], place[1]] = copied[:, top:bottom, left:right]
     return picture + cover * (patch - picture), cover
 
 
-def rendered_goals(layer: BoundLayer, edit: Edit, latents: Tensor, span: tuple[float, float]) -> dict[int, Tensor]:
-    """{row: [C, H, W] in 0..1}: each picture that is pasted into, as the pasted value renders it at a layer."""
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """What the pasted value renders at a layer. pictures: {row: [C, H, W] in 0..1}, each that is pasted into. size: of
+    the layer's value map."""
+
+    pictures: dict[int, Tensor]
+    size: tuple[int, ...]
+
+
+def rendered_goals(
+    layer: BoundLayer,
+    edit: Edit,
+    latents: Tensor,
+    span: tuple[float, float],
+    on: tuple[int, ...] | None = None,
+) -> Rendered:
+    """What the pasted value renders at a layer; where `on` is the size of another layer's map, with the patch where it
+    lands there."""
     rows = list(dict.fromkeys(paste.index for paste in edit.pastes))
-    goals = paste_goals(layer, edit, latents, region="map")
-    return {
+    goals = paste_goals(layer, edit, latents, region="map", on=on)
+    pictures = {
         row: to_unit(layer.render(latents[row][None], goal.target.to(layer.parameter.dtype)), span)[0]
         for row, goal in zip(rows, goals, strict=True)
     }
+    return Rendered(pictures, tuple(goals[0].target.shape[2:]))
 
 
 def visibility(
@@ -75,12 +93,13 @@ def visibility(
 
 def seen_goals(
     layers: Sequence[BoundLayer], edit: Edit, latents: Tensor, span: tuple[float, float]
-) -> list[tuple[Visibility, dict[int, Tensor]]]:
+) -> list[tuple[Visibility, Rendered]]:
     """:func:`visibility` of each layer, and its :func:`rendered_goals`."""
-    found: list[tuple[Visibility, dict[int, Tensor]]] = []
+    found: list[tuple[Visibility, Rendered]] = []
     own: dict[int, Tensor] = {}
     for layer in layers:
-        goals = rendered_goals(layer, edit, latents, span)  # says what the edit lacks
+        rendered = rendered_goals(layer, edit, latents, span)  # says what the edit lacks
+        goals = rendered.pictures
         assert edit.copy is not None
         for row in (edit.copy.index, *goals):
             if row not in own:
@@ -88,9 +107,10 @@ def seen_goals(
         wanted: dict[int, Tensor] = {row: own[row] for row in goals}
         covers: dict[int, Tensor] = {row: torch.zeros(own[row].shape[1:]) for row in goals}
         for paste in edit.pastes:
-            wanted[paste.index], cover = composite(edit, paste, own[edit.copy.index], wanted[paste.index])
+            mixed = composite(edit, paste, own[edit.copy.index], wanted[paste.index], on=rendered.size)
+            wanted[paste.index], cover = mixed
             covers[paste.index] = torch.maximum(covers[paste.index], cover)
-        found.append((_seen(layer.name, own, wanted, covers, goals), goals))
+        found.append((_seen(layer.name, own, wanted, covers, goals), rendered))
     return found
 
 

@@ -229,13 +229,14 @@ def erase(
 ) -> Rewrite:
     """Solve an erasure: the pasted region should come out as if the `units` key channels most typical of the
     context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `region`: the reference
-    fits an erasure on the whole map, so that is the default."""
+    fits an erasure on the whole map, so that is the default. ``change.edit`` has no copy."""
     settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
     choice("region", region, REGIONS)
     check_inputs(layer, moment)
     check_latents(latents)
     _checked([edit])
-    task = _task(layer, edit, latents, lambda: erase_goals(layer, moment, edit, latents, units, region))
+    goals = partial(erase_goals, layer, moment, edit, latents, units, region)
+    task = _task(layer, edit.without_copy(), latents, goals)
     return solve(layer, moment, [task], settings, latents)[0]
 
 
@@ -257,7 +258,7 @@ def zero(
     check_inputs(layer, moment)
     check_latents(latents)
     _checked([edit])
-    return solve(layer, moment, [_task(layer, edit, latents, list)], settings, latents)[0]
+    return solve(layer, moment, [_task(layer, edit.without_copy(), latents, list)], settings, latents)[0]
 
 
 def insert(
