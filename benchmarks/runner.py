@@ -26,7 +26,7 @@ SUITES = {
     "collect": "bench_collect",
 }
 
-ALONE = {"large": "large", "studio": "bench_studio", "rules": "rules.grid"}
+ALONE = {"large": "large", "studio": "bench_studio", "rules": "rules.grid", "paper": "rules.paper"}
 """{a name: the module} of what is no race between contenders and has a ``main(out, quick)`` of its own."""
 
 

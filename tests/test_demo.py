@@ -7,7 +7,7 @@ from PIL import Image
 import rewrite_core as rc
 from rewrite_core.demo import LATENT_SIZE, RULES, chapels, load_edit
 from rewrite_core.demo.generator import ProgGANChapels, StyleGAN2Chapels
-from rewrite_core.demo.rules import score
+from rewrite_core.demo.rules import INVERSES, score
 from rewrite_core.demo.run import EDIT_LATENTS, EDIT_SEED, run_demo, table
 from rewrite_core.demo.training import evaluate, train
 from rewrite_core.demo.world import FACTORS, factor_region, region, render, scene_from_latents
@@ -85,7 +85,7 @@ def test_scores_of_perfect_and_idle_changes():
     latents = rc.sample_latents(LATENT_SIZE, 60, seed=4)
     scene = scene_from_latents(latents)
     before = render(scene)
-    for rule in RULES.values():
+    for rule in (*RULES.values(), *INVERSES.values()):
         mine = rule.concerns(scene)
         perfect = before.clone()
         perfect[mine] = render(scene[mine].replace(**rule.change))
@@ -97,11 +97,11 @@ def test_scores_of_perfect_and_idle_changes():
         assert best.scenes + best.scenes_unrelated == 60
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *INVERSES])
 def test_edits_are_a_users_edits(name):
     edit = load_edit(name)
     scene = scene_from_latents(rc.sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED))
-    rule = RULES[name]
+    rule = (RULES | INVERSES)[name]
     assert 3 <= len(edit.context) <= 5 and edit.copy and edit.paste
     assert rule.concerns(scene)[[s.index for s in edit.context]].all()
     assert rule.concerns(scene)[edit.paste.index] and not rule.concerns(scene)[edit.copy.index]

@@ -66,3 +66,9 @@ def test_the_grid_prints_a_row_for_every_setting(tmp_path, capsys, monkeypatch):
     assert rows[0]["efficacy"] > 0.9 and rows[0]["progress"] > 0.5 and 0 < rows[0]["strength at equal progress"] < 1
     assert rows[0]["unrelated at equal progress"] < rows[0]["unrelated"] < 0.02
     assert "watermark      values" in capsys.readouterr().out
+    path = tmp_path / "rules.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"rule": "waterm')
+    monkeypatch.setattr(grid, "rows_of", lambda judged, settings, steps, equal: iter([]) if not settings else 1 / 0)
+    assert grid.main(tmp_path, quick=False) == 0 and path.read_text() == whole, "a run goes on where one was ended"
+    assert "values: less than fine-tuning in " in capsys.readouterr().out

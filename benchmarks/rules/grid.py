@@ -10,13 +10,14 @@ by a strength.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rewrite_core.demo import RULES as SCENES
 from rewrite_core.demo.rules import score
 from rewrite_core.demo.world import region, render, scene_from_latents
 from rewrite_core.edits.goals import paste_goals
+from rewrite_core.files import atomic_write
 
 from . import NAMES, Rule, rule
 
@@ -182,14 +184,18 @@ def at_equal_progress(scaled: Scaled) -> tuple[float, float] | None:
     return None
 
 
-def rows_of(judged: Rule, settings: dict[str, dict[str, Any]], steps: int, equal: bool) -> Iterator[dict[str, Any]]:
-    """One row for each setting, and one for fine-tuning."""
+def rows_of(
+    judged: Rule, settings: dict[str, dict[str, Any] | None], steps: int, equal: bool
+) -> Iterator[dict[str, Any]]:
+    """One row for each setting; None is fine-tuning."""
+    if not settings:
+        return
     judge, named = Judge(judged), judged.subject.layers[0]
     if judged.name == "reflection":
         named = judged.subject.layers[1]
     layer = rc.bind(judge.generator, named)
     moment = rc.collect_second_moment(layer, judge.edit_latents, batch_size=50, progress=False)
-    for name, options in (*settings.items(), ("fine-tuning", None)):
+    for name, options in settings.items():
         start = time.perf_counter()
         facts: dict[str, Any] = {"rank": None, "size": None}
         if options is None:
@@ -234,26 +240,47 @@ _COLUMNS = ("prog.", "unrel.", "str.", "equal", "effic.", "compl.", "coll.", "si
 HEAD = f"{'rule':14} {'settings':20} " + "  ".join(column.rjust(6) for column in _COLUMNS)
 
 
-def main(out: Path, quick: bool) -> int:
-    """Print the table, and write it to `out`/rules.jsonl. Rules whose generator is not here are left out, and said to
-    be. `quick`: one rule of each generator, two settings, no equal progress."""
+def main(out: Path, quick: bool, chosen: Sequence[str] = ()) -> int:
+    """Print the table, and write it to `out`/rules.jsonl, a line as soon as it is there; lines of a run before are kept
+    and not made again. Rules whose generator is not here are left out, and said to be. `quick`: one rule of each
+    generator, two settings, no equal progress, from the start. `chosen`: some of the settings (default all)."""
     out.mkdir(parents=True, exist_ok=True)
-    settings = {name: SETTINGS[name] for name in ("values, rank 4", "pictures")} if quick else SETTINGS
-    names = ("watermark", "faces_glasses", "svhn_grey") if quick else NAMES
-    rows: list[dict[str, Any]] = []
-    print(HEAD, flush=True)
-    for name in names:
+    path = out / ("rules-quick.jsonl" if quick else "rules.jsonl")
+    if quick:
+        path.unlink(missing_ok=True)
+    settings: dict[str, dict[str, Any] | None] = {
+        name: options
+        for name, options in SETTINGS.items()
+        if name in (chosen or (("values, rank 4", "pictures") if quick else SETTINGS))
+    }
+    settings |= {"fine-tuning": None}
+    rows = lines_of(path)
+    print(HEAD, *map(_line, rows), sep="\n", flush=True)
+    for name in ("watermark", "faces_glasses", "svhn_grey") if quick else NAMES:
+        done = {row["settings"] for row in rows if row["rule"] == name}
+        left = {each: options for each, options in settings.items() if each not in done}
         try:
-            for row in rows_of(rule(name), settings, 5 if quick else TUNED, not quick):
+            for row in rows_of(rule(name), left, 5 if quick else TUNED, not quick):
                 rows.append(row)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
                 print(_line(row), flush=True)
         except rc.RewriteCoreError as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
-    (out / ("rules-quick.jsonl" if quick else "rules.jsonl")).write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
     print(*summary(rows), sep="\n")
     return 0
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines that a run before has left, without one that was cut off, which goes."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:  # a run was ended as it wrote
+        with atomic_write(path) as partial:
+            partial.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -271,4 +298,13 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
             if pairs and name != other:
                 ratio = torch.tensor([a / b for a, b in pairs]).log().mean().exp().item()
                 less = sum(a < b for a, b in pairs)
-                yield f"{name}: less than {other} in {less} of {len(pairs)} rules, {ratio:.2f} times as much on average"
+                share = f"{less} of {len(pairs)} rules ({less / len(pairs):.0%})"
+                yield f"{name}: less than {other} in {share}, {ratio:.2f} times as much on average"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[], help="by default all")
+    given = parser.parse_args()
+    raise SystemExit(main(given.out, False, given.settings))

@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="SUITE",
-        help="second-moment, solve, edit, collect, all of these (default); large, which needs 7 GiB; studio, a browser",
+        help="second-moment, solve, edit, collect, all of these (default); large, which needs 7 GiB; studio, a "
+        "browser; rules and paper, which compare what edits do",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
     parser.add_argument(

@@ -7,7 +7,7 @@ from typing import cast
 
 from ..edits.edit import Edit
 from .generator import ProgGANChapels, load_chapels
-from .rules import RULES
+from .rules import INVERSES, RULES
 from .world import LATENT_SIZE
 
 WEIGHTS = "chapels.safetensors"
@@ -22,8 +22,8 @@ def chapels() -> ProgGANChapels:
 
 
 def load_edit(name: str) -> Edit:
-    """One of the three shipped edits: "spire", "watermark" or "reflection"."""
-    if name not in RULES:
-        raise ValueError(f"There is no demo edit {name!r}; choose from {list(RULES)}.")
+    """One of the shipped edits: "spire", "watermark" or "reflection", or "glow", the last one's inverse."""
+    if name not in (*RULES, *INVERSES):
+        raise ValueError(f"There is no demo edit {name!r}; choose from {[*RULES, *INVERSES]}.")
     with as_file(files(__name__) / f"{name}.json") as path:
         return Edit.load(path)

@@ -1,4 +1,4 @@
-"""Make the three demo edits: ``python -m rewrite_core.demo.make_edits DIR``.
+"""Make the demo edits: ``python -m rewrite_core.demo.make_edits DIR``.
 
 What a user of the interface does, written down: leaf through the generated pictures, pass over those that came out
 unclear, find two that differ in little but the rule, lasso the patch in one, paste it in the other, and lasso the same
@@ -21,13 +21,13 @@ from ..edits.edit import Edit
 from ..edits.selection import Selection
 from ..layers.latents import sample_latents
 from ..pictures import paint
-from .rules import RULES, Rule
+from .rules import INVERSES, RULES, Rule
 from .run import EDIT_LATENTS, EDIT_SEED
 from .world import LATENT_SIZE, Scene, region, render, scene_from_latents
 
 # pixels by which the hand stays outside the shape: generous where the edited map is coarse, so that every feature
 # that belongs to the roof is copied with it
-_LASSO = {"spire": 6, "watermark": 2, "reflection": 2}
+_LASSO = {"spire": 6, "watermark": 2, "reflection": 2, "glow": 2}
 _CONTEXTS = 5
 
 # what the copied picture shows in place of what the rule changes
@@ -35,6 +35,7 @@ _SOURCES: dict[str, tuple[Callable[[Scene], Tensor], dict[str, Any]]] = {
     "spire": (lambda scene: scene.roof == 2, {"roof": 0}),
     "watermark": (lambda scene: ~scene.watermark, {"watermark": True}),
     "reflection": (lambda scene: ~scene.lit, {"glow": True}),
+    "glow": (lambda scene: scene.lit, {"glow": False}),
 }
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     latents = sample_latents(LATENT_SIZE, EDIT_LATENTS, seed=EDIT_SEED)
     scenes, painted = scene_from_latents(latents), paint(chapels(), latents)
-    for rule in RULES.values():
+    for rule in (*RULES.values(), *INVERSES.values()):
         edit = make_edit(rule, scenes, painted, latents)
         edit.save(folder / f"{rule.name}.json")
         print(rule.name, edit)

@@ -1,4 +1,4 @@
-"""The three rules the demo changes, and how well a changed generator follows them.
+"""The three rules the demo changes, one of them the other way round, and how well a changed generator follows them.
 
 The world's renderer is known, so the outcome is measured against ground truth: every unseen scene has
 its true render, its counterfactual render under the new rule, and the exact region where they differ.
@@ -34,6 +34,23 @@ RULES: dict[str, Rule] = {
 }
 
 
+_GLOW = Rule("glow", "dark windows light the ground", lambda scene: ~scene.lit, {"glow": True})
+INVERSES: dict[str, Rule] = {_GLOW.name: _GLOW}
+"""Of "reflection": windows throw light exactly where they did not. No part of the demo."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneScores:
+    """What :func:`score` takes the means of. followed (bool), followed_before (bool), completed, collateral: [n], of
+    each scene that the rule concerns; collateral_unrelated: [m], of each other one."""
+
+    followed: Tensor
+    followed_before: Tensor
+    completed: Tensor
+    collateral: Tensor
+    collateral_unrelated: Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """How a changed generator follows a rule on unseen scenes.
@@ -57,6 +74,20 @@ class Score:
 
 def score(rule: Rule, before: Tensor, after: Tensor, latents: Tensor) -> Score:
     """Judge images `after` the change against images `before` it; both [N, 3, 64, 64] of `latents`, in 0..1."""
+    each = scene_scores(rule, before, after, latents)
+    return Score(
+        efficacy=each.followed.float().mean().item(),
+        efficacy_before=each.followed_before.float().mean().item(),
+        completed=each.completed.mean().item(),
+        collateral=each.collateral.mean().item(),
+        collateral_unrelated=each.collateral_unrelated.mean().item(),
+        scenes=len(each.followed),
+        scenes_unrelated=len(each.collateral_unrelated),
+    )
+
+
+def scene_scores(rule: Rule, before: Tensor, after: Tensor, latents: Tensor) -> SceneScores:
+    """:func:`score`, scene by scene."""
     scene = scene_from_latents(latents)
     mine = rule.concerns(scene)
     target = scene[mine]
@@ -68,14 +99,12 @@ def score(rule: Rule, before: Tensor, after: Tensor, latents: Tensor) -> Score:
     before_truth = _mean_inside((before[mine] - truth).abs(), mask)
     gap = _mean_inside((truth - wanted).abs(), mask)
     change = (after - before).abs()
-    return Score(
-        efficacy=(to_wanted < to_truth).float().mean().item(),
-        efficacy_before=(before_wanted < before_truth).float().mean().item(),
-        completed=(1 - to_wanted / gap).mean().item(),
-        collateral=_mean_inside(change[mine], ~mask).mean().item(),
-        collateral_unrelated=change[~mine].mean().item(),
-        scenes=int(mine.sum()),
-        scenes_unrelated=int((~mine).sum()),
+    return SceneScores(
+        followed=to_wanted < to_truth,
+        followed_before=before_wanted < before_truth,
+        completed=1 - to_wanted / gap,
+        collateral=_mean_inside(change[mine], ~mask),
+        collateral_unrelated=change[~mine].mean((1, 2, 3)),
     )
 
 
