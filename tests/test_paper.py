@@ -10,6 +10,8 @@ import torch
 from rewrite_core.benchmarks import runner
 from rewrite_core.benchmarks.rules import paper
 
+RATES = {"fine-tuned": (0.003,)}
+
 
 def test_intervals_are_those_of_means_of_drawn_scenes():
     torch.manual_seed(0)
@@ -26,7 +28,7 @@ def test_intervals_are_those_of_means_of_drawn_scenes():
 
 
 def test_a_quick_run_makes_the_table_and_the_figure_and_is_gone_on_with(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paper, "QUICK", paper.Size(32, 16, 8, (0.003,), dict.fromkeys(paper.STOPS, (1, 2))))
+    monkeypatch.setattr(paper, "QUICK", paper.Size(32, 16, 8, RATES, dict.fromkeys(paper.STOPS, (1, 2))))
     assert runner.main(["paper"], tmp_path, True) == 0
     path = tmp_path / "paper-quick.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -36,11 +38,13 @@ def test_a_quick_run_makes_the_table_and_the_figure_and_is_gone_on_with(tmp_path
     assert ours["efficacy"][0] > 0.9 and ours["completed"][0] > 0.8 and ours["rank"] == 1 and ours["size"] > 0
     assert 0 < ours["unrelated"][1] < ours["unrelated"][0] < ours["unrelated"][2] < 0.01, "measured against before"
     assert named["fine-tuned"]["steps"] in (1, 2) and named["fine-tuned"]["size"] is None
+    tried = [json.loads(line) for line in (tmp_path / "paper-quick.tuned.jsonl").read_text().splitlines()]
+    assert [(each["lr"], each["steps"]) for each in tried] == [(0.003, 1), (0.003, 2)]
     assert (tmp_path / "paper-quick.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "| way | efficacy, % |" in out and "| ours, value, rank 1 | 100 (100 to 100) |" in out
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:3]) + '{"rule": "water')
-    monkeypatch.setattr(paper, "row_of", lambda world, rule, way: named[way] | {"seconds": 1e9})
+    monkeypatch.setattr(paper, "row_of", lambda world, rule, way, kept: named[way] | {"seconds": 1e9})
     assert paper.main(tmp_path, True) == 0
     again = [json.loads(line) for line in path.read_text().splitlines()]
     assert again[:3] == rows[:3] and again[3] == rows[3] | {"seconds": 1e9}, "what was cut off is made again"

@@ -240,10 +240,11 @@ _COLUMNS = ("prog.", "unrel.", "str.", "equal", "effic.", "compl.", "coll.", "si
 HEAD = f"{'rule':14} {'settings':20} " + "  ".join(column.rjust(6) for column in _COLUMNS)
 
 
-def main(out: Path, quick: bool, chosen: Sequence[str] = ()) -> int:
+def main(out: Path, quick: bool, chosen: Sequence[str] = (), names: Sequence[str] = ()) -> int:
     """Print the table, and write it to `out`/rules.jsonl, a line as soon as it is there; lines of a run before are kept
     and not made again. Rules whose generator is not here are left out, and said to be. `quick`: one rule of each
-    generator, two settings, no equal progress, from the start. `chosen`: some of the settings (default all)."""
+    generator, two settings, no equal progress, from the start. `chosen`, `names`: some of the settings and rules
+    (default all)."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("rules-quick.jsonl" if quick else "rules.jsonl")
     if quick:
@@ -256,7 +257,7 @@ def main(out: Path, quick: bool, chosen: Sequence[str] = ()) -> int:
     settings |= {"fine-tuning": None}
     rows = lines_of(path)
     print(HEAD, *map(_line, rows), sep="\n", flush=True)
-    for name in ("watermark", "faces_glasses", "svhn_grey") if quick else NAMES:
+    for name in names or (("watermark", "faces_glasses", "svhn_grey") if quick else NAMES):
         done = {row["settings"] for row in rows if row["rule"] == name}
         left = {each: options for each, options in settings.items() if each not in done}
         try:
@@ -306,5 +307,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[], help="by default all")
+    parser.add_argument("--rules", nargs="+", choices=NAMES, default=[], help="by default all")
     given = parser.parse_args()
-    raise SystemExit(main(given.out, False, given.settings))
+    raise SystemExit(main(given.out, False, given.settings, given.rules))
