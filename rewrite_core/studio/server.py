@@ -12,6 +12,7 @@ import functools
 import hmac
 import json
 import secrets
+import threading
 import traceback
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -27,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import RewriteCoreError, quoted
 from ..files import to_json
 from .films import KINDS
-from .workshop import Workshop
+from .workshop import Workshop, made_by
 
 _MOST_BYTES = 64 << 20  # of one request
 _MOST_ROWS = 200  # pictures in one sheet
@@ -97,7 +98,9 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/measure", lambda request, shop: shop.measure(), "POST"),
         route("/api/search", _search, "POST"),
         route("/api/rules", _keep, "POST"),
-        route("/api/rules", _arrange, "PUT"),
+        route("/api/rules/order", lambda request, shop: shop.order_rules(_json(request)), "PUT"),
+        route("/api/rules/{number:int}", _change_rule, "PATCH"),
+        route("/api/rules/{number:int}", lambda request, shop: shop.take_off(request.path_params["number"]), "DELETE"),
         route("/api/rules/file", _drop_in, "POST"),
         route("/api/rules/{number:int}/file", _rule_file),
         route("/api/layers", lambda request, shop: shop.layers()),
@@ -110,7 +113,7 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/walk.{kind}", _film),
     ]
     app = Starlette(routes=routes)
-    app.state.token = token
+    app.state.token, app.state.turns = token, Turns()
     app.add_middleware(Guard, token=token, port=port)
     return app
 
@@ -123,7 +126,8 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
     length = request.headers.get("content-length", "0")
     if not length.isdigit() or int(length) > _MOST_BYTES:
         return _told(f"A request holds at most {_MOST_BYTES >> 20} MB.", 413)
-    request.scope["read"], before = await request.body(), workshop.version
+    request.scope["read"] = await request.body()
+    made_by.set(request.headers.get("x-page", "")[:40])  # a page knows its own changes by it
     try:
         answer = await run_in_threadpool(endpoint, request, workshop)
     except concurrent.futures.CancelledError:
@@ -135,8 +139,7 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
         return _told(f"This did not work: {' '.join(str(error).split())[:300]}", 500)
     if isinstance(answer, Response):
         return answer
-    versions = {"X-Versions": f"{before} {workshop.version}"}  # a page knows its own changes by them
-    return Response(to_json(answer), headers=_HEADERS | versions, media_type="application/json")
+    return Response(to_json(answer), headers=_HEADERS, media_type="application/json")
 
 
 def _told(sentence: str, status: int) -> Response:
@@ -241,12 +244,34 @@ def _film(request: Request, shop: Workshop) -> Response:
     return _file(shop.walk(_rows(request), kind), f"walk.{kind}")
 
 
+class Turns:
+    """Keeps a page's edits in the order in which it sent them, whichever connection was faster."""
+
+    _MOST = 100  # pages that are remembered
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: dict[str, int] = {}
+
+    def take_edit(self, request: Request, shop: Workshop, text: str) -> None:
+        """The edit goes to the workshop. Raises CancelledError where the page has sent a newer one already."""
+        page, turn = request.headers.get("x-page", ""), request.headers.get("x-turn", "")
+        with self._lock:
+            if turn.isdigit():
+                if int(turn[:15]) < self._newest.get(page, 0):
+                    raise concurrent.futures.CancelledError
+                self._newest[page] = int(turn[:15])
+                while len(self._newest) > self._MOST:
+                    del self._newest[next(iter(self._newest))]
+            shop.take_edit(text)
+
+
 def _take_edit(request: Request, shop: Workshop) -> None:
     try:
         text = request.scope["read"].decode("utf-8")
     except UnicodeDecodeError:
         raise RewriteCoreError("The edit is not text.") from None
-    shop.take_edit(text)
+    request.app.state.turns.take_edit(request, shop, text)
 
 
 def _take_settings(request: Request, shop: Workshop) -> None:
@@ -259,8 +284,8 @@ def _fit(request: Request, shop: Workshop) -> dict[str, Any]:
         raise RewriteCoreError("A fit is asked for with an object.")
     if "settings" in wanted:
         shop.take_settings(wanted["settings"])
-    if "edit" in wanted:
-        shop.take_edit(to_json(wanted["edit"]))
+    if wanted.get("edit") is not None:  # else the one that it has
+        request.app.state.turns.take_edit(request, shop, to_json(wanted["edit"]))
     return shop.fit(wanted.get("kind", "rewrite"))
 
 
@@ -278,8 +303,8 @@ def _keep(request: Request, shop: Workshop) -> dict[str, Any]:
     return shop.keep(str((_json(request) or {}).get("name", ""))).describe()
 
 
-def _arrange(request: Request, shop: Workshop) -> None:
-    shop.arrange(_json(request))
+def _change_rule(request: Request, shop: Workshop) -> None:
+    shop.change_rule(request.path_params["number"], _json(request))
 
 
 def _drop_in(request: Request, shop: Workshop) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
 _THUMBNAIL = 64  # pixels
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
+made_by: ContextVar[str] = ContextVar("made_by", default="")  # the page whose request is worked on
 _PLACES = {
     "with rc.scan_layers": "with “Try all layers”",
     "mark more of it, with rc.search": "mark more of it, with “Find matches”",
@@ -156,6 +158,7 @@ class Workshop:
         self.live_report: dict[str, Any] = {}
         self.live_edit: Edit | None = None
         self.version = 0  # of all that pictures depend on
+        self._last = 0  # the highest number that a rule had
         self._state = threading.RLock()
         self._latest, self._measuring = Latest(), Latest()
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -184,7 +187,7 @@ class Workshop:
     def _changed(self) -> None:
         self.version += 1
         self._save()
-        self.tell(kind="state", version=self.version)
+        self.tell(kind="state", version=self.version, by=made_by.get())
 
     def describe(self) -> dict[str, Any]:
         """All that a page shows, but for pictures."""
@@ -279,7 +282,8 @@ class Workshop:
         """Solve the edit in hand; it is live until it is kept or dropped. A newer call replaces one that waits."""
         if kind not in KINDS:
             raise RewriteCoreError(f"An edit is one of {', '.join(KINDS)}, not {kind!r}.")
-        return self._latest.submit(lambda: self._fit(kind)).result()
+        context = copy_context()  # the thread that solves knows for whom
+        return self._latest.submit(lambda: context.run(self._fit, kind)).result()
 
     def _fit(self, kind: str) -> dict[str, Any]:
         with self._state:
@@ -361,7 +365,7 @@ class Workshop:
             return rule
 
     def _add(self, change: Rewrite, name: str) -> Rule:
-        number = max((rule.number for rule in self.rules), default=0) + 1
+        number = self._last = max(self._last, *(rule.number for rule in self.rules), 0) + 1  # never one that was used
         rule = Rule(number, name.strip()[:80] or f"rule {number}", change)
         change.save(self.folder / f"rule-{number}.safetensors")
         self.rules.append(rule)
@@ -387,24 +391,35 @@ class Workshop:
                 return rule
         raise RewriteCoreError(f"There is no rule {number} on the stack.")
 
-    def arrange(self, wanted: object) -> None:
-        """Order, names, switches and strengths of all rules; a rule that is left out is taken off the stack."""
-        if not isinstance(wanted, list) or not all(isinstance(item, dict) for item in wanted):
-            raise RewriteCoreError("Rules are a list of objects with number, name, on and strength.")
+    def change_rule(self, number: int, values: object) -> None:
+        """Give a rule a name, a switch or a strength; what is not named stays as it is."""
+        if not isinstance(values, dict) or not values.keys() <= {"name", "on", "strength"}:
+            raise RewriteCoreError("A rule is changed by an object with some of name, on and strength.")
+        strength = values.get("strength", 0.0)
+        if not isinstance(strength, int | float) or isinstance(strength, bool) or not -10 <= strength <= 10:
+            raise RewriteCoreError(f"A strength is a number from -10 to 10, not {strength!r}.")
         with self._state:
-            rules = []
-            for item in wanted:
-                rule = self.rule(item.get("number", -1))
-                strength = item.get("strength", rule.strength)
-                if not isinstance(strength, int | float) or isinstance(strength, bool) or not -10 <= strength <= 10:
-                    raise RewriteCoreError(f"A strength is a number from -10 to 10, not {strength!r}.")
-                name = str(item.get("name", rule.name)).strip()[:80] or rule.name
-                rules.append(dataclasses.replace(rule, name=name, on=bool(item.get("on", rule.on)), strength=strength))
-            gone = {rule.number for rule in self.rules} - {rule.number for rule in rules}
-            self.rules = rules
+            rule = self.rule(number)
+            rule.name = str(values.get("name", rule.name)).strip()[:80] or rule.name
+            rule.on = bool(values.get("on", rule.on))
+            rule.strength = float(values.get("strength", rule.strength))
             self._changed()
-            for number in gone:
-                (self.folder / f"rule-{number}.safetensors").unlink(missing_ok=True)
+
+    def order_rules(self, numbers: object) -> None:
+        """Put rules in the order of their numbers. One that is not named (it came meanwhile) goes to the end; the number
+        of one that was taken off meanwhile is passed over."""
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise RewriteCoreError("The order of the rules is a list of their numbers.")
+        with self._state:
+            self.rules.sort(key=lambda rule: numbers.index(rule.number) if rule.number in numbers else len(numbers))
+            self._changed()
+
+    def take_off(self, number: int) -> None:
+        """Take a rule off the stack; its file goes too."""
+        with self._state:
+            self.rules.remove(self.rule(number))
+            self._changed()
+            (self.folder / f"rule-{number}.safetensors").unlink(missing_ok=True)
 
     def conflicts(self) -> list[list[int]]:
         """Pairs of rules that are on, of one layer, whose directions overlap: each changes what the other set."""

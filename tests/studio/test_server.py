@@ -225,9 +225,24 @@ def test_a_scan_is_stopped(client, shop):
 def test_a_page_knows_its_own_changes(client, shop):
     told = []
     shop.listen(told.append)
-    answer = client.post("/api/fit", json={"edit": EDIT})
-    before, after = map(int, answer.headers["X-Versions"].split())
-    assert [event["version"] for event in told if event["kind"] == "state"] == list(range(before + 1, after + 1))
+    client.post("/api/fit", json={"edit": EDIT}, headers={"X-Page": "one"})
+    client.post("/api/rules", json={"name": "kept"}, headers={"X-Page": "two"})
+    client.put("/api/rules/order", json=[1])
+    assert [event["by"] for event in told if event["kind"] == "state"] == ["one", "two", ""]
+
+
+def test_a_pages_edits_stay_in_the_order_in_which_it_sent_them(client, shop):
+    """Whichever connection is faster: of one page the newest holds, and other pages are not held back by it."""
+    older = {"paste": EDIT["paste"]}
+
+    def send(edit, turn, page="one"):
+        return client.put("/api/edit", json=edit, headers={"X-Page": page, "X-Turn": str(turn)}).status_code
+
+    assert send(EDIT, 2) == 200 and send(older, 1) == 409 and "object" in json.loads(shop.edit_json)
+    late = {"X-Page": "one", "X-Turn": "1"}
+    assert client.post("/api/fit", json={"edit": older}, headers=late).status_code == 409 and shop.live is None
+    assert send(older, 1, "two") == 200 and "object" not in json.loads(shop.edit_json)
+    assert send(EDIT, 3) == 200 and "object" in json.loads(shop.edit_json)
 
 
 def test_what_a_generator_raises_is_told(client, shop, session, monkeypatch):
@@ -263,7 +278,10 @@ def test_strength_scales_the_live_change(client, shop):
         ("POST", "/api/search", b"{}"),
         ("POST", "/api/search", b'{"selection": [0, "data:image/png;base64,AAAA"]}'),
         ("POST", "/api/rules", b'{"name": "none"}'),
-        ("PUT", "/api/rules", b'[{"number": 77}]'),
+        ("PUT", "/api/rules/order", b'["1"]'),
+        ("PUT", "/api/rules/order", b'{"1": 2}'),
+        ("PATCH", "/api/rules/77", b'{"name": "none"}'),
+        ("DELETE", "/api/rules/77", None),
         ("POST", "/api/rules/file?name=a", b"no safetensors"),
         ("PUT", "/api/layer", b'{"name": "nowhere"}'),
         ("GET", "/api/rules/5/file", None),
@@ -319,17 +337,36 @@ def test_rules_are_kept_ordered_and_taken_off(client, shop):
     client.post("/api/rules", json={"name": " second\n"})
     state = client.get("/api/state").json()
     assert [rule["name"] for rule in state["rules"]] == ["first", "second"] and state["conflicts"] == [[1, 2]]
-    client.put("/api/rules", json=[{"number": 2, "strength": -0.5}, {"number": 1, "on": False, "name": "one"}])
+    client.patch("/api/rules/2", json={"strength": -0.5})
+    client.patch("/api/rules/1", json={"on": False, "name": "one"})
+    client.put("/api/rules/order", json=[2, 1])
     assert [(r.number, r.name, r.on, r.strength) for r in shop.rules] == [
         (2, "second", True, -0.5),
         (1, "one", False, 1.0),
     ]
     file = client.get("/api/rules/2/file")
     assert "second.safetensors" in file.headers["content-disposition"]
-    client.put("/api/rules", json=[])
+    for values in ({"strength": "x"}, {"strength": 11}, {"number": 5}, [1]):
+        assert client.patch("/api/rules/1", json=values).status_code == 400
+    assert client.delete("/api/rules/1").status_code == client.delete("/api/rules/2").status_code == 200
     assert not shop.rules and not list(shop.folder.glob("rule-*"))
     assert client.post("/api/rules/file?name=back", content=file.content).json()["name"] == "back"
     assert not (shop.folder / "incoming.safetensors").exists()
+
+
+def test_changes_of_rules_are_merged(client, shop):
+    """Each says what it changes and nothing else, so that a page that has not heard of the last one takes none back."""
+    for name in ("first", "second", "third"):
+        fit(client)
+        client.post("/api/rules", json={"name": name})
+    client.patch("/api/rules/1", json={"name": "spires"})
+    client.patch("/api/rules/1", json={"on": False})
+    client.delete("/api/rules/2")
+    client.put("/api/rules/order", json=[2, 1])  # of a page that knows 2 still, and not 3 yet
+    assert [(rule.number, rule.name, rule.on) for rule in shop.rules] == [(1, "spires", False), (3, "third", True)]
+    client.delete("/api/rules/3")
+    fit(client)
+    assert client.post("/api/rules", json={}).json()["number"] == 4  # a number that was used means no other rule
 
 
 def test_the_checkpoint_holds_the_rules(client, shop, session):

@@ -16,43 +16,65 @@ async function ask(path, options = {}) {
   return response;
 }
 
-// The server counts its changes. Those that this page's own requests made are known, so that others' can be told apart.
-const own = new Set();
-let flying = 0, told = [], foreign = () => {};
+// The server says of every change which page made it: others' can be told apart from this page's own.
+const PAGE = crypto.randomUUID();
+let flying = 0, others = false, foreign = () => {}, turn = 0;
 
-async function send(method, path, body, type = "application/json") {
+async function send(method, path, body, more = {}) {
   flying++;
   try {
-    const response = await ask(path, { method, body, headers: { "Content-Type": type } });
-    const [before, after] = (response.headers.get("X-Versions") ?? "0 0").split(" ").map(Number);
-    for (let version = before + 1; version <= after; version++) own.add(version);
-    return await response.json();
+    const headers = { "Content-Type": "application/json", "X-Page": PAGE, ...more };
+    return await (await ask(path, { method, body, headers })).json();
   } finally {
     flying--;
     settle();
   }
 }
 
-function settle() {
-  if (flying) return;
-  const others = told.filter((version) => !own.has(version));
-  told = [];
-  if (others.length) foreign();
+// Work on the edit that is not sent yet: what others do waits for it.
+export async function holding(call) {
+  flying++;
+  try { return await call(); } finally { flying--; settle(); }
 }
+
+// Whether this page is at work itself; then `changed` is called again once it is not.
+export function occupied() {
+  others ||= flying > 0;
+  return flying > 0;
+}
+
+function settle() {
+  if (flying || !others) return;
+  others = false;
+  foreign();
+}
+
+// Small changes go one after the other, in the order in which they were made.
+let line = Promise.resolve();
+function queue(...given) {
+  const sent = line.then(() => send(...given));
+  line = sent.catch(() => {});
+  return sent;
+}
+
+// An edit goes at once; of two, the server takes the one that was sent later.
+const edited = (method, path, body) => send(method, path, body, { "X-Turn": String(++turn) });
 
 export const state = async () => (await ask("/api/state")).json();
 export const layers = async () => (await ask("/api/layers")).json();
 export const differences = async (rows) => (await ask(`/api/differences?rows=${rows.join(",")}`)).json();
-export const fit = (wanted) => send("POST", "/api/fit", JSON.stringify(wanted));
+export const fit = (wanted) => edited("POST", "/api/fit", JSON.stringify(wanted));
 export const measure = () => send("POST", "/api/measure");
 export const drop = () => send("DELETE", "/api/fit");
-export const saveEdit = (edit) => send("PUT", "/api/edit", JSON.stringify(edit));
-export const saveSettings = (settings) => send("PUT", "/api/settings", JSON.stringify(settings));
+export const saveEdit = (edit) => edited("PUT", "/api/edit", JSON.stringify(edit));
+export const saveSettings = (changed) => queue("PUT", "/api/settings", JSON.stringify(changed));
 export const search = (selection, top) => send("POST", "/api/search", JSON.stringify({ selection, top }));
 export const keep = (name) => send("POST", "/api/rules", JSON.stringify({ name }));
-export const arrange = (rules) => send("PUT", "/api/rules", JSON.stringify(rules));
+export const changeRule = (number, changed) => queue("PATCH", `/api/rules/${number}`, JSON.stringify(changed));
+export const takeOff = (number) => queue("DELETE", `/api/rules/${number}`);
+export const orderRules = (numbers) => queue("PUT", "/api/rules/order", JSON.stringify(numbers));
 export const loadRule = (name, data) =>
-  send("POST", `/api/rules/file?name=${encodeURIComponent(name)}`, data, "application/octet-stream");
+  send("POST", `/api/rules/file?name=${encodeURIComponent(name)}`, data, { "Content-Type": "application/octet-stream" });
 export const chooseLayer = (name) => send("PUT", "/api/layer", JSON.stringify({ name }));
 export const scan = () => send("POST", "/api/scan");
 export const cancel = () => send("POST", "/api/cancel");
@@ -76,7 +98,7 @@ export function events(heard, changed) {
   const source = new EventSource("/api/events");
   source.onmessage = (message) => {
     const event = JSON.parse(message.data);
-    if (event.kind === "state") { told.push(event.version); settle(); }
+    if (event.kind === "state" && event.by !== PAGE) { others = true; settle(); }
     heard(event);
   };
   return source;

@@ -1,5 +1,6 @@
 // The gallery: tiles of pictures by number, in several views and orders, brought up to date as the edit changes.
 import * as api from "./api.js";
+import { keyed } from "./keyed.js";
 
 const MORE = 24; // tiles that scrolling adds
 const FIRST = 4, CHUNK = 20; // pictures asked for at once; the first of them on their own, so that some are there at once
@@ -27,21 +28,32 @@ export class Gallery {
     setInterval(() => { if (this.view === "blink") { this.blink = !this.blink; this.paintAll(); } }, 500);
   }
 
-  // Show these numbers, in this order.
+  // Show these numbers, in this order. Tiles that are there already stay, with their pictures.
   order(rows, heat = new Map()) {
     this.rows = rows;
     this.heat = heat;
-    this.shown = 0;
-    this.tiles.clear();
-    this.box.replaceChildren(this.more);
-    this.extend();
+    this.shown = Math.min(MORE, rows.length);
+    this.tiles = new Map();
+    this.place();
+    this.paintAll();
+    this.extend(0);
   }
 
-  extend() {
-    const next = this.rows.slice(this.shown, this.shown + MORE);
+  // The nodes of the tiles that are shown.
+  place() {
+    const rows = this.rows.slice(0, this.shown);
+    const nodes = keyed(this.box, rows, (row) => row, (row) => this.tile(row));
+    this.box.append(this.more);
+    rows.forEach((row, i) => this.tiles.set(row, nodes[i]));
+    this.mark(this.marked);
+  }
+
+  extend(more = MORE) {
+    const known = more ? this.shown : 0;
+    this.shown = Math.min(this.rows.length, this.shown + more);
+    const next = this.rows.slice(known, this.shown);
     if (!next.length) return;
-    this.shown += next.length;
-    for (const row of next) this.box.insertBefore(this.tile(row), this.more);
+    if (more) this.place();
     this.end.unobserve(this.more); // again, as it may be in sight still
     this.end.observe(this.more);
     const run = this.run;
@@ -58,11 +70,11 @@ export class Gallery {
     number.textContent = row;
     tile.append(document.createElement("canvas"), number);
     tile.addEventListener("click", () => this.chosen(row));
-    this.tiles.set(row, tile);
     return tile;
   }
 
   mark(row) {
+    this.marked = row;
     for (const [number, tile] of this.tiles) tile.setAttribute("aria-current", number === row);
   }
 

@@ -1,4 +1,5 @@
 // The strip of layers: their maps, and, once all were tried, what the edit does at each.
+import { keyed } from "./keyed.js";
 
 const percent = (share) => `${Math.round(100 * share)} %`;
 
@@ -13,13 +14,21 @@ export class Layers {
   show(layers, current) {
     const order = [...this.found.keys()], place = (layer) => (order.indexOf(layer.name) + order.length + 1) % (order.length + 1);
     const shown = order.length ? [...layers].sort((a, b) => place(a) - place(b)) : layers; // the best first, the others last
-    this.box.replaceChildren(...shown.map((layer) => this.line(layer, layer.name === current)));
+    const lines = keyed(this.box, shown, (layer) => layer.name, (layer) => this.line(layer.name));
+    shown.forEach((layer, i) => this.fill(lines[i], layer, layer.name === current));
   }
 
-  line(layer, current) {
-    const button = document.createElement("button"), found = this.found.get(layer.name);
+  line(name) {
+    const button = document.createElement("button");
     button.type = "button";
+    button.addEventListener("click", () => this.chosen(name, this.found.get(name)?.rank ?? null));
+    return button;
+  }
+
+  fill(button, layer, current) {
+    const found = this.found.get(layer.name);
     button.setAttribute("aria-pressed", current);
+    button.replaceChildren();
     const name = document.createElement("span"), told = document.createElement("span");
     name.className = "name";
     name.textContent = layer.name;
@@ -33,7 +42,5 @@ export class Layers {
     }
     if (found) told.className = `verdict ${found.verdict}`;
     button.append(name, told);
-    button.addEventListener("click", () => this.chosen(layer.name, found?.rank ?? null));
-    return button;
   }
 }

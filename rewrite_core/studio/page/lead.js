@@ -20,6 +20,8 @@ export function lead(box, slots, name) {
   const seen = localStorage.getItem(SEEN), at = step(slots);
   box.hidden = Boolean(seen);
   if (seen) return;
+  if (box.dataset.step === String(at)) return; // its button stays under the pointer
+  box.dataset.step = String(at);
   const words = name === "chapels" ? { ...WORDS, ...CHAPELS } : WORDS;
   const text = document.createElement("span");
   text.textContent = words[at];

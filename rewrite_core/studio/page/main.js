@@ -1,6 +1,7 @@
 // The page: puts editor, slots, gallery and rules together. What a person does is sent to the server as they go.
 import * as api from "./api.js";
 import { Editor, Mask } from "./editor.js";
+import { fill } from "./keyed.js";
 import { Gallery } from "./gallery.js";
 import { Layers } from "./layers.js";
 import { lead } from "./lead.js";
@@ -36,7 +37,9 @@ const doing = (call) => async (...given) => {
 
 const editor = new Editor($("canvas"), doing(strokeEnded));
 const gallery = new Gallery($("tiles"), $("more"), doing(open), toast);
-const rules = new Rules($("rules"), $("rules-empty"), { changed: doing(arrange) });
+const rules = new Rules($("rules"), $("rules-empty"), {
+  changed: ruled(api.changeRule), ordered: ruled(api.orderRules), removed: ruled(api.takeOff),
+});
 const layers = new Layers($("layers"), doing(chooseLayer));
 const report = new Report($("report"));
 const slots = new Slots({
@@ -46,8 +49,10 @@ const slots = new Slots({
 // --- pictures
 
 let opening = 0; // of several pictures asked for, the last is shown
+let chosen = { number: 0, entry: null }; // what a person asked for last, on the page or on its way
 
 async function open(number, entry = null) {
+  chosen = { number, entry };
   const turn = ++opening;
   const side = Math.min(1024, Math.max(shop.width, shop.height));
   const [found] = await api.pictures([number], side, { original: !$("edited").checked });
@@ -59,14 +64,14 @@ async function open(number, entry = null) {
 
 // The large picture again, where it shows what the change does.
 async function repaint() {
-  if ($("edited").checked) await open(row, active);
+  if ($("edited").checked) await open(chosen.number, chosen.entry);
 }
 
 function present() {
   const mask = active ? active.mask : free.mask;
   editor.map = shop.map;
   editor.show(picture, mask, active ? active.slot : "free");
-  $("goto").value = row;
+  if (document.body.dataset.row !== String(row)) $("goto").value = $("goto").dataset.filled = row;
   $("picture-name").textContent = active ? `the ${active.slot}` : "";
   document.body.dataset.row = row;
   gallery.mark(row);
@@ -93,34 +98,36 @@ function enable() {
 async function strokeEnded() {
   performance.mark("released");
   enable();
-  if (active) {
-    if (active.mask.empty) return remove(active);
-    await slots.redraw(active);
-    await editChanged();
-  }
+  const entry = active;
+  if (entry?.mask.empty) return remove(entry);
+  if (entry) await editing(() => slots.redraw(entry));
 }
 
 // --- slots
 
-async function remove(entry) {
-  slots.take(entry);
-  if (active === entry) await open(entry.row);
-  await editChanged();
+// A change of the slots, and what follows from it.
+const editing = (change) => api.holding(async () => { await change(); await editChanged(); });
+
+function remove(entry) {
+  return editing(async () => {
+    slots.take(entry);
+    if (chosen.entry === entry) await open(entry.row);
+  });
 }
 
 // The selection that is drawn goes into a slot; a copy of it where it is in one already.
-async function use(slot) {
-  const mask = current();
-  if (!mask || mask.empty) return;
+const use = (slot) => editing(async () => {
+  const mask = current(), { width, height } = mask.canvas;
+  if (mask.empty) return;
   let entry;
-  if (active) entry = { row: active.row, mask: await Mask.of(active.url, mask.canvas.width, mask.canvas.height) };
-  else { entry = free; free = { row, mask: new Mask(mask.canvas.width, mask.canvas.height) }; }
+  if (active) entry = { row: active.row, mask: await Mask.of(await mask.url(), width, height) };
+  else { entry = free; free = { row, mask: new Mask(width, height) }; }
   const placed = slots.put(slot, entry);
   active = entry;
+  chosen = { number: entry.row, entry };
   present();
   await placed;
-  await editChanged();
-}
+});
 
 async function editChanged() {
   enable();
@@ -129,24 +136,27 @@ async function editChanged() {
 }
 
 async function loadEdit(record) {
-  active = null;
-  await slots.load(record);
+  const found = await slots.read(record);
+  await slots.load(found);
   enable();
 }
 
 // --- fitting
 
-const settings = () => ({
-  rank: Number($("rank").value) || 1, preserve: Number($("preserve").value) || 0, loss: $("loss").value,
-  region: $("region").value, objective: $("objective").value, strength: Number($("strength").value),
-});
+const setting = (id) => ({
+  rank: () => Number($("rank").value) || 1, preserve: () => Number($("preserve").value) || 0,
+  strength: () => Number($("strength").value),
+}[id]?.() ?? $(id).value);
+
+// A setting that was changed, and no other: another page may have changed those.
+const saveSetting = (id) => api.saveSettings({ [id]: setting(id) });
 
 let busy = 0; // fits whose pictures are not there yet
-async function fit(kind) {
+async function fit(kind, edit = slots.edit()) {
   clearTimeout(resting);
   document.body.toggleAttribute("data-busy", ++busy > 0);
   try {
-    tell(await api.fit({ kind, edit: slots.edit(), settings: settings() }));
+    tell(await api.fit({ kind, edit }));
     await Promise.all([gallery.refresh(), repaint()]);
     look();
   } catch (error) {
@@ -179,6 +189,7 @@ function look() {
 }
 
 let painting = false, wanted = null;
+const dragging = () => painting || $("strength").matches(":active");
 async function strengthMoved() {
   const value = Number($("strength").value);
   $("strength-shown").textContent = value.toFixed(2);
@@ -205,7 +216,7 @@ async function find() {
   await reorder();
 }
 
-async function addTen() {
+const addTen = () => editing(async () => {
   const size = Editor.maskSize(shop.width, shop.height);
   for (let i = 0, added = 0; i < matches.rows.length && added < 10; i++) {
     const mask = new Mask(...size);
@@ -220,17 +231,15 @@ async function addTen() {
     await slots.put("context", { row: matches.rows[i], mask });
     added++;
   }
-  await editChanged();
-}
+});
 
-async function spread() {
+const spread = () => editing(async () => {
   const [copy] = slots.copy;
   for (const entry of [...slots.context]) {
     if (entry.row === copy.row || slots.paste.some((paste) => paste.row === entry.row)) continue;
     await slots.again("paste", entry);
   }
-  await editChanged();
-}
+});
 
 async function reorder() {
   const order = $("order").value;
@@ -252,10 +261,14 @@ async function reorder() {
 
 // --- rules, layers, files
 
-async function arrange(wantedRules) {
-  await api.arrange(wantedRules);
-  await synchronise();
-  await gallery.refresh();
+// A change of the rules, and what follows from it. The page is brought up to date after the last of several.
+let ruling = 0, rulesThrough = 0; // changes that were begun, and those that are through
+function ruled(call) {
+  return doing(async (...given) => {
+    const turn = ++ruling;
+    try { await call(...given); } finally { rulesThrough++; if (turn === ruling) await synchronise(); }
+    if (turn === ruling) await gallery.refresh();
+  });
 }
 
 async function keep() {
@@ -265,9 +278,13 @@ async function keep() {
   await gallery.refresh();
 }
 
+let asked = 0, answered = 0; // an answer that is older than one that is there is no news
 async function synchronise() {
-  shop = await api.state();
-  rules.show(shop.rules, shop.conflicts);
+  const turn = ++asked, known = rulesThrough, found = await api.state();
+  if (turn < answered) return;
+  answered = turn;
+  shop = found;
+  if (known === ruling) rules.show(shop.rules, shop.conflicts); // else a change is on its way, and the answer without it
   tell(shop.live);
   $("where").textContent = `${shop.name} · ${shop.pictures} pictures of ${shop.width} × ${shop.height}`;
   $("layer-name").textContent = `${shop.layer} (${shop.map.join(" × ")})`;
@@ -311,8 +328,12 @@ function heard(event) {
 // Another page works here too.
 async function changedElsewhere() {
   await synchronise();
-  await loadEdit(shop.edit);
-  for (const id of SETTINGS) $(id).value = shop.settings[id];
+  const found = await slots.read(shop.edit);
+  if (api.occupied()) return; // what this page is at goes first
+  await slots.load(found);
+  for (const id of SETTINGS) fill($(id), shop.settings[id]);
+  if (!dragging()) { gallery.strength = null; $("strength-shown").textContent = Number(shop.settings.strength).toFixed(2); }
+  if (chosen.entry && !slots.all().includes(chosen.entry)) await open(chosen.number);
   present();
   await gallery.refresh();
 }
@@ -323,8 +344,7 @@ async function takeFile(file) {
     let record;
     try { record = JSON.parse(text); } catch { throw new api.Refused(`${file.name} is no JSON.`); }
     await api.saveEdit(record);
-    await loadEdit(record);
-    await editChanged();
+    await editing(async () => { await loadEdit(record); await open(row); });
   } else {
     await api.loadRule(file.name.replace(/\.safetensors$/, ""), await file.arrayBuffer());
     await synchronise();
@@ -386,15 +406,23 @@ on("zero", "click", () => fit("zero"));
 on("drop", "click", async () => { await api.drop(); await synchronise(); await gallery.refresh(); });
 on("keep", "click", keep);
 on("strength", "input", strengthMoved);
-on("strength", "change", async () => { await api.saveSettings(settings()); await gallery.refresh(); look(); });
-for (const id of ["rank", "preserve", "loss", "region", "objective"]) on(id, "change", () => editChanged());
+on("strength", "change", async () => {
+  await saveSetting("strength");
+  if (!dragging()) gallery.strength = null; // the server knows it
+  await gallery.refresh();
+  look();
+});
+for (const id of ["rank", "preserve", "loss", "region", "objective"]) on(id, "change", () => api.holding(async () => {
+  await saveSetting(id);
+  if ($("live").checked && slots.complete) await fit("rewrite", null);
+}));
 on("view", "change", () => gallery.setView($("view").value));
 on("order", "change", reorder);
 on("zoom", "input", () => gallery.resize(Number($("zoom").value)));
 on("layer-strip", "toggle", async () => { if ($("layer-strip").open) await showLayers(); });
 on("scan", "click", scan);
 on("cancel", "click", () => api.cancel());
-on("goto", "change", () => open(Math.min(shop.pictures - 1, Math.max(0, Math.round(Number($("goto").value) || 0)))));
+on("goto", "change", () => { delete document.body.dataset.row; return open(Math.min(shop.pictures - 1, Math.max(0, Math.round(Number($("goto").value) || 0)))); });
 on("files", "toggle", () => { // of the pictures that are seen now
   const seen = gallery.visible();
   $("save-sheet").href = `/api/sheet.png?rows=${seen.slice(0, 16).join(",") || "0"}`;
@@ -439,7 +467,7 @@ doing(async () => {
   $("save-mp4").hidden = !shop.films.includes("mp4");
   gallery.largest = Math.max(shop.width, shop.height);
   document.body.classList.toggle("crisp", shop.width < 256);
-  for (const id of SETTINGS) $(id).value = shop.settings[id];
+  for (const id of SETTINGS) fill($(id), shop.settings[id]);
   $("strength-shown").textContent = Number(shop.settings.strength).toFixed(2);
   await loadEdit(shop.edit);
   await open(slots.copy[0]?.row ?? 0, slots.copy[0] ?? null);

@@ -68,6 +68,11 @@ export class Mask {
     return values;
   }
 
+  same(other) {
+    const mine = this.values(), theirs = other.values();
+    return mine.length === theirs.length && mine.every((value, i) => value === theirs[i]);
+  }
+
   get empty() {
     return !this.values().some(Boolean);
   }

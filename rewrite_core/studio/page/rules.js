@@ -1,63 +1,81 @@
-// The stack of rules: names, switches, strengths, order. Every change is handed on as the whole list.
+// The stack of rules: names, switches, strengths, order. What changes is handed on, and nothing else.
+import { fill, keyed } from "./keyed.js";
 
 export class Rules {
-  constructor(list, empty, { changed }) {
-    this.list = list;
-    this.empty = empty;
-    this.changed = changed;
-    this.rules = [];
+  // `changed(number, values)` when a rule is, `ordered(numbers)` when they are, `removed(number)` when one goes.
+  constructor(list, empty, { changed, ordered, removed }) {
+    Object.assign(this, { list, empty, changed, ordered, removed });
+    this.order = []; // numbers, as they stand on the page
+    this.dragged = null; // the number of a rule
   }
 
   show(rules, conflicts) {
-    this.rules = rules;
+    this.told = [rules, conflicts];
+    if (this.dragged !== null) return; // when it is put down
+    this.order = rules.map((rule) => rule.number);
     this.empty.hidden = rules.length > 0;
     const names = new Map(rules.map((rule) => [rule.number, rule.name]));
-    this.list.replaceChildren(...rules.map((rule, place) => {
+    const lines = keyed(this.list, rules, (rule) => rule.number, (rule) => this.line(rule.number));
+    rules.forEach((rule, place) => {
       const others = conflicts.filter((pair) => pair.includes(rule.number)).map((pair) => names.get(pair[0] === rule.number ? pair[1] : pair[0]));
-      return this.line(rule, place, others);
-    }));
+      this.fill(lines[place], rule, place, others);
+    });
   }
 
-  line(rule, place, others) {
+  line(number) {
     const line = document.createElement("li");
-    const on = input("checkbox", `Use ${rule.name}`);
-    on.checked = rule.on;
-    on.addEventListener("change", () => this.set(place, { on: on.checked }));
-    const name = input("text", "Name");
-    name.value = rule.name;
-    name.addEventListener("change", () => this.set(place, { name: name.value }));
+    const on = input("checkbox", "on"), name = input("text", "name");
+    on.addEventListener("change", () => this.changed(number, { on: on.checked }));
+    name.addEventListener("change", () => { name.dataset.filled = name.value; this.changed(number, { name: name.value }); });
     const tools = document.createElement("span");
     tools.className = "tools";
     const file = document.createElement("a");
-    file.href = `/api/rules/${rule.number}/file`;
+    file.dataset.part = "file";
+    file.href = `/api/rules/${number}/file`;
     file.textContent = "↓";
-    file.setAttribute("aria-label", `Save ${rule.name}`);
     tools.append(
-      button("▲", `Move ${rule.name} up`, () => this.move(place, -1), place === 0),
-      button("▼", `Move ${rule.name} down`, () => this.move(place, 1), place === this.rules.length - 1),
+      button("▲", "up", () => this.move(number, -1)),
+      button("▼", "down", () => this.move(number, 1)),
       file,
-      button("×", `Take ${rule.name} off`, () => this.changed(this.rules.filter((_, i) => i !== place).map(plain))),
+      button("×", "off", () => this.removed(number)),
     );
     const how = document.createElement("label");
     how.className = "how";
-    const strength = input("range", `Strength of ${rule.name}`), shown = document.createElement("output");
-    Object.assign(strength, { min: -1, max: 2, step: 0.05, value: rule.strength });
-    shown.textContent = Number(rule.strength).toFixed(2);
+    const strength = input("range", "strength"), shown = document.createElement("output");
+    Object.assign(strength, { min: -1, max: 2, step: 0.05 });
     strength.addEventListener("input", () => { shown.textContent = Number(strength.value).toFixed(2); });
-    strength.addEventListener("change", () => this.set(place, { strength: Number(strength.value) }));
+    strength.addEventListener("change", () => this.changed(number, { strength: Number(strength.value) }));
     how.append("Strength", strength, shown);
-    line.append(this.grip(line, place), on, name, tools, how);
-    if (others.length) {
-      line.className = "conflict";
-      const words = document.createElement("small");
-      words.textContent = `Acts on the same features as ${others.join(", ")}: each changes what the other set.`;
-      line.append(words);
-    }
+    const words = document.createElement("small");
+    line.append(this.grip(line, number), on, name, tools, how, words);
     return line;
   }
 
+  // What is said of a rule goes into its line.
+  fill(line, rule, place, others) {
+    const part = (name) => line.querySelector(`[data-part=${name}]`);
+    const say = (name, label) => part(name).setAttribute("aria-label", label);
+    fill(part("on"), rule.on);
+    fill(part("name"), rule.name);
+    fill(part("strength"), rule.strength);
+    line.querySelector("output").textContent = Number(part("strength").value).toFixed(2);
+    part("up").setAttribute("aria-disabled", place === 0); // not disabled: it would lose the focus
+    part("down").setAttribute("aria-disabled", place === this.order.length - 1);
+    say("on", `Use ${rule.name}`);
+    say("name", `Name of ${rule.name}`);
+    say("strength", `Strength of ${rule.name}`);
+    say("up", `Move ${rule.name} up`);
+    say("down", `Move ${rule.name} down`);
+    say("file", `Save ${rule.name}`);
+    say("off", `Take ${rule.name} off`);
+    line.classList.toggle("conflict", others.length > 0);
+    const words = line.querySelector("small");
+    words.hidden = !others.length;
+    words.textContent = others.length ? `Acts on the same features as ${others.join(", ")}: each changes what the other set.` : "";
+  }
+
   // A handle to drag the rule to another place, by mouse, pen or finger; the arrows do the same.
-  grip(line, place) {
+  grip(line, number) {
     const grip = document.createElement("span");
     grip.className = "grip";
     grip.textContent = "⠿";
@@ -65,53 +83,56 @@ export class Rules {
     grip.setAttribute("aria-hidden", "true");
     const lines = () => [...this.list.children];
     const over = (event) => lines().findIndex((each) => event.clientY < each.getBoundingClientRect().bottom);
-    grip.addEventListener("pointerdown", (event) => { grip.setPointerCapture(event.pointerId); line.classList.add("dragged"); });
+    grip.addEventListener("pointerdown", (event) => {
+      grip.setPointerCapture(event.pointerId);
+      line.classList.add("dragged");
+      this.dragged = number;
+    });
     grip.addEventListener("pointermove", (event) => {
-      if (!line.classList.contains("dragged")) return;
+      if (this.dragged !== number) return;
       const to = over(event);
-      lines().forEach((each, i) => each.classList.toggle("before", i === to && i !== place));
+      lines().forEach((each, i) => each.classList.toggle("before", i === to && each !== line));
     });
     const end = (event) => {
-      if (!line.classList.contains("dragged")) return;
+      if (this.dragged !== number) return;
       for (const each of lines()) each.classList.remove("before", "dragged");
-      if (event.type === "pointercancel") return;
-      const found = over(event), to = found < 0 ? this.rules.length - 1 : found;
-      if (to === place) return;
-      const order = [...this.rules], [moved] = order.splice(place, 1);
-      order.splice(to, 0, moved);
-      this.changed(order.map(plain));
+      this.dragged = null;
+      const found = over(event), to = found < 0 ? this.order.length - 1 : found;
+      this.show(...this.told);
+      if (event.type !== "pointercancel") this.put(number, to);
     };
     grip.addEventListener("pointerup", end);
     grip.addEventListener("pointercancel", end);
     return grip;
   }
 
-  set(place, values) {
-    this.changed(this.rules.map((rule, i) => plain(i === place ? { ...rule, ...values } : rule)));
+  move(number, by) {
+    this.put(number, this.order.indexOf(number) + by);
   }
 
-  move(place, by) {
-    const order = [...this.rules];
-    [order[place], order[place + by]] = [order[place + by], order[place]];
-    this.changed(order.map(plain));
+  // A rule goes to another place, on the page at once.
+  put(number, place) {
+    const order = this.order.filter((each) => each !== number);
+    order.splice(Math.max(0, place), 0, number);
+    if (!this.order.includes(number) || order.every((each, i) => each === this.order[i])) return;
+    const [rules, conflicts] = this.told;
+    this.show(order.map((each) => rules.find((rule) => rule.number === each)), conflicts);
+    this.ordered(order);
   }
 }
 
-const plain = ({ number, name, on, strength }) => ({ number, name, on, strength });
-
-function input(type, label) {
+function input(type, name) {
   const made = document.createElement("input");
   made.type = type;
-  made.setAttribute("aria-label", label);
+  made.dataset.part = name;
   return made;
 }
 
-function button(text, label, call, disabled = false) {
+function button(text, name, call) {
   const made = document.createElement("button");
   made.type = "button";
+  made.dataset.part = name;
   made.textContent = text;
-  made.disabled = disabled;
-  made.setAttribute("aria-label", label);
   made.addEventListener("click", call);
   return made;
 }

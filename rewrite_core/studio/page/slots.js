@@ -1,7 +1,10 @@
 // The edit: what lies in copy, paste and context, each a picture with its selection.
 import * as api from "./api.js";
+import { keyed } from "./keyed.js";
 import { Mask } from "./mask.js";
 
+let keys = 0; // of cards
+const placed = (entries) => entries.filter((entry) => entry.url);
 const FIELDS = { copy: "object", paste: "paste", context: "key" }; // in the edit's JSON
 
 export class Slots {
@@ -20,7 +23,7 @@ export class Slots {
   }
 
   get complete() {
-    return this.copy.length > 0 && this.paste.length > 0;
+    return placed(this.copy).length > 0 && placed(this.paste).length > 0;
   }
 
   async put(slot, entry) {
@@ -39,9 +42,11 @@ export class Slots {
     off.textContent = "×";
     off.setAttribute("aria-label", `Take picture ${entry.row} out of ${slot}`);
     off.addEventListener("click", () => this.removed(entry));
+    entry.key = String(++keys);
     entry.holder = document.createElement("span");
     entry.holder.className = "holder";
     entry.holder.append(entry.card, off);
+    entry.holder.dataset.key = entry.key;
     this.box(slot).append(entry.holder);
     await this.redraw(entry);
   }
@@ -76,25 +81,42 @@ export class Slots {
     for (const entry of this.all()) entry.card.setAttribute("aria-current", entry === active);
   }
 
-  // The edit as the reference implementation's JSON.
+  // The edit as the reference implementation's JSON; what is still on its way into a slot comes with the next.
   edit() {
     const record = {}, pair = (entry) => [entry.row, entry.url];
-    if (this.copy.length) record.object = pair(this.copy[0]);
-    if (this.paste.length === 1) record.paste = pair(this.paste[0]);
-    else if (this.paste.length) record.paste = this.paste.map(pair);
-    if (this.context.length) record.key = this.context.map(pair);
+    const [copy, paste, context] = [this.copy, this.paste, this.context].map(placed);
+    if (copy.length) record.object = pair(copy[0]);
+    if (paste.length === 1) record.paste = pair(paste[0]);
+    else if (paste.length) record.paste = paste.map(pair);
+    if (context.length) record.key = context.map(pair);
     return record;
   }
 
-  async load(record) {
-    for (const entry of this.all()) this.take(entry);
+  // What a record holds: for each slot, rows and masks.
+  async read(record) {
+    const found = {};
     for (const [slot, field] of Object.entries(FIELDS)) {
-      const value = record[field];
-      if (!value) continue;
-      for (const [row, url] of Array.isArray(value[0]) ? value : [value]) {
-        await this.put(slot, { row, mask: await Mask.of(url, ...this.size()) });
-      }
+      const value = record[field] ?? [], pairs = Array.isArray(value[0]) || !value.length ? value : [value];
+      found[slot] = await Promise.all(pairs.map(async ([row, url]) => ({ row, mask: await Mask.of(url, ...this.size()) })));
     }
+    return found;
+  }
+
+  // The slots hold what was read. Entries that are the same stay, with their strokes; the others go and come.
+  async load(found) {
+    const drawn = [];
+    for (const slot of Object.keys(FIELDS)) {
+      const old = [...this[slot]];
+      const entries = found[slot].map((entry) => {
+        const at = old.findIndex((each) => each.row === entry.row && each.mask.same(entry.mask));
+        return at < 0 ? entry : old.splice(at, 1)[0];
+      });
+      for (const entry of old) this.take(entry);
+      for (const entry of entries) if (!entry.card) drawn.push(this.put(slot, entry));
+      this[slot] = entries;
+      keyed(this.box(slot), entries, (entry) => entry.key, (entry) => entry.holder);
+    }
+    await Promise.all(drawn);
   }
 
   // Another entry with the same selection.
