@@ -207,7 +207,9 @@ def releases(hand: Hand, rounds: int) -> list[tuple[float, float]]:
 
 def drags(hand: Hand, seconds: float) -> float:
     """Updates of all visible pictures a second, while the strength is dragged to and fro."""
-    box = hand.page.locator("#strength").bounding_box()
+    slider = hand.page.locator("#strength")
+    slider.scroll_into_view_if_needed()
+    box, before = slider.bounding_box(), slider.input_value()
     middle = box["y"] + box["height"] / 2
     hand.page.mouse.move(box["x"] + box["width"] * 0.66, middle)
     hand.page.mouse.down()
@@ -220,7 +222,10 @@ def drags(hand: Hand, seconds: float) -> float:
         hand.page.wait_for_timeout(16)
     took = time.monotonic() - start
     after = int(hand.page.get_attribute("body", "data-drags") or 0)
+    moved = slider.input_value() != before
     hand.page.mouse.up()
+    if not moved:
+        raise Refused("The slider did not follow the mouse, so there is no speed to report.")
     return (after - count) / took
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_line import user_generator  # noqa: F401  a fixture
-from helpers.studio_page import browser, page, server  # noqa: F401  fixtures
+from helpers.studio_page import browser, browser_is_there, page, server  # noqa: F401  fixtures
 
 import rewrite_core as rc
 from rewrite_core.backends import triton_reason, triton_version

@@ -406,8 +406,8 @@ class Workshop:
             self._changed()
 
     def order_rules(self, numbers: object) -> None:
-        """Put rules in the order of their numbers. One that is not named (it came meanwhile) goes to the end; the number
-        of one that was taken off meanwhile is passed over."""
+        """Put rules in the order of their numbers. One that is not named (it came meanwhile) goes to the end; the
+        number of one that was taken off meanwhile is passed over."""
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
             raise RewriteCoreError("The order of the rules is a list of their numbers.")
         with self._state:

@@ -57,16 +57,23 @@ def server(tmp_path_factory):
     server.kill()
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(scope="session")
+def browser_is_there():
+    """Where Chromium is; a test that needs it is skipped where it, or playwright, is missing, but for CI."""
     if not REQUIRED:
         pytest.importorskip("playwright", reason="the page's tests need playwright")
         if CHROMIUM is None:
             pytest.skip("the page's tests need Debian's chromium")
+    assert CHROMIUM is not None, "continuous integration installs chromium"
+    return CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser(browser_is_there):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=browser_is_there, args=FLAGS)
         yield browser
         browser.close()
 

@@ -55,7 +55,7 @@ async function open(number, entry = null) {
   chosen = { number, entry };
   const turn = ++opening;
   const side = Math.min(1024, Math.max(shop.width, shop.height));
-  const [found] = await api.pictures([number], side, { original: !$("edited").checked });
+  const [found] = await api.pictures([number], side, { original: !$("edited").checked, strength: gallery.strength });
   if (turn !== opening) return;
   [row, active, picture] = [number, entry, found];
   if (!entry && free?.row !== row) free = { row, mask: new Mask(...Editor.maskSize(shop.width, shop.height)) };
