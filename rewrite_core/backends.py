@@ -276,7 +276,9 @@ class Explanation:
             reasons = "<br>".join(f"<b>{html.escape(name)}</b>: {html.escape(why)}" for name, why in choice.reasons)
             cells = [*map(html.escape, (choice.op, choice.device, choice.backend)), reasons or "-"]
             rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("op", "device", "backend", "why not the others"))
+        head = "".join(
+            f'<th style="text-align:left">{name}</th>' for name in ("op", "device", "backend", "why not the others")
+        )
         notes = [f"extension: {self.extension}"]
         notes += [f'{ENVIRONMENT_VARIABLE}={self.override} replaces "auto"'] if self.override else []
         below = "<br>".join(map(html.escape, notes))

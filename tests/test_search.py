@@ -1,6 +1,11 @@
+import base64
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import rewrite_core as rc
@@ -82,3 +87,17 @@ def test_another_default_device(layer, moment, edit, latents):
     with torch.device("meta"):
         found = rc.search(layer, moment, edit.context[0], latents[:40], top=3)
     assert found.indices.tolist() == plain.indices.tolist() and found.level == plain.level
+
+
+def test_a_notebook_shows_where_pictures_match():
+    heat = torch.zeros(25, 4, 6)
+    heat[0, 1, 2], heat[1, 3, 5] = 2.0, 1.0
+    page = rc.SearchResult(torch.arange(25) + 7, torch.linspace(2, 1, 25), heat, 0.5)._repr_html_()
+    shown = re.findall(r'base64,([^"]+)" width="80" height="53"', page)
+    first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in shown[:2])
+    assert first.shape == (4, 6) and first[1, 2] == 255 and second[3, 5] == 128 and first.sum() == 255
+    assert len(shown) == 20 and "picture 7<" in page and "picture 27<" not in page and "of 25" in page
+    large = rc.SearchResult(torch.arange(20), torch.ones(20), torch.rand(20, 900, 300), 0.5)._repr_html_()
+    assert len(large) < 300_000
+    volume = rc.SearchResult(torch.arange(1), torch.ones(1), torch.rand(1, 2, 4, 4), 0.5)._repr_html_()
+    assert 'width="40" height="80"' in volume

@@ -116,9 +116,10 @@ class Edit:
 
     def _repr_html_(self) -> str:
         """For notebooks: the masks, by what they are for."""
+        left = 'style="text-align: left; vertical-align: top"'  # a notebook's tables are set to the right
         marked = {"copy": [self.copy], "paste": self.pastes, "context": self.context or (), "query": [self.query]}
         rows = "".join(
-            f"<tr><th>{name}</th><td>{''.join(part._repr_html_() for part in parts)}</td></tr>"
+            f"<tr><th {left}>{name}</th><td {left}>{''.join(part._repr_html_() for part in parts)}</td></tr>"
             for name, selected in marked.items()
             if (parts := [part for part in selected if part is not None])
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..layers.latents import check_latents
 from ..statistics.key_stream import stream_keys
 from ..statistics.second_moment import SecondMoment, check_inputs
 from .directions import query_key
+from .masks import png_of
 from .selection import Selection
 
 _SHOWN = 20  # matches in a notebook
@@ -36,14 +38,35 @@ class SearchResult:
     level: float
 
     def _repr_html_(self) -> str:
-        """For notebooks: the best matches and how strong they are."""
-        rows = "".join(
-            f"<tr><td>{index}</td><td>{score:.4g}</td></tr>"
-            for index, score in zip(self.indices.tolist()[:_SHOWN], self.scores.tolist())
+        """For notebooks: the best matches, how strong they are, and where, the brighter the stronger."""
+        high = max(float(self.heatmaps.clamp_min(0).nan_to_num(0, 0, 0).max()), 1e-12) if len(self.heatmaps) else 1.0
+        cells = "".join(
+            _match(index, score, heat / high)
+            for index, score, heat in zip(self.indices.tolist()[:_SHOWN], self.scores.tolist(), self.heatmaps)
         )
         more = f" of {len(self.indices)}" if len(self.indices) > _SHOWN else ""
-        head = "<tr><th>picture</th><th>match</th></tr>"
-        return f"<table>{head}{rows}</table><small>the best{more}; outlines are drawn at {self.level:.4g}</small>"
+        return f"<div>{cells}</div><small>the best{more}; outlines are drawn at {self.level:.4g}</small>"
+
+
+def _match(index: int, score: float, heat: Tensor) -> str:
+    """One match for a notebook; `heat` [*map] in 0..1, a volume's slices one above the other."""
+    picture = ""
+    if heat.ndim > 1:
+        plane = heat.reshape(-1, heat.shape[-1])
+        side = max(plane.shape)
+        height, width = (max(1, round(80 * length / side)) for length in plane.shape)
+        if side > 160:  # more than can be seen
+            plane = torch.nn.functional.adaptive_max_pool2d(plane[None].float(), (2 * height, 2 * width))[0]
+        bright = (plane.clamp(0, 1).nan_to_num(0) * 255).round().to(torch.uint8).cpu().numpy()
+        source = base64.b64encode(png_of(bright)).decode("ascii")
+        look = "border: 1px solid gray; image-rendering: pixelated"
+        picture = (
+            f'<img src="data:image/png;base64,{source}" width="{width}" height="{height}" '
+            f'alt="where picture {index} matches" style="{look}"><br>'
+        )
+    below = f"<small><b>picture {index}</b><br>match {score:.4g}</small>"
+    shape = "display: inline-block; margin: 2px; width: 88px; text-align: left; line-height: 1.25; vertical-align: top"
+    return f'<div style="{shape}">{picture}{below}</div>'
 
 
 def search(

@@ -149,7 +149,9 @@ class Selection:
         source = _URL_PREFIX + base64.b64encode(png_of(small)).decode("ascii")
         text = html.escape(f"picture {self.index}: {self._facts()}")
         picture = f'<img src="{source}" width="{width}" height="{height}" alt="{text}" style="border: 1px solid gray">'
-        return f'<div style="display: inline-block; margin: 2px">{picture}<br><small>{text}</small></div>'
+        shape = f"display: inline-block; margin: 2px; width: {max(width, 112)}px; text-align: left; vertical-align: top"
+        below = f"<small><b>picture {self.index}</b><br>{html.escape(self._facts())}</small>"
+        return f'<div style="{shape}; line-height: 1.25">{picture}<br>{below}</div>'
 
     # --- in files
 
