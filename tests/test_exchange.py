@@ -19,7 +19,7 @@ from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.cli.settings import tomllib
-from rewrite_core.exchange.graph import save_onnx
+from rewrite_core.exchange.graph import save_onnx, save_program
 from rewrite_core.exchange.lora import CONFIG, WEIGHTS, load_peft, save_diffusers, save_peft
 
 
@@ -53,11 +53,11 @@ def change_of(generator, name, rank=2, seed=1):
     return rc.Rewrite(layer.name, directions, coefficients, fitted, "lm", bound=layer)
 
 
-def edited(generator, changes, strength=1.0):
+def edited(generator, changes, strength=1.0, latents=Z):
     for change in changes:
         change.apply(generator, strength=strength)
     with torch.no_grad():
-        images = generator(Z)
+        images = generator(latents)
     for change in changes:
         change.revert(generator)
     return images
@@ -193,10 +193,19 @@ def test_diffusers_loads_the_file(tmp_path):
         change.revert(unet)
     with torch.no_grad():
         plain = unet(*inputs).sample
+    assert (wanted - plain).norm() > 1e-3 * plain.norm()
+    fresh = copy.deepcopy(unet)
     unet.load_lora_adapter(load_file(file), prefix="unet")
-    with torch.no_grad():
-        found = unet(*inputs).sample
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm() and (wanted - plain).norm() > 1e-3 * plain.norm()
+    scheduler = diffusers.DDIMScheduler()
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "feature_extractor": None, "safety_checker": None}
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=fresh, scheduler=scheduler, requires_safety_checker=False, **parts
+    )
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    for loaded in (unet, pipeline.unet):
+        with torch.no_grad():
+            found = loaded(*inputs).sample
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_onnxruntime_runs_the_edited_generator(tmp_path):
@@ -212,6 +221,36 @@ def test_onnxruntime_runs_the_edited_generator(tmp_path):
     for rows in (8, 3):  # N is free
         (found,) = session.run(None, {"latents": Z[:rows].numpy()})
         assert (torch.from_numpy(found) - wanted[:rows]).norm() <= 1e-4 * wanted[:rows].norm()
+
+
+def test_torch_runs_the_program_of_the_edited_generator(tmp_path):
+    generator = Net().eval()
+    changes = [change_of(generator, "conv"), change_of(generator, "line", 1)]
+    before = copy.deepcopy(generator.state_dict())
+    save_program(changes, generator, Z, tmp_path / "net.pt2", strength=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    wanted = edited(generator, changes, 0.5)
+    for rows in (8, 3, 1):  # N is free
+        found = program(Z[:rows])
+        assert (found - wanted[:rows]).norm() <= 1e-5 * wanted[:rows].norm()
+
+
+@pytest.mark.parametrize("save", [save_program, save_onnx])
+def test_what_cannot_be_traced_is_said_in_a_sentence(save, tmp_path):
+    class Branches(Net):
+        def forward(self, latents):
+            return super().forward(latents) * (2 if latents.sum() > 0 else 1)
+
+    if save is save_onnx:
+        pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    generator = Branches().eval()
+    change = change_of(generator, "conv")
+    before = copy.deepcopy(generator.state_dict())
+    with pytest.raises(rc.RewriteCoreError, match=r"torch\.(export|onnx) cannot export this generator: .+"):
+        save([change], generator, Z, tmp_path / "net.pt2")
+    assert not [*tmp_path.iterdir()] and not change.applied
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 
 
 def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
@@ -242,6 +281,10 @@ def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
     wanted = generator[4].weight.detach() + 0.5 * change.weight_delta()
     assert torch.allclose(load_file("state.safetensors")["4.weight"], wanted, atol=1e-6)
     assert main(["export", "adapter", *mine, "--format", "state-dict", "--out", "again.safetensors"]) == 0
+    assert main(["export", "rule.safetensors", *mine, "--format", "torch-export", "--out", "net.pt2"]) == 0
+    z = torch.randn(3, 16)
+    program, loaded = torch.export.load("net.pt2").module(), my_net.make().eval()
+    assert torch.allclose(program(z), edited(loaded, [change], latents=z), atol=1e-5)
     capsys.readouterr()
     assert main(["export", "rule.safetensors", *mine, "--format", "onnx", "--out", "net.pt"]) == 2
     assert ".onnx" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from .command import Command, UsageError
 from .messages import say
 from .options import GENERATOR_NOTES, OutputFile, add_generator, input_file, real
 
-FORMATS = ("state-dict", "peft", "diffusers", "onnx")
-_ENDS = {"state-dict": ".safetensors", "diffusers": ".safetensors", "onnx": ".onnx"}
+FORMATS = ("state-dict", "peft", "diffusers", "onnx", "torch-export")
+_ENDS = {"state-dict": ".safetensors", "diffusers": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def _target(text: str) -> OutputFile:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..exchange.graph import save_onnx
+    from ..exchange.graph import save_onnx, save_program
     from ..exchange.lora import save_diffusers, save_peft
     from ..files import writable_path
     from .generator import subject
@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
         save_diffusers(changes, on.generator, options.out, options.part, options.strength)
     elif options.format == "onnx":
         save_onnx(changes, on.generator, on.latents, options.out, options.strength, options.force)
+    elif options.format == "torch-export":
+        save_program(changes, on.generator, on.latents, options.out, options.strength, options.force)
     else:
         _save_state(changes, on.generator, options)
     say(f"{', '.join(options.rule)} as {options.format} -> {options.out}")
@@ -72,7 +74,7 @@ def _save_state(changes: list, generator: object, options: argparse.Namespace) -
 
 COMMAND = Command(
     "export",
-    "write rewrites in other tools' formats: a state dict, peft, diffusers, ONNX",
+    "write rewrites in other tools' formats: a state dict, peft, diffusers, ONNX, torch.export",
     "rewrite export spire.safetensors --format peft --out spire_adapter",
     add_arguments,
     run,

@@ -1,11 +1,11 @@
-"""Edited generators as graphs that run without this library: ONNX."""
+"""Edited generators as graphs that run without this library: ONNX, and programs of torch.export."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,27 @@ from ..files import atomic_write
 from ..layers.latents import for_generator
 from ..modes import evaluating
 from ..rewrites.change import Rewrite
+
+
+@contextlib.contextmanager
+def _edited(changes: Sequence[Rewrite], generator: nn.Module, strength: float, force: bool) -> Iterator[None]:
+    """With the changes on, in eval mode, without gradients; the generator is as it was afterwards."""
+    with contextlib.ExitStack() as applied:
+        for change in changes:
+            change.apply(generator, strength=strength, force=force)
+            applied.callback(change.revert, generator)
+        with evaluating(generator), torch.no_grad():
+            yield
+
+
+@contextlib.contextmanager
+def _sentences(exporter: str) -> Iterator[None]:
+    """What an exporter raises, which may be anything, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RewriteCoreError(f"{exporter} cannot export this generator: {first}") from error
 
 
 def save_onnx(
@@ -42,25 +63,39 @@ def save_onnx(
             f"ONNX export needs {error.name}: install it with `pip install rewrite_core[export]`."
         ) from None
     rows = for_generator(latents[:2], generator)
-    with contextlib.ExitStack() as applied:
-        for change in changes:
-            change.apply(generator, strength=strength, force=force)
-            applied.callback(change.revert, generator)
-        with evaluating(generator), torch.no_grad():
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            try:
-                program = torch.onnx.export(
-                    generator,
-                    (rows,),
-                    input_names=["latents"],
-                    output_names=["images"],
-                    dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                    dynamo=True,
-                    verbose=False,
-                )
-            except Exception as error:  # whatever the exporter raises
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise RewriteCoreError(f"torch.onnx cannot export this generator: {first}") from error
-            assert program is not None  # with dynamo=True it returns the program
-            with atomic_write(path) as partial:  # here: the program shares the generator's weights
-                program.save(str(partial))
+    with _edited(changes, generator, strength, force):
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with _sentences("torch.onnx"):
+            program = torch.onnx.export(
+                generator,
+                (rows,),
+                input_names=["latents"],
+                output_names=["images"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None  # with dynamo=True it returns the program
+        with atomic_write(path) as partial:  # here: the program shares the generator's weights
+            program.save(str(partial))
+
+
+def save_program(
+    changes: Sequence[Rewrite],
+    generator: nn.Module,
+    latents: Tensor,
+    path: str | os.PathLike,
+    strength: float = 1.0,
+    force: bool = False,
+) -> None:
+    """Write the generator with rewrites on as a program of torch.export, images = program(latents), with N free:
+    ``torch.export.load(path).module()`` runs it, on the device that the generator is on here.
+
+    The rest, and what is raised, as :func:`save_onnx`; nothing needs to be installed.
+    """
+    rows = for_generator(latents[:2], generator)
+    with _edited(changes, generator, strength, force):
+        with _sentences("torch.export"):
+            program = torch.export.export(generator, (rows,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        with atomic_write(path) as partial:
+            torch.export.save(program, str(partial))
