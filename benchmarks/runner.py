@@ -66,21 +66,22 @@ def run_tests(op: str, names: Sequence[str] = ()) -> str:
     return "passed"
 
 
-def gate(module: ModuleType, quick: bool) -> list[Checked]:
-    """Every case of a suite, each found right; raises Refused before anything is timed.
+def gate(module: ModuleType, quick: bool, only: str = "") -> list[Checked]:
+    """Every case of a suite whose name has the words `only`, each found right; raises Refused before anything is timed.
 
     Quick runs check the cases alone: the tests take longer than they do, and their lines say so.
     """
     kernel = getattr(module, "KERNEL", module.OP)
     tests = "not run" if quick else run_tests(module.OP, getattr(module, "TESTS", ()))
-    return [check(module.OP, case, tests, kernel) for case in module.cases(quick)]
+    return [check(module.OP, case, tests, kernel) for case in module.cases(quick) if only in case.name]
 
 
-def main(names: Sequence[str], out: Path, quick: bool) -> int:
+def main(names: Sequence[str], out: Path, quick: bool, only: str = "") -> int:
     """Check and measure suites; the exit status.
 
     names  of ``SUITES`` or ``ALONE``, or "all", which is all of ``SUITES``
     out    folder for the JSON lines and pictures, made where missing; lines are appended
+    only   of suites: the cases alone whose names have these words
     quick  tiny cases, few rounds, without the ops' tests: a smoke test, kept apart from the results
 
     0: measured. 1: refused, for an op is wrong here (stderr says which). 2: bad input.
@@ -97,6 +98,9 @@ def main(names: Sequence[str], out: Path, quick: bool) -> int:
     if status or not chosen:
         return status
 
+    if not any(only in case.name for name in chosen for case in suite(name).cases(quick)):
+        print(f"No case has {only!r} in its name; leave --only out to see all.", file=sys.stderr)
+        return 2
     threads = torch.get_num_threads()
     if quick:
         torch.set_num_threads(1)  # OpenMP's spinning threads would make it slow on a busy machine
@@ -106,18 +110,18 @@ def main(names: Sequence[str], out: Path, quick: bool) -> int:
         except OSError as error:
             print(f"Results cannot go to {out} ({error.strerror}): choose another folder.", file=sys.stderr)
             return 2
-        return _run(chosen, sheet, quick)
+        return _run(chosen, sheet, quick, only)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(names: Sequence[str], sheet: report.Report, quick: bool) -> int:
+def _run(names: Sequence[str], sheet: report.Report, quick: bool, only: str) -> int:
     sheet.start()
     for name in names:
         module = suite(name)
         print(f"checking {module.OP} ...", flush=True)
         try:
-            checked = gate(module, quick)
+            checked = gate(module, quick, only)
         except Refused as refusal:
             print(refusal, file=sys.stderr, flush=True)
             sheet.finish()  # what was measured before is right, and stays

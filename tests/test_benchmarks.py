@@ -317,6 +317,17 @@ def test_commit_is_only_named_for_the_library_that_was_built_from_it(monkeypatch
     assert report.commit() is None
 
 
+def test_only_some_cases(tmp_path, capsys):
+    """By words of their names; edits per second are said of those that make edits."""
+    assert runner.main(["edit"], tmp_path, True, "edits of StyleGAN2") == 0
+    told = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.jsonl")
+    (record,) = map(json.loads, path.read_text().splitlines())
+    assert "edits of StyleGAN2" in record["case"] and "a second" in told
+    assert runner.main(["edit"], tmp_path, True, "no such case") == 2
+    assert capsys.readouterr().err == "No case has 'no such case' in its name; leave --only out to see all.\n"
+
+
 def test_large_generators_in_small(tmp_path, capsys):
     """Each in a process of its own; those of packages that are not installed are left out, and that is said."""
     assert runner.main(["large"], tmp_path, True) == 0

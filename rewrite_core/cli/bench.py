@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="second-moment, solve, edit, collect, all of these (default); large, which needs 7 GiB; studio, a "
         "browser; rules and paper, which compare what edits do",
     )
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="the cases alone that have these words in their name"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test of the smallest cases")
     parser.add_argument(
         "--out", default="bench_out", metavar="DIR", help="for the numbers and pictures (default bench_out)"
@@ -37,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{error.name} is not installed; run pip install '.[test]' in a checkout to benchmark."
         ) from error
-    return runner.main(options.names or ["all"], Path(options.out), options.quick)
+    return runner.main(options.names or ["all"], Path(options.out), options.quick, options.only)
 
 
 COMMAND = Command(
