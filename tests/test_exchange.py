@@ -310,6 +310,41 @@ def test_the_command_writes_each_format(tmp_path, monkeypatch, capsys):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("kind", "out"), [("torch-export", "net.pt2"), ("onnx", "net.onnx"), ("diffusers", "l.safetensors")]
+)
+def test_a_full_disk_ends_an_export_in_a_sentence(kind, out, tmp_path):
+    """In a process that may write small files alone; torch's own writer of programs would abort it."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Unflatten(1, (16, 1, 1)), nn.ConvTranspose2d(16, 512, 4),\n"
+        "                         nn.Conv2d(512, 512, 1), nn.Conv2d(512, 3, 1))\n"
+    )
+    change = rc.Rewrite("2", torch.eye(512)[:9], torch.ones(512, 9, 1, 1), fitted_to="", solver="given")
+    change.save(tmp_path / "rule")
+    program = (
+        "import resource, sys\n"
+        "from rewrite_core.cli.entry import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    options = ["export", "rule", "--generator", "net:make", "--latent-size", "16", "--force", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options, "--format", kind, "--out", out],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [line for line in done.stderr.splitlines() if not line.startswith("rewrite: warning: Without --checkpoint")]
+    assert done.returncode == 2 and len(told) == 1 and told[0].startswith("rewrite export: ") and out in told[0], told
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "" or path.is_file()) == ["net.py", "rule"]
+
+
 OTHERS = {"peft", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "accelerate"}
 
 

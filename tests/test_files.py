@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import rewrite_core as rc
 from rewrite_core.files import atomic_write, writable_path
 
 
@@ -85,3 +86,8 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("OSError") and "m.safetensors cannot be written" in done.stdout
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; name a file in it\.$"):
+        rc.SecondMoment.load(tmp_path)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,18 @@ def _sentences(exporter: str) -> Iterator[None]:
         raise RewriteCoreError(f"{exporter} cannot export this generator: {first}") from error
 
 
+@contextlib.contextmanager
+def _file(path: str | os.PathLike) -> Iterator[Path]:
+    """:func:`.files.atomic_write`, whose errors name the file."""
+    try:
+        with atomic_write(path) as partial:
+            yield partial
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+        raise
+
+
 def save_onnx(
     changes: Sequence[Rewrite],
     generator: nn.Module,
@@ -65,7 +80,8 @@ def save_onnx(
     rows = for_generator(latents[:2], generator)
     with _edited(changes, generator, strength, force):
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with _sentences("torch.onnx"):
+        with _sentences("torch.onnx"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the exporter's, of its own code
             program = torch.onnx.export(
                 generator,
                 (rows,),
@@ -76,7 +92,7 @@ def save_onnx(
                 verbose=False,
             )
         assert program is not None  # with dynamo=True it returns the program
-        with atomic_write(path) as partial:  # here: the program shares the generator's weights
+        with _file(path) as partial:  # here: the program shares the generator's weights
             program.save(str(partial))
 
 
@@ -97,5 +113,7 @@ def save_program(
     with _edited(changes, generator, strength, force):
         with _sentences("torch.export"):
             program = torch.export.export(generator, (rows,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        with atomic_write(path) as partial:
-            torch.export.save(program, str(partial))
+        packed = io.BytesIO()  # where the disk is full torch's writer ends the process
+        torch.export.save(program, packed)
+    with _file(path) as partial:
+        partial.write_bytes(packed.getbuffer())

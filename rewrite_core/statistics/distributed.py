@@ -89,9 +89,10 @@ def _facts_in(path: str | os.PathLike) -> dict[str, Any]:
 def _check_same(names: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
     for name, fact in zip(names, facts):
         for what, advice in (("channels", "layer"), ("layer", "layer"), ("weights", "generator with the same weights")):
+            plural = "layers" if what == "layer" else what
             if fact[what] != facts[0][what]:
                 raise MismatchError(
-                    f"{name} and {names[0]} are of different {what}, so they do not add up; collect all from one "
+                    f"{name} and {names[0]} are of different {plural}, so they do not add up; collect all from one "
                     f"{advice}."
                 )
 
