@@ -159,3 +159,13 @@ def test_commands_that_torchrun_would_run_several_times(command, capsys, monkeyp
     )
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "torchrun" not in run(capsys, *command)[2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("RANK", ""), ("MASTER_PORT", "x")])
+def test_an_environment_that_torchrun_does_not_make(name, value, rule, capsys, monkeypatch):
+    whole = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for each, text in (whole | {name: value}).items():
+        monkeypatch.setenv(each, text)
+    code, out, err = run(capsys, "render", *rule, "--out", "x.png")
+    assert code == 2 and out == "" and err.startswith(f"rewrite render: {name} is {value!r} in the environment, and")
+    assert err.count("\n") == 1 and not Path("x.png").exists()

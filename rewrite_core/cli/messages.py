@@ -102,7 +102,7 @@ def say(text: str = "", to: TextIO | None = None) -> None:
 
 def of_several() -> bool:
     """Whether torchrun has started this process as one of several: distributed.launched(), without importing torch."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def say_once(sentence: str) -> None:

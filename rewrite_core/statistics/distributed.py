@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError, RewriteCoreError
+from ..errors import MismatchError, RewriteCoreError, quoted
 from ..files import shown
 from ..layers.binding import BoundLayer
 from .collection import Asked, check_asked, collect_parts, facts_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 _PATIENCE = datetime.timedelta(days=7)  # with processes that are slower; of those that died torchrun tells
+_STARTING = datetime.timedelta(minutes=5)  # with a store that is not there yet
 _SOON = datetime.timedelta(seconds=5)
 
 
@@ -104,7 +105,17 @@ def launched() -> bool:
     """Whether torchrun started this process, as one of several."""
     import torch.distributed as dist
 
-    return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return dist.is_available() and dist.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _number(name: str) -> int:
+    """One of the variables that torchrun sets. Raises RewriteCoreError where it did not."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise RewriteCoreError(
+            f"{name} is {quoted(text)} in the environment, and torchrun sets a number; use torchrun."
+        )
+    return int(text)
 
 
 def own_device(name: str) -> str:
@@ -143,7 +154,7 @@ def together() -> Iterator[Shard]:
     """Inside, the processes that torchrun started know each other; yields this one's shard of their work."""
     import torch.distributed as dist
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
     with _others_may_end():
         dist.init_process_group(
             "gloo", store=_store_of_this_start(rank, size), rank=rank, world_size=size, timeout=_PATIENCE
@@ -176,9 +187,10 @@ def _store_of_this_start(rank: int, size: int) -> Store:
     """
     import torch.distributed as dist
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT")
     master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(host, port, is_master=master, timeout=_PATIENCE, wait_for_workers=False)
+    store = dist.TCPStore(host, port, is_master=master, timeout=_STARTING, wait_for_workers=False)
+    store.set_timeout(_PATIENCE)
     own = uuid.uuid4().hex
     if rank == 0:
         store.set("start", own)
