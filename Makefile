@@ -42,7 +42,7 @@ GPU_FLAGS = $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages '$(STA
 SYSTEM_LIBRARY := .system
 
 gpu-check gpu-library: export PYTHONSAFEPATH =
-gpu-check: export REWRITE_CORE_CUDA := $(if $(wildcard csrc/*.cu),1,)
+gpu-check: export REWRITE_CORE_CUDA := $(if $(shell command -v $${CUDACXX:-nvcc}),1,)
 gpu-check:
 ifdef SYSTEM
 	@$(PYTHON) -m benchmarks.gpu --system '$(SYSTEM_LIBRARY)' --out '$(RESULTS)' $(GPU_FLAGS)

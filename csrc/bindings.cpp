@@ -17,6 +17,9 @@
 #include "fit_projected.h"
 #include "second_moment.h"
 #include "spd_solve.h"
+#ifdef REWRITE_CORE_CUDA
+#include "spd_solve_cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace rewrite_core;
@@ -216,6 +219,41 @@ py::object call_spd_solve(Fields& fields) {
   return py::bool_(good);
 }
 
+#ifdef REWRITE_CORE_CUDA
+py::object call_spd_solve_cuda(Fields& fields) {
+  SPDSolveTask task{};
+  task.matrix = fields.pointer<const double>("matrix");
+  task.given = fields.pointer<const double>("given");
+  task.factor = fields.pointer<const double>("factor");
+  task.lower = fields.pointer<double>("lower");
+  task.rhs = fields.pointer<const double>("rhs");
+  task.x = fields.pointer<double>("x");
+  task.facts = fields.pointer<double>("facts");
+  task.batch = fields.number<int64_t>("batch");
+  task.n = fields.number<int64_t>("n");
+  task.sides = fields.number<int64_t>("sides");
+  task.asymmetry = fields.number<double>("asymmetry");
+  task.smallest_mean = fields.number<double>("smallest_mean");
+  task.least = fields.number<double>("least");
+  task.first_shift = fields.number<double>("first_shift");
+  task.largest_shift = fields.number<double>("largest_shift");
+  const int blocks = fields.number<int>("blocks"), device = fields.number<int>("device");
+  void* stream = fields.pointer<void>("stream");
+  fields.done();
+  run("spd_solve on a GPU", [&] { return spd_solve_cuda(task, blocks, device, stream); });
+  return py::none();
+}
+
+py::object call_spd_solve_blocks(Fields& fields) {
+  const int64_t n = fields.number<int64_t>("n");
+  const int device = fields.number<int>("device");
+  fields.done();
+  int blocks = 0;
+  run("spd_solve on a GPU", [&] { return spd_solve_blocks(n, device, blocks); });
+  return py::int_(blocks);
+}
+#endif
+
 py::object call_fit_low_rank(Fields& fields) {
   FitLowRankProblem problem{};
   problem.basis = fields.pointer<const void>("basis");
@@ -319,6 +357,14 @@ PyMethodDef methods[] = {
     method<call_spd_solve>("spd_solve",
                            "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
                            "n, asymmetry, smallest_mean, least, rhs, sides, x, threads, isa."),
+#ifdef REWRITE_CORE_CUDA
+    method<call_spd_solve_cuda>("spd_solve_cuda",
+                                "The fields of SPDSolveTask but passes, at addresses of a GPU's; blocks, of "
+                                "spd_solve_blocks, device, stream. Does not wait."),
+    method<call_spd_solve_blocks>("spd_solve_blocks",
+                                  "Blocks of the GPU that work on one matrix [n, n] together; 0 where it does not fit: "
+                                  "n, device."),
+#endif
     method<call_fit_low_rank>("fit_low_rank",
                               "One fit per edit and channel: the fields of FitLowRankProblem, threads, isa."),
     method<call_fit_projected>("fit_projected",

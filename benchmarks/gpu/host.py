@@ -123,6 +123,14 @@ def commit(library: Path) -> str | None:
     return found if found is not None or misfit(library) is not None else stamp(library).get("commit")
 
 
+def find_nvcc() -> str | None:
+    """CUDA's compiler, as CMake looks for it; without it the library is built without csrc/*.cu."""
+    named = os.environ.get("CUDACXX")
+    found = shutil.which(named or "nvcc")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return found or (str(usual) if not named and usual.is_file() else None)
+
+
 # --- the library ---
 
 
@@ -172,7 +180,8 @@ def build(library: Path, log: Path, seconds: float = BUILDING) -> str | None:
     The folder is put in place when it is whole. Nothing is downloaded."""
     partial = library.with_name(f"{library.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    environment = {**os.environ, "REWRITE_CORE_CUDA": "1" if any((CHECKOUT / "csrc").glob("*.cu")) else ""}
+    nvcc = find_nvcc()
+    environment = {**os.environ, "REWRITE_CORE_CUDA": "1" if nvcc else "", **({"CUDACXX": nvcc} if nvcc else {})}
     environment.pop("PYTHONPATH", None)
     beside = os.path.dirname(sys.executable)  # CMake and Ninja may be packages of this Python's
     environment["PATH"] = os.pathsep.join([beside, environment.get("PATH", os.defpath)])

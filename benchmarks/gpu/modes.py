@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewrite_core.backends import triton_interpreted
-from rewrite_core.ops import fit_low_rank, fit_projected, second_moment, spd_factor
+from rewrite_core.backends import select, triton_interpreted
+from rewrite_core.errors import BackendUnavailable
+from rewrite_core.ops import fit_low_rank, fit_projected, second_moment, spd_factor, spd_solve
 
 from . import problems
 from .timing import compiled, peak_bytes, so_far, sound, synchronize, there
@@ -242,11 +243,21 @@ def moment_matrix(batch: int, n: int, keys: int, device: str) -> Tensor:
     return rows.mT @ rows / keys
 
 
+def need_backend(op: str, backend: str, *arguments: Any) -> None:
+    """Skip the case, with the reason, where this build or GPU lacks the backend that it names."""
+    try:
+        select(op, backend, *arguments)
+    except BackendUnavailable as error:
+        raise Skipped(str(error)) from None
+
+
 def solve(arguments: dict[str, Any], device: str, small: bool, few: bool) -> Checked:
+    backend = arguments.get("backend", "auto")
     n, batch = min(arguments["n"], 48) if small else arguments["n"], arguments.get("batch", 1)
     keys = min(arguments.get("keys", 4 * n), n // 2 if "keys" in arguments else 4 * n)
     matrix = moment_matrix(batch, n, keys, device)
     matrix = matrix if batch > 1 else matrix[0]
+    need_backend("spd_solve", backend, matrix)
     rhs = torch.randn(*matrix.shape[:-1], 8, dtype=torch.float64).to(device)
     if "keys" in arguments:
         rhs = matrix @ rhs  # else no finite solution is near
@@ -267,7 +278,7 @@ def solve(arguments: dict[str, Any], device: str, small: bool, few: bool) -> Che
         }
 
     def solved() -> tuple[Any, Tensor]:
-        factor = spd_factor(matrix, "auto")
-        return factor, factor.solve(rhs)
+        factor = spd_factor(matrix, backend)
+        return factor, spd_solve(matrix, rhs, backend) if backend == "cuda" else factor.solve(rhs)
 
     return solved, judge

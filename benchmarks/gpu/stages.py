@@ -117,6 +117,11 @@ SOLVES: Rows = (
     ("8 of n 64", {"n": 64, "batch": 8}),
     ("n 96, rank-deficient", {"n": 96, "keys": 40}),
 )
+# by the CUDA kernel of csrc/spd_solve.cu, in one launch: a block a matrix, then a cluster
+KERNEL_SOLVES: Rows = tuple(
+    (f"kernel, {name}", {**size, "backend": "cuda"})
+    for name, size in (*SOLVES, ("n 1", {"n": 1}), ("n 203", {"n": 203}), ("n 300", {"n": 300, "batch": 3}))
+)
 
 
 def _s1() -> Stage:
@@ -127,7 +132,7 @@ def _s1() -> Stage:
         group("second_moment", MOMENTS, 1.5),
         group("fit_low_rank", FITS[0], 4.5),
         group("fit_low_rank", FITS[1], 5.0),
-        group("fit_projected", DESCENTS, 3.0) + group("spd_solve", SOLVES, 0.5),
+        group("fit_projected", DESCENTS, 3.0) + group("spd_solve", (*SOLVES, *KERNEL_SOLVES), 0.5),
     )
     return Stage("S1", "every kernel and mode against float64", "modes", groups, seconds=40.0, parallel=len(groups))
 
@@ -153,9 +158,10 @@ def _projected(kind: str) -> Case:
     return Case(f"projected {kind}, 201 steps", 45.0, 9.0, {"of": "projected", "kind": kind, "steps": 201})
 
 
-def _solve(n: int, batch: int = 1, sides: int = 8) -> Case:
-    name = f"solve {f'{batch} of ' if batch > 1 else ''}n {n}, {sides} right-hand sides"
-    return Case(name, 20.0, 1.5, {"of": "solve", "n": n, "batch": batch, "sides": sides})
+def _solve(n: int, batch: int = 1, sides: int = 8, backend: str = "reference") -> Case:
+    by = "by the CUDA kernel, " if backend == "cuda" else ""
+    name = f"solve {by}{f'{batch} of ' if batch > 1 else ''}n {n}, {sides} right-hand sides"
+    return Case(name, 20.0, 1.5, {"of": "solve", "n": n, "batch": batch, "sides": sides, "backend": backend})
 
 
 def _collect(layer: str) -> Case:
@@ -169,12 +175,14 @@ def _s2() -> Stage:
         _fit("stylegan2", 1, 1),
         _projected("stylegan2"),
         _moment(512, "bfloat16"),
+        _solve(512, backend="cuda"),
         _solve(512),
         _moment(64, "x3"),
         _moment(64, "bfloat16"),
         _fit("stylegan2", 1, 64),
         _moment(2048, "x3"),
         _moment(2048, "bfloat16"),
+        _solve(64, backend="cuda"),
         _solve(64),
         _solve(2048),
         _collect("convs.6.conv"),
@@ -188,6 +196,9 @@ def _s2() -> Stage:
         _solve(256),
         _solve(1024),
         _solve(64, batch=64),
+        *(_solve(n, backend="cuda") for n in (128, 200, 256)),
+        _solve(64, batch=64, backend="cuda"),
+        _solve(512, sides=64, backend="cuda"),
         _fit("linear", 1, 1),
         _projected("linear"),
         _moment(512, "x3", 4, 8),

@@ -96,6 +96,8 @@ ASKED: tuple[tuple[str, str, str, Callable[[Record], float | None]], ...] = (  #
     ("second moment, small maps: times the best of stock", "1", rf"second_moment x3, .*{SMALL}", _ratio),
     ("collection: times the bare forward pass", "at most 1.05", r"collect ", _over_aside),
     ("solve, n up to 512: times the best of torch.linalg", "2", r"solve (?:64 of )?n (?:64|128|256|512),", _ratio),
+    ("solve by the CUDA kernel, n up to 512: times the best of torch.linalg", "2",
+     r"solve by the CUDA kernel, ", _ratio),
     ("fit of one edit: ms", "below 1", r"fit .*, 1 edit$", _milliseconds),
     ("fit of 64 edits: edits a second", "1000", r"fit .*, 64 edits$", _edits_per_second),
     ("projected solver: times the best of stock loops", "20", r"projected ", _ratio),

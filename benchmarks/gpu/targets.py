@@ -367,13 +367,14 @@ def projected(device: str, small: bool, kind: str, steps: int) -> Target:
 # --- solves ---
 
 
-def solve(device: str, small: bool, n: int, batch: int, sides: int) -> Target:
-    """Ours on a GPU is torch.linalg's Cholesky factor and solve with checks: is a kernel worth it?"""
+def solve(device: str, small: bool, n: int, batch: int, sides: int, backend: str = "reference") -> Target:
+    """Ours on a GPU: torch.linalg's Cholesky factor and solve with checks, or ("cuda") a kernel that does all of it."""
     if small:
         n, batch, sides = min(n, 24), min(batch, 2), min(sides, 2)
     matrix = modes.moment_matrix(batch, n, 4 * n, device)
     generator = torch.Generator(device).manual_seed(n)
     rhs = torch.randn(batch, n, sides, generator=generator, device=device, dtype=torch.float64)
+    modes.need_backend("spd_solve", backend, matrix, rhs)
 
     def refined() -> Tensor:
         lower = torch.linalg.cholesky_ex(matrix.float())[0]
@@ -384,7 +385,7 @@ def solve(device: str, small: bool, n: int, batch: int, sides: int) -> Target:
 
     operations = batch * (n**3 / 3 + 2.0 * n * n * sides)
     problem = Problem(
-        ours=Contender("rewrite_core", lambda: spd_solve(matrix, rhs, backend="reference")),
+        ours=Contender("rewrite_core", lambda: spd_solve(matrix, rhs, backend=backend)),
         stock=[
             Contender("linalg.solve", lambda: torch.linalg.solve(matrix, rhs)),
             Contender(
@@ -404,7 +405,7 @@ def solve(device: str, small: bool, n: int, batch: int, sides: int) -> Target:
     uncaptured = dict.fromkeys(("rewrite_core", "linalg.solve", "linalg.inv"), WAITS)
     if batch > 1:
         uncaptured |= dict.fromkeys(("cholesky, cholesky_solve", "float32 cholesky, refined"), MAGMA)
-    return Target(problem, "spd_solve", {"float64": operations}, uncaptured, backend="reference")
+    return Target(problem, "spd_solve", {"float64": operations}, uncaptured, backend=backend)
 
 
 # --- collection ---

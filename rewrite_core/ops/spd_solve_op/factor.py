@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from ...backends import select
-from ...errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError, warn
+from ...errors import NonFiniteError, RewriteCoreError
 from ..memory import plain, without_gradient
-from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry, check_matrix, check_rhs, refuse_in_graph
-
-LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
+from .problem import (
+    EPSILON,
+    LARGEST_SHIFT,
+    SMALLEST,
+    Cholesky,
+    Facts,
+    asymmetry,
+    check_matrix,
+    check_rhs,
+    refuse_in_graph,
+    warn_of_shift,
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,14 @@ class SPDFactor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
         [B, n] or [B, n, m]), refined where it is not exact to rounding. NaN and infinity in ``rhs`` raise
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN. There one matrix's
-        solve can be captured in a CUDA graph, after a first call; a batch's is refused (RewriteCoreError)."""
+        solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
+        (RewriteCoreError)."""
         check_rhs(self.matrix, rhs)
-        if self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library()):
-            # inside a capture MAGMA does not raise, it aborts the process
+        record = select("spd_solve", self.backend, self.matrix, rhs)
+        magma = self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library())
+        if magma and record.name == "reference":  # inside a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
-        solve = select("spd_solve", self.backend, self.matrix, rhs).load().solve
+        solve = record.load().solve
         wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
         x = solve(self.matrix, self.lower, wide, self.shifted)
         if x is None:
@@ -88,7 +99,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
     """The Cholesky factor of a symmetric positive (semi)definite matrix, to solve with many times.
 
     matrix   [n, n] or [B, n, n], float32 or float64 (computed in float64); the lower triangle is factored
-    backend  "auto", "cpp" or "reference"
+    backend  "auto", "cuda", "cpp" or "reference"
     noise    how exact the entries are: the error of a_ij relative to sqrt(a_ii a_jj)
     rank     what the rank is known to be at most (the number of keys in a second moment)
 
@@ -178,11 +189,4 @@ def _shift(
             part, again = kernels.factor(full[b : b + 1], full[b : b + 1], least)
             lower[b], bad = part[0], bool(again[0].pivot)
             step = 10 * step
-    relative = [size / mean for size, mean in zip(shift.tolist(), means)]
-    worst = max(range(len(means)), key=relative.__getitem__)
-    where = f" {worst} of the batch" if batched else ""
-    warn(
-        f"The matrix{where} is rank-deficient: solved with {shift[worst]:.3e} added to its diagonal "
-        f"({relative[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
-        DiagonalShiftWarning,
-    )
+    warn_of_shift(shift.tolist(), means, batched)

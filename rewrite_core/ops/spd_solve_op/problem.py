@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, RewriteCoreError
+from ...errors import ArgumentError, DiagonalShiftWarning, RewriteCoreError, warn
 
 EPSILON = torch.finfo(torch.float64).eps
 
 SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it a shift of eps times that loses digits
+
+
+LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
 
 def asymmetry(n: int, eps: float) -> float:
@@ -49,6 +52,18 @@ def refuse_in_graph(matrix: Tensor, what: str, instead: str) -> None:
     """Raise RewriteCoreError where a CUDA graph is being captured: `what` cannot go into it."""
     if matrix.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RewriteCoreError(f"{what}, which a CUDA graph cannot hold: {instead}.")
+
+
+def warn_of_shift(shifts: list[float], means: list[float], batched: bool) -> None:
+    """Tell the largest of what was added to entries of mean size, relative to these, each of one matrix."""
+    relative = [size / mean for size, mean in zip(shifts, means, strict=True)]
+    worst = max(range(len(means)), key=relative.__getitem__)
+    where = f" {worst} of the batch" if batched else ""
+    warn(
+        f"The matrix{where} is rank-deficient: solved with {shifts[worst]:.3e} added to its diagonal "
+        f"({relative[worst]:.1e} of the mean); use more keys, or leave dead channels out.",
+        DiagonalShiftWarning,
+    )
 
 
 class Facts(NamedTuple):

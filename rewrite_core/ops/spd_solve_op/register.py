@@ -7,6 +7,7 @@ from torch import Tensor, library
 
 from ...backends import Backend, dispatched, extension, extension_reason, select
 from ..memory import plain, without_gradient
+from . import cuda
 from .factor import spd_factor
 from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry, check_matrix, check_rhs, refuse_in_graph
 
@@ -16,7 +17,7 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
 
     matrix   [n, n] or [B, n, n], float32 or float64
     rhs      [n] or [n, m]; with a batch [B, n] or [B, n, m]; any real floating type
-    backend  "auto", "cpp" or "reference"
+    backend  "auto", "cuda", "cpp" or "reference"
 
     Returns float64 in the shape of ``rhs``. Factors, solves, refines where that is needed; use :func:`spd_factor` to
     solve again with the same matrix, and see it for rank-deficient matrices (DiagonalShiftWarning) and for
@@ -108,12 +109,13 @@ def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
     if matrix.device.type != "cpu":
         reason = f"it works on CPU tensors, and the matrix is on {matrix.device}"
         if matrix.device.type == "cuda":
-            reason += ", where torch.linalg (cuSOLVER) factors: no kernel of ours has been measured to be faster"
+            reason += ", where cuda or torch.linalg (cuSOLVER) factors"
         return reason
     return extension_reason()
 
 
 BACKENDS = (
+    Backend("spd_solve", "cuda", f"{__package__}.cuda:run_cuda", cuda.supports, cuda.declines),
     Backend("spd_solve", "cpp", f"{__name__}:run_cpp", _cpp_supports),
     Backend("spd_solve", "reference", f"{__package__}.reference:run_reference"),
 )

@@ -1,0 +1,264 @@
+"""The backend "cuda" of spd_solve: what nvcc makes of the kernel, and Python's side with the kernel run on the CPU."""
+
+import contextlib
+import ctypes
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.kernels import CSRC
+from helpers.spd_solve_kernel import Call, build, launch
+
+from rewrite_core import backends
+from rewrite_core.backends import BackendUnavailable, select
+from rewrite_core.errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError
+from rewrite_core.ops import spd_factor, spd_solve
+from rewrite_core.ops.spd_solve_op import cuda
+
+# --- what nvcc makes of it ---
+
+ARCHITECTURES = ("80", "90a", "100")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def compiled(request, tmp_path_factory):
+    """The architecture, ptxas's words of each kernel, and the machine code."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("nvcc")
+    arch, target = request.param, folder / "spd_solve.cubin"
+    words = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", "-o", target, CSRC / "spd_solve.cu"]
+    done = subprocess.run(["nvcc", *map(str, words)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return arch, done.stderr, target
+
+
+def test_the_kernels_fit_their_registers(compiled):
+    """Two kernels: a matrix to one block, and one to a cluster. Shared memory is asked for at the launch."""
+    _, said, _ = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.findall(r"Used (\d+) registers", said)
+    assert len(spills) == len(registers) == 2, said
+    assert all(found == ("0", "0", "0") for found in spills), said
+    assert all(int(count) <= 255 for count in registers), said
+    assert " smem" not in said, said
+
+
+def test_the_tensor_cores_do_the_products(compiled):
+    tool = shutil.which("cuobjdump")
+    if not tool:
+        triton = pytest.importorskip("triton", reason="cuobjdump comes with the CUDA toolkit, or with triton")
+        tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
+    arch, _, cubin = compiled
+    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True, timeout=120)
+    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function :|\Z)", done.stdout, re.S))
+    assert len(kernels) == 2, list(kernels)
+    for name, code in kernels.items():
+        assert len(re.findall(r"\bDMMA", code)) >= 40, name
+        assert not re.search(r"\b(LDL|STL)\b", code), name  # local memory
+        # a cluster's barriers and the addresses of other blocks' memory; below sm_90 there is none
+        assert bool(re.search(r"\bUCGABAR|\bMAPA\b|\bUMAPA\b", code)) == (arch != "80" and "Lb1" in name), name
+
+
+# --- Python's side ---
+
+
+def numbers(address, *shape):
+    """What an address holds, as an array that writes there."""
+    count = int(np.prod(shape))
+    return (
+        np.frombuffer((ctypes.c_double * count).from_address(address), dtype=np.float64).reshape(shape)
+        if count
+        else (np.empty(shape))
+    )
+
+
+class Extension:
+    """The extension as REWRITE_CORE_CUDA=1 builds it, whose launches run on the CPU at once."""
+
+    def __init__(self, program, folder, blocks):
+        self.program, self.folder, self.blocks, self.launches = program, folder, blocks, []
+
+    def spd_solve_blocks(self, n, device):
+        return self.blocks if n <= 512 else 0
+
+    def spd_solve_cuda(self, **given):
+        self.launches.append(given)
+        batch, n, sides = (given[name] for name in ("batch", "n", "sides"))
+        parts = {
+            name: numbers(given[name], batch, n, n) for name in ("matrix", "given", "factor") if given[name] is not None
+        }
+        call = Call(
+            rhs=numbers(given["rhs"], batch, n, sides),
+            lower=given["lower"] is not None,
+            blocks=given["blocks"],
+            first_shift=given["first_shift"],
+            limit=given["asymmetry"],
+            smallest=given["smallest_mean"],
+            **parts,
+        )
+        assert given["least"] in (0.0, n * np.finfo(np.float64).eps) and given["largest_shift"] == 1e-2
+        x, facts, lower = launch(self.program, [call], self.folder)[0]
+        numbers(given["x"], *x.shape)[:] = x
+        numbers(given["facts"], *facts.shape)[:] = facts
+        if call.lower:
+            numbers(given["lower"], *lower.shape)[:] = lower
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    cxx = shutil.which("g++") or pytest.skip("there is no g++")
+    return build(cxx, [], tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture(params=[1, 2])
+def extension(request, program, tmp_path, monkeypatch):
+    """CPU tensors stand for a GPU's."""
+    made = Extension(program, tmp_path, request.param)
+    cuda._blocks.cache_clear()
+    monkeypatch.setattr(cuda, "extension", lambda: made)
+    monkeypatch.setattr(cuda, "supports", lambda *given: None)
+    monkeypatch.setattr(cuda, "_index", lambda matrix: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
+    records = tuple(
+        backends.Backend(record.op, record.name, record.target, lambda *given: None)
+        if record.name == "cuda"
+        else record
+        for record in backends.backends_of("spd_solve")
+    )
+    monkeypatch.setattr(backends, "backends_of", lambda op: records)
+    yield made
+    cuda._blocks.cache_clear()
+
+
+def moment(*batch, n=37, keys=120):
+    rows = torch.randn(*batch, keys, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return rows.mT @ rows / keys
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (0,)])
+@pytest.mark.parametrize("shape", [(), (1,), (9,), (0,)])
+def test_a_solve_is_one_launch(batch, shape, extension):
+    matrix = moment(*batch)
+    b = torch.randn(*batch, 37, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = spd_solve(matrix, b, backend="cuda")
+    assert len(extension.launches) == 1
+    assert x.shape == b.shape
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=0, atol=1e-11)
+
+
+def test_layouts_and_types(extension):
+    matrix = moment(2).mT  # not contiguous
+    b = torch.randn(2, 5, 37, generator=torch.Generator().manual_seed(1)).mT.bfloat16()
+    want = torch.linalg.solve(matrix, b.double())
+    torch.testing.assert_close(spd_solve(matrix, b, backend="cuda"), want, rtol=0, atol=1e-11)
+    single = matrix.float()
+    found = spd_solve(single, b, backend="cuda")
+    full = (single.double() + single.double().mT) / 2
+    torch.testing.assert_close(found, torch.linalg.solve(full, b.double()), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_a_factor_and_its_solves(batch, extension):
+    matrix = moment(*batch)
+    b = torch.randn(*batch, 37, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    factor = spd_factor(matrix, backend="cuda")
+    assert len(extension.launches) == 1 and not factor.shifted
+    torch.testing.assert_close(factor.lower, torch.linalg.cholesky(matrix), rtol=0, atol=1e-14)
+    torch.testing.assert_close(factor.solve(b), torch.linalg.solve(matrix, b), rtol=0, atol=1e-11)
+    assert len(extension.launches) == 2
+    rows = b[..., 0].contiguous()
+    torch.testing.assert_close(factor.solve(rows), factor.solve(b)[..., 0], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_what_is_rank_deficient_says_what_the_reference_says(batch, extension):
+    matrix = moment(*batch, keys=12)
+    b = torch.randn(*batch, 37, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    said = []
+    for call in (
+        lambda: spd_solve(matrix, b, backend="cuda"),
+        lambda: spd_factor(matrix, backend="cuda"),
+        lambda: spd_factor(matrix, backend="reference"),
+    ):
+        with pytest.warns(DiagonalShiftWarning) as caught:
+            call()
+        said.append(str(caught[0].message))
+    assert said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "error", "words"),
+    [
+        ((2, 1), float("nan"), NonFiniteError, "holds NaN"),
+        ((1, 2), float("nan"), NonFiniteError, "holds NaN"),
+        ((3, 3), float("inf"), NonFiniteError, "holds NaN"),
+        ((1, 2), 7.0, RewriteCoreError, "not symmetric"),
+        ((3, 3), -1.0, RewriteCoreError, "not positive semidefinite"),
+    ],
+)
+def test_what_is_wrong_is_told(place, value, error, words, extension):
+    matrix = moment(2)
+    matrix[(1, *place)] = value
+    for call in (
+        lambda: spd_solve(matrix, torch.ones(2, 37, dtype=torch.float64), backend="cuda"),
+        lambda: spd_factor(matrix, backend="cuda"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
+def test_a_right_hand_side_that_is_not_finite_comes_out_as_nan(extension):
+    b = torch.ones(37, 3, dtype=torch.float64)
+    b[4, 1] = float("inf")
+    x = spd_solve(moment(), b, backend="cuda")
+    assert x[:, 1].isnan().all() and x[:, [0, 2]].isfinite().all()
+
+
+# --- when it is taken ---
+
+
+def test_by_name_it_runs_or_says_why_not():
+    matrix = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(BackendUnavailable, match="cuda: it works on GPU tensors, and the matrix is on cpu"):
+        select("spd_solve", "cuda", matrix)
+
+
+def on_gpu(n):
+    """What the choice of a backend looks at."""
+    return SimpleNamespace(device=torch.device("cuda", 0), shape=(n, n))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(cuda, "extension_reason", lambda: None)
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(spd_solve_cuda=None))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "_blocks", lambda n, index: 1 if n <= 200 else 16 if n <= 512 else 0)
+
+
+def test_auto_waits_for_the_gpu_check(gpu, monkeypatch):
+    for n in (64, 512):
+        assert select("spd_solve", "auto", on_gpu(n)).name == "reference"
+        assert select("spd_solve", "cuda", on_gpu(n)).name == "cuda"
+    monkeypatch.setattr(cuda, "FASTER_UP_TO", {(9, 0): 256})
+    assert select("spd_solve", "auto", on_gpu(256)).name == "cuda"
+    assert select("spd_solve", "auto", on_gpu(257)).name == "reference"
+
+
+def test_reasons(gpu, monkeypatch):
+    assert cuda.supports(on_gpu(512)) is None
+    assert "n = 513" in cuda.supports(on_gpu(513))
+    assert "no GPU check" in cuda.declines(on_gpu(64))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
+    assert "8.0 or newer, and this GPU has 7.5" in cuda.supports(on_gpu(64))
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace())
+    assert "REWRITE_CORE_CUDA=1" in cuda.supports(on_gpu(64))
+    monkeypatch.setattr(cuda, "extension_reason", lambda: "the extension is not built")
+    assert cuda.supports(on_gpu(64)) == "the extension is not built"
