@@ -256,6 +256,14 @@ def test_reasons(gpu, monkeypatch):
     assert cuda.supports(on_gpu(512)) is None
     assert "n = 513" in cuda.supports(on_gpu(513))
     assert "no GPU check" in cuda.declines(on_gpu(64))
+
+    def too_old(n, index):
+        raise RuntimeError("an old driver")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_blocks", too_old)
+        assert "do not run what nvcc has built (an old driver)" in cuda.supports(on_gpu(64))
+        assert select("spd_solve", "auto", on_gpu(64)).name == "reference"
     monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
     assert "8.0 or newer, and this GPU has 7.5" in cuda.supports(on_gpu(64))
     monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace())

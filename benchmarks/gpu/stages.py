@@ -161,7 +161,8 @@ def _projected(kind: str) -> Case:
 def _solve(n: int, batch: int = 1, sides: int = 8, backend: str = "reference") -> Case:
     by = "by the CUDA kernel, " if backend == "cuda" else ""
     name = f"solve {by}{f'{batch} of ' if batch > 1 else ''}n {n}, {sides} right-hand sides"
-    return Case(name, 20.0, 1.5, {"of": "solve", "n": n, "batch": batch, "sides": sides, "backend": backend})
+    expected = 1.5 if n > 512 else 0.8  # an H200 took 1.3 s at n 1024, and 0.8 s at 512
+    return Case(name, 20.0, expected, {"of": "solve", "n": n, "batch": batch, "sides": sides, "backend": backend})
 
 
 def _collect(layer: str) -> Case:
@@ -196,9 +197,8 @@ def _s2() -> Stage:
         _solve(256),
         _solve(1024),
         _solve(64, batch=64),
-        *(_solve(n, backend="cuda") for n in (128, 200, 256)),
+        *(_solve(n, backend="cuda") for n in (128, 256)),
         _solve(64, batch=64, backend="cuda"),
-        _solve(512, sides=64, backend="cuda"),
         _fit("linear", 1, 1),
         _projected("linear"),
         _moment(512, "x3", 4, 8),

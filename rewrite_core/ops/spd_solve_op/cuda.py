@@ -49,7 +49,11 @@ def supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
         least = ".".join(map(str, OLDEST))
         return f"it needs compute capability {least} or newer, and this GPU has {'.'.join(map(str, have))}"
     n = matrix.shape[-1]
-    if not _blocks(n, _index(matrix)):
+    try:
+        blocks = _blocks(n, _index(matrix))
+    except RuntimeError as error:  # a driver older than nvcc's CUDA, which torch's own may still run on
+        return f"this GPU and its driver do not run what nvcc has built ({error})"
+    if not blocks:
         return f"a matrix with n = {n} is more than it takes: the shared memory of one block, of 8 or 16, up to n = 512"
     return None
 
