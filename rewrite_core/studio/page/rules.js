@@ -71,7 +71,7 @@ export class Rules {
     line.classList.toggle("conflict", others.length > 0);
     const words = line.querySelector("small");
     words.hidden = !others.length;
-    words.textContent = others.length ? `Acts on the same features as ${others.join(", ")}: each changes what the other set.` : "";
+    words.textContent = others.length ? `Acts on the same features as ${others.map((name) => `“${name}”`).join(", ")}: each changes what the other set.` : "";
   }
 
   // A handle to drag the rule to another place, by mouse, pen or finger; the arrows do the same.
