@@ -236,7 +236,9 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     columns = 2 if len(rules) > 1 else 1
     sheet = Figure(figsize=(6 * columns, 4.2 * -(-len(rules) // columns) + 1.2), layout="constrained")
     FigureCanvasAgg(sheet)
-    panels = sheet.subplots(-(-len(rules) // columns), columns, squeeze=False).flat
+    panels = list(sheet.subplots(-(-len(rules) // columns), columns, squeeze=False).flat)
+    for unused in panels[len(rules) :]:
+        unused.set_axis_off()
     handles: dict[str, Any] = {}
     for panel, rule in zip(panels, rules, strict=False):
         for row in (row for row in rows if row["rule"] == rule):
