@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, SelectionError, choice, quoted
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
+from ..ops.finite import all_finite
 from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles
 from ..statistics.second_moment import SecondMoment, check_inputs, check_moment
@@ -38,7 +39,7 @@ def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> t
     weights = weights.to(torch.float64).reshape(-1)
     if len(weights) != len(rows):
         raise RewriteCoreError(f"There are {len(rows)} context keys and {len(weights)} weights; give one each.")
-    if not (torch.isfinite(rows).all() and torch.isfinite(weights).all()):
+    if not (all_finite(rows) and all_finite(weights)):
         raise NonFiniteError("The context keys or their weights hold NaN or infinity.")
     if not (weights > 0).any():
         raise SelectionError("No context key has a positive weight; mark at least one place.")

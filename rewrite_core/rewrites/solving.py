@@ -20,6 +20,7 @@ from ..edits.edit import Edit
 from ..edits.goals import Goal
 from ..errors import NonFiniteError, RankError, SolverError, choice, flag, number, warn
 from ..layers.bound import BoundLayer
+from ..ops.finite import all_finite
 from ..ops.losses import LOSSES
 from ..solvers.adam import Adam
 from ..solvers.base import Solver
@@ -258,7 +259,7 @@ def _change(
 ) -> Rewrite:
     """The change that a solution is, in float32 at least."""
     solution, coefficients = solved.solution, solved.solution.coefficients
-    if not torch.isfinite(coefficients).all():
+    if not all_finite(coefficients):
         raise NonFiniteError(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
         )
