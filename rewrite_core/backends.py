@@ -224,6 +224,25 @@ def triton_declines(device: torch.device) -> str | None:
     return None
 
 
+# GPUs with few units for float64 (consumer cards, laptops, B300): a 32nd of the rate of float32 or less.
+SLOW_FLOAT64 = ((7, 5), (8, 6), (8, 7), (8, 9), (10, 3), (12, 0), (12, 1))
+FLOAT64_OPS = ("spd_solve", "fit_low_rank")  # that compute in float64, by whatever backend
+
+
+def float64_note(op: str, device: torch.device) -> str | None:
+    """What to know of an op that computes in float64 on a GPU that is slow in it; None elsewhere.
+
+    "auto" passes no kernel over for that: every other backend there computes in float64, too, and takes some thirty
+    launches a step, or copies, besides.
+    """
+    if device.type != "cuda" or op not in FLOAT64_OPS or _capability(device) not in SLOW_FLOAT64:
+        return None
+    return (
+        f"this GPU (compute capability {'.'.join(map(str, _capability(device)))}) has few float64 units, and every "
+        f"backend of {op} computes in float64: large fits may be done sooner with the generator on the CPU"
+    )
+
+
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -242,6 +261,7 @@ class Choice:
     device: str
     backend: str
     reasons: tuple[tuple[str, str], ...]  # (backend, why not), best backend first
+    note: str | None = None  # what to know of the op there
 
 
 @dataclass(frozen=True)
@@ -258,6 +278,8 @@ class Explanation:
             lines = []
             for name, reason in choice.reasons:
                 lines += textwrap.wrap(f"{name}: {reason}", 72, subsequent_indent="  ")
+            if choice.note:
+                lines += textwrap.wrap(f"note: {choice.note}", 72, subsequent_indent="  ")
             first, *rest = lines or ["-"]
             rows.append((choice.op, choice.device, choice.backend, first))
             rows += [("", "", "", line) for line in rest]
@@ -273,7 +295,8 @@ class Explanation:
         """What a notebook shows: the same table."""
         rows = []
         for choice in self.choices:
-            reasons = "<br>".join(f"<b>{html.escape(name)}</b>: {html.escape(why)}" for name, why in choice.reasons)
+            told = [*choice.reasons, *([("note", choice.note)] if choice.note else [])]
+            reasons = "<br>".join(f"<b>{html.escape(name)}</b>: {html.escape(why)}" for name, why in told)
             cells = [*map(html.escape, (choice.op, choice.device, choice.backend)), reasons or "-"]
             rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
         head = "".join(
@@ -304,7 +327,8 @@ def explain() -> Explanation:
                 if record.name != chosen:
                     reason = record.supports(*args) or record.declines(*args)
                     reasons.append((record.name, reason or _passed_over(chosen)))
-            choices.append(Choice(op, device, chosen, tuple(reasons)))
+            note = float64_note(op, torch.device(device))
+            choices.append(Choice(op, device, chosen, tuple(reasons), note))
     module, reason = _probe_extension()
     built = f"{module.__file__} ({module.isa()})" if module is not None else str(reason)
     return Explanation(tuple(choices), built, os.environ.get(ENVIRONMENT_VARIABLE))
