@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ...ops.fit_projected_op.problem import BETA1, BETA2, FitProjectedProblem
-from ..launching import repeated
+from ..launching import on_device_of, repeated
 from ..tuning import choose, multiprocessors_of
 from .directions import lean_kernel, project_kernel
 from .fit import compare_kernel, update_kernel
@@ -278,7 +278,7 @@ def launch(
     def descend(config: FitProjectedConfig, steps: int) -> tuple[Tensor, Tensor]:
         return _Descent(problem, shared(), config, steps).run()
 
-    with torch.cuda.device_of(problem.base):  # Triton launches on the current device
+    with on_device_of(problem.base):
         config = config or _configuration(problem, descend)
         for _ in [None] if progress is None else progress(iter([(0, 1)]), 1):
             coefficients, losses = descend(config, problem.steps)
