@@ -193,13 +193,11 @@ def gpu(monkeypatch):
         digest = hashlib.blake2b()
         for tensor in tensors:
             digest.update(bits._words(tensor).numpy())
-        return fetched_sum(digest.digest())
-
-    def fetched_sum(found):
-        waits.append(len(found))
-        return found
+        return [torch.tensor(list(digest.digest()))]
 
     monkeypatch.setattr(fingerprints, "summed", summed)
+    monkeypatch.setattr(fingerprints, "all_on_host", lambda tensors: waits.append(len(tensors)) or tensors)
+    monkeypatch.setattr(fingerprints, "suppose", lambda tensor, expected: waits.append(1) is None and expected(tensor))
     return waits
 
 

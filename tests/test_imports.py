@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rewrite_core"
 
 # A room imports from its own line and from the lines above it.
 ROOMS = (
-    ("clock", "errors", "files", "progress", "version"),
+    ("clock", "errors", "files", "progress", "version", "waits"),
     ("backends", "kernels", "ops"),
     ("modes", "turns"),
     ("adapters", "generators"),

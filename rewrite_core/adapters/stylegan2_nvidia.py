@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..waits import unlikely
 from .base import Capture, LayerAdapter, PostOperation, has, per_channel
 from .modulated import ModulatedLayer, as_drawn_next, resample
 from .weights import class_name
@@ -61,7 +62,7 @@ class NvidiaStyleGAN2Layer(ModulatedLayer):
             style = style / style.abs().amax(1, keepdim=True)
         wide = torch.promote_types(x.dtype, torch.float32)
         style = style.to(wide)
-        extra = {"style": style, "gain": torch.tensor(float(gain), dtype=wide)}
+        extra = {"style": style, "gain": torch.tensor(float(gain), dtype=wide, device="cpu")}
         if not self._to_rgb and module.use_noise and noise_mode != "none":
             noise = module.noise_const
             if noise_mode == "random":
@@ -101,7 +102,7 @@ class NvidiaStyleGAN2Layer(ModulatedLayer):
         if self._limit(capture) < math.inf:
             with torch.no_grad():
                 weight = self.canonical(self.weight.detach()).to(capture.key.dtype)
-                if super().value(capture, weight).abs().max() >= self._limit(capture):
+                if unlikely(super().value(capture, weight).abs().max() >= self._limit(capture)):
                     return None
         return super().post_operation(capture)
 

@@ -15,22 +15,25 @@ from ..ops.finite import all_finite
 from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles
 from ..statistics.second_moment import SecondMoment, check_inputs, check_moment
+from ..waits import likely, on_gpu, on_host, sent, unlikely
 from .selection import Selection
 
 DIRECTIONS = ("whitened", "svd", "mean", "units")
+_ON_HOST = 256  # a product of a GPU's keys of that size or less is decomposed on the host: sooner, and for one wait
 _SQUARED = 1e-6  # squared singular values above this share of the first are known from the product to ten digits
 
 
 def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows, and weights where they were given, float64: on the host they can be looked at without a wait."""
     check_moment(moment)
     check_keys(keys)
     if keys.ndim != 2 or keys.shape[1] != moment.channels:
         raise RewriteCoreError(f"Context keys are rows [n, {moment.channels}], not {list(keys.shape)}.")
     rows = keys.detach().to(torch.float64)
     if weights is None:
-        weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+        weights = torch.ones(len(rows), dtype=torch.float64, device="cpu")
     try:
-        weights = torch.as_tensor(weights, device=rows.device).detach()
+        weights = (weights if isinstance(weights, Tensor) else torch.as_tensor(weights, device="cpu")).detach()
         right = not weights.is_complex()
     except (TypeError, ValueError, RuntimeError):
         right = False
@@ -41,16 +44,25 @@ def _check_rows(moment: SecondMoment, keys: Tensor, weights: Tensor | None) -> t
         raise RewriteCoreError(f"There are {len(rows)} context keys and {len(weights)} weights; give one each.")
     if not (all_finite(rows) and all_finite(weights)):
         raise NonFiniteError("The context keys or their weights hold NaN or infinity.")
-    if not (weights > 0).any():
+    if not likely((weights > 0).any()):
         raise SelectionError("No context key has a positive weight; mark at least one place.")
     return rows, weights
+
+
+def _positive(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows whose weight is positive, and their weights, both where the rows are."""
+    marked = weights > 0
+    if on_gpu(rows) and likely(marked.all()):
+        return rows, sent(weights, rows.device)
+    places = sent(on_host(marked).nonzero()[:, 0], rows.device)
+    return rows[places], sent(weights, rows.device)[places]
 
 
 def _orthonormal_rows(rows: Tensor, towards: Tensor) -> Tensor:
     """Orthonormal rows spanning `rows` [R, I], in order, each with a non-negative product with `towards`."""
     q, r = torch.linalg.qr(rows.T)
     diagonal = r.diagonal().abs()
-    if (diagonal <= 1e-10 * diagonal.max()).any():
+    if unlikely((diagonal <= 1e-10 * diagonal.max()).any()):
         raise RankError("The context keys do not span that many directions; lower the rank or mark more places.")
     signs = torch.where(q.T @ towards < 0, -1.0, 1.0).to(q.dtype)
     return q.T * signs[:, None]
@@ -67,10 +79,11 @@ def rank_units(
     (the reference's choice of what to erase).
     """
     rows, weights = _check_rows(moment, keys, weights)
+    weights = sent(weights, rows.device)
     if not isinstance(quantiles, UnitQuantiles | None):
         raise ArgumentError(f"quantiles is what rc.collect_unit_quantiles returns, not {quoted(quantiles)}.")
     if quantiles is None:
-        scale = moment.matrix().diagonal().to(rows.device)
+        scale = moment.on(rows.device).matrix().diagonal()
         scores = rows.square() / torch.where(scale > 0, scale, torch.inf)
     else:
         scores = -torch.log1p(-quantiles.quantile(rows)).to(rows.device)
@@ -122,23 +135,22 @@ def context_directions(
         units = rank_units(moment, keys, weights, quantiles)[:rank]
         return torch.nn.functional.one_hot(units, moment.channels).to(torch.float64)
 
-    rows, weights = _check_rows(moment, keys, weights)
-    rows, weights = rows[weights > 0], weights[weights > 0]
+    rows, weights = _positive(*_check_rows(moment, keys, weights))
     if rank > len(rows):
         raise RankError(f"{len(rows)} context keys cannot give {rank} directions; lower the rank or mark more.")
-    if not rows.any():
+    if not likely(rows.any()):
         raise SelectionError("Every context key is zero; mark a place where the layer has features.")
-    weighted = rows * weights[:, None]
+    own, weighted = moment.on(rows.device), rows * weights[:, None]
     mean = weighted.sum(0)
     if directions == "whitened":
-        lower = moment.factor.lower.to(rows.device)
+        lower = own.factor.lower
         white = torch.linalg.solve_triangular(lower, weighted.T, upper=False).T  # diag(w) M L^-T
         top = _top_right_vectors(white, rank)
         return _orthonormal_rows(torch.linalg.solve_triangular(lower.T, top.T, upper=True).T, mean)
-    adjusted = moment.solve(weighted)
+    adjusted = own.solve(weighted)
     if directions == "mean":
         direction = adjusted.mean(0)
-        if direction.norm() <= 1e-10 * adjusted.norm():
+        if unlikely(direction.norm() <= 1e-10 * adjusted.norm()):
             raise RankError(
                 "The context keys cancel out and have no mean direction; use directions='whitened'.",
                 advice={"directions": "whitened"},
@@ -155,10 +167,15 @@ def _top_right_vectors(rows: Tensor, rank: int) -> Tensor:
     """
     if min(rows.shape) > 1:
         wide = rows.shape[0] <= rows.shape[1]
-        squares, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-        if squares[-rank] > _SQUARED * squares[-1]:
-            top = vectors[:, -rank:].flip(1).T
+        product = rows @ rows.T if wide else rows.T @ rows
+        if len(product) <= _ON_HOST:
+            product = on_host(product)
+        squares, vectors = torch.linalg.eigh(product)
+        if likely(squares[-rank] > _SQUARED * squares[-1]):
+            top = sent(vectors[:, -rank:], rows.device).flip(1).T
             return torch.nn.functional.normalize(top @ rows, dim=1) if wide else top
+    elif len(rows) == 1 and on_gpu(rows):  # where a decomposition would be waited for
+        return torch.nn.functional.normalize(rows, dim=1)
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     if values[rank - 1] <= 1e-10 * values[0]:
         raise RankError(
@@ -175,6 +192,14 @@ def context_keys(
 
     With ``inside_only=False`` every position of the marked images is a row, weight 0 outside the masks.
     """
+    rows, weights = marked_keys(layer, selections, latents, inside_only)
+    return rows, sent(weights, rows.device)
+
+
+def marked_keys(
+    layer: BoundLayer, selections: Sequence[Selection], latents: Tensor, inside_only: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`context_keys` with the weights on the host, where a look at them waits for nothing."""
     check_layer(layer)
     check_latents(latents)
     several = isinstance(selections, Sequence)
@@ -188,10 +213,10 @@ def context_keys(
     rows, weights = [], []
     for selection in selections:
         keys = layer.keys(selection.latent(latents))
-        area = selection.area(tuple(keys.shape[2:])).to(keys.device).reshape(-1)
+        area = selection.area(tuple(keys.shape[2:])).reshape(-1)
         flat = keys[0].reshape(len(keys[0]), -1).T
         inside = area > 0 if inside_only else torch.ones_like(area, dtype=torch.bool)
-        rows.append(flat[inside])
+        rows.append(flat[sent(inside.nonzero()[:, 0], keys.device)])
         weights.append(area[inside])
     return torch.cat(rows), torch.cat(weights)
 

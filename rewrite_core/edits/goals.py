@@ -15,7 +15,8 @@ from ..layers.bound import BoundLayer
 from ..ops.finite import all_finite
 from ..statistics.checks import check_layer
 from ..statistics.second_moment import SecondMoment
-from .directions import context_keys, rank_units
+from ..waits import likely, on_gpu, sent
+from .directions import marked_keys, rank_units
 from .edit import Edit
 from .selection import Selection
 
@@ -81,7 +82,7 @@ def _agrees(layer: BoundLayer, whole: Tensor, kernel: Tensor, key_box: Box, want
     except RuntimeError:  # torch: the crop is smaller than the kernel or than the padding
         return False
     found = found if inner is None else found[window(inner)]
-    return found.shape == wanted.shape and torch.allclose(found, wanted)
+    return found.shape == wanted.shape and likely(torch.isclose(found, wanted).all())
 
 
 def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool:
@@ -89,7 +90,7 @@ def _crops(layer: BoundLayer, key: Tensor, key_box: Box, value_box: Box) -> bool
     outside the crop: not so where it pads with anything but zeros, not at all, or unevenly."""
     whole, kernel = _probe(layer, key)
     part = whole[window(key_box)]
-    part.copy_(torch.arange(1, part.numel() + 1).reshape(part.shape))
+    part.copy_(torch.arange(1, part.numel() + 1, device=part.device).reshape(part.shape))
     return _agrees(layer, whole, kernel, key_box, layer.linear(whole, kernel)[window(value_box)], None)
 
 
@@ -101,7 +102,8 @@ def _shifted(box: Box, origin: Box) -> Box:
 
 def _value(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box | None = None) -> Tensor:
     """The value of a capture, [1, O, *map] of `size`, or a copy of a box of it. A box is computed from the keys around
-    it alone, where the layer's linear operator on one channel shows that to be the same."""
+    it alone, where the layer's linear operator on one channel shows that to be the same; on a GPU from all of them,
+    which is done sooner than the look."""
     weight = layer.weight.to(capture.key.dtype)
     with torch.no_grad():
         if box is None:
@@ -114,9 +116,9 @@ def _value(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box 
             *(min(size[i], box[axes + i] + margins[i]) for i in range(axes)),
         )
         boxes = _fit_boxes(around, tuple(capture.key.shape[2:]), size)
-        if boxes is not None and layer.post_operation(capture) is not None:
+        if boxes is not None and not on_gpu(capture.key) and layer.post_operation(capture) is not None:
             whole, kernel = _probe(layer, capture.key)
-            whole.copy_(torch.arange(1, whole.numel() + 1).reshape(whole.shape))
+            whole.copy_(torch.arange(1, whole.numel() + 1, device=whole.device).reshape(whole.shape))
             inner = _shifted(box, boxes[1])
             if _agrees(layer, whole, kernel, boxes[0], layer.linear(whole, kernel)[window(box)], inner):
                 return layer.value(layer.crop(capture, *boxes), weight)[window(inner)].clone()
@@ -134,7 +136,8 @@ def _crop(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box) 
             advice={"region": "map"},
         )
     cropped = layer.crop(capture, *boxes)
-    extra = {name: part.clone() for name, part in cropped.extra.items()}
+    whole = capture.extra  # what is not cropped stays the same tensor, by which pastes of one picture are known
+    extra = {name: part if part is whole[name] else part.clone() for name, part in cropped.extra.items()}
     return Capture(cropped.key.clone(), extra), boxes[1]
 
 
@@ -251,7 +254,8 @@ def paste_goals(
             copy_box = bounding_box(area)
             patch = _value(layer, source, size, copy_box)
             area = area[window(copy_box)[2:]] if blend == "mask" else torch.ones_like(area[window(copy_box)[2:]])
-            cover = area.to(capture.key)  # the area itself stays where looking at it waits for no GPU
+            # the area itself stays where looking at it waits for no GPU
+            cover = sent(area, capture.key.device, capture.key.dtype)
         boxes = _once([landing(edit.copy, paste, size, on) for paste in pastes], pastes[0].index)
         _check_apart(boxes, area, pastes[0].index)
         crops = [_crop(layer, capture, size, box) for box in boxes] if region == "box" else [(capture, None)]
@@ -292,7 +296,7 @@ def erase_goals(
     if not edit.pastes:
         raise SelectionError("This edit has no paste selection; an erasure needs one to say what goes.")
     units = whole_number("units", units, most=layer.in_channels)
-    keys, weights = context_keys(layer, edit.where, latents)
+    keys, weights = marked_keys(layer, edit.where, latents)
     gone = rank_units(moment, keys, weights)[:units]
     goals = []
     for pastes in _by_picture(edit):

@@ -568,7 +568,7 @@ def _size(on: BoundLayer, given: Given, scene: Scene) -> tuple[float | None, flo
             latents = scene.unseen[scene.rows]
             (moment,) = moments_of([bound], latents, given.batch_size, given.steps)
         with given.steps.turn():
-            sizes.append((change.size_on_keys(moment, bound), change._size_on(bound.parameter)))
+            sizes.append((change.size_on_keys(moment, bound), change._size_on(bound.parameter)()))
     if not sizes:
         return None, None
     largest = max(sizes)

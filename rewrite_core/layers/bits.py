@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import triton_reason
+from ..waits import bits_of, on_gpu
 
 TOGETHER = 1 << 26  # bytes of a GPU's tensors that are copied at a time
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """A tensor's numbers in their order, as uint8 [bytes] where the tensor is."""
-    data = tensor.detach()
-    if data.layout != torch.strided:  # a sparse buffer
-        data = data.to_dense()
-    return data.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def fetched(tensor: Tensor) -> np.ndarray:
@@ -57,8 +46,9 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
     yield from np.split(whole, ends[:-1])
 
 
-def summed(tensors: Sequence[Tensor]) -> bytes | None:
-    """What all the bits of a GPU's tensors come to, found there, with one wait for each GPU; None without Triton."""
+def summed(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """What all the bits of a GPU's tensors come to, found there and left there, a tensor for each GPU: nothing is
+    waited for. None without Triton."""
     if triton_reason() is not None:
         return None
     from ..kernels.checksum import checksums
@@ -66,8 +56,7 @@ def summed(tensors: Sequence[Tensor]) -> bytes | None:
     devices: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         devices.setdefault(tensor.device, []).append(_words(tensor))
-    sums = [checksums(words) for words in devices.values()]  # on all of them before any is waited for
-    return b"".join(fetched(each).tobytes() for each in sums)
+    return [checksums(words) for words in devices.values()]
 
 
 def _words(tensor: Tensor) -> Tensor:

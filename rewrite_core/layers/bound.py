@@ -7,6 +7,7 @@ output) and the editable weight as [O, I, *kernel]. A *map* has the axes that th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..adapters.base import Box, Capture, LayerAdapter, PostOperation
 from ..clock import stage
 from ..errors import RewriteCoreError
 from ..modes import repeatable
+from ..waits import later, on_gpu, on_host
+from .bits import summed
 from .capture import Tap, fingerprints, maps_of, run_to
 from .fingerprints import Forward, is_of, plain_call, rounded_fingerprint, tensor_fingerprint
 from .latents import for_generator
@@ -37,6 +40,9 @@ class BoundLayer(Tap):
         self.groups = adapter.groups
         self.out_channels, self.in_channels, *self.kernel_size = adapter.canonical(adapter.weight).shape
         self._known_weight: tuple[bytes, str] | None = None  # a weight's digest, and its fingerprint
+        self._summed_weight: tuple[tuple, Tensor, str] | None = (
+            None  # a GPU's: facts, the sums of its bits, fingerprint
+        )
 
     def __repr__(self) -> str:
         kernel = "x".join(map(str, self.kernel_size))
@@ -98,6 +104,27 @@ class BoundLayer(Tap):
         if self._known_weight is None or self._known_weight[0] != told or ("~" in self._known_weight[1]) != computed:
             self._known_weight = told, (rounded_fingerprint if computed else tensor_fingerprint)(weight)
         return self._known_weight[1]
+
+    def weight_as_it_is(self) -> Callable[[], str]:
+        """A function that returns :meth:`weight_fingerprint` of the weight. On a GPU the weight's bits are added up
+        there at once, and it is copied only where that sum is not the one of the last weight that was."""
+        weight = self.weight
+        sums = summed([weight]) if on_gpu(weight) else None
+        if sums is None:
+            return lambda: self.weight_fingerprint(self.weight)
+        asked, facts = later(sums[0]), (weight.dtype, weight.shape, self._adapter.computed is not None)
+
+        def fingerprint() -> str:
+            known, found = self._summed_weight, asked()
+            if known is not None and known[0] == facts and torch.equal(known[1], found):
+                return known[2]
+            text = self.weight_fingerprint(weight)
+            again = summed([weight])
+            if again is not None and torch.equal(on_host(again[0]), found):  # else it was written to meanwhile
+                self._summed_weight = facts, found, text
+            return text
+
+        return fingerprint
 
     def is_weight(self, weight: Tensor, fingerprint: str) -> bool:
         """Whether a fingerprint that :meth:`weight_fingerprint` made, here or elsewhere, is that of a weight."""

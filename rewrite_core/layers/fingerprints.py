@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from ..adapters.base import LayerAdapter, absent, unusual
 from ..adapters.offloading import kept
 from ..errors import RewriteCoreError
-from .bits import TOGETHER, bits_of, fetched, on_gpu, on_host, summed
+from ..waits import all_on_host, bits_of, on_gpu, suppose
+from .bits import TOGETHER, fetched, on_host, summed
 from .memory import blocks, overlap, storage_of
 from .passes import Hooks, numbers_of_own
 
@@ -408,6 +409,9 @@ def _together(facts: Iterable[Fact]) -> Iterator[list[Fact]]:
     yield piece
 
 
+Mark = tuple[bytes, list[Tensor]]  # a digest of what is on the host, and sums of what is on GPUs, one for each of them
+
+
 class Part:
     """The part of a generator that a key depends on, by name, so that no weight is kept alive."""
 
@@ -426,9 +430,9 @@ class Part:
                     digest.update(next(contents).data)
         return KIND + digest.hexdigest()
 
-    def mark(self, generator: nn.Module, forward: Forward) -> bytes | None:
+    def mark(self, generator: nn.Module, forward: Forward) -> Mark | None:
         """What stays the same as long as the fingerprint does, for the same tensors on the same devices: found sooner,
-        as a GPU adds up the bits of its tensors by itself and is waited for once. None where nothing is on a GPU."""
+        as a GPU adds up the bits of its tensors by itself and is not waited for. None where nothing is on a GPU."""
         digest, away = xxhash.xxh3_128(), list[Tensor]()
         for fact in self._facts(generator, forward):
             if isinstance(fact, str):
@@ -439,7 +443,7 @@ class Part:
             else:
                 _hash_tensor(digest, *fact)
         sums = summed(away) if away else None
-        return None if sums is None else digest.digest() + sums
+        return None if sums is None else (digest.digest(), sums)
 
     def _facts(self, generator: nn.Module, forward: Forward) -> Iterator[Fact]:
         """All that it consists of: settings, and tensors by name."""
@@ -478,7 +482,7 @@ class Remembered:
 
     def __init__(self, part: Part, fingerprint: str, before: Surroundings | None, after: Surroundings | None):
         self._part, self.fingerprint = part, fingerprint
-        self._mark: bytes | None = None  # the part's, once it was looked at again
+        self._mark: Mark | None = None  # the part's, once it was looked at again, on the host
         self._surroundings = after
         # what passes write says nothing of the way that they go
         self._written = set() if before is None or after is None else after.changed(before)
@@ -490,9 +494,12 @@ class Remembered:
             return False
         mark = self._part.mark(generator, forward)
         if mark is not None and self._mark is not None:
-            return mark == self._mark
+            (digest, sums), (known, known_sums) = mark, self._mark
+            return (digest, len(sums)) == (known, len(known_sums)) and all(
+                suppose(own, functools.partial(torch.equal, before)) for own, before in zip(sums, known_sums)
+            )
         same = self._part.fingerprint(generator, forward) == self.fingerprint
-        self._mark = mark if same else None
+        self._mark = (mark[0], all_on_host(mark[1])) if same and mark is not None else None
         return same
 
     def same_way(self, last: Remembered) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..waits import likely
+
 
 def all_finite(numbers: Tensor) -> bool:
     """Whether there is no NaN and no infinity. On a CPU by the sum, which shows either, at the speed of memory; where
@@ -13,4 +15,4 @@ def all_finite(numbers: Tensor) -> bool:
         wide = torch.promote_types(numbers.dtype, torch.float32)
         if numbers.sum(dtype=wide).isfinite():
             return True
-    return bool(numbers.isfinite().all())
+    return likely(numbers.isfinite().all())

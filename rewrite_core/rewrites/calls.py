@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Capture
-from ..edits.directions import context_keys
+from ..edits.directions import marked_keys
 from ..edits.edit import Edit
 from ..edits.goals import BLENDS, REGIONS, Goal, erase_goals, paste_goals
 from ..errors import (
@@ -353,7 +353,7 @@ def _goals(goal: Sequence[Tensor] | None, edits: list[Edit], objective: str) -> 
 
 def _task(layer: BoundLayer, edit: Edit, latents: Tensor, goals: Callable[[], list[Goal]]) -> Task:
     """An edit's: it acts where the edit marks context."""
-    return Task(goals, lambda inside_only: context_keys(layer, edit.where, latents, inside_only), edit, latents)
+    return Task(goals, lambda inside_only: marked_keys(layer, edit.where, latents, inside_only), edit, latents)
 
 
 def _checked(edits: Iterable[Edit]) -> list[Edit]:

@@ -8,6 +8,7 @@ import html
 import math
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..layers.bound import BoundLayer
 from ..layers.fingerprints import tensor_fingerprint
 from ..layers.memory import blocks
 from ..statistics.second_moment import SecondMoment
+from ..waits import all_on_host, on_gpu
 from . import stack as stacks
 from .exports import edited_state_dict, lora_factors
 from .parametrization import LowRankChange, attach
@@ -100,19 +102,32 @@ class Rewrite:
         self.seconds = fit.seconds
         self.box = fit.box
         self.groups = groups if bound is None else bound.groups
-        self.size: float | None = None if bound is None else self._size_on(bound.parameter)
+        self._size: float | Callable[[], float] | None = None
+        if bound is not None:  # a GPU's is read when it is asked for
+            size = self._size_on(bound.parameter)
+            self._size = size if on_gpu(bound.parameter) else size()
         self._made_on = bound  # where apply() acts; None for a loaded or copied one
         self._layers: list[BoundLayer] = []  # that it was applied to and may still be on, the last one last
         self._here = _Here()
 
     def __getstate__(self) -> dict:
         """A copied or pickled rewrite knows no generator: it must not take a copy of one along."""
-        state = self.__dict__ | {"_made_on": None, "_layers": []}
+        state = self.__dict__ | {"_made_on": None, "_layers": [], "_size": self.size}
         return {key: value for key, value in state.items() if key != "_here"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._here = _Here()
+
+    @property
+    def size(self) -> float | None:
+        if callable(self._size):
+            self._size = self._size()
+        return self._size
+
+    @size.setter
+    def size(self, size: float | None) -> None:
+        self._size = size
 
     @property
     def rank(self) -> int:
@@ -135,16 +150,22 @@ class Rewrite:
         """Lambda D, [O, I, *kernel], in the coefficients' dtype; of rank at most R as [O kh kw, I]."""
         return stacks.delta(self.directions, self.coefficients)
 
-    def _size_on(self, weight: Tensor) -> float:
-        """|Lambda D| / |weight|: from D D^T, which is small, without making Lambda D."""
+    def _size_on(self, weight: Tensor) -> Callable[[], float]:
+        """A function that returns |Lambda D| / |weight|: from D D^T, which is small, without making Lambda D. It is
+        computed at once; on a GPU the function waits for it."""
         outputs = self.coefficients.double().reshape(*self.coefficients.shape[:2], -1).chunk(self.groups)
-        squares = 0.0
-        for own, rows in zip(outputs, self.directions.double().chunk(self.groups, 1)):  # a group has its part of D
-            squares += torch.einsum("ort,rs,ost->", own, rows @ rows.T, own).item()
+        parts = zip(outputs, self.directions.double().chunk(self.groups, 1))  # a group has its part of D
+        squares = [torch.einsum("ort,rs,ost->", own, rows @ rows.T, own) for own, rows in parts]
         weight = weight.detach()
-        norms = [torch.linalg.vector_norm(weight[block], dtype=torch.float64).item() for block in blocks(weight)]
-        whole = norms[0] if len(norms) == 1 else math.hypot(*norms)
-        return math.sqrt(max(0.0, squares)) / whole if whole else math.inf
+        norms = [torch.linalg.vector_norm(weight[block], dtype=torch.float64) for block in blocks(weight)]
+
+        def size() -> float:
+            found = [number.item() for number in all_on_host([*squares, *norms])]
+            square, norms_found = sum(found[: len(squares)]), found[len(squares) :]
+            whole = norms_found[0] if len(norms_found) == 1 else math.hypot(*norms_found)
+            return math.sqrt(max(0.0, square)) / whole if whole else math.inf
+
+        return size
 
     def size_on_keys(self, moment: SecondMoment, generator: nn.Module | BoundLayer | None = None) -> float:
         """sqrt(tr dW C dW^T / tr W C W^T): how much it changes the layer's linear output on ordinary keys, as a share
@@ -265,7 +286,7 @@ class Rewrite:
             weight = stacks.plus(bound, stack["weight"], change)
             stacks.check_finite(bound, weight)
             if self.size is None:
-                self.size = self._size_on(stack["base"])
+                self.size = self._size_on(stack["base"])()
             self._remember(bound)
             stacks.write(bound, stack["base"], weight, stacks.changes(stack) | {self._id: change})
         self._forget(kept=bound)

@@ -37,6 +37,7 @@ from ..solvers.problem import (
 )
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from ..statistics.second_moment import SecondMoment
+from ..waits import sent, supposing
 from .arithmetic import plain_arithmetic
 from .change import Fit, Rewrite
 from .following import OBJECTIVES, ordinary
@@ -140,7 +141,14 @@ def solve(
     layer: BoundLayer, moment: SecondMoment, tasks: Sequence[Task], settings: Settings, latents: Tensor | None = None
 ) -> list[Rewrite]:
     """The change of each task, all solved against the weight as it is now, as many at once as take :data:`TOGETHER`.
-    `latents` [N, ...] are those that edits select from; None where there are none."""
+    `latents` [N, ...] are those that edits select from; None where there are none. On a GPU the host waits twice, where
+    all is as it should be, and once more for each task but the first."""
+    return supposing(lambda: _solve(layer, moment, tasks, settings, latents))
+
+
+def _solve(
+    layer: BoundLayer, moment: SecondMoment, tasks: Sequence[Task], settings: Settings, latents: Tensor | None
+) -> list[Rewrite]:
     solver = settings.chosen
     if isinstance(solver, LM) and not layer.known:
         warn(f"What {layer.name!r} does with its weight is not known, so its change is found by 'adam', by autograd.")
@@ -149,6 +157,7 @@ def solve(
     with Clock().running() as clock, plain_arithmetic(layer):
         with stage("check"):
             moment.check(layer, latents)
+            fitted_to = layer.weight_as_it_is()
         quantiles = None
         if settings.directions == "units" and solver.reduced and latents is not None:
             with stage("directions"):
@@ -173,9 +182,9 @@ def solve(
                 open_problems.clear()
                 del problem, goals
         with stage("check"):
-            fitted_to = layer.weight_fingerprint(layer.weight)
+            fingerprint = fitted_to()
         return [
-            _change(layer, own, fitted_to, edit, dict(clock.seconds)) for edit, own in zip(edits, solved, strict=True)
+            _change(layer, own, fingerprint, edit, dict(clock.seconds)) for edit, own in zip(edits, solved, strict=True)
         ]
 
 
@@ -232,11 +241,14 @@ def _problem(
     settings: Settings,
     latents: Tensor | None,
 ) -> LayerProblem:
-    directions, generic = directions.to(goals[0].target if goals else layer.parameter.device), None
+    near = goals[0].target if goals else None
+    directions = directions.to(layer.parameter.device) if near is None else sent(directions, near.device, near.dtype)
+    generic = None
     if settings.preserve and settings.objective == "value":
         with stage("preserve"):
             ordinary = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
-            generic = generic_second_moment(layer, directions, ordinary, moment.matrix())
+            own = moment.on(layer.parameter.device)
+            generic = generic_second_moment(layer, directions, ordinary, own.matrix())
     regions = tuple((goal.capture, goal.target) for goal in goals)
     return LayerProblem(layer, regions, directions, settings.loss, float(settings.preserve), generic)
 
@@ -259,7 +271,7 @@ def _change(
 ) -> Rewrite:
     """The change that a solution is, in float32 at least."""
     solution, coefficients = solved.solution, solved.solution.coefficients
-    if not all_finite(coefficients):
+    if not solution.finite and not all_finite(coefficients):
         raise NonFiniteError(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
         )

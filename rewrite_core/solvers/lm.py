@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import NonFiniteError, SolverError
 from ..ops.fit_low_rank_op.problem import STATUS
+from ..waits import on_host, sent, unlikely
 from .base import Solver
 from .problem import (
     LayerProblem,
@@ -80,7 +81,7 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
         own = slice(group * outputs, (group + 1) * outputs)
         weight, rows = weight[own, seen], rows[:, seen]
     maps: dict[str, list[Tensor]] = {name: [] for name in ("basis", "base", "target", "shift")}
-    styles: list[Tensor] = []  # [I], each that is another than those before it
+    styles: list[tuple[Tensor | None, Tensor]] = []  # captured and as [I], each that is another than those before it
     segments = []
     for capture, target in problem.regions:
         operation, key = after(problem, capture), capture.key[:, seen]
@@ -92,10 +93,14 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
         maps["target"].append(target[0].flatten(1)[own])
         maps["shift"].append(shift.to(base.dtype).expand(target.shape)[0].flatten(1)[own])
         if operation.style is not None:
-            style = operation.style[0]
-            same = [number for number, other in enumerate(styles) if torch.equal(other, style)]
+            captured, style = capture.extra.get("style"), operation.style[0]
+            same = [
+                number
+                for number, (tensor, other) in enumerate(styles)
+                if (tensor is captured and captured is not None) or unlikely((other == style).all())
+            ]
             if not same:
-                styles.append(style)
+                styles.append((captured, style))
             number = same[0] if same else len(styles) - 1
             segments.append(torch.full((base.shape[1],), number, device=base.device))
     arguments: dict[str, Any] = {
@@ -104,7 +109,7 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
     arguments |= {"slope": operation.slope, "gain": operation.gain, "demodulation": None}
     scale = torch.full((len(base),), operation.gain**2, dtype=torch.float64, device=base.device)
     if styles:
-        parts = [_demodulation(problem, style, operation.eps) for style in styles]
+        parts = [_demodulation(problem, style, operation.eps) for _, style in styles]
         if len(styles) == 1:
             arguments["demodulation"] = parts[0]
             scale = scale / parts[0][0]
@@ -152,7 +157,7 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
     pixels = max(sizes)
     maps = ("basis", "base", "target", "shift")
     arguments: dict[str, Any] = {name: _pad([part[name] for part in inputs], pixels) for name in maps}
-    sizes_of = torch.tensor(sizes, device=arguments["basis"].device)
+    sizes_of = sent(torch.tensor(sizes, device="cpu"), arguments["basis"].device)
     valid = (torch.arange(pixels, device=sizes_of.device) < sizes_of[:, None]).to(arguments["basis"])
     if any("segments" in part for part in inputs):
         count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
@@ -177,7 +182,7 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
         whole = whole * part.reshape(len(problems), -1).isfinite().all(1, keepdim=True)
     solutions = []
     for number, (problem, (initial, final, iterations, *counts, finite)) in enumerate(
-        zip(problems, torch.cat([read, whole], 1).tolist())
+        zip(problems, on_host(torch.cat([read, whole], 1)).tolist())
     ):
         if not finite:
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
@@ -190,6 +195,7 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
                 final_loss=final / channels,
                 status={STATUS[code]: int(count) for code, count in zip(STATUS, counts) if count},
                 iterations=int(iterations),
+                finite=True,
             )
         )
     return solutions

@@ -15,6 +15,7 @@ from .. import ops
 from ..adapters.base import Capture, PostOperation
 from ..errors import NoImprovementWarning, SolverError, UnderdeterminedWarning, warn
 from ..layers.bound import BoundLayer
+from ..waits import likely, sent
 
 _USELESS = 0.99  # of the loss before: a fit that leaves so much of it did next to nothing
 
@@ -101,6 +102,7 @@ class LayerSolution:
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     iterations: int = 0  # "lm": tried by all channels together; else the number of steps
     last_loss: float | None = None
+    finite: bool = False  # whether the coefficients were looked at and are finite
 
 
 def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
@@ -160,8 +162,8 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
             ones = weight.new_ones(1, 1, *[2] * axes), weight.new_ones(1, 1, *layer.kernel_size)
             scales = layer.linear(*ones).double()
         scale = scales.flatten()[0]
-        if scales.shape[2:] == (2,) * axes and (scales == scale).all():
-            rows, moment = directions.double(), moment.to(weight.device)
+        if scales.shape[2:] == (2,) * axes and likely((scales == scale).all()):
+            rows, moment = directions.double(), sent(moment, weight.device)
             exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
             return exact[0] if layer.groups == 1 else torch.stack(exact)
     total: Tensor | None = None

@@ -103,6 +103,7 @@ class Part:
         """Bring `moment` up to date, where every update that was launched is settled."""
         if self._total is not None:
             self.moment._sum.copy_(self._total)
+            self.moment._changed()
             if self.keys is not None:
                 self._tell_errors(self.keys)
 

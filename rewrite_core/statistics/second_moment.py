@@ -26,6 +26,7 @@ from ..layers.bound import BoundLayer
 from ..layers.fingerprints import KIND
 from ..layers.latents import LatentRecipe, check_latents, recipe_of
 from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
+from ..waits import likely, sent
 from . import moment_file
 from .checks import check_layer, what_is
 from .shards import joined_latents
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _NOISE = 2**-24  # the rounding of a float32 product, relative: pivots as large were seen in sums that should have none
+
+
+class _Made:
+    """What was made of a moment's sum as it is. A moment that changes takes another one, so that what a thread still
+    makes of the sum as it was stays with that."""
+
+    def __init__(self) -> None:
+        self.factor: SPDFactor | None = None
+        self.elsewhere: dict[torch.device, SecondMoment] = {}  # copies on other devices
+        self.grouped: dict[int, SecondMoment] = {}
 
 
 class SecondMoment:
@@ -64,7 +75,7 @@ class SecondMoment:
         self.key_errors: Tensor | None = None
         self._groups = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
         self._spread = 0.0
-        self._factor: SPDFactor | None = None
+        self._made = _Made()
         self._wide = True  # all keys were float64
         self._blocks = 1  # of channels, with zeros between them: see within_groups
 
@@ -74,6 +85,9 @@ class SecondMoment:
 
     def __repr__(self) -> str:
         return f"SecondMoment({self.channels} channels, {self.count} keys, layer={quoted(self.layer)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": _Made()}
 
     def update(self, features: Tensor, skip_nonfinite: bool = False, mask: Tensor | None = None) -> None:
         """Add keys: [N, C, *map] (each position is one key) or [N, C]; float16/32/64 or bfloat16, any strides.
@@ -106,6 +120,7 @@ class SecondMoment:
         self._count(note, keys)
         part = part.to(self._sum.device)
         self._sum += part
+        self._changed()
         return part, note.count
 
     def _readable(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +139,11 @@ class SecondMoment:
             self._groups += 1
             self._spread += note.square / note.count
             self._wide = self._wide and keys.dtype == torch.float64
-        self._factor = self.key_errors = None
+        self._changed()
+
+    def _changed(self) -> None:
+        """Forget what was made of the sum as it was."""
+        self._made, self.key_errors = _Made(), None
 
     def matrix(self) -> Tensor:
         """C = sum / count, float64 [C, C]."""
@@ -143,8 +162,12 @@ class SecondMoment:
         On a GPU an edit need not copy the factor, nor wait for the CPU to solve. What is solved there agrees with the
         CPU's to float64's rounding times the condition of C, not to the bit. Updates of either go on as before.
 
+        An edit on a GPU keeps such a copy of a CPU's moment by itself: see :meth:`on`.
+
         Raises ArgumentError for what is no device.
         """
+        if self._sum.is_meta and str(device) != "meta":
+            raise ArgumentError("This second moment is on the meta device, where it has no numbers; load it again.")
         try:
             with torch.inference_mode(False):  # or it could not be written in place outside
                 total = self._sum.to(device=torch.device(device))
@@ -153,18 +176,33 @@ class SecondMoment:
         if total is self._sum:
             return self
         moved = copy.copy(self)
-        moved._sum, moved._factor, moved.latents = total, None, dict(self.latents)
+        moved._sum, moved._made, moved.latents = total, _Made(), dict(self.latents)
         return moved
+
+    def on(self, device: torch.device) -> SecondMoment:
+        """:meth:`to`, kept until this moment changes: to read, not to update. So a layer on a GPU finds moment and
+        factor there from its second edit on. The copy and its factor take three times ``8 channels^2`` bytes of each
+        GPU, and are freed with this moment or at its next update."""
+        if self._sum.device == device:
+            return self
+        made = self._made
+        if device not in made.elsewhere:
+            made.elsewhere[device] = self.to(device)
+        return made.elsewhere[device]
 
     def within_groups(self, groups: int) -> SecondMoment:
         """This moment with zeros between groups of channels: what bears on a grouped convolution, each of whose groups
         has keys of its own. Itself for one group."""
         if groups == 1:
             return self
+        made = self._made
+        if groups in made.grouped:
+            return made.grouped[groups]
         moment = SecondMoment(self.channels, self.layer, self.fingerprint).to(self._sum.device)
         group = torch.arange(self.channels, device=self._sum.device) // (self.channels // groups)
         moment._sum.copy_(self._sum.where(group[:, None] == group, 0.0))
         moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
+        made.grouped[groups] = moment
         return moment
 
     @property
@@ -183,9 +221,10 @@ class SecondMoment:
         """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
         shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. Unless all keys were float64, C
         is a sum of float32 products, and what is below their rounding counts as rank-deficient."""
-        if self._factor is None:
-            self._factor = spd_factor(self.matrix(), noise=self._noise, rank=self.count * self._blocks)
-        return self._factor
+        made = self._made
+        if made.factor is None:
+            made.factor = spd_factor(self.matrix(), noise=self._noise, rank=self.count * self._blocks)
+        return made.factor
 
     @property
     def _noise(self) -> float:
@@ -200,9 +239,9 @@ class SecondMoment:
         rows = torch.atleast_2d(keys).to(torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.channels:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
-        if not torch.isfinite(rows).all():
+        if not likely(torch.isfinite(rows).all()):
             raise NonFiniteError("The keys hold NaN or infinity.")
-        return self.factor.solve(rows.T.to(self._sum.device)).T.reshape(keys.shape)
+        return self.factor.solve(sent(rows, self._sum.device).T).T.reshape(keys.shape)
 
     def check(self, layer: BoundLayer, latents: Tensor | None = None) -> None:
         """Raise MismatchError where this moment was not collected from `layer` as it is now, or from latents of another
@@ -290,7 +329,7 @@ class SecondMoment:
     @staticmethod
     def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
         """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
-        joined: dict[str, Any] = {"_factor": None, "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
+        joined: dict[str, Any] = {"_made": _Made(), "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
         for name in ("channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
