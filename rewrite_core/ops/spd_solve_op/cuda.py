@@ -134,8 +134,14 @@ def _direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
     if matrix.dtype != torch.float64:  # sums in float32 are made symmetric first
         return None
     n = matrix.shape[-1]
-    limits = {"least": n * EPSILON, "difference": asymmetry(n, EPSILON), "smallest": SMALLEST}
-    x, facts = _launch(_whole(matrix, 3), _sides(matrix, rhs), **limits, shifts=True)
+    x, facts = _launch(
+        _whole(matrix, 3),
+        _sides(matrix, rhs),
+        least=n * EPSILON,
+        difference=asymmetry(n, EPSILON),
+        smallest=SMALLEST,
+        shifts=True,
+    )
     rows = facts.cpu()  # the only wait
     if rows[:, VERDICT].any():
         return None  # the long way says what is wrong
