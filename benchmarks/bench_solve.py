@@ -127,7 +127,7 @@ def make_directions(n: int, rank: int, factored: bool, backend: str) -> Problem:
 
     def ours() -> Tensor:
         if not factored:
-            moment._factor = None
+            moment._changed()
         return context_directions(moment, keys, rank=rank)
 
     roots = {dtype: root(dtype) for dtype in (torch.float64, torch.float32)}
