@@ -31,13 +31,13 @@ PATIENCE = 60_000  # milliseconds, on a busy machine
 class Server:
     """`rewrite studio` on the embedded generator, in a folder of its own."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, count=400):
+        self.folder, self.count = folder, count
         self.start()
 
     def start(self, port=0):
         command = [sys.executable, "-m", "rewrite_core", "studio", "--no-browser", "--port", str(port)]
-        options = ["--count", "400", "--quiet"]
+        options = ["--count", str(self.count), "--quiet"]
         self.process = subprocess.Popen(
             [*command, *options], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -130,6 +130,24 @@ class Page(Hand):
     def names(self):
         """Of the rules, as the page shows them."""
         return self.page.locator("#rules input[type=text]").evaluate_all("each => each.map((one) => one.value)")
+
+    def open_how(self):
+        """The settings are there to be changed."""
+        if self.page.locator("#how").get_attribute("open") is None:
+            self.page.focus("#how summary")
+            self.page.keyboard.press("Enter")
+        self.wait(lambda: self.page.locator("#rank").is_visible())
+
+    def choose_layer(self, name):
+        """Another layer, by keyboard; its second moment is collected where it is not there."""
+        self.page.focus("#layer-strip summary")
+        self.page.keyboard.press("Enter")
+        button = self.page.locator("#layers button", has_text=name)
+        self.wait(lambda: button.count() == 1)
+        button.focus()
+        self.page.keyboard.press("Enter")
+        self.wait(lambda: self.state()["layer"] == name)
+        self.wait(lambda: self.page.inner_text("#layer-name").startswith(name))
 
     def drop(self, file):
         """A file is dropped onto the page."""
