@@ -384,6 +384,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "projected_lanes", [](const std::string& isa) { return projected_lanes(isa_of(isa)); }, py::arg("isa") = "",
       "Channels in one block of fit_projected.");
+  m.def(
+      "choose_helpers",
+      [](const std::string& kind) {
+        if (!Team::choose(kind)) throw std::invalid_argument("there are no helpers " + kind + ".");
+      },
+      py::arg("kind") = "", "Whose threads help: \"openmp\", \"own\", or \"\" for what suits. For tests.");
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
   // What Python has under the same names: a test compares.

@@ -138,25 +138,31 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
   if (!edit_memory.data() || !scratch_memory.data() || !edits.data()) return Status::out_of_memory;
 
   Team::run(threads, [&](Team& team) {
-    Arena<double> mine(scratch_memory.data() + team.join() * scratch_doubles);
-    const FitLowRankScratch scratch = take_scratch(mine, largest, problem.styles);
+    const auto scratch_of = [&](int worker) {
+      Arena<double> mine(scratch_memory.data() + worker * scratch_doubles);
+      return take_scratch(mine, largest, problem.styles);
+    };
     for (int64_t first = 0; first < problem.edits; first += group) {
       const int64_t count = std::min(group, problem.edits - first);
-      for (int64_t task = team.next(); task < count; task = team.next()) {
-        Arena<double> arena(edit_memory.data() + task * edit_doubles);
-        FitLowRankEdit edit = choose_pixels(arena, problem, first + task);
-        kernels.prepare(problem, edit, scratch);
-        edits.data()[task] = edit;
-      }
-      team.meet();
-      for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
-        const FitLowRankEdit& edit = edits.data()[task / chunks];
-        const int64_t channel = task % chunks * chunk;
-        for (int64_t o = channel; o < std::min(problem.channels, channel + chunk); ++o) {
-          kernels.fit(problem, edit, o, scratch);
+      team.each([&](int worker) {
+        const FitLowRankScratch scratch = scratch_of(worker);
+        for (int64_t task = team.next(); task < count; task = team.next()) {
+          Arena<double> arena(edit_memory.data() + task * edit_doubles);
+          FitLowRankEdit edit = choose_pixels(arena, problem, first + task);
+          kernels.prepare(problem, edit, scratch);
+          edits.data()[task] = edit;
         }
-      }
-      team.meet();
+      });
+      team.each([&](int worker) {
+        const FitLowRankScratch scratch = scratch_of(worker);
+        for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
+          const FitLowRankEdit& edit = edits.data()[task / chunks];
+          const int64_t channel = task % chunks * chunk;
+          for (int64_t o = channel; o < std::min(problem.channels, channel + chunk); ++o) {
+            kernels.fit(problem, edit, o, scratch);
+          }
+        }
+      });
     }
   });
   return Status::ok;

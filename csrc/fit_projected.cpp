@@ -46,11 +46,13 @@ Status fit_projected(const FitProjectedProblem& problem, int64_t first, int64_t 
   Aligned<float> memory(threads * counter.used());
   if (!memory.data()) return Status::out_of_memory;
   Team::run(threads, [&](Team& team) {
-    Arena<float> arena(memory.data() + team.join() * counter.used());
-    const FitProjectedScratch scratch = take_scratch(arena, problem, kernels.lanes);
-    for (int64_t task = team.next(); task < count; task = team.next()) {
-      kernels.descend(problem, first + task, scratch);
-    }
+    team.each([&](int worker) {
+      Arena<float> arena(memory.data() + worker * counter.used());
+      const FitProjectedScratch scratch = take_scratch(arena, problem, kernels.lanes);
+      for (int64_t task = team.next(); task < count; task = team.next()) {
+        kernels.descend(problem, first + task, scratch);
+      }
+    });
   });
   return Status::ok;
 }

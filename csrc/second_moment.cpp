@@ -12,6 +12,8 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
+constexpr int64_t thread_shares =
+    4;                       // for each thread: one that comes late, or is held up, leaves its shares to others
 constexpr int64_t few = 16;  // positions at most where outer products are faster than tiles
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
@@ -28,8 +30,8 @@ struct Share {
   std::vector<int64_t> panels;
 };
 
-// The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s that deal the panels out to the
-// team. With three chunks A, B, C in [first, end) and D the first from `then` on, which is of a later call:
+// The keys of a chunk are multiplied while those of the next are packed, by `Ahead`s. With three chunks A, B, C in
+// [first, end) and D the first from `then` on, which is of a later call:
 //
 //   multiplied, from `packed`           A             B             C
 //   packed meanwhile, into `spare`      B by ahead    C by ahead    D by ahead
@@ -38,70 +40,104 @@ struct Share {
 // ready, `begin` packs it into `packed` first of all; or, for a worker alone with chunks of one run, the panels of its
 // first block only, and the others between the tiles, before B.
 //
-// Adds the products of runs [first, end) to the lower triangle of `sums`, and to the upper one when `mirror`. The first
-// chunk of them is in `packed` already when `ready`, and the first of those from `then` on is left in it. Channels up
-// to `padded` are zeros in both buffers.
-template <class Workers>
-void add_runs(Workers& team, int64_t self, const SecondMomentProblem& p, const Share& share, int64_t first, int64_t end,
-              int64_t then, bool ready, bool mirror, char*& packed, char*& spare, double* sums) {
+// Channels up to `padded` are zeros in both buffers.
+
+// One column of that table, of `count` runs from `first` on: adds their products to the lower triangle of `sums`, and
+// to the upper one when `mirror`. `together`: other workers share the packed keys, and the blocks.
+template <class Tasks>
+void add_chunk(Tasks& tasks, bool together, const SecondMomentProblem& p, const Share& share, int64_t first,
+               int64_t count, bool mirror, Ahead& begin, Ahead& ahead, const char* packed, double* sums) {
   alignas(64) double part[block_rows * block_columns];
   const int64_t n = p.channels, tile_columns = p.kernels.columns, tile_rows = p.kernels.rows;
-  // The first chunk of all has no chunk before it: alone, a worker starts as soon as its first block can be computed.
-  Ahead begin(p, share.panels, first, ready ? 0 : std::min(p.chunk_runs, end - first), self, team.size(), packed);
-  if (!ready && (team.size() > 1 || p.chunk_runs > 1)) {
-    begin.finish();
-    team.meet();
-  }
-  for (; first < end; first += p.chunk_runs) {
-    const auto key = [&](int64_t run, int64_t channel) { return packed + (run * p.padded + channel) * key_stride; };
-    const int64_t count = std::min(p.chunk_runs, end - first);
-    const bool last = first + count == end, to_part = mirror && last;
-    const int64_t next = last ? then : first + count, next_end = last ? p.runs : end;
-    Ahead ahead(p, share.panels, next, std::min(p.chunk_runs, next_end - next), self, team.size(), spare);
-    for (int64_t task = team.next(), after; task < share.size; task = after) {
-      after = team.next();
-      const Block& block = share.blocks[task];
-      if (begin.busy()) begin.finish(block.panels);
-      // the next block's columns, which other threads may have packed
-      const Block soon = team.size() > 1 && after < share.size ? share.blocks[after] : Block{};
-      int64_t asked = 0;
-      const int64_t target_stride = to_part ? block_columns : n;
-      const auto target = [&](int64_t row, int64_t column) {  // where a product of these two channels is added up
-        return to_part ? part + (row - block.row) * block_columns + column - block.column : sums + row * n + column;
-      };
-      if (to_part) std::fill(part, part + (block.row_end - block.row) * block_columns, 0.0);
-      for (int64_t run = 0; run < count; ++run) {
-        const int steps = (p.length(first + run) + p.kernels.vector - 1) / p.kernels.vector;
-        for (int64_t column = block.column; column < block.column_end; column += tile_columns) {
-          const char* keys = key(run, column);
-          if (column >= block.row) {
-            const int used = static_cast<int>(std::min<int64_t>(tile_columns, n - column));
-            p.kernels.diagonal(keys, used, steps, target(column, column), target_stride);
+  const auto key = [&](int64_t run, int64_t channel) { return packed + (run * p.padded + channel) * key_stride; };
+  for (int64_t task = tasks.next(), after; task < share.size; task = after) {
+    after = tasks.next();
+    const Block& block = share.blocks[task];
+    if (begin.busy()) begin.finish(block.panels);
+    // the next block's columns, which other threads may have packed
+    const Block soon = together && after < share.size ? share.blocks[after] : Block{};
+    int64_t asked = 0;
+    const int64_t target_stride = mirror ? block_columns : n;
+    const auto target = [&](int64_t row, int64_t column) {  // where a product of these two channels is added up
+      return mirror ? part + (row - block.row) * block_columns + column - block.column : sums + row * n + column;
+    };
+    if (mirror) std::fill(part, part + (block.row_end - block.row) * block_columns, 0.0);
+    for (int64_t run = 0; run < count; ++run) {
+      const int steps = (p.length(first + run) + p.kernels.vector - 1) / p.kernels.vector;
+      for (int64_t column = block.column; column < block.column_end; column += tile_columns) {
+        const char* keys = key(run, column);
+        if (column >= block.row) {
+          const int used = static_cast<int>(std::min<int64_t>(tile_columns, n - column));
+          p.kernels.diagonal(keys, used, steps, target(column, column), target_stride);
+        }
+        for (int64_t row = std::max(block.row, column + tile_columns); row < block.row_end; row += tile_rows) {
+          const int64_t rows = std::min<int64_t>(tile_rows, block.row_end - row);
+          if (mirror && run == 0) {  // for add_mirrored
+            for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(sums + (row + i) * n + column);
+            for (int64_t j = 0; j < tile_columns; ++j) __builtin_prefetch(sums + (column + j) * n + row);
           }
-          for (int64_t row = std::max(block.row, column + tile_columns); row < block.row_end; row += tile_rows) {
-            const int64_t rows = std::min<int64_t>(tile_rows, block.row_end - row);
-            if (to_part && run == 0) {  // for add_mirrored
-              for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(sums + (row + i) * n + column);
-              for (int64_t j = 0; j < tile_columns; ++j) __builtin_prefetch(sums + (column + j) * n + row);
-            }
-            const int64_t width = soon.column_end - soon.column;
-            const char* urgent = asked < count * width ? key(asked / width, soon.column + asked % width) : nullptr;
-            ++asked;
-            Ahead& packing = begin.busy() ? begin : ahead;
-            p.kernels.tile(key(run, row), static_cast<int>(rows), keys, steps, target(row, column), target_stride,
-                           packing.next(urgent));
-            packing.advance();
-          }
+          const int64_t width = soon.column_end - soon.column;
+          const char* urgent = asked < count * width ? key(asked / width, soon.column + asked % width) : nullptr;
+          ++asked;
+          Ahead& packing = begin.busy() ? begin : ahead;
+          p.kernels.tile(key(run, row), static_cast<int>(rows), keys, steps, target(row, column), target_stride,
+                         packing.next(urgent));
+          packing.advance();
         }
       }
-      if (to_part) {
-        const int64_t rows[2] = {block.row, block.row_end}, columns[2] = {block.column, std::min(block.column_end, n)};
-        p.kernels.add_mirrored(part, block_columns, rows, columns, n, sums);
-      }
     }
-    ahead.finish();
+    if (mirror) {
+      const int64_t rows[2] = {block.row, block.row_end}, columns[2] = {block.column, std::min(block.column_end, n)};
+      p.kernels.add_mirrored(part, block_columns, rows, columns, n, sums);
+    }
+  }
+  ahead.finish();
+}
+
+// A share, and the run it begins with (where that is p.runs, with nothing).
+struct Next {
+  const Share* share;
+  int64_t run;
+};
+
+// The products of runs [first, end), by one worker alone. The first chunk of them is in `packed` already when `ready`.
+// `then` is asked when it matters what the next call will be.
+template <class Then>
+void add_runs(const SecondMomentProblem& p, const Share& share, int64_t first, int64_t end, Then then, bool ready,
+              bool mirror, char*& packed, char*& spare, double* sums) {
+  Solo solo;
+  Ahead begin(p, share.panels, first, ready ? 0 : std::min(p.chunk_runs, end - first), nullptr, packed);
+  // The first chunk of all has no chunk before it: a worker starts as soon as its first block can be computed.
+  if (!ready && p.chunk_runs > 1) begin.finish();
+  for (; first < end; first += p.chunk_runs) {
+    const int64_t count = std::min(p.chunk_runs, end - first);
+    const bool last = first + count == end;
+    const Next next = last ? then() : Next{&share, first + count};
+    Ahead ahead(p, next.share->panels, next.run, std::min(p.chunk_runs, (last ? p.runs : end) - next.run), nullptr,
+                spare);
+    solo.each([&](int) { add_chunk(solo, false, p, share, first, count, mirror && last, begin, ahead, packed, sums); });
     std::swap(packed, spare);
-    team.meet();
+  }
+}
+
+// The same by all of a team, for calls that follow each other.
+void add_runs_together(Team& team, const SecondMomentProblem& p, const Share& share, int64_t first, int64_t end,
+                       bool ready, bool mirror, char*& packed, char*& spare, double* sums) {
+  std::atomic<int64_t> dealt{0};
+  if (!ready) {
+    team.each(
+        [&](int) { Ahead(p, share.panels, first, std::min(p.chunk_runs, end - first), &dealt, packed).finish(); });
+  }
+  for (; first < end; first += p.chunk_runs) {
+    const int64_t count = std::min(p.chunk_runs, end - first), next = first + count;
+    const int64_t next_end = next == end ? p.runs : end;
+    dealt = 0;
+    team.each([&](int) {
+      Ahead begin(p, share.panels, first, 0, nullptr, packed);
+      Ahead ahead(p, share.panels, next, std::min(p.chunk_runs, next_end - next), &dealt, spare);
+      add_chunk(team, true, p, share, first, count, mirror && next == end, begin, ahead, packed, sums);
+    });
+    std::swap(packed, spare);
   }
 }
 
@@ -109,25 +145,27 @@ void add_runs(Workers& team, int64_t self, const SecondMomentProblem& p, const S
 // of a power of two of channels share the cache's sets.
 void finish(Team& team, int64_t n, const double* sums, int64_t groups, double* out) {
   constexpr int64_t size = 32;
-  double turned[size][size];
   const int64_t blocks = (n + size - 1) / size;
-  for (int64_t task = team.next(); task < blocks; task = team.next()) {
-    const int64_t row = (blocks - 1 - task) * size, row_end = std::min(n, row + size);  // the longest first
-    for (int64_t column = 0; column <= row; column += size) {
-      const int64_t column_end = std::min(row_end, column + size);
-      for (int64_t i = row; i < row_end; ++i) {
-        const int64_t last = std::min(column_end, i + 1);
-        for (int64_t group = 0; group < groups; ++group) {
-          const double* part = sums + group * n * n;
-          for (int64_t j = column; j < last; ++j) out[i * n + j] += part[i * n + j];
+  team.each([&](int) {
+    double turned[size][size];
+    for (int64_t task = team.next(); task < blocks; task = team.next()) {
+      const int64_t row = (blocks - 1 - task) * size, row_end = std::min(n, row + size);  // the longest first
+      for (int64_t column = 0; column <= row; column += size) {
+        const int64_t column_end = std::min(row_end, column + size);
+        for (int64_t i = row; i < row_end; ++i) {
+          const int64_t last = std::min(column_end, i + 1);
+          for (int64_t group = 0; group < groups; ++group) {
+            const double* part = sums + group * n * n;
+            for (int64_t j = column; j < last; ++j) out[i * n + j] += part[i * n + j];
+          }
+          for (int64_t j = column; j < last; ++j) turned[j - column][i - row] = out[i * n + j];
         }
-        for (int64_t j = column; j < last; ++j) turned[j - column][i - row] = out[i * n + j];
-      }
-      for (int64_t j = column; j < column_end; ++j) {
-        for (int64_t i = std::max(row, j + 1); i < row_end; ++i) out[j * n + i] = turned[j - column][i - row];
+        for (int64_t j = column; j < column_end; ++j) {
+          for (int64_t i = std::max(row, j + 1); i < row_end; ++i) out[j * n + i] = turned[j - column][i - row];
+        }
       }
     }
-  }
+  });
 }
 
 // The blocks in order of rows, cut into `parts` of the same work.
@@ -186,17 +224,19 @@ Status run_few(const SecondMomentProblem& p, double* out, int threads) {
   const double work = 0.5 * static_cast<double>(positions + 16) * n * n;  // 16: to read and write the sums
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 4e6));
   Team::run(threads, [&](Team& team) {
-    alignas(64) double part[block_rows * block_columns];
-    for (int64_t task = team.next(); task < down * across; task = team.next()) {
-      const int64_t rows[2] = {(down - 1 - task / across) * block_rows,
-                               std::min(n, (down - task / across) * block_rows)};
-      const int64_t columns[2] = {task % across * block_columns, std::min(n, (task % across + 1) * block_columns)};
-      if (columns[0] >= rows[1]) continue;
-      const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
-      p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],
-                      part + (first - rows[0]) * block_columns);
-      p.kernels.add_mirrored(part, block_columns, rows, columns, n, out);
-    }
+    team.each([&](int) {
+      alignas(64) double part[block_rows * block_columns];
+      for (int64_t task = team.next(); task < down * across; task = team.next()) {
+        const int64_t rows[2] = {(down - 1 - task / across) * block_rows,
+                                 std::min(n, (down - task / across) * block_rows)};
+        const int64_t columns[2] = {task % across * block_columns, std::min(n, (task % across + 1) * block_columns)};
+        if (columns[0] >= rows[1]) continue;
+        const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
+        p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],
+                        part + (first - rows[0]) * block_columns);
+        p.kernels.add_mirrored(part, block_columns, rows, columns, n, out);
+      }
+    });
   });
   workspace.trim(alone_bytes);
   return Status::ok;
@@ -206,7 +246,7 @@ Status run_few(const SecondMomentProblem& p, double* out, int threads) {
 // wait; they are better off alone, each packing what it needs.
 enum class Sharing {
   groups,  // few channels: runs form groups, each summed by one thread and by itself
-  blocks,  // many channels: each thread has blocks of its own, of all runs
+  blocks,  // many channels: shares of the blocks, each of all runs and by one thread
   none,    // too many threads for that: they pack and add up every chunk together
 };
 
@@ -242,7 +282,7 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
         blocks.push_back({row, row_end, column, std::min(p.padded, column + block_columns), 0});
       }
     }
-    shares = split(p, blocks, sharing == Sharing::blocks ? threads : 1);
+    shares = split(p, blocks, sharing == Sharing::blocks && threads > 1 ? threads * thread_shares : 1);
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
@@ -252,48 +292,58 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
   if (!packed) return Status::out_of_memory;
   double* const sums = reinterpret_cast<double*>(packed + (packed_bytes + 63) / 64 * 64);
 
+  const auto buffer = [&](int worker) {
+    char* const mine = packed + buffers * packed_size * worker;
+    for (int64_t row = 0; row < buffers * p.chunk_runs * p.padded; ++row) {
+      if (row % p.padded >= n) std::memset(mine + row * key_stride, 0, run_bytes);
+    }
+    return mine;
+  };
+  const int64_t turns = std::max<int64_t>(groups, 1);
+  const auto first_of = [&](int64_t group) { return std::min(p.runs, group * group_runs); };
+  const auto end_of = [&](int64_t group) { return groups ? first_of(group + 1) : p.runs; };
   Team::run(threads, [&](Team& team) {
-    const int64_t self = team.join();
-    const bool alone = sharing != Sharing::none;
-    char* now = packed + (alone ? buffers * packed_size * self : 0);
-    char* spare = now + (buffers - 1) * packed_size;
-    if (alone || self == 0) {
-      for (int64_t row = 0; row < buffers * p.chunk_runs * p.padded; ++row) {
-        if (row % p.padded >= n) std::memset(now + row * key_stride, 0, run_bytes);
-      }
-    }
-    Solo solo;
     if (sharing == Sharing::groups) {
-      bool ready = false;
-      for (int64_t group = self; group < groups; group += team.size()) {
-        double* mine = sums + group * n * n;
-        std::fill(mine, mine + n * n, 0.0);
-        add_runs(solo, 0, p, shares[0], group * group_runs, std::min(p.runs, (group + 1) * group_runs),
-                 std::min(p.runs, (group + team.size()) * group_runs), ready, false, now, spare, mine);
-        ready = true;
-      }
-    } else {
-      for (int64_t row = team.next(); row < groups * n; row = team.next()) {
-        std::fill(sums + row * n, sums + row * n + n, 0.0);
-      }
-      team.meet();
-      for (int64_t group = 0; group < std::max<int64_t>(groups, 1); ++group) {
-        const int64_t first = group * group_runs, end = groups ? std::min(p.runs, first + group_runs) : p.runs;
-        double* target = groups ? sums + group * n * n : out;
-        if (alone) {
-          for (int64_t part = self; part < threads; part += team.size()) {  // one each, if all threads could be had
-            const bool ready = group > 0 && team.size() == threads;
-            add_runs(solo, 0, p, shares[part], first, end, end, ready, groups == 0, now, spare, target);
-          }
-        } else {
-          add_runs(team, self, p, shares[0], first, end, end, group > 0, groups == 0, now, spare, target);
+      team.each([&](int worker) {
+        char *now = buffer(worker), *spare = now + (buffers - 1) * packed_size;
+        bool ready = false;
+        int64_t after = 0;
+        const auto then = [&] { return Next{&shares[0], first_of(after = team.next())}; };
+        for (int64_t group = team.next(); group < groups; group = after) {
+          double* mine = sums + group * n * n;
+          std::fill(mine, mine + n * n, 0.0);
+          add_runs(p, shares[0], first_of(group), end_of(group), then, ready, false, now, spare, mine);
+          ready = true;
         }
+      });
+    } else if (sharing == Sharing::blocks) {
+      if (groups) std::fill(sums, sums + groups * n * n, 0.0);
+      const int64_t parts = static_cast<int64_t>(shares.size());
+      team.each([&](int worker) {
+        char *now = buffer(worker), *spare = now + (buffers - 1) * packed_size;
+        bool ready = false;
+        int64_t after = 0;
+        const auto then = [&] {
+          after = team.next();
+          return after < turns * parts ? Next{&shares[after % parts], first_of(after / parts)}
+                                       : Next{&shares[0], p.runs};
+        };
+        for (int64_t task = team.next(); task < turns * parts && p.runs > 0; task = after) {
+          const int64_t group = task / parts;
+          add_runs(p, shares[task % parts], first_of(group), end_of(group), then, ready, groups == 0, now, spare,
+                   groups ? sums + group * n * n : out);
+          ready = true;
+        }
+      });
+    } else {
+      char *now = buffer(0), *spare = now + (buffers - 1) * packed_size;
+      if (groups) std::fill(sums, sums + groups * n * n, 0.0);
+      for (int64_t group = 0; group < turns; ++group) {
+        add_runs_together(team, p, shares[0], first_of(group), end_of(group), group > 0, groups == 0, now, spare,
+                          groups ? sums + group * n * n : out);
       }
     }
-    if (groups > 0 || p.runs == 0) {
-      team.meet();
-      finish(team, n, sums, groups, out);
-    }
+    if (groups > 0 || p.runs == 0) finish(team, n, sums, groups, out);
   });
   workspace.trim(alone_bytes + group_bytes);
   return Status::ok;

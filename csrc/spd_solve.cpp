@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t block_size = 64;      // columns factored before the rest of the matrix is updated
 constexpr int64_t most_kept = 1 << 23;  // bytes of work space that a thread keeps for its next call
 
-// Work space of one matrix; `sums` has one part per thread.
+// Work space of one matrix.
 struct Space {
   Aligned<double> packed, transposed, columns;
   Space(int64_t n, int width)
@@ -28,54 +28,59 @@ int64_t tile_size(const SPDSolveKernels& kernels) { return kernels.rows * kernel
 
 // Right-looking blocked factorisation: factor a diagonal block, solve for the rows below it, subtract their
 // products (a second moment of the rows!) from the rest.
+// `all_sums` has tile_size(kernels) numbers for each worker. Returns 0, or the 1-based number of a pivot that is not
+// positive.
 template <class Workers>
-void factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n, const Space& space, double* sums,
-            std::atomic<int64_t>& failed) {
+int64_t factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n, const Space& space,
+               double* all_sums) {
   const int64_t width = kernels.width, panel_size = width * block_size;
   for (int64_t k = 0; k < n; k += block_size) {
     const int64_t size = std::min(block_size, n - k), below = k + size, rest = n - below;
     const int64_t panels = (rest + width - 1) / width;
-    if (team.next() == 0) {
-      const int bad = kernels.factor_block(a + k * n + k, n, n - k, static_cast<int>(size), space.columns.data());
-      if (bad) failed = k + bad;
-      for (int64_t i = 0; i < size && rest > 0; ++i) {
-        for (int64_t j = 0; j < size; ++j) space.transposed.data()[j * size + i] = a[(k + i) * n + k + j];
-      }
+    const int bad = kernels.factor_block(a + k * n + k, n, n - k, static_cast<int>(size), space.columns.data());
+    if (bad) return k + bad;
+    if (rest == 0) break;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j < size; ++j) space.transposed.data()[j * size + i] = a[(k + i) * n + k + j];
     }
-    team.meet();
-    if (failed) return;
-
-    for (int64_t panel = team.next(); panel < panels; panel = team.next()) {
-      double* packed = space.packed.data() + panel * panel_size;
-      const int64_t row = below + panel * width, rows = std::min(width, n - row);
-      kernels.pack(a + row * n + k, n, static_cast<int>(rows), static_cast<int>(size), packed);
-      kernels.solve_panel(packed, space.transposed.data(), static_cast<int>(size));
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < size; ++j) a[(row + i) * n + k + j] = packed[j * width + i];
-      }
-    }
-    team.meet();
-
-    const int64_t row_groups = (rest + kernels.rows - 1) / kernels.rows;
-    for (int64_t task = team.next(); task < row_groups; task = team.next()) {
-      const int64_t row = (row_groups - 1 - task) * kernels.rows;  // the longest rows first
-      for (int64_t panel = 0; panel * width <= row; panel += kernels.panels) {
-        const int64_t count = std::min<int64_t>(row / width + 1 - panel, kernels.panels);
-        std::fill(sums, sums + kernels.rows * count * width, 0.0);
-        kernels.tile(space.packed.data() + row / width * panel_size + row % width,
-                     space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
-                     static_cast<int>(size), sums);
-        for (int64_t i = row; i < std::min(row + kernels.rows, rest); ++i) {
-          const int64_t end = std::min(count * width, i + 1 - panel * width);  // up to the diagonal
-          double* target = a + (below + i) * n + below + panel * width;
-          for (int64_t j = 0; j < end; ++j) target[j] -= sums[(i - row) * count * width + j];
+    team.each([&](int) {
+      for (int64_t panel = team.next(); panel < panels; panel = team.next()) {
+        double* packed = space.packed.data() + panel * panel_size;
+        const int64_t row = below + panel * width, rows = std::min(width, n - row);
+        kernels.pack(a + row * n + k, n, static_cast<int>(rows), static_cast<int>(size), packed);
+        kernels.solve_panel(packed, space.transposed.data(), static_cast<int>(size));
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < size; ++j) a[(row + i) * n + k + j] = packed[j * width + i];
         }
       }
-    }
-    team.meet();
+    });
+
+    const int64_t row_groups = (rest + kernels.rows - 1) / kernels.rows;
+    team.each([&](int worker) {
+      double* const sums = all_sums + worker * tile_size(kernels);
+      for (int64_t task = team.next(); task < row_groups; task = team.next()) {
+        const int64_t row = (row_groups - 1 - task) * kernels.rows;  // the longest rows first
+        for (int64_t panel = 0; panel * width <= row; panel += kernels.panels) {
+          const int64_t count = std::min<int64_t>(row / width + 1 - panel, kernels.panels);
+          std::fill(sums, sums + kernels.rows * count * width, 0.0);
+          kernels.tile(space.packed.data() + row / width * panel_size + row % width,
+                       space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
+                       static_cast<int>(size), sums);
+          for (int64_t i = row; i < std::min(row + kernels.rows, rest); ++i) {
+            const int64_t end = std::min(count * width, i + 1 - panel * width);  // up to the diagonal
+            double* target = a + (below + i) * n + below + panel * width;
+            for (int64_t j = 0; j < end; ++j) target[j] -= sums[(i - row) * count * width + j];
+          }
+        }
+      }
+    });
   }
-  for (int64_t row = team.next(); row < n; row = team.next()) std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
-  team.meet();
+  team.each([&](int) {
+    for (int64_t row = team.next(); row < n; row = team.next()) {
+      std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
+    }
+  });
+  return 0;
 }
 
 }  // namespace
@@ -84,44 +89,46 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
   if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !found))) return Status::bad_argument;
   const int64_t blocks = (n + block_size - 1) / block_size;
   threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 16)));
-  Aligned<double> memory(threads);
+  struct Seen {
+    double difference, poison;  // poison: 0, or NaN once anything was not finite
+  };
+  Aligned<Seen> memory(threads);
   if (!memory.data()) return Status::out_of_memory;
-  double* const worst = memory.data();
+  Seen* const seen = memory.data();
   Team::run(threads, [&](Team& team) {
-    const int64_t me = team.join();
     for (int64_t b = 0; b < batch; ++b) {
       const double* a = matrices + b * n * n;
-      double largest = 0, poison = 0;  // poison: 0, or NaN once anything was not finite
-      for (int64_t block = team.next(); block < blocks; block = team.next()) {
-        const int64_t first = block * block_size, last = std::min(first + block_size, n);
-        for (int64_t other = 0; other <= first; other += block_size) {
-          for (int64_t i = first; i < last; ++i) {
-            for (int64_t j = other; j < std::min(other + block_size, i + 1); ++j) {
-              const double difference = std::abs(a[i * n + j] - a[j * n + i]);
-              largest = difference > largest ? difference : largest;
-              poison += difference - difference;
+      std::fill(seen, seen + threads, Seen{0, 0});
+      team.each([&](int worker) {
+        double largest = seen[worker].difference, poison = seen[worker].poison;
+        for (int64_t block = team.next(); block < blocks; block = team.next()) {
+          const int64_t first = block * block_size, last = std::min(first + block_size, n);
+          for (int64_t other = 0; other <= first; other += block_size) {
+            for (int64_t i = first; i < last; ++i) {
+              for (int64_t j = other; j < std::min(other + block_size, i + 1); ++j) {
+                const double difference = std::abs(a[i * n + j] - a[j * n + i]);
+                largest = difference > largest ? difference : largest;
+                poison += difference - difference;
+              }
             }
           }
         }
+        seen[worker] = {largest, poison};
+      });
+      double sum = 0, top = 0, difference = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double entry = a[i * n + i];
+        sum += entry;
+        top = std::max(top, std::abs(entry));
       }
-      worst[me] = largest + poison;
-      team.meet();
-      if (me == 0) {
-        double sum = 0, top = 0, difference = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const double entry = a[i * n + i];
-          sum += entry;
-          top = std::max(top, std::abs(entry));
-        }
-        for (int64_t t = 0; t < team.size(); ++t) {
-          difference = std::max(difference, worst[t]) + (worst[t] - worst[t]);  // one NaN is enough, and stays
-        }
-        double* const out = found + 3 * b;
-        out[0] = sum / static_cast<double>(n);
-        out[1] = top;
-        out[2] = difference + (sum - sum);
+      for (int worker = 0; worker < threads; ++worker) {
+        difference =
+            std::max(difference, seen[worker].difference) + seen[worker].poison;  // one NaN is enough, and stays
       }
-      team.meet();
+      double* const out = found + 3 * b;
+      out[0] = sum / static_cast<double>(n);
+      out[1] = top;
+      out[2] = difference + (sum - sum);
     }
   });
   return Status::ok;
@@ -159,27 +166,27 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
     Aligned<double> sums(threads * tile_size(kernels));
     if (!space.ok() || !sums.data()) return Status::out_of_memory;
     for (int64_t b = 0; b < batch; ++b) {
-      std::atomic<int64_t> failed{0};
-      Team::run(threads, [&](Team& team) {
-        factor(team, kernels, matrices + b * n * n, n, space, sums.data() + team.join() * tile_size(kernels), failed);
-      });
-      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+      int64_t failed = 0;
+      Team::run(threads,
+                [&](Team& team) { failed = factor(team, kernels, matrices + b * n * n, n, space, sums.data()); });
+      info[b] = failed ? failed : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
     }
     return Status::ok;
   }
   Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
-    const Space space(n, kernels.width);
-    Aligned<double> sums(tile_size(kernels));
-    if (!space.ok() || !sums.data()) {
-      out_of_memory = true;
-      return;
-    }
-    for (int64_t b = team.next(); b < batch; b = team.next()) {
-      std::atomic<int64_t> failed{0};
-      Solo solo;
-      factor(solo, kernels, matrices + b * n * n, n, space, sums.data(), failed);
-      info[b] = failed ? failed.load() : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
-    }
+    team.each([&](int) {
+      const Space space(n, kernels.width);
+      Aligned<double> sums(tile_size(kernels));
+      for (int64_t b = team.next(); b < batch; b = team.next()) {
+        if (!space.ok() || !sums.data()) {
+          out_of_memory = true;
+          continue;
+        }
+        Solo solo;
+        const int64_t failed = factor(solo, kernels, matrices + b * n * n, n, space, sums.data());
+        info[b] = failed ? failed : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+      }
+    });
   });
   return out_of_memory ? Status::out_of_memory : Status::ok;
 }
@@ -286,36 +293,39 @@ Status cholesky_solve(const double* matrices, const double* lower, int64_t batch
   std::atomic<bool> poisoned{false}, out_of_memory{false};
   const auto solve_all = [&](const double* l, const double* from, double* to, int64_t count, int workers) {
     Team::run(workers, [&](Team& team) {
-      double* const space = spaces + team.join() * spare;
-      for (int64_t task = team.next(); task < count * panels; task = team.next()) {
-        const int64_t b = task / panels, at = b * n * m;
-        const Sides sides = sides_of(m, panels, task % panels, kernels.width);
-        solve_sides(kernels, l + b * n * n, n, m, sides, from + at, to + at, space);
-      }
+      team.each([&](int worker) {
+        for (int64_t task = team.next(); task < count * panels; task = team.next()) {
+          const int64_t b = task / panels, at = b * n * m;
+          const Sides sides = sides_of(m, panels, task % panels, kernels.width);
+          solve_sides(kernels, l + b * n * n, n, m, sides, from + at, to + at, spaces + worker * spare);
+        }
+      });
     });
   };
   solve_all(lower, rhs, x, batch, static_cast<int>(std::min<int64_t>(threads, batch * panels)));
   Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
-    double* const space = spaces + team.join() * spare;
-    for (int64_t b = team.next(); b < batch; b = team.next()) {
-      const double* const a = matrices + b * n * n;
-      const double* const right = rhs + b * n * m;
-      bool whole = true;
-      const bool done = is_solved(kernels, a, n, m, right, x + b * n * m, space, whole);
-      if (!whole) poisoned = true;
-      if (done || !whole) continue;
-      Aligned<double> change(n * m);
-      if (!change.data()) {
-        out_of_memory = true;
-        continue;
+    team.each([&](int worker) {
+      double* const space = spaces + worker * spare;
+      for (int64_t b = team.next(); b < batch; b = team.next()) {
+        const double* const a = matrices + b * n * n;
+        const double* const right = rhs + b * n * m;
+        bool whole = true;
+        const bool done = is_solved(kernels, a, n, m, right, x + b * n * m, space, whole);
+        if (!whole) poisoned = true;
+        if (done || !whole) continue;
+        Aligned<double> change(n * m);
+        if (!change.data()) {
+          out_of_memory = true;
+          continue;
+        }
+        residual_of(kernels, a, n, m, right, x + b * n * m, change.data(), space);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const Sides sides = sides_of(m, panels, panel, kernels.width);
+          solve_sides(kernels, lower + b * n * n, n, m, sides, change.data(), change.data(), space);
+        }
+        for (int64_t i = 0; i < n * m; ++i) x[b * n * m + i] += change.data()[i];
       }
-      residual_of(kernels, a, n, m, right, x + b * n * m, change.data(), space);
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const Sides sides = sides_of(m, panels, panel, kernels.width);
-        solve_sides(kernels, lower + b * n * n, n, m, sides, change.data(), change.data(), space);
-      }
-      for (int64_t i = 0; i < n * m; ++i) x[b * n * m + i] += change.data()[i];
-    }
+    });
   });
   kept.trim(most_kept);
   finite = !poisoned;
@@ -342,11 +352,13 @@ Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimi
   const int64_t blocks = (batch * n + block_size - 1) / block_size;  // fresh pages cost more than the copy: by all
   const int copiers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 18)));
   Team::run(copiers, [&](Team& team) {
-    for (int64_t block = team.next(); block < blocks; block = team.next()) {
-      for (int64_t row = block * block_size; row < std::min((block + 1) * block_size, batch * n); ++row) {
-        std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+    team.each([&](int) {
+      for (int64_t block = team.next(); block < blocks; block = team.next()) {
+        for (int64_t row = block * block_size; row < std::min((block + 1) * block_size, batch * n); ++row) {
+          std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+        }
       }
-    }
+    });
   });
   status = cholesky(lower, batch, n, limits.least, info.data(), threads, isa);
   if (status == Status::ok && std::all_of(info.begin(), info.end(), [](int64_t bad) { return bad == 0; })) {

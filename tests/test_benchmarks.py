@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 
 import rewrite_core
 from rewrite_core import backends
-from rewrite_core.benchmarks import harness, large, lines, report, runner
+from rewrite_core.benchmarks import harness, large, lines, neighbour, report, runner
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
@@ -353,3 +354,19 @@ def test_a_step_is_measured_at_its_peak():
 
     found, kept = large.measured(run)
     assert 49 << 20 <= found["peak"] < 60 << 20 and 10 << 20 <= found["kept"] < 20 << 20 and len(kept) == 10 << 20
+
+
+def test_beside_a_busy_neighbour(capsys, monkeypatch):
+    words = ["neighbour", "solve", "second-moment", "--quick", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert neighbour.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("-> ") == 2 * (CASES["second-moment"] + CASES["solve"])
+    assert re.search(r"^second-moment: kept [\d.]+, geometric mean over 2 cases", out, re.MULTILINE)
+
+
+def test_the_neighbour_ends_with_what_it_disturbs():
+    with pytest.raises(KeyboardInterrupt), neighbour.neighbour() as process:
+        assert process.poll() is None
+        raise KeyboardInterrupt
+    assert process.poll() is not None

@@ -42,7 +42,9 @@ def build(request, tmp_path_factory):
 def checked(build, *words):
     kind, program = build
     if kind == "valgrind":
-        program = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=full", program]
+        # definite: threads that run until the end keep what is "possibly lost"
+        leaks = ["--leak-check=full", "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"]
+        program = ["valgrind", "-q", "--error-exitcode=9", *leaks, program]
         return run([*program, *words], build[1].parent)
     return run([program, *words], program.parent, UBSAN_OPTIONS="print_stacktrace=1")
 

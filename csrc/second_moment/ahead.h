@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -92,20 +93,19 @@ inline void pack(const SecondMomentProblem& p, int64_t run, int64_t channel, int
 // elsewhere a panel is packed as soon as the cache was asked for all of it. What tiles have not got to when it is
 // needed, finish() packs.
 //
-// A panel is packed for one run at a time; the two make a task, and worker w of n has the tasks w, w + n, ... A portion
-// is what one tile asks for: of maps one channel's run, of other layouts some neighbouring positions. Tiles make fewer
-// steps in the last run of all, and would copy less: but nothing is left to pack by then.
+// A panel is packed for one run at a time; the two make a task, and workers that share the packed keys take the next
+// one each. A portion is what one tile asks for: of maps one channel's run, of other layouts some neighbouring
+// positions. Tiles make fewer steps in the last run of all, and would copy less: but nothing is left to pack by then.
 class Ahead {
  public:
-  Ahead(const SecondMomentProblem& p, const std::vector<int64_t>& panels, int64_t first_run, int64_t runs, int64_t self,
-        int64_t workers, char* packed)
+  Ahead(const SecondMomentProblem& p, const std::vector<int64_t>& panels, int64_t first_run, int64_t runs,
+        std::atomic<int64_t>* shared, char* packed)
       : p_(p),
         order_(panels.data()),
         panels_(panels.size()),
         first_run_(first_run),
         tasks_(std::max<int64_t>(runs, 0) * panels_),
-        task_(self),
-        workers_(workers),
+        shared_(shared),
         packed_(packed) {
     steps_ = p.run_length / p.kernels.vector;
     step_bytes_ = run_bytes / steps_;
@@ -117,7 +117,7 @@ class Ahead {
       lines_[step] = step * line_stride;
       packed_lines_[step] = step * step_bytes_;
     }
-    if (task_ < tasks_) start_panel();
+    next_panel();
   }
 
   // What the next tile does besides, null for nothing; then call advance(). `urgent` are packed keys to ask for first.
@@ -177,7 +177,7 @@ class Ahead {
   }
 
   void next_panel() {
-    task_ += workers_;
+    task_ = shared_ ? shared_->fetch_add(1, std::memory_order_relaxed) : task_ + 1;
     portion_ = 0;
     if (task_ < tasks_) start_panel();
   }
@@ -200,7 +200,8 @@ class Ahead {
   static constexpr int64_t most_steps = 128;  // of a run: vectors have 16 bytes at least
   const SecondMomentProblem& p_;
   const int64_t* order_;
-  int64_t panels_, first_run_, tasks_, task_, workers_;
+  int64_t panels_, first_run_, tasks_, task_ = -1;
+  std::atomic<int64_t>* shared_;  // the next task of all workers; null: this one has them all
   char* packed_;
   int64_t steps_, step_bytes_, portion_stride_, panel_portions_;
   int64_t portion_ = 0, channels_ = 0, table_run_ = -1;

@@ -660,6 +660,43 @@ void check_all_projected(bool smallest, Isa isa) {
   }
 }
 
+// --- threads -------------------------------------------------------------------------------------------------------
+
+// Several callers at once, many phases, helpers that come and go: every task of every phase is done once, before the
+// phase ends, and workers have numbers of their own.
+void check_team(bool smallest) {
+  const int callers = 3, phases = smallest ? 3 : 200, workers = 5;
+  const int64_t tasks = 40;
+  std::vector<char> right(callers, true);
+  const auto call = [&](int caller) {
+    bool good = true;
+    std::vector<int64_t> done(tasks);
+    std::vector<std::atomic<int>> inside(workers);
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      Team::run(workers, [&](Team& team) {
+        good &= team.workers() == workers;
+        for (int phase = 0; phase < phases; ++phase) {
+          std::fill(done.begin(), done.end(), 0);
+          std::atomic<bool> alone{true};
+          team.each([&](int worker) {
+            if (worker < 0 || worker >= workers || inside[worker]++) alone = false;
+            for (int64_t task = team.next(); task < tasks; task = team.next()) done[task] += task + phase;
+            --inside[worker];
+          });
+          for (int64_t task = 0; task < tasks; ++task) good &= done[task] == task + phase;
+          good &= alone;
+        }
+        if (repeat == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // helpers are asleep then
+      });
+    }
+    right[caller] = good;
+  };
+  std::vector<std::thread> threads;
+  for (int caller = 0; caller < callers; ++caller) threads.emplace_back(call, caller);
+  for (std::thread& thread : threads) thread.join();
+  check(std::find(right.begin(), right.end(), false) == right.end(), "a team's tasks");
+}
+
 // --- mistakes ------------------------------------------------------------------------------------------------------
 
 int make(const std::string& mistake) {
@@ -700,6 +737,7 @@ int main(int count, char** arguments) {
     }
   }
   std::string ran;
+  check_team(smallest);
   for (int64_t n : smallest ? std::vector<int64_t>{1, 9} : std::vector<int64_t>{1, 9, 64, 65, 300}) check_examine(2, n);
   for (int number = 0; number <= static_cast<int>(detect_isa()); ++number) {
     const Isa isa = static_cast<Isa>(number);
