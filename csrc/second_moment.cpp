@@ -321,18 +321,20 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
       const int64_t parts = static_cast<int64_t>(shares.size());
       team.each([&](int worker) {
         char *now = buffer(worker), *spare = now + (buffers - 1) * packed_size;
-        bool ready = false;
+        bool ready = false, ahead = false;
         int64_t after = 0;
         const auto then = [&] {
           after = team.next();
-          return after < turns * parts ? Next{&shares[after % parts], first_of(after / parts)}
-                                       : Next{&shares[0], p.runs};
+          return ahead && after < turns * parts ? Next{&shares[after % parts], first_of(after / parts)}
+                                                : Next{&shares[0], p.runs};
         };
         for (int64_t task = team.next(); task < turns * parts && p.runs > 0; task = after) {
           const int64_t group = task / parts;
+          // beside a shorter run, tiles make fewer steps and would copy less
+          ahead = end_of(group) < p.runs || p.length(p.runs - 1) == p.run_length;
           add_runs(p, shares[task % parts], first_of(group), end_of(group), then, ready, groups == 0, now, spare,
                    groups ? sums + group * n * n : out);
-          ready = true;
+          ready = ahead;
         }
       });
     } else {
