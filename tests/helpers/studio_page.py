@@ -25,7 +25,7 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-PATIENCE = 60_000  # milliseconds, on a busy machine
+PATIENCE = 150_000  # milliseconds, on a busy machine
 
 
 class Server:
