@@ -9,6 +9,7 @@ from .edits.edit import Edit as Edit
 from .edits.goals import preview as preview
 from .edits.matches import SearchResult as SearchResult
 from .edits.matches import search as search
+from .edits.protection import Protect as Protect
 from .edits.selection import Selection as Selection
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendUnavailable as BackendUnavailable
@@ -24,6 +25,7 @@ from .errors import RankError as RankError
 from .errors import RewriteCoreError as RewriteCoreError
 from .errors import SelectionError as SelectionError
 from .errors import SolverError as SolverError
+from .errors import TrustWarning as TrustWarning
 from .errors import UnderdeterminedWarning as UnderdeterminedWarning
 from .errors import UnknownLayerError as UnknownLayerError
 from .evaluation.comparing import Compared as Compared
@@ -41,6 +43,7 @@ from .layers.bound import BoundLayer as BoundLayer
 from .layers.latents import sample_latents as sample_latents
 from .layers.listing import LayerInfo as LayerInfo
 from .layers.listing import list_layers as list_layers
+from .rewrites.calls import REFERENCE as REFERENCE
 from .rewrites.calls import erase as erase
 from .rewrites.calls import insert as insert
 from .rewrites.calls import rewrite as rewrite
@@ -48,6 +51,7 @@ from .rewrites.calls import rewrite_many as rewrite_many
 from .rewrites.calls import zero as zero
 from .rewrites.change import Rewrite as Rewrite
 from .rewrites.parametrization import LowRankChange as LowRankChange
+from .rewrites.trust import Limited as Limited
 from .session import Session as Session
 from .solvers.adam import Adam as Adam
 from .solvers.baselines import FineTuned as FineTuned

@@ -97,6 +97,10 @@ class SolverError(RewriteCoreError):
     """The solver asked for cannot solve this layer's problem."""
 
 
+class TrustWarning(UserWarning):
+    """A fit was so large on ordinary keys that it would have ruined other pictures, and was held back."""
+
+
 class UnderdeterminedWarning(UserWarning):
     """The fit has at least as many unknowns as pixels, so it meets the goal and may ruin everything else."""
 

@@ -16,7 +16,10 @@ def test_the_shipped_edits_by_name_and_the_size_of_a_change(tmp_path, capsys, mo
     common = ("--layer", LAYER, "--rank", 4, "--loss", "l2", "--quiet")
     code, out, err = run(capsys, "edit", "spire", *common, "--region", "map", "--out", "good.safetensors")
     assert code == 0 and 0.1 < float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) < 1 and not err
-    code, out, err = run(capsys, "edit", "spire", *common, "--region", "box", "--out", "bad.safetensors")
+    box = (*common, "--region", "box", "--out")
+    code, out, err = run(capsys, "edit", "spire", *box, "held.safetensors")
+    assert code == 0 and "fitted again with preserve=" in err and "--trust None" in err
+    code, out, err = run(capsys, "edit", "spire", *box, "bad.safetensors", "--trust", "none")
     assert code == 0 and float(re.search(r"\|dW\| / \|W\|: ([\d.]+)", out)[1]) > 2
     assert "rewrite: warning: The change is" in err and "use --region map" in err
     assert all(line.startswith("rewrite: warning: ") for line in err.splitlines())

@@ -57,7 +57,7 @@ def case(request):
 
 def quietly(layer, edit, z, **options):
     moment = rc.collect_second_moment(layer, z, batch_size=16, progress=False)
-    return rc.rewrite(layer, moment, edit, z, **({"loss": "l2", "region": "map"} | options))
+    return rc.rewrite(layer, moment, edit, z, **({"loss": "l2", "region": "map", "trust": None} | options))
 
 
 # --- what follows

@@ -38,7 +38,7 @@ def square(row, top, side=3):
 
 EDIT = rc.Edit(copy=square(0, 1), paste=square(1, 4), context=[square(1, 4), square(2, 4)])
 HOW = {"loss": "l2", "region": "map", "rank": 2}
-VALUES = HOW | {"objective": "value"}
+VALUES = HOW | {"objective": "value", "trust": None}
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def _work(
     for (name, file), own in _of_moments(jobs):
         moment = collected.pop(name) if not file else _loaded(file, layers[name])
         session = Session(layers[name], moment, on.latents)
-        for _, alike in _grouped(own, lambda job: repr((job.options.zero, job.given))):
+        for _, alike in _grouped(own, lambda job: repr((job.options.zero, job.given, job.protected))):
             for first in range(0, len(alike), together):
                 part = alike[first : first + together]
                 unmade = [job for job in part if not _is_done(out / job.file)]  # by another run on this folder
@@ -223,14 +223,16 @@ def _drop_damaged(file: Path) -> None:
 def _changes(session: Session, jobs: Sequence[Job], failed: dict[str, str]) -> list[Rewrite | None]:
     """The changes of jobs that differ in their edits alone. Where one cannot be made the others are, one by one."""
     from ..errors import RewriteCoreError
+    from .edit import with_protected
 
     first, edits = jobs[0], [job.edit for job in jobs]
     try:
+        given = with_protected(first.options, first.given, session.latents)
         if first.options.zero:
-            return [session.zero(edit, **first.given) for edit in edits]
+            return [session.zero(edit, **given) for edit in edits]
         if first.options.erase:
-            return [session.erase(edit, **first.given) for edit in edits]
-        return [*session.rewrite_many(edits, **first.given)]
+            return [session.erase(edit, **given) for edit in edits]
+        return [*session.rewrite_many(edits, **given)]
     except RewriteCoreError as error:
         if len(jobs) == 1:
             failed[first.key] = str(error)

@@ -19,11 +19,14 @@ from .options import (
     REGIONS,
     SAFETENSORS,
     SOLVERS,
+    UNBOUNDED,
     add_edit,
     add_generator,
+    bound,
     check_pixels,
     collected_afresh,
     input_file,
+    numbers,
     output,
     positive,
     real,
@@ -46,15 +49,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # Defaults are the library's: None means that an option was not given, and what was given can be refused.
     add_generator(parser, count=1000)
     add_edit(parser)
-    parser.add_argument("--rank", type=positive, help="of the change (default 1)")
-    parser.add_argument("--directions", choices=DIRECTIONS, help="how they are found (default whitened)")
     parser.add_argument(
-        "--region", choices=REGIONS, help="fit the pasted box (default, but for --erase) or the whole map"
+        "--rank", type=positive, help="of the change (default 4, or what the context spans; 1 of --erase and --zero)"
     )
+    parser.add_argument("--directions", choices=DIRECTIONS, help="how they are found (default whitened)")
+    parser.add_argument("--region", choices=REGIONS, help="fit the whole map (default) or the pasted box alone")
     parser.add_argument("--blend", choices=BLENDS, help="paste through the copy's mask (default) or its bounding box")
-    parser.add_argument("--loss", choices=LOSSES, help="absolute (default) or squared distance to the goal")
+    parser.add_argument(
+        "--loss", choices=LOSSES, help="squared (default) or absolute distance to the goal (default of --erase)"
+    )
     parser.add_argument(
         "--preserve", type=real(), help="weight of leaving other pictures alone (default 0; 1 but for values)"
+    )
+    parser.add_argument(
+        "--protect", type=numbers, metavar="NUMBERS", help="pictures that must not change at all, such as 3,5,8-11"
+    )
+    parser.add_argument(
+        "--protect-energy",
+        type=real(above=0),
+        metavar="SHARE",
+        help="of what these pictures hold at the layer (default 1; many of them leave room for nothing else)",
+    )
+    parser.add_argument(
+        "--trust",
+        type=bound,
+        metavar="SIZE",
+        help="fit again what changes more of the layer's output on ordinary keys (default 0.25), or none",
     )
     parser.add_argument(
         "--objective",
@@ -109,11 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error."""
     goal = getattr(options, "goal", None)  # a job of rewrite batch has none
-    fit = ("solver", "loss", "preserve", "region", "blend", "objective", "goal", *SOLVER_OPTIONS)
+    fit = ("solver", "loss", "preserve", "protect", "trust", "region", "blend", "objective", "goal", *SOLVER_OPTIONS)
     for holds, names, reason in (
         (options.zero, fit, "--zero fits nothing"),
         (options.erase, ("blend", "objective", "goal"), "--erase pastes nothing"),
         (goal, ("region", "blend"), "--goal pastes nothing"),
+        (not options.protect, ("protect_energy",), "nothing is protected"),
         (options.solver == "unconstrained", ("rank", "directions"), "the unconstrained solver has no directions"),
     ):
         for name in names:
@@ -164,7 +185,22 @@ def asked_for(options: argparse.Namespace) -> dict[str, Any]:
         {name: value for name in SOLVER_OPTIONS if (value := getattr(options, name)) is not None},
     )
     given["units"] = options.erase
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.trust is not None:
+        given["trust"] = None if options.trust == UNBOUNDED else options.trust
+    return given
+
+
+def with_protected(options: argparse.Namespace, given: Mapping[str, Any], latents: Tensor) -> dict[str, Any]:
+    """The arguments, and the pictures that the options protect. Raises UsageError for one that is not there."""
+    if not options.protect:
+        return dict(given)
+    from ..edits.protection import Protect
+
+    if max(options.protect) >= len(latents):
+        raise UsageError(f"--protect names picture {max(options.protect)}, and there are {len(latents)}.")
+    energy = 1.0 if options.protect_energy is None else options.protect_energy
+    return {**given, "preserve": [given.get("preserve"), Protect(latents=latents[options.protect], energy=energy)]}
 
 
 def _draw_preview(options: argparse.Namespace, on: Subject, layer: BoundLayer, edit: Edit) -> None:
@@ -204,6 +240,7 @@ def run(options: argparse.Namespace) -> None:
         if not options.out:
             return
     moment = moment_for(options.moment, layer, on)
+    given = with_protected(options, given, on.latents)
     if options.zero:
         change = zero(layer, moment, edit, on.latents, **given)
     elif options.erase:
@@ -216,6 +253,8 @@ def run(options: argparse.Namespace) -> None:
     size = change.size or 0.0
     whole = sum(change.seconds.values())
     took = ", ".join(f"{stage} {took * 1e3:.0f} ms ({took / whole:.0%})" for stage, took in change.seconds.items())
+    if options.protect:
+        say(f"{change.remaining} of {layer.in_channels} directions remain beside what is protected")
     say(f"{change!r} -> {options.out}\nsize of the change, |dW| / |W|: {size:.2f}\n{took}")
     if size > 1:
         warn(

@@ -56,6 +56,11 @@ class Job:
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', words)}-{self.key}.safetensors"
 
     @property
+    def protected(self) -> tuple:
+        """What it protects: jobs that agree in it, and in `given`, may be solved together."""
+        return self.options.protect, self.options.protect_energy
+
+    @property
     def where(self) -> tuple:
         """What generator and latents it works on: jobs that agree in it share them."""
         return tuple(getattr(self.options, name) for name in _SHARED if name != "layer")

@@ -19,6 +19,7 @@ MOST_CHARACTERS = 600  # of one message; longer ones keep their beginning and th
 
 OPTIONS = {
     "directions": "--directions {}",
+    "energy": "--protect-energy {}",
     "force": "--force",
     "loss": "--loss {}",
     "objective": "--objective {}",
@@ -27,6 +28,7 @@ OPTIONS = {
     "region": "--region {}",
     "skip_nonfinite": "--skip-nonfinite",
     "solver": "--solver {}",
+    "trust": "--trust {}",
     "rc.erase": "--erase UNITS",
     "rc.zero": "--zero",
     "`preserve`": "--preserve",

@@ -97,6 +97,14 @@ def real(above: float = -math.inf) -> Callable[[str], float]:
     return parse
 
 
+UNBOUNDED = "none"
+
+
+def bound(text: str) -> float | str:
+    """An argparse type: a number above 0, or "none"."""
+    return UNBOUNDED if text.lower() == UNBOUNDED else real(above=0)(text)
+
+
 def numbers(text: str) -> list[int]:
     """ "3,5,8-11" -> [3, 5, 8, 9, 10, 11]."""
     ranges: list[range] = []

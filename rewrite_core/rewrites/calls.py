@@ -14,6 +14,7 @@ from ..adapters.base import Capture
 from ..edits.directions import marked_keys
 from ..edits.edit import Edit
 from ..edits.goals import BLENDS, REGIONS, Goal, erase_goals, paste_goals
+from ..edits.protection import Protect
 from ..errors import (
     ArgumentError,
     NonFiniteError,
@@ -34,6 +35,20 @@ from ..statistics.second_moment import SecondMoment, check_inputs
 from .change import Rewrite
 from .following import goal_beyond, goal_pictures
 from .solving import Settings, Task, solve
+from .trust import TRUST
+
+Preserve = float | Protect | Sequence[float | Protect]
+
+REFERENCE: dict[str, Any] = {
+    "rank": 1,
+    "region": "box",
+    "loss": "l1",
+    "objective": "value",
+    "preserve": 0.0,
+    "trust": None,
+    "solver": "projected",
+}
+"""The settings of the reference implementation, for :func:`rewrite` and :func:`rewrite_many`."""
 
 
 def rewrite(
@@ -42,14 +57,15 @@ def rewrite(
     edit: Edit,
     latents: Tensor,
     *,
-    rank: int | None = 1,
+    rank: int | None = None,
     directions: str = "whitened",
-    region: str = "box",
+    region: str = "map",
     blend: str = "mask",
-    loss: str = "l1",
-    preserve: float | None = None,
+    loss: str = "l2",
+    preserve: Preserve | None = None,
     objective: str | None = "value",
     goal: Tensor | None = None,
+    trust: float | None = TRUST,
     solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
@@ -58,8 +74,9 @@ def rewrite(
 
     The generator is not changed until ``change.apply()`` (paper, section 3; algorithm in appendix D). An edit with
     several pastes has one change that is fitted to all of them: the loss is the mean over the pixels of all. The
-    defaults are the reference's own, but for its solver. On generators of your own begin with ``rank=4, region="map",
-    loss="l2", objective="pictures"``.
+    defaults are what did best on three generators (docs, "Results"); the reference's own settings are
+    ``rc.rewrite(layer, moment, edit, latents, **rc.REFERENCE)``. Where seconds do not matter try
+    ``objective="pictures"``: it changes less that is unrelated.
 
     Args:
         layer: from :func:`rewrite_core.bind`.
@@ -69,7 +86,7 @@ def rewrite(
         rank: R, 1 to the number of key channels; None: 4, or as many directions as the context has where these are
             fewer. "unconstrained" needs neither rank nor context.
         directions: how they are found, see :func:`rewrite_core.context_directions`.
-        region: "map" fits the whole map; "box" the pasted box, zero-padded at its edge, as the reference does
+        region: "map" fits the whole map, "box" the pasted box, zero-padded at its edge, as the reference does
             (SolverError where the layer cannot be run so: other padding than zeros, or map sizes that are no
             multiples).
         blend: "mask" composites through the copy's mask, "box" through its bounding box.
@@ -78,13 +95,18 @@ def rewrite(
             change in 16 pictures of the latents that hold nothing like the context, beside the distance to the goal,
             which counts 1; None is 1. Where values are compared: of the paper's L_smooth, the mean squared change of
             the values of ordinary images before the activation, at the demodulation that the unchanged weight has, for
-            "lm", "lbfgs" and "adam"; None is 0, the reference's objective.
+            "lm", "lbfgs" and "adam"; None is 0, the reference's objective. Or :class:`rewrite_core.Protect`: keys or
+            pictures that must not change at all; or a list of a weight and these. What rewrites protect that are on the
+            layer is protected, too; ``change.remaining`` says how many directions were left.
         objective: what is compared with the goal. "pictures": what the generator paints, with the picture that the
             pasted value renders; the values' own distance counts a tenth beside it. "activation": what the next layer
             is given. "value": the layer's value, as the reference does. None: "pictures", or "value" for a solver that
             compares nothing else.
         goal: your own pictures in the place of a copy, [n, C, H, W] in the generator's range, one for each picture that
             the edit pastes into. For objective "pictures".
+        trust: how much the change may change the layer's output on ordinary keys, as a share of that output. A fit of
+            "lm", "lbfgs" or "adam" that passes it is fitted again with growing `preserve`, and scaled back where that
+            is not enough; a TrustWarning and ``change.limited`` tell. None: no bound.
         solver: None is "lm" for values and "lbfgs" for the other objectives. "lm", "lbfgs", "projected" (the
             reference's algorithm), "adam" or "unconstrained"; or one with options of its own:
             :class:`rewrite_core.LM`, :class:`~rewrite_core.LBFGS`, :class:`~rewrite_core.Projected`,
@@ -95,7 +117,8 @@ def rewrite(
     Raises:
         MismatchError: the moment is of another layer or model.
         SelectionError: a selection is missing, or two pastes of one picture overlap.
-        MaskError, RankError, NonFiniteError, SolverError: as their names say.
+        RankError: a rank that the context does not span, or nothing remains beside what is protected.
+        MaskError, NonFiniteError, SolverError: as their names say.
     """
     return rewrite_many(
         layer,
@@ -110,6 +133,7 @@ def rewrite(
         preserve=preserve,
         objective=objective,
         goal=None if goal is None else [goal],
+        trust=trust,
         solver=solver,
         progress=progress,
         backend=backend,
@@ -128,9 +152,10 @@ def rewrite_many(
     region: str = ...,
     blend: str = ...,
     loss: str = ...,
-    preserve: float | None = ...,
+    preserve: Preserve | None = ...,
     objective: str | None = ...,
     goal: Sequence[Tensor] | None = ...,
+    trust: float | None = ...,
     solver: str | Solver | None = ...,
     progress: bool = ...,
     backend: str = ...,
@@ -149,9 +174,10 @@ def rewrite_many(
     region: str = ...,
     blend: str = ...,
     loss: str = ...,
-    preserve: float | None = ...,
+    preserve: Preserve | None = ...,
     objective: str | None = ...,
     goal: Sequence[Tensor] | None = ...,
+    trust: float | None = ...,
     solver: str | Solver | None = ...,
     progress: bool = ...,
     backend: str = ...,
@@ -164,14 +190,15 @@ def rewrite_many(
     edits: Iterable[Edit],
     latents: Tensor,
     *,
-    rank: int | None = 1,
+    rank: int | None = None,
     directions: str = "whitened",
-    region: str = "box",
+    region: str = "map",
     blend: str = "mask",
-    loss: str = "l1",
-    preserve: float | None = None,
+    loss: str = "l2",
+    preserve: Preserve | None = None,
     objective: str | None = "value",
     goal: Sequence[Tensor] | None = None,
+    trust: float | None = TRUST,
     solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
@@ -184,7 +211,15 @@ def rewrite_many(
     every edit at every layer. Hundreds of edits, to be resumed after an interrupt, are what ``rewrite batch`` is for.
     """
     settings = Settings.of_a_paste(
-        objective, preserve, solver, rank=rank, directions=directions, loss=loss, progress=progress, backend=backend
+        objective,
+        preserve,
+        solver,
+        rank=rank,
+        directions=directions,
+        loss=loss,
+        trust=trust,
+        progress=progress,
+        backend=backend,
     )
     choice("region", region, REGIONS)
     choice("blend", blend, BLENDS)
@@ -222,7 +257,8 @@ def erase(
     directions: str = "whitened",
     region: str = "map",
     loss: str = "l1",
-    preserve: float = 0.0,
+    preserve: Preserve = 0.0,
+    trust: float | None = TRUST,
     solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",
@@ -230,7 +266,7 @@ def erase(
     """Solve an erasure: the pasted region should come out as if the `units` key channels most typical of the
     context were silent. Needs a paste, not a copy; otherwise like :func:`rewrite`, but for `region`: the reference
     fits an erasure on the whole map, so that is the default. ``change.edit`` has no copy."""
-    settings = Settings(rank, directions, loss, preserve, solver, progress, backend)
+    settings = Settings(rank, directions, loss, preserve, solver, progress, backend, trust=trust)
     choice("region", region, REGIONS)
     check_inputs(layer, moment)
     check_latents(latents)
@@ -272,7 +308,7 @@ def insert(
     rank: int = 1,
     directions: str = "whitened",
     loss: str = "l2",
-    preserve: float = 0.0,
+    preserve: Preserve = 0.0,
     solver: str | Solver | None = None,
     progress: bool = False,
     backend: str = "auto",

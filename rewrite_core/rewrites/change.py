@@ -29,6 +29,7 @@ from .parametrization import LowRankChange, attach
 from .sizes import size_on_keys
 from .stack import Change, Stack
 from .storage import finite, load_rewrite, save_rewrite
+from .trust import Limited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Fit:
     status: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     box: Box | tuple[Box, ...] | None = None
+    protected: Tensor | None = None
+    limited: Limited | None = None
 
 
 class _Here(threading.local):
@@ -71,6 +74,11 @@ class Rewrite:
             "fit".
         size: |dW| / |W0|, of Frobenius norms: up to 0.5 pictures stay whole, above 1 look before you believe. None for
             a file that does not say, until it is applied.
+        protected: orthonormal rows [k, I] that span what the change was asked to leave as it is
+            (:class:`rewrite_core.Protect`), with what the rewrites protect that were on the layer then; None where
+            nothing is. While this change is applied, later ones of the layer keep it, too.
+        limited: what the trust bound did to the change, a :class:`rewrite_core.Limited`; None: nothing.
+        remaining: how many of the I directions of key space were left to change, I - k.
         layer, rank, groups, edit, box: the layer's name, R, the groups of a grouped convolution (else 1), the edit,
             which knows the latents it was solved on, the fitted box of the value map (where several are fitted, a
             tuple of them, picture by picture).
@@ -101,6 +109,8 @@ class Rewrite:
         self.status = fit.status
         self.seconds = fit.seconds
         self.box = fit.box
+        self.protected = fit.protected
+        self.limited = fit.limited
         self.groups = groups if bound is None else bound.groups
         self._size: float | Callable[[], float] | None = None
         if bound is not None:  # a GPU's is read when it is asked for
@@ -132,6 +142,10 @@ class Rewrite:
     @property
     def rank(self) -> int:
         return len(self.directions)
+
+    @property
+    def remaining(self) -> int:
+        return self.directions.shape[1] - (0 if self.protected is None else len(self.protected))
 
     def _facts(self) -> str:
         loss = f", loss {self.losses[0]:.4g} -> {self.final_loss:.4g}" if self.losses else ""
@@ -282,7 +296,8 @@ class Rewrite:
         bound = self._target(generator, "apply")
         with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter), stacks.writing():
             stack = self._below(bound, stacks.settle(bound), force)
-            change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength)
+            kept = None if self.protected is None else self.protected.detach().clone()
+            change = Change(self.directions.detach().clone(), self.coefficients.detach().clone(), strength, kept)
             weight = stacks.plus(bound, stack["weight"], change)
             stacks.check_finite(bound, weight)
             if self.size is None:
@@ -457,8 +472,12 @@ class Rewrite:
             "fitted_to": self.fitted_to,
             "loss": losses if all(finite(loss) is not None for loss in losses) else [],
             "size": finite(self.size),
+            "remaining": self.remaining,
+            "limited": None if self.limited is None else dataclasses.asdict(self.limited),
         }
         tensors = {"directions": self.directions, "coefficients": self.coefficients}
+        if self.protected is not None:
+            tensors["protected"] = self.protected
         save_rewrite(path, tensors, metadata, self.edit)
 
     @classmethod
@@ -469,7 +488,7 @@ class Rewrite:
         """
         factors, facts, edit = load_rewrite(path)
         losses = facts["loss"]
-        fit = Fit(losses, losses[-1] if losses else None)
+        fit = Fit(losses, losses[-1] if losses else None, protected=factors.get("protected"), limited=facts["limited"])
         change = cls(
             facts["layer"],
             factors["directions"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..layers.bound import BoundLayer
 from ..statistics.second_moment import SecondMoment
+from ..waits import on_gpu
 
 
 def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight: Tensor) -> float:
@@ -21,10 +23,39 @@ def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight:
         delta, weight: dW and W, [O, I, *kernel].
     """
     matrix = moment.within_groups(layer.groups).matrix()
+    whole = _energy(matrix, weight).item()
+    return math.sqrt(_energy(matrix, delta).item() / whole) if whole > 0 else math.inf
 
-    def energy(part: Tensor) -> float:
-        rows = part.detach().to(matrix.device).double().flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
-        return max(0.0, ((rows @ matrix) * rows).sum().item())
 
-    whole = energy(weight)
-    return math.sqrt(energy(delta) / whole) if whole > 0 else math.inf
+def _energy(matrix: Tensor, weight: Tensor) -> Tensor:
+    """tr W C W^T over all taps."""
+    rows = weight.detach().to(matrix.device).double().flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
+    return ((rows @ matrix) * rows).sum().clamp_min(0)
+
+
+def energy_of_weight(layer: BoundLayer, moment: SecondMoment) -> Tensor:
+    """tr W C W^T of the layer's weight as it is, float64 on the layer's device. On a CPU it is computed once of a
+    moment and a weight; on a GPU that is sooner than to see whether the weight is the same."""
+    own = moment.on(layer.parameter.device)
+
+    def energy() -> Tensor:
+        return _energy(own.within_groups(layer.groups).matrix(), layer.weight)
+
+    if on_gpu(layer.parameter):
+        return energy()
+    known = own.remembered(layer.weight_fingerprint(layer.weight), lambda: energy().item())
+    return torch.tensor(known, dtype=torch.float64, device="cpu")
+
+
+def energy_of_factors(layer: BoundLayer, moment: SecondMoment, directions: Tensor, coefficients: Tensor) -> Tensor:
+    """tr dW C dW^T of dW = Lambda D, from the R x R product D C D^T; float64 on the layer's device."""
+    matrix = moment.on(layer.parameter.device).matrix()
+    rows = directions.detach().to(matrix)
+    parts = coefficients.detach().to(matrix).flatten(2).chunk(layer.groups)  # [O, R, taps]
+    size = layer.in_channels // layer.groups
+    total = matrix.new_zeros(())
+    for group, own in enumerate(parts):
+        seen = slice(group * size, (group + 1) * size)
+        gram = rows[:, seen] @ matrix[seen, seen] @ rows[:, seen].T
+        total = total + torch.einsum("ort,rs,ost->", own, gram, own)
+    return total.clamp_min(0)

@@ -18,6 +18,7 @@ from ..clock import Clock, stage
 from ..edits.directions import DIRECTIONS, context_directions
 from ..edits.edit import Edit
 from ..edits.goals import Goal
+from ..edits.protection import Protect, Room, room_beside, weight_and_protected
 from ..errors import NonFiniteError, RankError, SolverError, choice, flag, number, warn
 from ..layers.bound import BoundLayer
 from ..ops.finite import all_finite
@@ -38,9 +39,11 @@ from ..solvers.problem import (
 from ..statistics.quantiles import UnitQuantiles, collect_unit_quantiles
 from ..statistics.second_moment import SecondMoment
 from ..waits import sent, supposing
+from . import stack as stacks
 from .arithmetic import plain_arithmetic
 from .change import Fit, Rewrite
 from .following import OBJECTIVES, ordinary
+from .trust import Limited, hold_back
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
 TOGETHER = 256 << 20  # bytes of keys and goals: once so many are there they are fitted, and let go
@@ -61,18 +64,24 @@ class Settings:
     rank: int | None = 1  # None: RANK, or as many directions as the context has
     directions: str = "whitened"
     loss: str = "l1"
-    preserve: float = 0.0
+    preserve: Any = 0.0  # a weight, and rc.Protect; afterwards the weight
     solver: str | Solver | None = None
     progress: bool = False
     backend: str = "auto"
     objective: str = "value"
+    protected: tuple[Protect, ...] = ()
+    trust: float | None = None
 
     def __post_init__(self) -> None:
+        weight, protected = weight_and_protected(self.preserve)
+        object.__setattr__(self, "preserve", weight or 0.0)
+        object.__setattr__(self, "protected", (*self.protected, *protected))
         choice("directions", self.directions, DIRECTIONS)
         choice("loss", self.loss, LOSSES)
         choice("objective", self.objective, OBJECTIVES)
-        number("preserve", self.preserve, least=0)
         flag("progress", self.progress)
+        if self.trust is not None:
+            number("trust", self.trust, above=0)
         if self.objective != "value" and not self.chosen.beyond:
             raise SolverError(
                 f"Solver {self.chosen.name!r} compares values alone; use solver='lbfgs', or objective='value'.",
@@ -85,16 +94,15 @@ class Settings:
             )
 
     @classmethod
-    def of_a_paste(
-        cls, objective: str | None, preserve: float | None, solver: str | Solver | None, **rest: Any
-    ) -> Settings:
+    def of_a_paste(cls, objective: str | None, preserve: Any, solver: str | Solver | None, **rest: Any) -> Settings:
         """With what was left open: pictures are compared where the solver can, and ordinary ones then count as much as
         the goal does."""
         if objective is None:
             objective = "pictures" if solver is None or solver_of(solver).beyond else "value"
-        if preserve is None:
-            preserve = 0.0 if objective == "value" else PRESERVE
-        return cls(objective=objective, preserve=preserve, solver=solver, **rest)
+        weight, protected = weight_and_protected(preserve)
+        if weight is None:
+            weight = 0.0 if objective == "value" else PRESERVE
+        return cls(objective=objective, preserve=weight, solver=solver, protected=protected, **rest)
 
     @property
     def chosen(self) -> Solver:
@@ -129,12 +137,22 @@ _Box = Box | tuple[Box, ...] | None  # that a problem is fitted in
 
 
 @dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """A problem that is not solved yet."""
+
+    problem: LayerProblem
+    task: Task
+    box: _Box
+
+
+@dataclasses.dataclass(frozen=True)
 class _Solved:
     """What is kept of a problem once it is solved."""
 
     directions: Tensor
     solution: LayerSolution
     box: _Box
+    limited: Limited | None
 
 
 def solve(
@@ -162,40 +180,65 @@ def _solve(
         if settings.directions == "units" and solver.reduced and latents is not None:
             with stage("directions"):
                 quantiles = collect_unit_quantiles(layer, latents, progress=settings.progress)
+        with stage("directions"):
+            room = room_beside(layer, settings.protected, stacks.protected(layer))
+        _check_room(layer, room, settings, solver)
         solved: list[_Solved] = []
-        open_problems: list[tuple[LayerProblem, _Box]] = []
+        waiting: list[_Waiting] = []
         for number, task in enumerate(tasks, 1):
             with stage("goal"):
                 goals = task.goals()
             with stage("directions"):
-                directions = _directions(layer, moment, task, settings, solver, quantiles)
+                directions = _directions(layer, moment, task, settings, solver, quantiles, room)
             problem = _problem(layer, moment, goals, directions, settings, latents)
+            if room is not None:
+                _check_style(problem, task)
             if task.beyond is not None:
                 problem = _seen_beyond(problem, task, settings)
             elif solver.preserves and not task.meets:  # the others are baselines
                 warn_underdetermined(problem)
             fitted = tuple(goal.box for goal in goals if goal.box is not None)
-            open_problems.append((problem, fitted if len(fitted) > 1 else fitted[0] if fitted else None))
+            waiting.append(_Waiting(problem, task, fitted if len(fitted) > 1 else fitted[0] if fitted else None))
             task.warn_of_latents()
-            if number == len(tasks) or sum(each.nbytes for each, _ in open_problems) >= TOGETHER:
-                solved += _solved(solver, open_problems, settings)
-                open_problems.clear()
+            if number == len(tasks) or sum(each.problem.nbytes for each in waiting) >= TOGETHER:
+                solved += _solved(solver, waiting, settings, moment, latents)
+                waiting.clear()
                 del problem, goals
         with stage("check"):
             fingerprint = fitted_to()
         return [
-            _change(layer, own, fingerprint, edit, dict(clock.seconds)) for edit, own in zip(edits, solved, strict=True)
+            _change(layer, own, fingerprint, edit, dict(clock.seconds), room)
+            for edit, own in zip(edits, solved, strict=True)
         ]
 
 
-def _solved(solver: Solver, problems: Sequence[tuple[LayerProblem, _Box]], settings: Settings) -> list[_Solved]:
-    """These problems, solved together: what is kept of them."""
+def _solved(
+    solver: Solver,
+    waiting: Sequence[_Waiting],
+    settings: Settings,
+    moment: SecondMoment,
+    latents: Tensor | None,
+) -> list[_Solved]:
+    """These problems, solved together and held back where they must be: what is kept of them."""
+    problems = [each.problem for each in waiting]
+    limits: list[Limited | None] = [None] * len(problems)
     with stage("fit"):
-        solutions = _solutions(solver, [problem for problem, _ in problems], settings)
+        solutions = _solutions(solver, problems, settings)
+        if settings.trust is not None and solver.preserves:  # the others are baselines
+            limits = hold_back(
+                problems[0].layer,
+                moment,
+                solver,
+                problems,
+                solutions,
+                settings.trust,
+                lambda some: _solutions(solver, some, settings),
+                lambda i, problem, weight: _preserving(problem, waiting[i].task, weight, settings, moment, latents),
+            )
     kept = []
-    for (problem, box), solution in zip(problems, solutions, strict=True):
-        warn_of_no_use(problem, solution, whole=box is None)
-        kept.append(_Solved(problem.directions, solution, box))
+    for each, problem, solution, limited in zip(waiting, problems, solutions, limits, strict=True):
+        warn_of_no_use(problem, solution, whole=each.box is None)
+        kept.append(_Solved(problem.directions, solution, each.box, limited))
     return kept
 
 
@@ -216,6 +259,7 @@ def _directions(
     settings: Settings,
     solver: Solver,
     quantiles: UnitQuantiles | None,
+    room: Room | None,
 ) -> Tensor:
     """D [R, I]; for a solver that goes along none, every input channel, whatever the rank and the context."""
     if not solver.reduced:
@@ -223,14 +267,59 @@ def _directions(
     # GAN Dissection scores whole pictures: a unit at its maximum anywhere in them counts
     keys, weights = task.context(settings.directions != "units")
     own = moment.within_groups(layer.groups)
+    if room is None:
+        return _found(own, keys, weights, settings, quantiles)
+    own, keys = room.inside(own, keys, settings.rank)
+    found = _found(own, keys, weights, settings, quantiles)
+    return found @ room.free.to(found)
+
+
+def _found(
+    moment: SecondMoment, keys: Tensor, weights: Tensor | None, settings: Settings, quantiles: UnitQuantiles | None
+) -> Tensor:
+    """As many directions as are asked for; where it is left open, up to RANK."""
     if settings.rank is not None:
-        return context_directions(own, keys, weights, settings.rank, settings.directions, quantiles)
+        return context_directions(moment, keys, weights, settings.rank, settings.directions, quantiles)
     marked = len(keys) if weights is None else int((weights > 0).sum())
-    most = 1 if settings.directions == "mean" else max(1, min(RANK, marked, layer.in_channels))
+    most = 1 if settings.directions == "mean" else max(1, min(RANK, marked, moment.channels))
     for rank in range(most, 1, -1):
         with contextlib.suppress(RankError):  # the context spans fewer
-            return context_directions(own, keys, weights, rank, settings.directions, quantiles)
-    return context_directions(own, keys, weights, 1, settings.directions, quantiles)
+            return context_directions(moment, keys, weights, rank, settings.directions, quantiles)
+    return context_directions(moment, keys, weights, 1, settings.directions, quantiles)
+
+
+def _check_room(layer: BoundLayer, room: Room | None, settings: Settings, solver: Solver) -> None:
+    """Raises SolverError where what is protected could not be."""
+    if room is None:
+        return
+    if not solver.reduced:
+        raise SolverError(
+            f"Solver {solver.name!r} changes the weight along every key, so it can protect none; use solver='lm'.",
+            advice={"solver": "lm"},
+        )
+    if settings.directions == "units":
+        raise SolverError(
+            "Directions that are single units cannot avoid what is protected; use directions='whitened'.",
+            advice={"directions": "whitened"},
+        )
+
+
+def _check_style(problem: LayerProblem, task: Task) -> None:
+    """Raises SolverError where the layer's output depends on its weight in other ways than through the key."""
+    layer, capture = problem.layer, None
+    if problem.regions:
+        capture = problem.regions[0][0]
+    elif problem.beyond is not None:
+        capture = problem.beyond.capture
+    elif task.edit is not None and task.latents is not None:
+        capture = layer.capture_each(task.latents[[task.edit.where[0].index]])
+    operation = None if capture is None else layer.post_operation(capture)
+    if operation is not None and operation.style is not None:
+        raise SolverError(
+            f"{layer.name!r} demodulates: its output changes everywhere with the size of its weight, so nothing can be "
+            "protected exactly; use a weight, such as preserve=0.3.",
+            advice={"preserve": 0.3},
+        )
 
 
 def _problem(
@@ -245,12 +334,36 @@ def _problem(
     directions = directions.to(layer.parameter.device) if near is None else sent(directions, near.device, near.dtype)
     generic = None
     if settings.preserve and settings.objective == "value":
-        with stage("preserve"):
-            ordinary = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
-            own = moment.on(layer.parameter.device)
-            generic = generic_second_moment(layer, directions, ordinary, own.matrix())
+        generic = _generic(layer, directions, moment, latents)
     regions = tuple((goal.capture, goal.target) for goal in goals)
     return LayerProblem(layer, regions, directions, settings.loss, float(settings.preserve), generic)
+
+
+def _generic(layer: BoundLayer, directions: Tensor, moment: SecondMoment, latents: Tensor | None) -> Tensor:
+    with stage("preserve"):
+        images = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
+        return generic_second_moment(layer, directions, images, moment.on(layer.parameter.device).matrix())
+
+
+def _preserving(
+    problem: LayerProblem,
+    task: Task,
+    weight: float,
+    settings: Settings,
+    moment: SecondMoment,
+    latents: Tensor | None,
+) -> LayerProblem:
+    """The problem with another weight of leaving ordinary keys or pictures alone."""
+    layer, directions = problem.layer, problem.directions
+    if problem.beyond is None:
+        generic = problem.generic if problem.generic is not None else _generic(layer, directions, moment, latents)
+        return dataclasses.replace(problem, preserve=weight, generic=generic)
+    kept = problem.ordinary
+    if kept is None:
+        assert task.edit is not None and task.latents is not None
+        with stage("preserve"):
+            kept = ordinary(layer, task.edit, task.latents, directions, settings.objective)
+    return dataclasses.replace(problem, preserve=weight, ordinary=kept)
 
 
 def _seen_beyond(problem: LayerProblem, task: Task, settings: Settings) -> LayerProblem:
@@ -267,7 +380,12 @@ def _seen_beyond(problem: LayerProblem, task: Task, settings: Settings) -> Layer
 
 
 def _change(
-    layer: BoundLayer, solved: _Solved, fitted_to: str, edit: Edit | None, seconds: dict[str, float]
+    layer: BoundLayer,
+    solved: _Solved,
+    fitted_to: str,
+    edit: Edit | None,
+    seconds: dict[str, float],
+    room: Room | None,
 ) -> Rewrite:
     """The change that a solution is, in float32 at least."""
     solution, coefficients = solved.solution, solved.solution.coefficients
@@ -276,13 +394,23 @@ def _change(
             f"The change of {layer.name!r} holds NaN or infinity; check the generator's weights at this layer."
         )
     dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+    kept = None if room is None else room.kept.to(dtype)
     return Rewrite(
         layer=layer.name,
         directions=solved.directions.to(dtype),
         coefficients=coefficients.to(dtype),
         fitted_to=fitted_to,
         solver=solution.solver,
-        fit=Fit(solution.losses, solution.final_loss, solution.last_loss, solution.status, seconds, solved.box),
+        fit=Fit(
+            solution.losses,
+            solution.final_loss,
+            solution.last_loss,
+            solution.status,
+            seconds,
+            solved.box,
+            kept,
+            solved.limited,
+        ),
         edit=edit,
         bound=layer,
     )

@@ -30,11 +30,12 @@ NAME = "_rewrite_core_stack"
 
 
 class Change(NamedTuple):
-    """One rewrite on a weight: W0 + strength Lambda D."""
+    """One rewrite on a weight: W0 + strength Lambda D. protected: rows [k, I] that later ones must keep, too."""
 
     directions: Tensor
     coefficients: Tensor
     strength: float
+    protected: Tensor | None = None
 
 
 class Stack(TypedDict, total=False):
@@ -58,7 +59,7 @@ def delta(directions: Tensor, coefficients: Tensor, strength: float = 1.0) -> Te
 def plus(bound: BoundLayer, weight: Tensor, change: Change) -> Tensor:
     """A weight in native layout with a change on it. A float16 or bfloat16 weight is added to in the coefficients'
     float32 and rounded once."""
-    added = bound.to_native(delta(*change)).to(weight.device)
+    added = bound.to_native(delta(*change[:3])).to(weight.device)
     wide = added.dtype == torch.promote_types(added.dtype, weight.dtype)
     return (added.add_(weight) if wide else weight + added).to(weight.dtype)
 
@@ -131,6 +132,16 @@ def read(bound: BoundLayer) -> Stack | None:
 def changes(stack: Stack) -> dict[str, Change]:
     """The rewrites of a record, in order; those that an earlier version recorded have strength 1."""
     return {key: Change(*fields[:2], *(fields[2:] or (1.0,))) for key, fields in stack["rewrites"].items()}
+
+
+def protected(bound: BoundLayer) -> list[Tensor]:
+    """What the rewrites on the layer's weight protect: rows [k, I] of each that protects something."""
+    if not hasattr(bound.module, NAME):
+        return []
+    with module_lock(bound.module), weight_lock(bound._adapter):
+        stack = read(bound)
+    own = [] if stack is None else [change.protected for change in changes(stack).values()]
+    return [rows for rows in own if rows is not None]
 
 
 def settle(bound: BoundLayer) -> Stack | None:

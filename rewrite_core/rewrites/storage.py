@@ -14,6 +14,7 @@ from ..edits.masks import png_of, read_png
 from ..edits.selection import Selection
 from ..errors import FileFormatError, RewriteCoreError
 from ..files import load_record, save_record, shown
+from .trust import Limited
 
 _VERSION, _OLDER = 2, 1  # in version 1 the edit is JSON text in the metadata
 
@@ -35,8 +36,9 @@ def save_rewrite(
 
 
 def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any], Edit | None]:
-    """What :func:`save_rewrite` wrote, checked: ``directions`` and ``coefficients``; ``layer``, ``fitted_to``,
-    ``solver``, ``loss``, ``groups`` and ``size``; and the edit. Files of format version 1 are read, too.
+    """What :func:`save_rewrite` wrote, checked: ``directions``, ``coefficients`` and, where something is protected,
+    ``protected``; ``layer``, ``fitted_to``,
+    ``solver``, ``loss``, ``groups``, ``size`` and ``limited``; and the edit. Files of format version 1 are read, too.
 
     Raises FileFormatError on a truncated or foreign file, MaskError or SelectionError on a bad edit in it.
     """
@@ -44,6 +46,7 @@ def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     name = shown(path)
     losses, record = metadata.get("loss", []), metadata.get("edit")
     groups, size = metadata.get("groups", 1), metadata.get("size")  # older files do not say
+    limited = metadata.get("limited")
     texts = {field: metadata.get(field) for field in ("layer", "fitted_to", "solver")}
     whole = (
         {"directions", "coefficients"} <= tensors.keys()
@@ -51,13 +54,16 @@ def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         and isinstance(losses, list)
         and all(_is_number(loss) for loss in losses)
         and (size is None or _is_number(size))
+        and (limited is None or _is_limit(limited))
         and type(groups) is int
         and groups >= 1
     )
     if not whole:
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-    factors = {key: tensors[key] for key in ("directions", "coefficients")}
-    directions, coefficients = factors.values()
+    factors = {key: tensors[key] for key in ("directions", "coefficients", "protected") if key in tensors}
+    directions, coefficients, kept = factors["directions"], factors["coefficients"], factors.get("protected")
+    if kept is not None and (kept.ndim != 2 or kept.shape[1:] != directions.shape[1:]):
+        raise FileFormatError(f"{name} protects keys of another size than it changes; make it again.")
     if directions.ndim != 2 or coefficients.ndim < 2 or coefficients.shape[1] != len(directions):
         raise FileFormatError(f"{name} holds directions and coefficients that do not match; make it again.")
     if not all(part.is_floating_point() and part.isfinite().all() for part in factors.values()):
@@ -66,7 +72,11 @@ def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         edit = None if record is None else _read_edit(record, tensors)
     except RewriteCoreError as error:
         raise type(error)(f"{name}: {error}", advice=error.advice) from error
-    return factors, {**texts, "loss": losses, "groups": groups, "size": size}, edit
+    return (
+        factors,
+        {**texts, "loss": losses, "groups": groups, "size": size, "limited": limited and Limited(**limited)},
+        edit,
+    )
 
 
 def finite(value: float | None) -> float | None:
@@ -76,6 +86,15 @@ def finite(value: float | None) -> float | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_limit(value: Any) -> bool:
+    names = {"size", "preserve", "strength"}
+    return (
+        isinstance(value, dict)
+        and set(value) == names
+        and all(_is_number(part) or (name == "preserve" and part is None) for name, part in value.items())
+    )
 
 
 def _read_edit(record: Any, tensors: dict[str, Tensor]) -> Edit:

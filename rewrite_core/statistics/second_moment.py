@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,7 @@ class _Made:
         self.factor: SPDFactor | None = None
         self.elsewhere: dict[torch.device, SecondMoment] = {}  # copies on other devices
         self.grouped: dict[int, SecondMoment] = {}
+        self.known: tuple[str, float] | None = None  # see SecondMoment.remembered
 
 
 class SecondMoment:
@@ -204,6 +206,28 @@ class SecondMoment:
         moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
         made.grouped[groups] = moment
         return moment
+
+    def remembered(self, key: str, make: Callable[[], float]) -> float:
+        """What `make` returns of this moment as it is, kept under the last `key` until the next update."""
+        made = self._made
+        known = made.known
+        if known is None or known[0] != key:
+            made.known = known = key, make()
+        return known[1]
+
+    def along(self, rows: Tensor) -> SecondMoment:
+        """The second moment of the keys' coordinates along orthonormal `rows` [m, C]: what bears on a change that acts
+        on these alone."""
+        rows = rows.to(self._sum)
+        moment = SecondMoment(len(rows), self.layer, self.fingerprint).to(self._sum.device)
+        moment._sum.copy_(rows @ self._sum @ rows.T)
+        moment.count, moment._wide, moment._blocks = self.count, self._wide, self._blocks
+        return moment
+
+    @property
+    def wide(self) -> bool:
+        """Whether all its keys were float64."""
+        return self._wide
 
     @property
     def standard_error(self) -> float:

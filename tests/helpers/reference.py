@@ -3,7 +3,7 @@ given otherwise."""
 
 import rewrite_core as rc
 
-SETTINGS = {"rank": 1, "region": "box", "loss": "l1", "objective": "value"}
+SETTINGS = {name: value for name, value in rc.REFERENCE.items() if name not in ("preserve", "solver")}
 
 
 def rewrite(*given, **options):
