@@ -36,9 +36,10 @@ from . import NAMES, Rule, rule
 
 _WHOLE: dict[str, Any] = {"rank": 4, "region": "map", "loss": "l2"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},  # the reference's, by lm
+    "the reference's, by lm": {**rc.REFERENCE, "solver": "lm"},
+    "default": {},
     "values, rank 1": _WHOLE | {"rank": 1, "objective": "value"},
-    "values, rank 4": _WHOLE | {"objective": "value"},
+    "values, no trust": _WHOLE | {"objective": "value", "trust": None},
     "values, preserve 0.3": _WHOLE | {"objective": "value", "preserve": 0.3},
     "activations": _WHOLE | {"objective": "activation"},
     "pictures, preserve 0": _WHOLE | {"objective": "pictures", "preserve": 0.0},
@@ -252,7 +253,7 @@ def main(out: Path, quick: bool, chosen: Sequence[str] = (), names: Sequence[str
     settings: dict[str, dict[str, Any] | None] = {
         name: options
         for name, options in SETTINGS.items()
-        if name in (chosen or (("values, rank 4", "pictures") if quick else SETTINGS))
+        if name in (chosen or (("default", "pictures") if quick else SETTINGS))
     }
     settings |= {"fine-tuning": None}
     rows = lines_of(path)
@@ -290,7 +291,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     field = "unrelated at equal progress"
     by = {(row["rule"], row["settings"]): row[field] for row in rows}
     for name in dict.fromkeys(row["settings"] for row in rows):
-        for other in ("fine-tuning", "values, rank 4"):
+        for other in ("fine-tuning", "default"):
             pairs = [
                 (mine, by[own, other])
                 for (own, settings), mine in by.items()

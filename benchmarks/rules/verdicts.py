@@ -115,7 +115,7 @@ class World:
         edit, scene = load_edit(rule), self.scene(rule)
         if way["pastes"] > 1:
             edit = rc.Edit(edit.copy, edit.where, edit.where, latents=self.latents)
-        options = {key: value for key, value in way.items() if key != "pastes"}
+        options = {key: value for key, value in way.items() if key != "pastes"} | {"trust": None}
         change = rc.rewrite(layer, moment, edit, self.latents, **options)
         with change:
             after = paint(self.generator, self.unseen)
