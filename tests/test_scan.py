@@ -17,7 +17,7 @@ from rewrite_core.demo import chapels, load_edit
 from rewrite_core.evaluation import scan as scanning
 
 UNSEEN = rc.sample_latents(16, 20, seed=3)
-HOW = {"unseen": UNSEEN, "ranks": (1, 2)}
+HOW = {"trust": None, "unseen": UNSEEN, "ranks": (1, 2)}
 
 
 class Branch(nn.Module):
@@ -80,7 +80,7 @@ def test_rows_say_what_measure_says():
     for row in found.rows:
         layer = rc.bind(made, row.layer)
         moment = rc.collect_second_moment(layer, small.Z, progress=False)
-        own = rc.rewrite(layer, moment, small.EDIT, small.Z, rank=row.rank, **scanning.FIT)
+        own = rc.rewrite(layer, moment, small.EDIT, small.Z, rank=row.rank, trust=None, **scanning.FIT)
         assert torch.allclose(own.weight_delta(), row.change.weight_delta(), rtol=1e-3, atol=1e-5)
         told = rc.measure(row.change, small.EDIT, small.Z, UNSEEN, moment=moment)
         mine, its = row.report.to_dict(), told.to_dict()

@@ -41,6 +41,7 @@ HOW = {
     "rank 4, preserve": {"region": "map", "loss": "l2", "rank": 4, "preserve": 0.3},
     "any rank": {"region": "map", "loss": "l2", "rank": None, "preserve": 0.3},
 }
+HOW = {name: {"trust": None, **options} for name, options in HOW.items()}
 
 
 @pytest.fixture
@@ -77,6 +78,9 @@ def test_an_edit_waits_twice(kind, how, gpu):
     gpu.clear()
     change = rc.rewrite(*there, **HOW[how])
     assert len(gpu.waits) <= 2, gpu.waits
+    gpu.clear()
+    rc.rewrite(*there, **HOW[how] | {"trust": 1e6})
+    assert len(gpu.waits) <= 3, gpu.waits  # the bound on the size is looked at once, after the fit
     here = ready(kind)
     plain = rc.rewrite(*here, **HOW[how], backend="reference")
     assert isinstance(change.coefficients, Away)
