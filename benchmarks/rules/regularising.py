@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +130,12 @@ Way = Callable[[On], rc.Rewrite]
 QUICK: dict[str, Way] = {
     "values": lambda on: on.solve(**_VALUES),
     "values, rank 1": lambda on: on.solve(**_VALUES | {"rank": 1}),
-    **{f"ridge {share:g}": lambda on, share=share: on.ridge(share, **_VALUES) for share in (1e-4, 1e-2, 1e-1, 1.0)},
-    **{f"explained {share:g}": lambda on, share=share: on.explained(share, **_VALUES) for share in (0.5, 0.7, 0.9)},
-    **{
-        f"preserve {weight:g}": lambda on, weight=weight: on.solve(**_VALUES, preserve=weight)
-        for weight in (0.03, 0.1, 0.3, 1.0)
-    },
+    **{f"ridge {share:g}": partial(On.ridge, share=share, **_VALUES) for share in (1e-4, 1e-2, 1e-1, 1.0)},
+    **{f"explained {share:g}": partial(On.explained, share=share, **_VALUES) for share in (0.5, 0.7, 0.9)},
+    **{f"preserve {weight:g}": partial(On.solve, **_VALUES, preserve=weight) for weight in (0.03, 0.1, 0.3, 1.0)},
     "preserve, L-curve": lambda on: on.corner(**_VALUES),
     "preserve, crossed": lambda on: on.crossed(**_VALUES),
-    **{f"trust {bound:g}": lambda on, bound=bound: on.solve(**_VALUES, trust=bound) for bound in (0.25, 0.5, 1.0)},
+    **{f"trust {bound:g}": partial(On.solve, **_VALUES, trust=bound) for bound in (0.25, 0.5, 1.0)},
     "rank 1, l1, box": lambda on: on.solve(**_REFERENCE),
     "rank 1, l1, box, trust 0.25": lambda on: on.solve(**_REFERENCE | {"trust": 0.25}),
 }

@@ -60,7 +60,8 @@ def load_rewrite(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     )
     if not whole:
         raise FileFormatError(f"{name} is not a whole rewrite; make it again.")
-    factors = {key: tensors[key] for key in ("directions", "coefficients", "protected") if key in tensors}
+    names = ("directions", "coefficients", "protected")
+    factors: dict[str, Tensor] = {str(key): tensors[key] for key in names if key in tensors}
     directions, coefficients, kept = factors["directions"], factors["coefficients"], factors.get("protected")
     if kept is not None and (kept.ndim != 2 or kept.shape[1:] != directions.shape[1:]):
         raise FileFormatError(f"{name} protects keys of another size than it changes; make it again.")
