@@ -28,7 +28,7 @@ LEAST = 5  # rounds
 
 
 @contextlib.contextmanager
-def neighbour() -> Iterator[subprocess.Popen[bytes]]:
+def beside() -> Iterator[subprocess.Popen[bytes]]:
     """While it lasts, a process of its own computes on the last core that this one may use."""
     core = max(os.sched_getaffinity(0))
     counting = (
@@ -73,7 +73,7 @@ def compare(problem: Problem, seconds: float) -> tuple[dict[str, float], dict[st
     contenders = [problem.ours, *able]
     medians(contenders, 0.0)  # warm
     quiet = medians(contenders, seconds)
-    with neighbour():
+    with beside():
         busy = medians(contenders, seconds)
     return quiet, busy, min((each.name for each in able), key=quiet.__getitem__, default=None)
 

@@ -12,8 +12,6 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
-constexpr int64_t thread_shares =
-    4;                       // for each thread: one that comes late, or is held up, leaves its shares to others
 constexpr int64_t few = 16;  // positions at most where outer products are faster than tiles
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
@@ -282,7 +280,7 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
         blocks.push_back({row, row_end, column, std::min(p.padded, column + block_columns), 0});
       }
     }
-    shares = split(p, blocks, sharing == Sharing::blocks && threads > 1 ? threads * thread_shares : 1);
+    shares = split(p, blocks, sharing == Sharing::blocks ? threads : 1);
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
@@ -322,19 +320,19 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
       team.each([&](int worker) {
         char *now = buffer(worker), *spare = now + (buffers - 1) * packed_size;
         bool ready = false, ahead = false;
-        int64_t after = 0;
-        const auto then = [&] {
-          after = team.next();
-          return ahead && after < turns * parts ? Next{&shares[after % parts], first_of(after / parts)}
-                                                : Next{&shares[0], p.runs};
+        int64_t task = team.next(), after = -1;
+        const auto then = [&] {  // the last shares are left to who is free first
+          after = task + team.workers() < turns * parts ? team.next() : -1;
+          return ahead && 0 <= after && after < turns * parts ? Next{&shares[after % parts], first_of(after / parts)}
+                                                              : Next{&shares[0], p.runs};
         };
-        for (int64_t task = team.next(); task < turns * parts && p.runs > 0; task = after) {
+        for (; task < turns * parts && p.runs > 0; task = after < 0 ? team.next() : after) {
           const int64_t group = task / parts;
           // beside a shorter run, tiles make fewer steps and would copy less
           ahead = end_of(group) < p.runs || p.length(p.runs - 1) == p.run_length;
           add_runs(p, shares[task % parts], first_of(group), end_of(group), then, ready, groups == 0, now, spare,
                    groups ? sums + group * n * n : out);
-          ready = ahead;
+          ready = ahead && after >= 0;
         }
       });
     } else {

@@ -366,7 +366,7 @@ def test_beside_a_busy_neighbour(capsys, monkeypatch):
 
 
 def test_the_neighbour_ends_with_what_it_disturbs():
-    with pytest.raises(KeyboardInterrupt), neighbour.neighbour() as process:
+    with pytest.raises(KeyboardInterrupt), neighbour.beside() as process:
         assert process.poll() is None
         raise KeyboardInterrupt
     assert process.poll() is not None

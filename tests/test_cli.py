@@ -164,7 +164,7 @@ def test_benchmarks_without_a_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "main", lambda *arguments: asked.append(arguments) or 0)
     assert run(capsys, "bench", "--quick", "--out", tmp_path)[0] == 0
     assert run(capsys, "bench", "solve", "--out", tmp_path)[0] == 0
-    assert asked == [(["all"], tmp_path, True), (["solve"], tmp_path, False)]
+    assert asked == [(["all"], tmp_path, True, ""), (["solve"], tmp_path, False, "")]
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, user_generator, monkeypatch):

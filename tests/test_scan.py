@@ -75,7 +75,7 @@ def test_the_first_choice_is_the_layer_that_holds_the_rule():
 def test_rows_say_what_measure_says():
     made = small.generator()
     found = rc.scan_layers(made, small.EDIT, small.Z, **HOW)
-    assert {row.layer for row in found.rows} == {"4", "6"} and len(found.rows) == 4
+    assert {row.layer for row in found.rows} == {"1", "4", "6"} and len(found.rows) == 6
     assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
     for row in found.rows:
         layer = rc.bind(made, row.layer)
@@ -122,7 +122,7 @@ def test_a_cancelled_scan_has_what_was_done_and_leaves_no_trace():
         small.EDIT,
         small.Z,
         told=lambda *step: stages.append(step),
-        cancelled=lambda: stages[-1:] == [("fit and judge", 1, 4)],
+        cancelled=lambda: stages[-1:] == [("fit and judge", 1, 6)],
         **HOW,
     )
     assert not found.complete and len(found.rows) == 1 and "cancelled" in str(found)
