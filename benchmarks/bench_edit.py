@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewrite_core import (
+    REFERENCE,
     Adam,
     Edit,
     Projected,
@@ -50,7 +51,7 @@ TESTS = ("fit_low_rank", "fit_projected")
 STEPS = 2001  # the reference's
 SAMPLE = 32  # channels that are compared with the float64 reference backend
 KINDS = ("linear", "stylegan2")
-CLICK: dict[str, Any] = {"rank": 1, "region": "box", "loss": "l1", "objective": "value", "preserve": 0.0}  # reference's
+CLICK: dict[str, Any] = REFERENCE | {"solver": "lm"}
 
 
 def _few_steps(channels: int, side: int) -> tuple[int, int]:
@@ -337,9 +338,8 @@ def make_rewrite(channels: int, size: int, side: int, steps: int, backend: str) 
     edit = Edit(copy=Selection(0, mask), paste=Selection(1, mask), context=[Selection(2, mask), Selection(3, mask)])
 
     def run(solver: str, backend: str) -> Rewrite:
-        return rewrite(
-            layer, moment, edit, latents, solver="lm" if solver == "lm" else Projected(steps), backend=backend
-        )
+        how = CLICK | {"solver": "lm" if solver == "lm" else Projected(steps)}
+        return rewrite(layer, moment, edit, latents, **how, backend=backend)
 
     loss: dict[str, float] = {}
     for name in ("lm", "projected"):
@@ -392,10 +392,10 @@ def make_batch(count: int, size: int, name: str, backend: str) -> Problem:
     ]
 
     def together() -> list[Rewrite]:
-        return Session(layer, moment, latents).rewrite_many(edits, backend=backend)
+        return Session(layer, moment, latents).rewrite_many(edits, **CLICK, backend=backend)
 
     def one_by_one() -> list[Rewrite]:
-        return [rewrite(layer, moment, edit, latents, backend=backend) for edit in edits]
+        return [rewrite(layer, moment, edit, latents, **CLICK, backend=backend) for edit in edits]
 
     wanted = [change.coefficients for change in one_by_one()]
 
