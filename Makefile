@@ -62,7 +62,7 @@ $(TORCH_STAMP):
 	touch $@
 
 # The checkout itself: Python files need no installing again, compiled ones do.
-$(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+$(VENV)/.installed: $(TORCH_STAMP) setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(VENV)/bin/pip install --quiet $(PIP_ARGS) -e '.[test]'
 	touch $@
 
