@@ -260,7 +260,7 @@ def _why(error: BaseException) -> str:
 def open_file(path: str | os.PathLike, what: str = "file") -> BinaryIO:
     """A regular file, opened once: what is read through it is of one file, whatever takes its name meanwhile."""
     if Path(as_path(path)).is_dir():
-        raise IsADirectoryError(f"{shown(path)} is a folder; name a {what} in it.")
+        raise IsADirectoryError(f"{shown(path)} is a folder; name a file in it.")
     if not Path(as_path(path)).is_file():
         raise FileNotFoundError(f"There is no {what} {shown(path)}.")
     return open(path, "rb")

@@ -148,7 +148,7 @@ def test_nothing_is_unpickled(tmp_path, tiny, suffix, capsys):
 def test_other_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint file at .*nowhere.pt"):
         load_proggan(tmp_path / "nowhere.pt")
-    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
         load_proggan(tmp_path)
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt holds no state dict but a list"):

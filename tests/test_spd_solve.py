@@ -395,7 +395,7 @@ def test_on_a_gpu_it_says_why_torch_linalg_solves():
     """As `rc.explain()` shows it there."""
     cpp = next(record for record in backends_of("spd_solve") if record.name == "cpp")
     reason = cpp.supports(types.SimpleNamespace(device=torch.device("cuda:0")))
-    assert "on cuda:0" in reason and "torch.linalg (cuSOLVER)" in reason and "faster" in reason
+    assert "on cuda:0" in reason and "cuda or torch.linalg (cuSOLVER)" in reason
 
 
 def test_fewer_threads_than_asked_for(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from test_protect import WHOLE, Painter, problem, square
 
 import rewrite_core as rc
-from benchmarks.rules import NAMES, rule
+from rewrite_core.benchmarks.rules import NAMES, rule
 from rewrite_core.edits.goals import paste_goals
 from rewrite_core.rewrites.trust import TRUST
 

@@ -29,7 +29,7 @@ def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight:
 
 def _energy(matrix: Tensor, weight: Tensor) -> Tensor:
     """tr W C W^T over all taps."""
-    rows = weight.detach().to(matrix.device).double().flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
+    rows = weight.detach().to(matrix.device).double()[..., None].flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
     return ((rows @ matrix) * rows).sum().clamp_min(0)
 
 
@@ -51,7 +51,7 @@ def energy_of_factors(layer: BoundLayer, moment: SecondMoment, directions: Tenso
     """tr dW C dW^T of dW = Lambda D, from the R x R product D C D^T; float64 on the layer's device."""
     matrix = moment.on(layer.parameter.device).matrix()
     rows = directions.detach().to(matrix)
-    parts = coefficients.detach().to(matrix).flatten(2).chunk(layer.groups)  # [O, R, taps]
+    parts = coefficients.detach().to(matrix)[..., None].flatten(2).chunk(layer.groups)  # [O, R, taps]
     size = layer.in_channels // layer.groups
     total = matrix.new_zeros(())
     for group, own in enumerate(parts):

@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from helpers import reference
 from PIL import Image
 from torch import nn
 
@@ -140,7 +139,7 @@ def test_bad_pictures_are_told(client, query):
 
 def test_an_edit_is_what_rewrite_makes(client, shop, session):
     report = fit(client)
-    change = reference.rewrite(
+    change = rc.rewrite(
         session.layer, session.moment, rc.Edit.from_json(json.dumps(EDIT)).on(Z), Z, rank=2, loss="l2", region="map"
     )
     assert torch.equal(shop.live.coefficients, change.coefficients)
