@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.studio_page import Page, Server
+from helpers.studio_page import Server
 
 import rewrite_core as rc
 from rewrite_core.demo import LATENT_SIZE, RULES, chapels, load_edit
@@ -23,14 +23,6 @@ def server(tmp_path_factory, browser_is_there):
     server = Server(tmp_path_factory.mktemp("demo"), count=EDIT_LATENTS)
     yield server
     server.kill()
-
-
-@pytest.fixture
-def page(browser, server):
-    page = Page(browser, server)
-    page.clear()
-    yield page
-    page.close()
 
 
 def spans(mask):
