@@ -20,7 +20,7 @@ def fetched(tensor: Tensor) -> np.ndarray:
     return found
 
 
-def on_host(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
+def bits_on_host(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """The bits of each tensor, in their order; of a GPU with as few copies as there are times TOGETHER in them."""
     waiting: list[Tensor] = []
     size = 0

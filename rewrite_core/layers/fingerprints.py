@@ -26,7 +26,7 @@ from ..adapters.base import LayerAdapter, absent, unusual
 from ..adapters.offloading import kept
 from ..errors import RewriteCoreError
 from ..waits import all_on_host, bits_of, on_gpu, suppose
-from .bits import TOGETHER, fetched, on_host, summed
+from .bits import TOGETHER, bits_on_host, fetched, summed
 from .memory import blocks, overlap, storage_of
 from .passes import Hooks, numbers_of_own
 
@@ -423,7 +423,7 @@ class Part:
         sharded)."""
         digest = xxhash.xxh3_128()
         for facts in _together(self._facts(generator, forward)):
-            contents = on_host([fact[1] for fact in facts if not isinstance(fact, str)])
+            contents = bits_on_host([fact[1] for fact in facts if not isinstance(fact, str)])
             for fact in facts:
                 digest.update(fact.encode() if isinstance(fact, str) else _head(*fact))
                 if not isinstance(fact, str):
