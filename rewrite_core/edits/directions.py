@@ -229,7 +229,7 @@ def query_key(layer: BoundLayer, moment: SecondMoment, selection: Selection, lat
         raise ArgumentError(f"What to search for is an rc.Selection or a key, not {type(selection).__name__}.")
     rows, weights = context_keys(layer, [selection], latents)
     mean = (rows.double() * weights.double()[:, None]).sum(0) / weights.double().sum()
-    if not torch.isfinite(mean).all():
+    if not all_finite(mean):
         raise NonFiniteError("The keys at the selection hold NaN or infinity.")
     key = moment.solve(mean)
     return key / key.norm().clamp_min(1e-10)

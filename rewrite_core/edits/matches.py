@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, RewriteCoreError, flag, whole_number
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
+from ..ops.finite import all_finite
 from ..statistics.key_stream import stream_keys
 from ..statistics.second_moment import SecondMoment, check_inputs
 from .directions import query_key
@@ -100,7 +101,7 @@ def search(
         raise RewriteCoreError(
             f"A key to search for is real, of shape [{layer.in_channels}], not {key.dtype} of {list(key.shape)}."
         )
-    if not torch.isfinite(key).all():
+    if not all_finite(key):
         raise NonFiniteError("The key to search for holds NaN or infinity.")
     top = min(top, len(latents))
     scores = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -112,7 +113,7 @@ def search(
     def consume(keys: Tensor, done: int) -> None:
         nonlocal scores, indices, heatmaps
         heat = torch.einsum("ni...,i->n...", keys.float(), key.to(keys.device).float()).cpu()
-        if not torch.isfinite(heat).all():
+        if not all_finite(heat):
             raise NonFiniteError("The match is NaN or infinite; leave those images out.")
         values, share = heat.flatten(), len(heat) * _LEVEL_POSITIONS // len(latents)
         if share < len(values):  # at random: a stride would meet the same columns of every map

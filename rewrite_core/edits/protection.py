@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError, number, quoted
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
+from ..ops.finite import all_finite
 from ..statistics.checks import check_keys
 from ..statistics.second_moment import SecondMoment, check_moment
 
@@ -55,7 +56,7 @@ class Protect:
             check_keys(self.keys)
             if self.keys.ndim != 2 or not len(self.keys):
                 raise RewriteCoreError(f"Protected keys are rows [n, I], not {list(self.keys.shape)}.")
-            if not torch.isfinite(self.keys).all():
+            if not all_finite(self.keys):
                 raise NonFiniteError("The protected keys hold NaN or infinity.")
         if self.latents is not None:
             check_latents(self.latents)

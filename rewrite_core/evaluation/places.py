@@ -16,6 +16,7 @@ from ..edits.selection import Selection
 from ..errors import DiagonalShiftWarning, NonFiniteError, SelectionError, silent
 from ..layers.bound import BoundLayer
 from ..layers.capture import run_to
+from ..ops.finite import all_finite
 from ..statistics.collection import collect_second_moments
 from ..statistics.second_moment import SecondMoment
 from .steps import PLAIN, Steps
@@ -174,7 +175,7 @@ class _Sight:
     def look(self, keys: Tensor) -> None:
         """Score the pictures of some key maps."""
         heat = self._heat(self.white(keys), range(len(self._maps)))
-        if not torch.isfinite(heat).all():
+        if not all_finite(heat):
             raise NonFiniteError(f"The keys of {self.layer.name!r} hold NaN or infinity; leave those pictures out.")
         self.found.append(heat)
 

@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
+from ..ops.finite import all_finite
 from ..solvers.base import Solver
 from ..solvers.problem import Beyond
 from ..solvers.removal import Removal
@@ -336,7 +337,7 @@ def insert(
         check_keys(rows, name)
         if rows.ndim != 2 or rows.shape[1] != channels or len(rows) != len(keys) or len(rows) == 0:
             raise RewriteCoreError(f"{name} must be rows [{len(keys)}, {channels}], not {list(rows.shape)}.")
-        if not torch.isfinite(rows).all():
+        if not all_finite(rows):
             raise NonFiniteError(f"The {name} hold NaN or infinity.")
     if not layer.pointwise:
         raise SolverError(

@@ -14,6 +14,7 @@ from ..edits.goals import Goal
 from ..errors import ArgumentError, NonFiniteError, RewriteCoreError, SelectionError
 from ..layers.bound import BoundLayer
 from ..layers.replay import Record, record
+from ..ops.finite import all_finite
 from ..solvers.problem import Beyond
 
 OBJECTIVES = ("value", "activation", "pictures")  # what is compared with the goal
@@ -45,7 +46,7 @@ def goal_pictures(layer: BoundLayer, edit: Edit, latents: Tensor, goal: Tensor) 
             f"goal must be {list(kept.images.shape)}, a picture for each of the pictures {rows} that the edit pastes "
             f"into, not {list(goal.shape)}."
         )
-    if not goal.is_floating_point() or not torch.isfinite(goal).all():
+    if not goal.is_floating_point() or not all_finite(goal):
         raise NonFiniteError("goal must hold finite floating-point numbers in the range of the generator's images.")
     return _beyond(layer, latents[rows], kept, "pictures", goal)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import ArgumentError, NonFiniteError, RewriteCoreError, whole_number
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
+from ..ops.finite import all_finite
 from .checks import check_keys, check_layer
 from .key_stream import stream_keys
 from .masks import Mask, batch_mask, check_mask, positions_that_count
@@ -39,7 +40,7 @@ class UnitQuantiles:
         rows = features.movedim(1, -1)
         rows = rows.reshape(-1, features.shape[1]) if mask is None else rows[positions_that_count(features, mask)]
         rows = rows.float().cpu()
-        if not torch.isfinite(rows).all():
+        if not all_finite(rows):
             raise NonFiniteError("The features hold NaN or infinity; leave those images out.")
         if not len(rows):
             return

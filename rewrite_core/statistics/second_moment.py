@@ -26,8 +26,9 @@ from ..files import shown
 from ..layers.bound import BoundLayer
 from ..layers.fingerprints import KIND
 from ..layers.latents import LatentRecipe, check_latents, recipe_of
+from ..ops.finite import all_finite
 from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
-from ..waits import likely, sent
+from ..waits import sent
 from . import moment_file
 from .checks import check_layer, what_is
 from .shards import joined_latents
@@ -263,7 +264,7 @@ class SecondMoment:
         rows = torch.atleast_2d(keys).to(torch.float64)
         if rows.ndim != 2 or rows.shape[1] != self.channels:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
-        if not likely(torch.isfinite(rows).all()):
+        if not all_finite(rows):
             raise NonFiniteError("The keys hold NaN or infinity.")
         return self.factor.solve(sent(rows, self._sum.device).T).T.reshape(keys.shape)
 

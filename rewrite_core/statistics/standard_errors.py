@@ -18,6 +18,7 @@ from ..errors import (
     silent,
 )
 from ..files import shown
+from ..ops.finite import all_finite
 from ..ops.spd_solve_op.factor import spd_factor
 
 LEAST = 8  # batches before their spread is believed
@@ -54,7 +55,7 @@ class KeyErrors:
         keys = torch.atleast_2d(keys).detach().to(device="cpu", dtype=torch.float64)
         if keys.ndim != 2 or keys.shape[1] != channels or len(keys) == 0:
             raise RewriteCoreError(f"Keys are rows [n, {channels}], not {list(keys.shape)}.")
-        if not torch.isfinite(keys).all() or not keys.any(1).all():
+        if not all_finite(keys) or not keys.any(1).all():
             raise NonFiniteError("The keys hold NaN or infinity, or only zeros, whose error is relative to nothing.")
         self._keys = keys
         self._device = keys.device  # where the batches are, and so these two
