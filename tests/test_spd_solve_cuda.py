@@ -1,22 +1,17 @@
 """The backend "cuda" of spd_solve: what nvcc makes of the kernel, and Python's side with the kernel run on the CPU."""
 
-import contextlib
-import ctypes
 import re
-import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.kernels import CSRC
-from helpers.spd_solve_kernel import Call, build, launch
+from helpers.gpu_kernels import build, compile_by_nvcc, imagined, instructions, launch, numbers, resources, stand_in
+from helpers.spd_solve_kernel import Call
 
-from rewrite_core import backends
 from rewrite_core.backends import BackendUnavailable, select
 from rewrite_core.errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError
-from rewrite_core.ops import spd_factor, spd_solve
+from rewrite_core.ops import cuda_kernels, spd_factor, spd_solve
 from rewrite_core.ops.spd_solve_op import cuda
 
 # --- what nvcc makes of it ---
@@ -27,36 +22,25 @@ ARCHITECTURES = ("80", "90a", "100")
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request, tmp_path_factory):
     """The architecture, ptxas's words of each kernel, and the machine code."""
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    folder = tmp_path_factory.mktemp("nvcc")
-    arch, target = request.param, folder / "spd_solve.cubin"
-    words = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", "-o", target, CSRC / "spd_solve.cu"]
-    done = subprocess.run(["nvcc", *map(str, words)], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    return arch, done.stderr, target
+    target, said = compile_by_nvcc("spd_solve", request.param, tmp_path_factory.mktemp("nvcc"))
+    return request.param, said, target
 
 
+@pytest.mark.slow
 def test_the_kernels_fit_their_registers(compiled):
     """Two kernels: a matrix to one block, and one to a cluster. Shared memory is asked for at the launch."""
     _, said, _ = compiled
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    registers = re.findall(r"Used (\d+) registers", said)
-    assert len(spills) == len(registers) == 2, said
-    assert all(found == ("0", "0", "0") for found in spills), said
-    assert all(int(count) <= 255 for count in registers), said
+    spills, registers = resources(said)
+    assert len(spills) == 2, said
+    assert all(found == (0, 0, 0) for found in spills), said
+    assert all(count <= 255 for count in registers), said
     assert " smem" not in said, said
 
 
+@pytest.mark.slow
 def test_the_tensor_cores_do_the_products(compiled):
-    tool = shutil.which("cuobjdump")
-    if not tool:
-        triton = pytest.importorskip("triton", reason="cuobjdump comes with the CUDA toolkit, or with triton")
-        tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
     arch, _, cubin = compiled
-    done = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True, timeout=120)
-    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function :|\Z)", done.stdout, re.S))
+    kernels = instructions(cubin)
     assert len(kernels) == 2, list(kernels)
     for name, code in kernels.items():
         assert len(re.findall(r"\bDMMA", code)) >= 40, name
@@ -66,16 +50,6 @@ def test_the_tensor_cores_do_the_products(compiled):
 
 
 # --- Python's side ---
-
-
-def numbers(address, *shape):
-    """What an address holds, as an array that writes there."""
-    count = int(np.prod(shape))
-    return (
-        np.frombuffer((ctypes.c_double * count).from_address(address), dtype=np.float64).reshape(shape)
-        if count
-        else (np.empty(shape))
-    )
 
 
 class Extension:
@@ -112,8 +86,7 @@ class Extension:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    cxx = shutil.which("g++") or pytest.skip("there is no g++")
-    return build(cxx, [], tmp_path_factory.mktemp("kernel"))
+    return build("spd_solve", [], tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(params=[1, 2])
@@ -121,18 +94,7 @@ def extension(request, program, tmp_path, monkeypatch):
     """CPU tensors stand for a GPU's."""
     made = Extension(program, tmp_path, request.param)
     cuda._blocks.cache_clear()
-    monkeypatch.setattr(cuda, "extension", lambda: made)
-    monkeypatch.setattr(cuda, "supports", lambda *given: None)
-    monkeypatch.setattr(cuda, "_index", lambda matrix: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
-    records = tuple(
-        backends.Backend(record.op, record.name, record.target, lambda *given: None)
-        if record.name == "cuda"
-        else record
-        for record in backends.backends_of("spd_solve")
-    )
-    monkeypatch.setattr(backends, "backends_of", lambda op: records)
+    stand_in(monkeypatch, "spd_solve", cuda, made)
     yield made
     cuda._blocks.cache_clear()
 
@@ -237,9 +199,7 @@ def on_gpu(n):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "extension_reason", lambda: None)
-    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(spd_solve_cuda=None))
-    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    imagined(monkeypatch, cuda, SimpleNamespace(spd_solve_cuda=None))
     monkeypatch.setattr(cuda, "_blocks", lambda n, index: 1 if n <= 200 else 16 if n <= 512 else 0)
 
 
@@ -264,9 +224,9 @@ def test_reasons(gpu, monkeypatch):
         patch.setattr(cuda, "_blocks", too_old)
         assert "do not run what nvcc has built (an old driver)" in cuda.supports(on_gpu(64))
         assert select("spd_solve", "auto", on_gpu(64)).name == "reference"
-    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
+    imagined(monkeypatch, cuda, SimpleNamespace(spd_solve_cuda=None), capability=(7, 5))
     assert "8.0 or newer, and this GPU has 7.5" in cuda.supports(on_gpu(64))
-    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace())
+    imagined(monkeypatch, cuda, SimpleNamespace())
     assert "REWRITE_CORE_CUDA=1" in cuda.supports(on_gpu(64))
-    monkeypatch.setattr(cuda, "extension_reason", lambda: "the extension is not built")
+    monkeypatch.setattr(cuda_kernels, "extension_reason", lambda: "the extension is not built")
     assert cuda.supports(on_gpu(64)) == "the extension is not built"

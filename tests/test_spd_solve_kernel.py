@@ -1,39 +1,27 @@
 """The GPU kernel of spd_solve (csrc/spd_solve/) on the CPU, a fiber a thread: numbers, races, memory."""
 
-import re
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from helpers.kernels import CSRC
-from helpers.spd_solve_kernel import ADDRESS, EPSILON, FACTS, Call, Failed, build, launch
+from helpers.gpu_kernels import ADDRESS, Failed, barriers_of, build, launch
+from helpers.spd_solve_kernel import EPSILON, FACTS, Call
 
 from rewrite_core.ops.spd_solve_op.problem import Facts
 from rewrite_core.ops.spd_solve_op.reference import _factor
 
 SEEDS = range(4)  # of the order that threads run in
-BARRIERS = re.findall(
-    r"^  (\w+),$", re.search(r"enum Barrier.*?};", (CSRC / "spd_solve/layout.h").read_text(), re.S)[0], re.M
-)
+BARRIERS = barriers_of("spd_solve/layout.h")
 OF_CLUSTERS = ("sides_there", "mails_sent", "before_reload", "before_end")
-
-
-def compiled(flags, folder):
-    cxx = shutil.which("g++") or pytest.skip("there is no g++")
-    return build(cxx, flags, folder)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """Under AddressSanitizer, where programs with it link and run."""
-    folder = tmp_path_factory.mktemp("address")
-    return compiled(ADDRESS, folder)
+    return build("spd_solve", ADDRESS, tmp_path_factory.mktemp("address"))
 
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory):
-    return compiled([], tmp_path_factory.mktemp("fast"))
+    return build("spd_solve", [], tmp_path_factory.mktemp("fast"))
 
 
 def moments(batch, n, keys=None):

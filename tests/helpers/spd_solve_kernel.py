@@ -1,19 +1,13 @@
-"""The GPU kernel of spd_solve on the CPU: tests/csrc/run_spd_solve.cpp, built by g++ and called through files."""
+"""Calls of tests/csrc/run_spd_solve.cpp, the GPU kernel of spd_solve on the CPU."""
 
 import struct
-import subprocess
 from dataclasses import dataclass
 
 import numpy as np
 
-from .kernels import CSRC, ROOT, run
-
 EPSILON = np.finfo(np.float64).eps
 SMALLEST = np.finfo(np.float64).tiny / EPSILON
 FACTS = ("mean", "largest", "difference", "pivot", "shift", "verdict")
-# every loop of the fibers is one thread's; -O1 keeps AddressSanitizer fast
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer", f"-I{CSRC}"]
-ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @dataclass
@@ -53,29 +47,3 @@ class Call:
 
         x, facts = numbers(batch, n, sides), numbers(batch, len(FACTS))
         return x, facts, numbers(batch, n, n) if self.lower else None
-
-
-def build(cxx, flags, folder):
-    """The program in `folder`."""
-    source = ROOT / "tests" / "csrc" / "run_spd_solve.cpp"
-    done = run([cxx, *FLAGS, *flags, source, "-o", folder / "run"], folder)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return folder / "run"
-
-
-class Failed(Exception):
-    """The program ended with these words."""
-
-
-def launch(program, calls, folder):
-    """x, facts and lower of each call."""
-    with open(folder / "in", "wb") as file:
-        for call in calls:
-            call.write(file)
-    words = [str(program), str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False)
-    if done.returncode:
-        raise Failed(done.stderr)
-    assert not done.stderr, done.stderr
-    with open(folder / "out", "rb") as file:
-        return [call.read(file) for call in calls]

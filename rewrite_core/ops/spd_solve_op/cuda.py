@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...backends import extension, extension_reason
+from ...backends import extension
+from ..cuda_kernels import capability, index_of, missing, not_run
 from ..memory import address, plain
 from .problem import EPSILON, LARGEST_SHIFT, SMALLEST, Cholesky, Facts, asymmetry, warn_of_shift
 
@@ -16,13 +17,7 @@ from .problem import EPSILON, LARGEST_SHIFT, SMALLEST, Cholesky, Facts, asymmetr
 # by compute capability. No GPU has run it yet.
 FASTER_UP_TO: dict[tuple[int, int], int] = {}
 
-OLDEST = (8, 0)  # compute capability: tensor cores for float64
 MEAN, PIVOT, SHIFT, VERDICT, FACTS = 0, 3, 4, 5, 6  # columns of what the kernel tells (csrc/spd_solve_cuda.h)
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
@@ -32,27 +27,16 @@ def _blocks(n: int, index: int) -> int:
         return extension().spd_solve_blocks(n=n, device=index)
 
 
-def _index(matrix: Tensor) -> int:
-    return torch.cuda.current_device() if matrix.device.index is None else matrix.device.index
-
-
 def supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
     """None where the kernel can run, else why not."""
-    if matrix.device.type != "cuda":
-        return f"it works on GPU tensors, and the matrix is on {matrix.device}"
-    if extension_reason() is not None:
-        return extension_reason()
-    if not hasattr(extension(), "spd_solve_cuda"):
-        return "the extension was built without CUDA C++: where nvcc is, install with REWRITE_CORE_CUDA=1"
-    have = _capability(_index(matrix))
-    if have < OLDEST:
-        least = ".".join(map(str, OLDEST))
-        return f"it needs compute capability {least} or newer, and this GPU has {'.'.join(map(str, have))}"
+    reason = missing(matrix, "matrix", "spd_solve_cuda")
+    if reason is not None:
+        return reason
     n = matrix.shape[-1]
     try:
-        blocks = _blocks(n, _index(matrix))
-    except RuntimeError as error:  # a driver older than nvcc's CUDA, which torch's own may still run on
-        return f"this GPU and its driver do not run what nvcc has built ({error})"
+        blocks = _blocks(n, index_of(matrix))
+    except RuntimeError as error:
+        return not_run(error)
     if not blocks:
         return f"a matrix with n = {n} is more than it takes: the shared memory of one block, of 8 or 16, up to n = 512"
     return None
@@ -60,7 +44,7 @@ def supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
 
 def declines(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
     """None where it was measured to be faster than torch.linalg."""
-    have = _capability(_index(matrix))
+    have = capability(index_of(matrix))
     if matrix.shape[-1] <= FASTER_UP_TO.get(have, 0):
         return None
     return "no GPU check has recorded it as faster than torch.linalg here; ask for it by name to try it"
@@ -79,7 +63,7 @@ def _launch(
     shifts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Queue one launch: x and the facts. matrix, given, factor, lower [B, n, n], rhs [B, n, m]; contiguous float64."""
-    x, index = torch.empty_like(rhs), _index(matrix)
+    x, index = torch.empty_like(rhs), index_of(matrix)
     facts = matrix.new_empty(len(matrix), FACTS)
     with torch.cuda.device(index):
         extension().spd_solve_cuda(
