@@ -18,6 +18,7 @@
 #include "second_moment.h"
 #include "spd_solve.h"
 #ifdef REWRITE_CORE_CUDA
+#include "fit_projected_cuda.h"
 #include "spd_solve_cuda.h"
 #endif
 
@@ -252,6 +253,64 @@ py::object call_spd_solve_blocks(Fields& fields) {
   run("spd_solve on a GPU", [&] { return spd_solve_blocks(n, device, blocks); });
   return py::int_(blocks);
 }
+
+FitProjectedPlan plan_of(Fields& fields) {
+  FitProjectedPlan plan;
+  plan.tiles = fields.number<int>("tiles"), plan.blocks = fields.number<int>("blocks");
+  return plan;
+}
+
+py::object call_fit_projected_cuda(Fields& fields) {
+  FitProjectedTask task{};
+  task.maps = fields.pointer<const float>("maps");
+  task.base = fields.pointer<const float>("base");
+  task.target = fields.pointer<const float>("target");
+  task.value = fields.pointer<const float>("value");
+  task.shift = fields.pointer<const float>("shift");
+  task.weight = fields.pointer<const float>("weight");
+  task.square = fields.pointer<const float>("square");
+  task.directions = fields.pointer<const float>("directions");
+  task.basis = fields.pointer<const float>("basis");
+  task.rates = fields.pointer<const float>("rates");
+  task.goal = fields.pointer<float>("goal");
+  task.leaning = fields.pointer<float>("leaning");
+  task.coefficients = fields.pointer<float>("coefficients");
+  task.losses = fields.pointer<double>("losses");
+  task.channels = fields.number<int64_t>("channels");
+  task.inputs = fields.number<int64_t>("inputs");
+  task.taps = fields.number<int64_t>("taps");
+  task.pixels = fields.number<int64_t>("pixels");
+  task.ranks = fields.number<int64_t>("ranks");
+  task.steps = fields.number<int64_t>("steps");
+  task.project_every = fields.number<int64_t>("project_every");
+  task.absolute = fields.number<bool>("absolute");
+  task.eps = static_cast<float>(fields.number<double>("eps"));
+  task.slope = static_cast<float>(fields.number<double>("slope"));
+  task.gain = static_cast<float>(fields.number<double>("gain"));
+  const FitProjectedPlan plan = plan_of(fields);
+  const int device = fields.number<int>("device");
+  void* stream = fields.pointer<void>("stream");
+  fields.done();
+  run("fit_projected on a GPU", [&] { return fit_projected_cuda(task, plan, device, stream); });
+  return py::none();
+}
+
+py::object call_fit_projected_plan(Fields& fields) {
+  const int64_t weights = fields.number<int64_t>("weights"), pixels = fields.number<int64_t>("pixels");
+  const int64_t taps = fields.number<int64_t>("taps");
+  const int device = fields.number<int>("device");
+  fields.done();
+  FitProjectedPlan plan;
+  run("fit_projected on a GPU", [&] { return fit_projected_plan(weights, pixels, taps, device, plan); });
+  return py::make_tuple(plan.tiles, plan.blocks);
+}
+
+py::object call_fit_projected_parts(Fields& fields) {
+  const int64_t channels = fields.number<int64_t>("channels");
+  const FitProjectedPlan plan = plan_of(fields);
+  fields.done();
+  return py::int_(fit_projected_parts(channels, plan));
+}
 #endif
 
 py::object call_fit_low_rank(Fields& fields) {
@@ -364,6 +423,13 @@ PyMethodDef methods[] = {
     method<call_spd_solve_blocks>("spd_solve_blocks",
                                   "Blocks of the GPU that work on one matrix [n, n] together; 0 where it does not fit: "
                                   "n, device."),
+    method<call_fit_projected_cuda>("fit_projected_cuda",
+                                    "The fields of FitProjectedTask, at addresses of a GPU's; tiles and blocks, of "
+                                    "fit_projected_plan, device, stream. Does not wait."),
+    method<call_fit_projected_plan>("fit_projected_plan",
+                                    "Tiles of weights that a warp has (0: it does not fit on the GPU), and blocks that "
+                                    "work together: weights, pixels, taps, device."),
+    method<call_fit_projected_parts>("fit_projected_parts", "Rows of losses: channels, tiles, blocks."),
 #endif
     method<call_fit_low_rank>("fit_low_rank",
                               "One fit per edit and channel: the fields of FitLowRankProblem, threads, isa."),

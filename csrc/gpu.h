@@ -16,6 +16,8 @@
 #define GPU_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define GPU_FUNCTION __device__ __forceinline__
 #define GPU_UNROLL _Pragma("unroll")
+#define GPU_ROLLED _Pragma("unroll 1")
+#define GPU_UNROLL_BY_4 _Pragma("unroll 4")
 
 namespace gpu {
 
@@ -26,6 +28,13 @@ GPU_FUNCTION int threads() { return static_cast<int>(blockDim.x); }
 GPU_FUNCTION int lane() { return static_cast<int>(threadIdx.x % warp_size); }
 GPU_FUNCTION int warp() { return static_cast<int>(threadIdx.x / warp_size); }
 GPU_FUNCTION int warps() { return static_cast<int>(blockDim.x / warp_size); }
+
+// Whether blocks can be a cluster. A kernel for clusters need not have a body where not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool has_clusters = false;
+#else
+constexpr bool has_clusters = true;
+#endif
 
 namespace detail {
 
@@ -113,6 +122,38 @@ GPU_FUNCTION void mma(double (&c)[2], double a, double b) {
       : "d"(a), "d"(b));
 }
 
+// c [16, 8] += a [16, 8] b [8, 8] on the tensor cores, of numbers that to_tf32() has rounded. Together. Lane l holds,
+// with g = l / 4 and t = l % 4,
+//   a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4],   b[t][g], b[t + 4][g],
+//   c[g][2 t], c[g][2 t + 1], c[g + 8][2 t], c[g + 8][2 t + 1].
+GPU_FUNCTION void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// The first 11 bits of a number, which is TF32; and rounded to as many. Of NaN something that is not finite is left by
+// the first alone.
+GPU_FUNCTION float cut_tf32(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
+GPU_FUNCTION float round_tf32(float value) { return __uint_as_float((__float_as_uint(value) + 0x1000u) & 0xffffe000u); }
+
+// Two or four numbers at an address that is a multiple of 8 or 16 bytes.
+GPU_FUNCTION void load_two(const float* from, float (&to)[2]) {
+  const float2 all = *reinterpret_cast<const float2*>(from);
+  to[0] = all.x, to[1] = all.y;
+}
+
+GPU_FUNCTION void load_four(const float* from, float (&to)[4]) {
+  const float4 all = *reinterpret_cast<const float4*>(from);
+  to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+}
+
+GPU_FUNCTION void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+
 // What no thread of the launch writes.
 template <class T>
 GPU_FUNCTION T load(const T* from) {
@@ -120,6 +161,16 @@ GPU_FUNCTION T load(const T* from) {
 }
 
 GPU_FUNCTION double inverse_root(double value) { return rsqrt(value); }
+GPU_FUNCTION float root(float value) { return __fsqrt_rn(value); }
+
+// To two units of the last place, in a few instructions; the divisor below 2^126.
+GPU_FUNCTION float quick_root(float value) {
+  float found;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(found) : "f"(value));
+  return found;
+}
+GPU_FUNCTION float quick_quotient(float value, float by) { return __fdividef(value, by); }
+
 GPU_FUNCTION double not_a_number() { return __longlong_as_double(0x7ff8000000000000); }
 
 }  // namespace gpu

@@ -28,10 +28,13 @@
 #define GPU_KERNEL(threads) inline void
 #define GPU_FUNCTION inline
 #define GPU_UNROLL
+#define GPU_ROLLED
+#define GPU_UNROLL_BY_4
 
 namespace gpu {
 
 constexpr int warp_size = 32;
+constexpr bool has_clusters = true;
 
 struct Launch {
   int teams = 1, blocks = 1, threads = 32;  // of all, of a team, of a block
@@ -52,7 +55,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  double given[warp_size][4], taken[warp_size][2];  // of a lane
+  double given[warp_size][10], taken[warp_size][4];  // of a lane
 };
 
 struct Block {
@@ -306,12 +309,76 @@ inline void mma(double (&c)[2], double a, double b) {
   c[0] = warp.taken[me][0], c[1] = warp.taken[me][1];
 }
 
+inline void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  fibers::Warp& warp = fibers::machine->warp();
+  double* const mine = warp.given[lane()];
+  std::copy(a, a + 4, mine), std::copy(b, b + 2, mine + 4), std::copy(c, c + 4, mine + 6);
+  fibers::meet(warp.meeting, fibers::products, "the lanes of a warp", [&warp] {
+    for (int i = 0; i < warp_size; ++i) {
+      for (int which = 0; which < 4; ++which) {
+        const int low = which / 2, row = i / 4, column = 2 * (i % 4) + which % 2;  // low: of the lower eight rows
+        float sum = static_cast<float>(warp.given[i][6 + which]);
+        for (int k = 0; k < 8; ++k) {
+          const double left = warp.given[4 * row + k % 4][2 * (k / 4) + low];
+          const double right = warp.given[4 * column + k % 4][4 + k / 4];
+          sum = static_cast<float>(sum + left * right);  // a product of such numbers is exact
+        }
+        warp.taken[i][which] = sum;
+      }
+    }
+  });
+  const double* const taken = warp.taken[lane()];
+  for (int which = 0; which < 4; ++which) c[which] = static_cast<float>(taken[which]);
+}
+
+inline float cut_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits &= 0xffffe000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float round_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = (bits + 0x1000u) & 0xffffe000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+namespace fibers {
+
+inline void check_aligned(const float* at, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("an address is no multiple of " + std::to_string(bytes));
+}
+
+}  // namespace fibers
+
+inline void load_two(const float* from, float (&to)[2]) {
+  fibers::check_aligned(from, 8);
+  std::copy(from, from + 2, to);
+}
+
+inline void load_four(const float* from, float (&to)[4]) {
+  fibers::check_aligned(from, 16);
+  std::copy(from, from + 4, to);
+}
+
+inline void store_four(float* to, const float (&from)[4]) {
+  fibers::check_aligned(to, 16);
+  std::copy(from, from + 4, to);
+}
+
 template <class T>
 T load(const T* from) {
   return *from;
 }
 
 inline double inverse_root(double value) { return 1 / std::sqrt(value); }
+inline float root(float value) { return std::sqrt(value); }
+inline float quick_root(float value) { return std::sqrt(value); }
+inline float quick_quotient(float value, float by) { return value / by; }
 inline double not_a_number() { return std::numeric_limits<double>::quiet_NaN(); }
 
 }  // namespace gpu

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ...ops.fit_projected_op.problem import BETA1, BETA2, FitProjectedProblem
+from ...ops.fit_projected_op.problem import FitProjectedProblem, rates_of
 from ..launching import on_device_of, repeated
 from ..tuning import choose, multiprocessors_of
 from .directions import lean_kernel, project_kernel
@@ -62,9 +62,7 @@ def _whole(count: int, tile: int) -> int:
 def _prepare(problem: FitProjectedProblem) -> dict[str, Any]:
     """What a launch reads, whatever its configuration."""
     operator, directions, base = problem.operator, problem.directions, problem.base
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": operator.device}
     operator = operator.flatten(3).flatten(1, 2)
-    count = torch.arange(1, problem.steps + 1, **wide)
     return {
         "maps": operator.transpose(0, 1),
         "base": base.flatten(1).contiguous(),
@@ -74,7 +72,7 @@ def _prepare(problem: FitProjectedProblem) -> dict[str, Any]:
         "weight": None if problem.weight is None else problem.weight.flatten(2).mT,
         "square": None if problem.style is None else problem.style.square(),
         "basis": torch.einsum("ri,itp->trp", directions, operator) if problem.project_gradient else None,
-        "rates": torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float(),
+        "rates": rates_of(problem),
     }
 
 

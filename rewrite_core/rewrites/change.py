@@ -46,13 +46,6 @@ class Fit:
     limited: Limited | None = None
 
 
-def _norm(weight: Tensor) -> Tensor:
-    """|weight|, float64: of rows in float32, which torch adds up many times faster, and then of the rows' norms."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=dtype)
-    return torch.linalg.vector_norm(rows, dtype=torch.float64)
-
-
 class _Here(threading.local):
     """What one thread does with a change: threads may share it, and apply it to a generator each."""
 
@@ -178,7 +171,7 @@ class Rewrite:
         parts = zip(outputs, self.directions.double().chunk(self.groups, 1))  # a group has its part of D
         squares = [torch.einsum("ort,rs,ost->", own, rows @ rows.T, own) for own, rows in parts]
         weight = weight.detach()
-        norms = [_norm(weight[block]) for block in blocks(weight)]
+        norms = [torch.linalg.vector_norm(weight[block], dtype=torch.float64) for block in blocks(weight)]
 
         def size() -> float:
             found = [number.item() for number in all_on_host([*squares, *norms])]

@@ -64,6 +64,12 @@ class FitProjectedProblem(NamedTuple):
     project_gradient: bool
 
 
+def rates_of(problem: FitProjectedProblem) -> Tensor:
+    """Adam's step size and one over the root of its second bias correction, step by step: [steps, 2] float32."""
+    count = torch.arange(1, problem.steps + 1, dtype=torch.float64, device=problem.base.device)
+    return torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float()
+
+
 def value_of(problem: FitProjectedProblem, lin: Tensor, weight: Tensor | None) -> Tensor:
     """The value [O, P] of a linear output; weight [O, I kh kw] is read for demodulation only."""
     out = lin

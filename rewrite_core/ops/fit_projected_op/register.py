@@ -20,9 +20,8 @@ from ...backends import (
     triton_reason,
 )
 from ..memory import address, plain_fields
+from . import cuda
 from .problem import (
-    BETA1,
-    BETA2,
     LARGEST,
     MOST_TAPS,
     TRITON,
@@ -30,6 +29,7 @@ from .problem import (
     ProjectedResult,
     check,
     prepare,
+    rates_of,
 )
 from .winograd import GROUP, transformed_maps, winograd_tile
 
@@ -74,10 +74,10 @@ def fit_projected(
     project_every after steps 0, project_every, ... and the last; project_gradient: the gradient too, at every step
     progress      called with an iterator over ranges of channels, and the number of ranges; or None. Not called where
                   torch compiles, traces or transforms the caller
-    backend       "auto", "triton" (float32), "cpp" (float32) or "reference"
+    backend       "auto", "cuda", "triton" or "cpp" (all float32), or "reference"
 
-    All of one floating dtype on one device. "cpp" gives the same bits for any number of threads, "triton" from run to
-    run (on GPUs of one kind with one cache of measured configurations). Not differentiable.
+    All of one floating dtype on one device. "cpp" gives the same bits for any number of threads, "triton" and "cuda"
+    from run to run (on GPUs of one kind; "triton" with one cache of measured configurations). Not differentiable.
     NaN and infinity in the input come out as losses that are not finite.
 
     Raises ArgumentError for a wrong type, RewriteCoreError (a ValueError) for a wrong shape or number.
@@ -134,13 +134,11 @@ def run_cpp(
     if height > 1 and width > 1 and shift.stride(1) != width * shift.stride(2):  # one stride over all pixels
         shift = shift.contiguous()
     over_pixels = shift.stride(2) if width > 1 else shift.stride(1)  # an axis of one entry may have any stride
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": base.device}
-    count = torch.arange(1, problem.steps + 1, **wide)
-    rates = torch.stack([problem.lr / (1 - BETA1**count), (1 - BETA2**count).rsqrt()], 1).float()
+    rates = rates_of(problem)
 
     lanes = extension().projected_lanes(isa)
     blocks, threads = -(-channels // lanes), torch.get_num_threads()
-    losses = torch.empty(blocks, problem.steps, **wide)
+    losses = torch.empty(blocks, problem.steps, dtype=torch.float64, device=base.device)
     coefficients = base.new_empty(channels, rank or padded, *kernel)
     arrays = {"maps": maps, "base": base, "target": target, "value": value, "shift": shift, "weight": weight}
     arrays |= {"square": square, "directions": directions, "basis": basis, "rates": rates}
@@ -210,6 +208,7 @@ def _triton_declines(operator: Tensor, *args: object) -> str | None:
 
 
 BACKENDS = (
+    Backend("fit_projected", "cuda", f"{__package__}.cuda:run_cuda", cuda.supports, cuda.declines),
     Backend("fit_projected", "triton", f"{__name__}:run_triton", _triton_supports, _triton_declines),
     Backend("fit_projected", "cpp", f"{__name__}:run_cpp", _cpp_supports),
     Backend("fit_projected", "reference", f"{__package__}.reference:run_reference"),
