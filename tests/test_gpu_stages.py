@@ -568,6 +568,9 @@ def test_what_compute_sanitizer_finds(tmp_path, setting, monkeypatch):
     assert watched("memcheck", "========= Error: no such device") == (
         "failed", 0, "the kernel was not launched: ========= Error: no such device",
     )  # fmt: skip
+    said.write_text("skipped: the GPU cannot hold it\n")
+    with pytest.raises(worker.Skipped, match="^the GPU cannot hold it$"):
+        sanitiser.run("a case", {"tool": "memcheck", "launches": SANITISED["second_moment"]}, setting)
     words = (tmp_path / "words").read_text()
     assert "--tool=memcheck" in words and "--report-api-errors=no" in words and '"op": "second_moment"' in words
     tool.write_text(f"#!/bin/sh\necho '{read.strip()}'\nexec sleep 60\n")
@@ -585,4 +588,8 @@ def test_what_compute_sanitizer_finds(tmp_path, setting, monkeypatch):
 def test_what_is_launched_for_compute_sanitizer(kernel, capfd, monkeypatch):
     monkeypatch.setattr(modes, "die_with_parent", lambda: None)
     modes.launch(json.dumps(CASES["S1"][SANITISED[kernel]]))
-    assert "launched" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    if CASES["S1"][SANITISED[kernel]].get("backend") == "cuda":
+        assert said.startswith("skipped: ") and "it works on GPU tensors" in said
+    else:
+        assert "launched" in said

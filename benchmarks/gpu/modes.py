@@ -20,7 +20,7 @@ from rewrite_core.ops import fit_low_rank, fit_projected, second_moment, spd_fac
 
 from . import problems
 from .timing import compiled, peak_bytes, so_far, sound, synchronize, there
-from .worker import Setting, Skipped, die_with_parent
+from .worker import SKIPPED, Setting, Skipped, die_with_parent
 
 __all__ = ["launch", "run", "sound"]
 
@@ -68,7 +68,11 @@ def launch(words: str) -> None:
     """Only runs the kernel of a case, for tools that watch it (S4). words: its arguments, as JSON."""
     die_with_parent()
     arguments = json.loads(words)
-    case(arguments, "cuda" if there() else "cpu", small=not there(), few=True)[0]()
+    try:
+        case(arguments, "cuda" if there() else "cpu", small=not there(), few=True)[0]()
+    except Skipped as error:
+        print(f"{SKIPPED}{error}", file=sys.stderr, flush=True)
+        return
     synchronize()
     print("launched", file=sys.stderr, flush=True)
 
@@ -78,6 +82,14 @@ def case(arguments: dict[str, Any], device: str, small: bool, few: bool = False)
     rest = {name: value for name, value in arguments.items() if name != "op"}
     make = {"second_moment": moment, "fit_low_rank": fit, "fit_projected": descent, "spd_solve": solve}[arguments["op"]]
     return make(rest, device, small, few)
+
+
+def need_backend(op: str, backend: str, *arguments: Any) -> None:
+    """Skip the case, with the reason, where this build or GPU lacks the backend that it names."""
+    try:
+        select(op, backend, *arguments)
+    except BackendUnavailable as error:
+        raise Skipped(str(error)) from None
 
 
 # --- second moment ---
@@ -205,14 +217,15 @@ def fit(arguments: dict[str, Any], device: str, small: bool, few: bool) -> Check
 
 def descent(arguments: dict[str, Any], device: str, small: bool, few: bool) -> Checked:
     loss = arguments.get("loss", "l1")
-    channels = 3 if small else CHANNELS
+    channels = 3 if small else arguments.get("channels", CHANNELS)
     kind = "stylegan2" if arguments.get("demodulated") else "linear"
     side = 4 if small else arguments.get("side", REGION)
     edit = problems.make(kind, arguments.get("rank", 1), channels, channels, side, arguments.get("slope"))
     given, options = problems.projected_arguments(edit, device=device)
     options |= {"loss": loss, "steps": 3 if small or few else STEPS}
     options["project_gradient"] = bool(arguments.get("project_gradient"))
-    backend = backend_of(device)
+    backend = arguments.get("backend", backend_of(device))
+    need_backend("fit_projected", backend, given[0])
 
     def judge(found: Any) -> dict[str, Any]:
         wide, more = problems.to((given, options), Tensor.double)
@@ -241,14 +254,6 @@ def moment_matrix(batch: int, n: int, keys: int, device: str) -> Tensor:
     rows = torch.randn(batch, keys, n, generator=generator, device=device, dtype=torch.float64)
     rows *= torch.logspace(-1.5, 0, n, device=device, dtype=torch.float64)
     return rows.mT @ rows / keys
-
-
-def need_backend(op: str, backend: str, *arguments: Any) -> None:
-    """Skip the case, with the reason, where this build or GPU lacks the backend that it names."""
-    try:
-        select(op, backend, *arguments)
-    except BackendUnavailable as error:
-        raise Skipped(str(error)) from None
 
 
 def solve(arguments: dict[str, Any], device: str, small: bool, few: bool) -> Checked:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .stages import Case, all_stages
-from .worker import Setting, Skipped, die_with_parent
+from .worker import SKIPPED, Setting, Skipped, die_with_parent
 
 TOOL = "compute-sanitizer"
 WORDS = {
@@ -74,6 +74,9 @@ def run(name: str, arguments: dict[str, Any], setting: Setting) -> dict[str, Any
     output.unlink()
     print(said, flush=True)
     lines = said.splitlines()
+    for line in lines:
+        if line.startswith(SKIPPED):
+            raise Skipped(line.removeprefix(SKIPPED))
     findings = [line for line in lines if re.match(FINDING, line)]
     record: dict[str, Any] = {"tool": kind, "findings": len(findings), "found": findings[:10]}
     if findings and kind == "memcheck":

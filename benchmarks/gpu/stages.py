@@ -117,6 +117,15 @@ SOLVES: Rows = (
     ("8 of n 64", {"n": 64, "batch": 8}),
     ("n 96, rank-deficient", {"n": 96, "keys": 40}),
 )
+# by the CUDA kernel of csrc/fit_projected.cu: a cluster, one block, and more directions than are done at a time
+KERNEL_DESCENTS: Rows = tuple(
+    (f"kernel, {name}", {**size, "backend": "cuda"})
+    for name, size in (
+        *(row for row in DESCENTS if "tiles" not in row[0]),
+        ("l1, demodulated, 16 directions", {"slope": 0.2, "demodulated": True, "rank": 16}),
+        ("l1, demodulated, 8 channels", {"slope": 0.2, "demodulated": True, "channels": 8}),
+    )
+)
 # by the CUDA kernel of csrc/spd_solve.cu, in one launch: a block a matrix, then a cluster
 KERNEL_SOLVES: Rows = tuple(
     (f"kernel, {name}", {**size, "backend": "cuda"})
@@ -132,7 +141,9 @@ def _s1() -> Stage:
         group("second_moment", MOMENTS, 1.5),
         group("fit_low_rank", FITS[0], 4.5),
         group("fit_low_rank", FITS[1], 5.0),
-        group("fit_projected", DESCENTS, 3.0) + group("spd_solve", (*SOLVES, *KERNEL_SOLVES), 0.5),
+        group("fit_projected", DESCENTS, 3.0)
+        + group("fit_projected", KERNEL_DESCENTS, 0.5)
+        + group("spd_solve", (*SOLVES, *KERNEL_SOLVES), 0.5),
     )
     return Stage("S1", "every kernel and mode against float64", "modes", groups, seconds=40.0, parallel=len(groups))
 
@@ -154,8 +165,10 @@ def _fit(kind: str, rank: int, edits: int) -> Case:
     return Case(name, 45.0, 10.0 if edits == 1 else 7.0, {"of": "fit", "kind": kind, "rank": rank, "edits": edits})
 
 
-def _projected(kind: str) -> Case:
-    return Case(f"projected {kind}, 201 steps", 45.0, 9.0, {"of": "projected", "kind": kind, "steps": 201})
+def _projected(kind: str, backend: str = "") -> Case:
+    by, how = ("by the CUDA kernel, ", {"backend": backend}) if backend else ("", {})
+    name = f"projected {by}{kind}, 201 steps"
+    return Case(name, 45.0, 3.0 if backend else 9.0, {"of": "projected", "kind": kind, "steps": 201, **how})
 
 
 def _solve(n: int, batch: int = 1, sides: int = 8, backend: str = "reference") -> Case:
@@ -178,6 +191,7 @@ def _s2() -> Stage:
         _moment(512, "bfloat16"),
         _solve(512, backend="cuda"),
         _solve(512),
+        _projected("stylegan2", backend="cuda"),
         _moment(64, "x3"),
         _moment(64, "bfloat16"),
         _fit("stylegan2", 1, 64),
@@ -201,6 +215,7 @@ def _s2() -> Stage:
         _solve(64, batch=64, backend="cuda"),
         _fit("linear", 1, 1),
         _projected("linear"),
+        _projected("linear", backend="cuda"),
         _moment(512, "x3", 4, 8),
         _moment(64, "x3", 16, 8),
         _moment(2048, "x3", 4, 8),
@@ -208,7 +223,7 @@ def _s2() -> Stage:
         _fit("stylegan2", 4, 64),
         _fit("linear", 1, 64),
     )
-    return Stage("S2", "the targets, timed", "targets", (cases,), seconds=120.0, tuning=True)
+    return Stage("S2", "the targets, timed", "targets", (cases,), seconds=125.0, tuning=True)
 
 
 # --- S3 and S4 ---
@@ -248,6 +263,8 @@ SANITISED = {
     "fit_low_rank, dual form": "fit_low_rank l1, linear, 16 directions, 4x4: dual form",
     "fit_low_rank, closed form": "fit_low_rank l2, linear: closed form",
     "fit_projected": "fit_projected l1, demodulated",
+    "fit_projected, CUDA kernel": "fit_projected kernel, l1, demodulated",
+    "spd_solve, CUDA kernel": "spd_solve kernel, n 300",
 }
 
 

@@ -100,7 +100,9 @@ ASKED: tuple[tuple[str, str, str, Callable[[Record], float | None]], ...] = (  #
      r"solve by the CUDA kernel, ", _ratio),
     ("fit of one edit: ms", "below 1", r"fit .*, 1 edit$", _milliseconds),
     ("fit of 64 edits: edits a second", "1000", r"fit .*, 64 edits$", _edits_per_second),
-    ("projected solver: times the best of stock loops", "20", r"projected ", _ratio),
+    ("projected solver: times the best of stock loops", "20", r"projected (?:stylegan2|linear),", _ratio),
+    ("projected solver by the CUDA kernel: times the best of stock loops", "20",
+     r"projected by the CUDA kernel, ", _ratio),
 )  # fmt: skip
 
 

@@ -28,6 +28,9 @@ UNSOUND = 17  # exit status of a process in which the GPU does not answer any mo
 WORDS = 600  # characters of a reason
 
 
+SKIPPED = "skipped: "  # and the reason: what a process of its own says
+
+
 class Skipped(Exception):
     """This case cannot run here; the message says why."""
 
