@@ -7,7 +7,7 @@ TORCH_STAMP = $(VENV)/.$(subst =,_,$(firstword $(TORCH)))
 RESULTS := $(if $(filter undefined,$(origin OUT)),benchmarks/results,$(OUT))
 OUT ?= demo_out
 
-.PHONY: demo studio test lint docs bench gpu-check gpu-library clean
+.PHONY: demo studio test cuda lint docs bench gpu-check gpu-library clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/rewrite demo --out $(OUT)
@@ -19,6 +19,11 @@ studio: $(VENV)/.installed
 # Side by side; passive, as OpenMP's spinning threads would take the others' cores.
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+	@command -v nvcc >/dev/null || echo "Not compiled by nvcc, which is not here: csrc/*.cu (make cuda)."
+
+# csrc/*.cu by nvcc for each architecture: registers, spills, instructions. Needs no GPU; says so where there is no nvcc.
+cuda: $(VENV)/.installed
+	$(VENV)/bin/pytest -rs -m slow -k 'kernels_fit or tensor_cores' tests/test_spd_solve_cuda.py tests/test_fit_projected_cuda.py
 
 # mypy reads the package, kernels/ and benchmarks/ with it; its settings and ruff's are in pyproject.toml.
 lint: $(VENV)/.tools
