@@ -36,6 +36,7 @@ def rule(user_generator):
     return ("--rewrite", "r.safetensors", *MINE, "--quiet")
 
 
+@pytest.mark.slow
 def test_pictures_that_processes_paint_together(rule, tmp_path, capsys, one_thread):
     """To the bits of one process; the first says and writes it."""
     render, measure = ("render", *rule, "--images", "0-39"), ("measure", *rule, "--count", "40")
@@ -58,6 +59,7 @@ def test_a_measurement_that_processes_share(rule, tmp_path, capsys, one_thread):
     assert said(errors) == said(err)
 
 
+@pytest.mark.slow
 def test_a_scan_that_processes_share(rule, tmp_path, capsys, one_thread):
     scan = ("scan", "e.json", *MINE, "--count", "90", "--ranks", "1,2,9", "--quiet", "--out")
     code, one, err = run(capsys, *scan, "one.png", "--json")
@@ -70,6 +72,7 @@ def test_a_scan_that_processes_share(rule, tmp_path, capsys, one_thread):
     assert said(errors) == said(err)
 
 
+@pytest.mark.slow
 def test_one_sentence_for_what_all_find(rule, tmp_path):
     for command, words in (
         (("render", *rule, "--out", "none/x.png"), "rewrite render: argument --out: There is no folder"),
