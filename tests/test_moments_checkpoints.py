@@ -9,9 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import DATA, PROGRAMS, relative
+from helpers import small
+from helpers.stand_in import Machine
 
 import rewrite_core as rc
 from rewrite_core.layers.fingerprints import tensor_fingerprint
+from rewrite_core.statistics import collection
 
 
 def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, generator, latents, monkeypatch):
@@ -40,6 +43,50 @@ def test_several_layers_resume_from_files_that_are_not_equally_far(tmp_path, gen
         whole = rc.collect_second_moment(layer, latents[:40], batch_size=4, progress=False)
         assert torch.equal(moment.matrix(), whole.matrix()) and moment.count == whole.count
         assert torch.equal(rc.SecondMoment.load(path, layer).matrix(), whole.matrix())
+
+
+@pytest.mark.parametrize("began_on_gpu", [True, False])
+def test_a_checkpoint_goes_on_on_another_device(began_on_gpu, tmp_path, monkeypatch):
+    """It holds no device, and the rest is added there, within the tolerance of docs/gpu.md. The GPU is not there:
+    the reference's sums are in place of its kernel's."""
+    monkeypatch.setattr(collection, "side_stream", lambda device: None)  # the stand-in has no streams
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("rewrite_core.statistics.collection.time.monotonic", lambda: next(ticks))
+    latents = torch.randn(24, *small.Z.shape[1:], generator=torch.Generator().manual_seed(3))
+    path = tmp_path / "moment.safetensors"
+
+    def collect(machine, stop=None, checkpoint=path):
+        generator, passes = small.generator(), iter(range(100))
+        layer = rc.bind(generator if machine is None else machine.move(generator), small.LAYER)
+
+        def interrupt(*_):
+            if next(passes) == stop:
+                raise KeyboardInterrupt
+
+        layer.generator.register_forward_pre_hook(interrupt)
+        moment = rc.collect_second_moment(layer, latents, batch_size=4, checkpoint=checkpoint, progress=False)
+        moment.check(layer, latents)
+        return moment, next(passes)
+
+    def on(gpu, **how):
+        if not gpu:
+            return collect(None, **how)
+        with Machine() as machine:
+            found = collect(machine, **how)
+            assert "second_moment_kernel" in machine.kernels
+            return found
+
+    whole, passes = on(False, checkpoint=None)
+    with pytest.raises(KeyboardInterrupt):
+        on(began_on_gpu, stop=passes - 3)
+    saved, progress, _ = rc.SecondMoment._load(path)
+    assert 0 < progress["done"] < 24 and saved._sum.device.type == "cpu"
+    resumed, rest = on(not began_on_gpu)
+    assert rest < passes
+    facts, wanted = resumed._facts(), whole._facts()
+    assert facts.pop("spread") == pytest.approx(wanted.pop("spread"), rel=2e-6) and facts == wanted
+    assert relative(resumed.matrix(), whole.matrix()) <= 2e-6
+    assert torch.equal(rc.SecondMoment.load(path).matrix(), resumed.matrix())
 
 
 def test_killed_collection_resumes_to_the_same_bits(tmp_path):
