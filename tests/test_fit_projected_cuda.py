@@ -1,15 +1,18 @@
 """The backend "cuda" of fit_projected: what nvcc makes of its kernels, and when it is taken."""
 
+import random
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.gpu_kernels import compile_by_nvcc, imagined, instructions, resources
+from helpers.gpu_kernels import compile_by_nvcc, imagined, instructions, resources, stand_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewrite_core.backends import BackendUnavailable, select
-from rewrite_core.ops import cuda_kernels
-from rewrite_core.ops.fit_projected_op import cuda
+from rewrite_core.errors import RewriteCoreError
+from rewrite_core.ops import cuda_kernels, fit_projected
+from rewrite_core.ops.fit_projected_op import cuda, register
 
 # --- what nvcc makes of it ---
 
@@ -95,3 +98,67 @@ def test_reasons(gpu, monkeypatch):
     assert "REWRITE_CORE_CUDA=1" in cuda.supports(on_gpu())
     monkeypatch.setattr(cuda_kernels, "extension_reason", lambda: "the extension is not built")
     assert cuda.supports(on_gpu()) == "the extension is not built"
+
+
+class Extension:
+    """Counts launches, which write nothing."""
+
+    def __init__(self):
+        self.launched = []
+
+    def fit_projected_plan(self, weights, **rest):
+        return (3 if weights <= 1536 else 9), 1 if weights <= 96 else 16
+
+    def fit_projected_parts(self, blocks, **rest):
+        return blocks
+
+    def fit_projected_cuda(self, **given):
+        self.launched.append((given["tiles"], given["blocks"] > 1, given["basis"] is not None))
+
+
+class Looks(TorchDispatchMode):
+    """No operation that waits for a GPU, which a capture could not hold."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return operation(*args, **(kwargs or {}))
+
+
+def test_captures_are_refused_or_right(monkeypatch):
+    """50 pairs of random shapes, the first warm: the second is one launch, or refused where its kernel is another."""
+    chance, made, capturing, refused = random.Random(0), Extension(), [False], 0
+    stand_in(monkeypatch, "fit_projected", cuda, made)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(register, "dispatched", lambda *tensors: False)  # not for the mode that counts
+
+    def call():
+        inputs, kernel, side = chance.choice((4, 30, 200)), chance.choice((1, 3)), chance.choice((1, 4))
+        operator, base = torch.ones(inputs, kernel, kernel, side, side), torch.ones(chance.choice((1, 70)), side, side)
+        options = {"steps": chance.choice((1, 12)), "loss": chance.choice(("l1", "l2"))}
+        options |= {"directions": torch.ones(chance.choice((1, 17)), inputs), "project_gradient": chance.random() < 0.2}
+        return lambda: fit_projected(operator, base, base, **options, backend="cuda")
+
+    for _ in range(50):
+        monkeypatch.setattr(cuda_kernels, "_launched", set())
+        cuda._plan.cache_clear()
+        warm, captured = call(), call()
+        made.launched.clear()
+        capturing[0] = False
+        warm()
+        capturing[0] = True
+        with Looks():
+            warm()  # the same again goes in
+            assert made.launched[0] == made.launched[1]
+            try:
+                captured()
+                assert len(made.launched) == 3 and made.launched[2] == made.launched[0]
+                continue
+            except RewriteCoreError as error:
+                assert "call it once before the capture" in str(error) and len(made.launched) == 2
+        refused += 1
+        capturing[0] = False
+        captured()
+        assert made.launched[2] != made.launched[0]
+    cuda._plan.cache_clear()
+    assert 5 <= refused <= 45, "the pairs show nothing"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import extension, extension_reason
+from ..errors import RewriteCoreError
 
 OLDEST = (8, 0)  # compute capability: what nvcc compiles for, and its tensor cores
 
@@ -34,6 +35,22 @@ def missing(data: Tensor, name: str, function: str) -> str | None:
         least = ".".join(map(str, OLDEST))
         return f"it needs compute capability {least} or newer, and this GPU has {'.'.join(map(str, have))}"
     return None
+
+
+_launched: set[tuple] = set()  # by op and all that names a kernel there: what this process has loaded
+
+
+def first_launch(op: str, *kernel: object) -> None:
+    """Called before each launch. Raises RewriteCoreError where it is the first of its kernel, and a CUDA graph is being
+    captured: what loads the kernel cannot go into it."""
+    if (op, *kernel) in _launched:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RewriteCoreError(
+            f"{op} has not yet launched this kernel in this process, and loading it cannot go into a CUDA graph: "
+            "call it once before the capture."
+        )
+    _launched.add((op, *kernel))
 
 
 def not_run(error: RuntimeError) -> str:

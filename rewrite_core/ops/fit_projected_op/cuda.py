@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backends import extension
-from ..cuda_kernels import capability, index_of, missing, not_run
+from ..cuda_kernels import capability, first_launch, index_of, missing, not_run
 from ..memory import address, plain_fields
 from .problem import MOST_TAPS, FitProjectedProblem, rates_of
 
@@ -72,6 +72,7 @@ def run_cuda(problem: FitProjectedProblem, progress: Callable | None = None) -> 
         return coefficients, base.new_full((problem.steps,), float("nan"), dtype=torch.float64)  # means over nothing
     index = index_of(operator)
     tiles, blocks = _plan_of(operator)
+    first_launch("fit_projected", index, tiles, blocks > 1, problem.project_gradient)
     parts = extension().fit_projected_parts(channels=channels, tiles=tiles, blocks=blocks)
     basis = torch.einsum("ri,iyxp->ryxp", directions, operator.flatten(3)) if problem.project_gradient else None
     losses = base.new_empty(parts, problem.steps, dtype=torch.float64)
