@@ -43,7 +43,7 @@ from . import stack as stacks
 from .arithmetic import plain_arithmetic
 from .change import Fit, Rewrite
 from .following import OBJECTIVES, ordinary
-from .trust import Limited, hold_back
+from .trust import Bound, Limited, hold_back
 
 _GENERIC_IMAGES = 32  # ordinary images that the preserve term is estimated from
 TOGETHER = 256 << 20  # bytes of keys and goals: once so many are there they are fitted, and let go
@@ -223,15 +223,18 @@ def _solved(
     problems = [each.problem for each in waiting]
     limits: list[Limited | None] = [None] * len(problems)
     with stage("fit"):
-        solutions = _solutions(solver, problems, settings)
+        bound = None
         if settings.trust is not None and solver.preserves:  # the others are baselines
+            bound = Bound(problems[0].layer, moment, settings.trust)
+        solutions = _solutions(solver, problems, settings, bound)
+        if bound is not None and bound.passed is not False:
             limits = hold_back(
                 problems[0].layer,
                 moment,
                 solver,
                 problems,
                 solutions,
-                settings.trust,
+                bound.trust,
                 lambda some: _solutions(solver, some, settings),
                 lambda i, problem, weight: _preserving(problem, waiting[i].task, weight, settings, moment, latents),
             )
@@ -242,12 +245,15 @@ def _solved(
     return kept
 
 
-def _solutions(solver: Solver, problems: Sequence[LayerProblem], settings: Settings) -> list[LayerSolution]:
-    """Those of one rank together."""
+def _solutions(
+    solver: Solver, problems: Sequence[LayerProblem], settings: Settings, bound: Bound | None = None
+) -> list[LayerSolution]:
+    """Those of one rank together. "lm" looks at the bound itself."""
+    more: dict[str, Any] = {"look": bound.look} if bound is not None and isinstance(solver, LM) else {}
     found: dict[int, LayerSolution] = {}
     for rank in dict.fromkeys(len(problem.directions) for problem in problems):
         own = [i for i, problem in enumerate(problems) if len(problem.directions) == rank]
-        solved = solver.solve([problems[i] for i in own], progress=settings.progress, backend=settings.backend)
+        solved = solver.solve([problems[i] for i in own], progress=settings.progress, backend=settings.backend, **more)
         found |= zip(own, solved, strict=True)
     return [found[i] for i in range(len(problems))]
 

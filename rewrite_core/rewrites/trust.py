@@ -41,6 +41,25 @@ class Limited:
     strength: float = 1.0
 
 
+def sizes_of(layer: BoundLayer, moment: SecondMoment) -> Callable[[LayerProblem, Tensor], Tensor]:
+    """A function of a problem and its coefficients: the square of the change's size on keys, on the layer's device."""
+    whole = energy_of_weight(layer, moment)
+    return lambda problem, coefficients: energy_of_factors(layer, moment, problem.directions, coefficients) / whole
+
+
+class Bound:
+    """The first look at the sizes of some fits, which "lm" calls before it reads anything: on a GPU the answer then
+    comes with the fit's own. `passed`: whether any was beyond `trust`; None where nobody looked."""
+
+    def __init__(self, layer: BoundLayer, moment: SecondMoment, trust: float):
+        self._size, self.trust = sizes_of(layer, moment), trust
+        self.passed: bool | None = None
+
+    def look(self, problem: LayerProblem, coefficients: Tensor) -> None:
+        large = unlikely(self._size(problem, coefficients) > self.trust**2)
+        self.passed = bool(self.passed) or large
+
+
 def hold_back(
     layer: BoundLayer,
     moment: SecondMoment,
@@ -56,11 +75,11 @@ def hold_back(
     They are fitted again with more and more weight on leaving ordinary keys or pictures alone, until they are within
     it. What still is not, and what has no such term, is scaled back.
     """
-    whole = energy_of_weight(layer, moment)
+    square = sizes_of(layer, moment)
     limits: list[Limited | None] = [None] * len(problems)
 
     def share(i: int) -> Tensor:
-        return energy_of_factors(layer, moment, problems[i].directions, solutions[i].coefficients) / whole
+        return square(problems[i], solutions[i].coefficients)
 
     shares = torch.stack([share(i) for i in range(len(problems))])
     if not unlikely((shares > trust**2).any()):

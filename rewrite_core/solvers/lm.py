@@ -4,7 +4,7 @@ problem is linear (L2)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -140,8 +140,12 @@ def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
     return torch.stack([row if row.shape[-1] == pixels else F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
 
 
-def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[LayerSolution]:
-    """All problems (edits of one layer, same rank and loss) in one batched fit.
+Look = Callable[[LayerProblem, Tensor], object]  # at a problem and its coefficients, which are still on their device
+
+
+def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto", look: Look | None = None) -> list[LayerSolution]:
+    """All problems (edits of one layer, same rank and loss) in one batched fit. `look` is called for each before
+    anything is read, so that what it puts off costs no wait of its own on a GPU.
 
     Raises SolverError where what follows the layer is unknown.
     """
@@ -180,16 +184,23 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto") -> list[La
         looked_at += [arguments[name] for name in maps]
     for part in looked_at:
         whole = whole * part.reshape(len(problems), -1).isfinite().all(1, keepdim=True)
+    own = [
+        fit.coefficients[number * groups : (number + 1) * groups].reshape(problem.coefficient_shape)
+        for number, problem in enumerate(problems)
+    ]
+    if look is not None:
+        for problem, coefficients in zip(problems, own):
+            look(problem, coefficients)
     solutions = []
     for number, (problem, (initial, final, iterations, *counts, finite)) in enumerate(
         zip(problems, on_host(torch.cat([read, whole], 1)).tolist())
     ):
         if not finite:
             raise NonFiniteError("The fit met NaN or infinity; check the generator's weights at this layer.")
-        i, channels = slice(number * groups, (number + 1) * groups), problem.coefficient_shape[0]
+        channels = problem.coefficient_shape[0]
         solutions.append(
             LayerSolution(
-                coefficients=fit.coefficients[i].reshape(problem.coefficient_shape),
+                coefficients=own[number],
                 losses=[initial / channels, final / channels],
                 solver=fit.solver,
                 final_loss=final / channels,
@@ -213,7 +224,13 @@ class LM(Solver):
     preserves: ClassVar[bool] = True
 
     def solve(
-        self, problems: Sequence[LayerProblem], *, progress: bool = False, backend: str = "auto"
+        self,
+        problems: Sequence[LayerProblem],
+        *,
+        progress: bool = False,
+        backend: str = "auto",
+        look: Look | None = None,
     ) -> list[LayerSolution]:
-        """All problems in one batched fit, on the ops' `backend`; nothing takes long enough for `progress`."""
-        return solve_lm(problems, backend)
+        """All problems in one batched fit, on the ops' `backend`; nothing takes long enough for `progress`. `look`: see
+        :func:`solve_lm`."""
+        return solve_lm(problems, backend, look)
