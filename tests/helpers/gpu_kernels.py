@@ -68,6 +68,7 @@ def stand_in(monkeypatch, op, module, extension):
     monkeypatch.setattr(module, "extension", lambda: extension)
     monkeypatch.setattr(module, "index_of", lambda data: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=0))
     records = tuple(
         backends.Backend(record.op, record.name, record.target, lambda *given: None)
