@@ -50,7 +50,7 @@ void take_edit(Arena<double>& arena, const FitLowRankProblem& problem, FitLowRan
 }
 
 FitLowRankScratch take_scratch(Arena<double>& arena, const FitLowRankEdit& largest, int64_t styles) {
-  FitLowRankScratch scratch;
+  FitLowRankScratch scratch{};
   double** const pixels[] = {&scratch.base,      &scratch.target,  &scratch.shift, &scratch.lin,  &scratch.new_lin,
                              &scratch.r,         &scratch.inverse, &scratch.steep, &scratch.dual, &scratch.slopes,
                              &scratch.curvature, &scratch.root,    &scratch.spare};
@@ -66,6 +66,14 @@ FitLowRankScratch take_scratch(Arena<double>& arena, const FitLowRankEdit& large
   scratch.matrix = arena.take(square);
   scratch.factor = arena.take(square);
   scratch.weighted = arena.take(largest.rows * fit_panel);
+  if (largest.exact) {
+    for (double** buffer : {&scratch.many_start, &scratch.many_target, &scratch.many_lin}) {
+      *buffer = arena.take(largest.stride * fit_together);
+    }
+    for (double** buffer : {&scratch.many_right, &scratch.many_x, &scratch.many_rest, &scratch.many_turned}) {
+      *buffer = arena.take(largest.rows * fit_together);
+    }
+  }
   return scratch;
 }
 
@@ -101,6 +109,17 @@ FitLowRankEdit choose_pixels(Arena<double>& arena, const FitLowRankProblem& prob
   return edit;
 }
 
+// Neighbours with the same penalty scale share a factor, and a call.
+void fit_all_exactly(const FitLowRankKernels& kernels, const FitLowRankProblem& problem, const FitLowRankEdit& edit,
+                     int64_t first, int64_t end, const FitLowRankScratch& scratch) {
+  const double* scale = problem.penalty ? problem.penalty_scale + edit.number * problem.channels : nullptr;
+  for (int64_t last = first; first < end; first = last) {
+    do ++last;
+    while (last < end && (!scale || scale[last] == scale[first]));
+    kernels.fit_exact(problem, edit, first, last - first, scratch);
+  }
+}
+
 }  // namespace
 
 Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
@@ -129,7 +148,7 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
   // A thread costs some microseconds to wake: give each at least a million multiply-adds.
   const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
-  constexpr int64_t chunk = 4;  // channels per task
+  const int64_t chunk = largest.exact ? fit_together : 4;  // channels per task
   const int64_t chunks = (problem.channels + chunk - 1) / chunk;
 
   Aligned<double> edit_memory(group * edit_doubles);
@@ -158,9 +177,9 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
         for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
           const FitLowRankEdit& edit = edits.data()[task / chunks];
           const int64_t channel = task % chunks * chunk;
-          for (int64_t o = channel; o < std::min(problem.channels, channel + chunk); ++o) {
-            kernels.fit(problem, edit, o, scratch);
-          }
+          const int64_t end = std::min(problem.channels, channel + chunk);
+          if (edit.exact) fit_all_exactly(kernels, problem, edit, channel, end, scratch);
+          for (int64_t o = channel; !edit.exact && o < end; ++o) kernels.fit(problem, edit, o, scratch);
         }
       });
     }

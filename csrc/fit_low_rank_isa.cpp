@@ -81,27 +81,15 @@ void prepare_of(const FitLowRankProblem& problem, FitLowRankEdit& edit, const Fi
   }
 }
 
+// A channel's result, `stride` from one unknown to the next.
 template <class Real>
-void fit_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel,
-            const FitLowRankScratch& scratch) {
+void write(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel, const double* x,
+           int64_t stride, Outcome result) {
   const int64_t unknowns = problem.unknowns, at = edit.number * problem.channels + channel;
-  Model model{problem, edit, scratch, channel};
-  gather(edit, static_cast<const Real*>(problem.base) + at * problem.pixels, 1, scratch.base);
-  gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
-  if (problem.shift) {
-    const int64_t* strides = problem.shift_strides;
-    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1], strides[2],
-           scratch.shift);
-  } else {
-    clear(scratch.shift, edit.stride);
-  }
-  if (problem.penalty) model.penalty_scale = problem.penalty_scale[at];
-
-  Outcome result = edit.exact ? fit_exactly(model) : fit_channel(model);
   Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
   bool fits = true;  // in the output's type
   for (int64_t j = 0; j < unknowns; ++j) {
-    coefficients[j] = static_cast<Real>(scratch.best_x[j] / edit.size[j]);
+    coefficients[j] = static_cast<Real>(x[j * stride] / edit.size[j]);
     fits = fits && finite(static_cast<double>(coefficients[j]));
   }
   if (!fits) {
@@ -115,6 +103,62 @@ void fit_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_
   problem.status[at] = result.status;
 }
 
+template <class Real>
+void fit_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel,
+            const FitLowRankScratch& scratch) {
+  const int64_t at = edit.number * problem.channels + channel;
+  Model model{problem, edit, scratch, channel};
+  gather(edit, static_cast<const Real*>(problem.base) + at * problem.pixels, 1, scratch.base);
+  gather(edit, static_cast<const Real*>(problem.target) + at * problem.pixels, 1, scratch.target);
+  if (problem.shift) {
+    const int64_t* strides = problem.shift_strides;
+    gather(edit, static_cast<const Real*>(problem.shift) + edit.number * strides[0] + channel * strides[1], strides[2],
+           scratch.shift);
+  } else {
+    clear(scratch.shift, edit.stride);
+  }
+  if (problem.penalty) model.penalty_scale = problem.penalty_scale[at];
+  const Outcome result = fit_channel(model);
+  write<Real>(problem, edit, channel, scratch.best_x, 1, result);
+}
+
+// out [stride, fit_together] = or += channels first, first + 1, ..., the last one in what is left of the lanes.
+template <class Real, bool add>
+void gather_lanes(const FitLowRankEdit& edit, const Real* rows, int64_t channel_stride, int64_t pixel_stride,
+                  int64_t count, double* out) {
+  const Real* row[fit_together];
+  for (int64_t c = 0; c < fit_together; ++c) row[c] = rows + (c < count ? c : count - 1) * channel_stride;
+  for (int64_t p = 0; p < edit.stride; ++p) {
+    Lanes values = {};
+    const int64_t at = edit.kept[p] * pixel_stride;
+    for (int64_t c = 0; edit.kept[p] >= 0 && c < fit_together; ++c) {
+      values.part[c / width][c % width] = static_cast<double>(row[c][at]);
+    }
+    if (add) add_lanes(values, 1.0, load_lanes(out + p * fit_together));
+    store_lanes(out + p * fit_together, values);
+  }
+}
+
+template <class Real>
+void fit_exactly_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t first, int64_t count,
+                    const FitLowRankScratch& scratch) {
+  const int64_t at = edit.number * problem.channels + first, pixels = problem.pixels;
+  const Real *base = static_cast<const Real*>(problem.base) + at * pixels,
+             *target = static_cast<const Real*>(problem.target) + at * pixels;
+  gather_lanes<Real, false>(edit, base, pixels, 1, count, scratch.many_start);
+  gather_lanes<Real, false>(edit, target, pixels, 1, count, scratch.many_target);
+  if (problem.shift) {
+    const int64_t* strides = problem.shift_strides;
+    const Real* shift = static_cast<const Real*>(problem.shift) + edit.number * strides[0] + first * strides[1];
+    gather_lanes<Real, true>(edit, shift, strides[1], strides[2], count, scratch.many_start);
+  }
+  Outcome outcomes[fit_together];
+  fit_exactly(problem, edit, scratch, problem.penalty ? problem.penalty_scale[at] : 0.0, count, outcomes);
+  for (int64_t c = 0; c < count; ++c) {
+    write<Real>(problem, edit, first + c, scratch.many_x + c, fit_together, outcomes[c]);
+  }
+}
+
 void prepare(const FitLowRankProblem& problem, FitLowRankEdit& edit, const FitLowRankScratch& scratch) {
   if (problem.is_double) return prepare_of<double>(problem, edit, scratch);
   prepare_of<float>(problem, edit, scratch);
@@ -126,9 +170,15 @@ void fit(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t c
   fit_of<float>(problem, edit, channel, scratch);
 }
 
+void fit_exact(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t first, int64_t count,
+               const FitLowRankScratch& scratch) {
+  if (problem.is_double) return fit_exactly_of<double>(problem, edit, first, count, scratch);
+  fit_exactly_of<float>(problem, edit, first, count, scratch);
+}
+
 }  // namespace
 
-const FitLowRankKernels fit_low_rank_kernels = {prepare, fit};
+const FitLowRankKernels fit_low_rank_kernels = {prepare, fit, fit_exact};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

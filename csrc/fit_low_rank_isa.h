@@ -76,11 +76,15 @@ struct FitLowRankScratch {
   double* turned;
   double *matrix, *factor;
   double* weighted;
+  // The closed form's, of fit_together channels side by side; else null: [stride, .] and [rows, .].
+  double *many_start, *many_target, *many_lin;
+  double *many_right, *many_x, *many_rest, *many_turned;
 };
 
 constexpr int64_t fit_padding = 8;  // vectors of any instruction set
 constexpr int64_t fit_rows = 12;    // register blocks of 3 and of 4 rows
 constexpr int64_t fit_panel = 128;  // pixels per pass of the weighted Gram matrix
+constexpr int64_t fit_together = 8;  // channels that the closed form solves at a time
 constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 5;
 
 struct FitLowRankKernels {
@@ -88,6 +92,9 @@ struct FitLowRankKernels {
   void (*prepare)(const FitLowRankProblem& problem, FitLowRankEdit& edit, const FitLowRankScratch& scratch);
   void (*fit)(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel,
               const FitLowRankScratch& scratch);
+  // The closed form of channels [first, first + count) with one penalty scale, count <= fit_together.
+  void (*fit_exact)(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t first, int64_t count,
+                    const FitLowRankScratch& scratch);
 };
 
 REWRITE_CORE_PER_ISA(FitLowRankKernels, fit_low_rank_kernels)

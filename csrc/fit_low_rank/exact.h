@@ -30,61 +30,190 @@ int factor_exact(const FitLowRankProblem& problem, const FitLowRankEdit& edit, d
   return NONFINITE;
 }
 
-// The linear l2 problem; the result is in scratch.best_x.
-Outcome fit_exactly(const Model& model) {
-  const FitLowRankProblem& problem = model.problem;
-  const FitLowRankEdit& edit = model.edit;
-  const FitLowRankScratch& scratch = model.scratch;
-  const int64_t unknowns = problem.unknowns, stride = edit.stride, leading = edit.leading;
+// Channels are solved `fit_together` at a time, each in a lane of its own: arrays are [., fit_together].
+constexpr int64_t parts = fit_together / width;
+static_assert(fit_together % width == 0 && fit_rows * width % fit_together == 0);
+
+struct Lanes {
+  Wide part[parts];
+};
+
+inline Lanes load_lanes(const double* a) {
+  Lanes v;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < parts; ++i) v.part[i] = load(a + i * width);
+  return v;
+}
+
+inline void store_lanes(double* a, const Lanes& v) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < parts; ++i) store(a + i * width, v.part[i]);
+}
+
+inline void add_lanes(Lanes& sum, double a, const Lanes& b) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < parts; ++i) sum.part[i] += a * b.part[i];
+}
+
+// out[i] += sum_k matrix[i, k] a[k] for all rows; `rows` is a multiple of fit_rows.
+void multiply_lanes(const double* matrix, int64_t row_length, int64_t rows, const double* a, int64_t count,
+                    double* out) {
+  constexpr int64_t block = fit_rows / parts;
+  for (int64_t i = 0; i < rows; i += block) {
+    Lanes sum[block];
+#pragma GCC unroll 12
+    for (int64_t q = 0; q < block; ++q) sum[q] = load_lanes(out + (i + q) * fit_together);
+    for (int64_t k = 0; k < count; ++k) {
+      const Lanes value = load_lanes(a + k * fit_together);
+#pragma GCC unroll 12
+      for (int64_t q = 0; q < block; ++q) add_lanes(sum[q], matrix[(i + q) * row_length + k], value);
+    }
+#pragma GCC unroll 12
+    for (int64_t q = 0; q < block; ++q) store_lanes(out + (i + q) * fit_together, sum[q]);
+  }
+}
+
+// lin = start + x basis.
+void linearise_lanes(const FitLowRankEdit& edit, int64_t unknowns, const double* start, const double* x, double* lin) {
+  constexpr int64_t block = fit_padding / parts;
+  for (int64_t p = 0; p < edit.stride; p += block) {
+    Lanes sum[block];
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < block; ++q) sum[q] = load_lanes(start + (p + q) * fit_together);
+    for (int64_t j = 0; j < unknowns; ++j) {
+      const Lanes value = load_lanes(x + j * fit_together);
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < block; ++q) add_lanes(sum[q], edit.basis[j * edit.stride + p + q], value);
+    }
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < block; ++q) store_lanes(lin + (p + q) * fit_together, sum[q]);
+  }
+}
+
+// Of every lane: the loss, by four sums that do not wait for each other.
+void losses_of(const FitLowRankEdit& edit, double gain, const double* lin, const double* target, double* out) {
+  Lanes sum[4] = {};
+  for (int64_t p = 0; p < edit.stride; p += 4) {
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < 4; ++q) {
+      const Lanes value = load_lanes(lin + (p + q) * fit_together), goal = load_lanes(target + (p + q) * fit_together);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < parts; ++i) {
+        const Wide r = gain * value.part[i] - goal.part[i];
+        sum[q].part[i] += edit.weights[p + q] * (r * r);
+      }
+    }
+  }
+  for (int64_t i = 0; i < parts; ++i) {
+    store(out + i * width, (sum[0].part[i] + sum[1].part[i]) + (sum[2].part[i] + sum[3].part[i]));
+  }
+}
+
+// x of U^T D^-1 U x = right, in place.
+void solve_lanes(const double* factor, int64_t n, int64_t leading, double* x) {
+  for (int64_t k = 0; k < n; ++k) {
+    const double* row = factor + k * leading;
+    Lanes scale = load_lanes(x + k * fit_together);
+    for (int64_t i = 0; i < parts; ++i) scale.part[i] *= -row[k];
+    for (int64_t j = k + 1; j < n; ++j) {
+      Lanes other = load_lanes(x + j * fit_together);
+      add_lanes(other, row[j], scale);
+      store_lanes(x + j * fit_together, other);
+    }
+  }
+  for (int64_t k = n - 1; k >= 0; --k) {
+    Lanes value = load_lanes(x + k * fit_together);
+    for (int64_t i = 0; i < parts; ++i) value.part[i] *= factor[k * leading + k];
+    store_lanes(x + k * fit_together, value);
+    for (int64_t j = 0; j < k; ++j) {
+      Lanes other = load_lanes(x + j * fit_together);
+      add_lanes(other, -factor[j * leading + k], value);
+      store_lanes(x + j * fit_together, other);
+    }
+  }
+}
+
+// The solution in scratch.many_x, refined: each time the shift's error shrinks by shift / eigenvalue.
+void solve_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit, const FitLowRankScratch& scratch,
+                   const double* factor, double penalty_scale) {
+  const int64_t unknowns = problem.unknowns, leading = edit.leading, size = edit.rows * fit_together;
+  double *x = scratch.many_x, *rest = scratch.many_rest, *turned = scratch.many_turned;
+  clear(x, size);
+  for (int round = 0; round < REFINEMENTS; ++round) {
+    copy(scratch.many_right, rest, size);
+    if (round > 0) {
+      for (int64_t i = 0; i < size; i += width) store(turned + i, -load(x + i));
+      multiply_lanes(edit.gram, leading, edit.rows, turned, unknowns, rest);
+      for (int64_t j = 0; edit.penalty && j < unknowns; ++j) {
+        Lanes sum = load_lanes(rest + j * fit_together);
+        for (int64_t i = 0; i < unknowns; ++i) {
+          add_lanes(sum, penalty_scale * edit.penalty[j * leading + i], load_lanes(turned + i * fit_together));
+        }
+        store_lanes(rest + j * fit_together, sum);
+      }
+    }
+    solve_lanes(factor, unknowns, leading, rest);
+    for (int64_t i = 0; i < size; i += width) store(x + i, load(x + i) + load(rest + i));
+  }
+}
+
+// The linear l2 problem of `count` <= fit_together channels with one penalty scale, whose data are in scratch.many_*.
+// The results are in scratch.many_x; `outcomes` has fit_together places.
+void fit_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit, const FitLowRankScratch& scratch,
+                 double penalty_scale, int64_t count, Outcome* outcomes) {
+  const int64_t unknowns = problem.unknowns, stride = edit.stride;
   const double gain = problem.gain;
-  double *x = scratch.x, *rest = scratch.step, *right = scratch.gradient;
-  clear(x, leading);
-  clear(rest, leading);
-  clear(right, leading);
-  clear(scratch.best_x, leading);
-  scratch.m[0] = 1.0;
-  const double initial = objectives<false, false>(model, scratch.base, scratch.m, 0.0).data;
-  Outcome result{initial, initial, 1, CONVERGED};
-  double level = 0.0;
-  for (int64_t p = 0; p < stride; ++p) level += edit.weights[p] * magnitude(scratch.target[p]);
-  if (!finite(initial) || !finite(level)) {
-    result.status = NONFINITE;
-    return result;
+  double *start = scratch.many_start, *target = scratch.many_target, *lin = scratch.many_lin, *x = scratch.many_x;
+  double initial[fit_together], level[fit_together], data[fit_together];
+  losses_of(edit, gain, start, target, initial);
+  Lanes sum = {};
+  for (int64_t p = 0; p < stride; ++p) {
+    const Lanes from = load_lanes(start + p * fit_together), goal = load_lanes(target + p * fit_together);
+    Lanes slopes;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < parts; ++i) {
+      sum.part[i] += edit.weights[p] * magnitude(goal.part[i]);
+      slopes.part[i] = gain * edit.weights[p] * (goal.part[i] - gain * from.part[i]);
+    }
+    store_lanes(lin + p * fit_together, slopes);
   }
-  if (edit.pixels > 0 && !(square_root(initial) > NEGLIGIBLE * level)) {
-    result.status = ZERO_RESIDUAL;
-    return result;
-  }
+  store_lanes(level, sum);
   const double* factor = edit.factor;
-  result.status = edit.factor_status;
-  if (edit.penalty && model.penalty_scale != edit.factor_penalty_scale) {
-    result.status = factor_exact(problem, edit, model.penalty_scale, scratch.matrix, scratch.factor);
+  int status = edit.factor_status;
+  if (edit.penalty && penalty_scale != edit.factor_penalty_scale) {
+    status = factor_exact(problem, edit, penalty_scale, scratch.matrix, scratch.factor);
     factor = scratch.factor;
   }
-  if (edit.pixels == 0 || gain == 0.0) result.status = DEGENERATE;
-  if (result.status == DEGENERATE || result.status == NONFINITE) return result;
-
-  for (int64_t p = 0; p < stride; ++p) {
-    const double wanted = scratch.target[p] - gain * (scratch.base[p] + scratch.shift[p]);
-    scratch.slopes[p] = gain * edit.weights[p] * wanted;
+  if (edit.pixels == 0 || gain == 0.0) status = DEGENERATE;
+  const bool solvable = status != DEGENERATE && status != NONFINITE;
+  clear(data, fit_together);
+  if (solvable) {
+    clear(scratch.many_right, edit.rows * fit_together);
+    multiply_lanes(edit.basis, stride, edit.rows, lin, stride, scratch.many_right);
+    solve_exactly(problem, edit, scratch, factor, penalty_scale);
+    linearise_lanes(edit, unknowns, start, x, lin);
+    losses_of(edit, gain, lin, target, data);
   }
-  for (int64_t j = 0; j < unknowns; ++j) right[j] = dot(edit.basis + j * stride, scratch.slopes, stride);
-  for (int round = 0; round < REFINEMENTS; ++round) {  // each time the shift's error shrinks by shift / eigenvalue
-    for (int64_t j = 0; j < unknowns; ++j) {
-      rest[j] = right[j] - dot(edit.gram + j * leading, x, leading);
-      if (edit.penalty) rest[j] -= model.penalty_scale * dot(edit.penalty + j * leading, x, leading);
+  for (int64_t c = 0; c < count; ++c) {
+    outcomes[c] = {initial[c], initial[c], 1, status};
+    if (!finite(initial[c]) || !finite(level[c])) {
+      outcomes[c].status = NONFINITE;
+    } else if (edit.pixels > 0 && !(square_root(initial[c]) > NEGLIGIBLE * level[c])) {
+      outcomes[c].status = ZERO_RESIDUAL;
+    } else if (solvable) {
+      double penalised = 0.0;
+      for (int64_t j = 0; edit.penalty && j < unknowns; ++j) {
+        double along = 0.0;
+        for (int64_t i = 0; i < unknowns; ++i) along += edit.penalty[j * edit.leading + i] * x[i * fit_together + c];
+        penalised += along * x[j * fit_together + c];
+      }
+      if (data[c] + penalty_scale * penalised < initial[c]) {  // false for NaN
+        outcomes[c].loss = data[c];
+        continue;
+      }
     }
-    substitute(factor, unknowns, leading, rest);
-    solve_negative(factor, unknowns, leading, rest, 1, scratch.half);
-    for (int64_t j = 0; j < unknowns; ++j) x[j] -= scratch.half[j];
+    for (int64_t j = 0; j < unknowns; ++j) x[j * fit_together + c] = 0.0;
   }
-  model.linearise(x, scratch.lin, scratch.m, scratch.dm);
-  const double data = objectives<false, false>(model, scratch.lin, scratch.m, 0.0).data;
-  if (data + model.penalised(x) < initial) {  // false for NaN
-    result.loss = data;
-    copy(x, scratch.best_x, unknowns);
-  }
-  return result;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cmath
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,6 @@ def all_finite(numbers: Tensor) -> bool:
     finite numbers add up to infinity each is looked at."""
     if numbers.device.type == "cpu":
         wide = torch.promote_types(numbers.dtype, torch.float32)
-        if numbers.sum(dtype=wide).isfinite():
+        if cmath.isfinite(numbers.sum(dtype=wide).item()):
             return True
     return likely(numbers.isfinite().all())
