@@ -129,13 +129,14 @@ void gather_lanes(const FitLowRankEdit& edit, const Real* rows, int64_t channel_
   const Real* row[fit_together];
   for (int64_t c = 0; c < fit_together; ++c) row[c] = rows + (c < count ? c : count - 1) * channel_stride;
   for (int64_t p = 0; p < edit.stride; ++p) {
-    Lanes values = {};
     const int64_t at = edit.kept[p] * pixel_stride;
-    for (int64_t c = 0; edit.kept[p] >= 0 && c < fit_together; ++c) {
-      values.part[c / width][c % width] = static_cast<double>(row[c][at]);
+    double* const to = out + p * fit_together;
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < fit_together; ++c) {
+      // opaque, or GCC gathers, which takes longer than eight loads
+      const double value = opaque(at < 0 ? 0.0 : static_cast<double>(row[c][at]));
+      to[c] = add ? to[c] + value : value;
     }
-    if (add) add_lanes(values, 1.0, load_lanes(out + p * fit_together));
-    store_lanes(out + p * fit_together, values);
   }
 }
 

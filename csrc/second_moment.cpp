@@ -1,6 +1,7 @@
 #include "second_moment.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "second_moment/ahead.h"
@@ -218,17 +219,37 @@ Status run_few(const SecondMomentProblem& p, double* out, int threads) {
   for (int64_t position = 0; position < positions; ++position) {
     std::fill(keys + position * stride + n, keys + (position + 1) * stride, 0.0);
   }
-  const int64_t down = (n + block_rows - 1) / block_rows, across = stride / block_columns;
   const double work = 0.5 * static_cast<double>(positions + 16) * n * n;  // 16: to read and write the sums
-  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 4e6));
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  std::vector<Block> blocks;
+  std::vector<std::atomic<int64_t>> taken;
+  try {
+    for (int64_t row = 0; row < n; row += block_rows) {
+      const int64_t row_end = std::min(n, row + block_rows);
+      for (int64_t column = 0; column < row_end; column += block_columns) {
+        blocks.push_back({row, row_end, column, std::min(n, column + block_columns), 0});
+      }
+    }
+    taken = std::vector<std::atomic<int64_t>>(threads);
+  } catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+  }
+  // Each worker begins with its own rows, the same in every call: there is little to compute, and from another core's
+  // cache the sums would come slowly. Then it takes what the others have left.
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  const auto next = [&](int worker) -> const Block* {
+    for (int turn = 0; turn < threads; ++turn) {
+      const int64_t share = (worker + turn) % threads, first = count * share / threads;
+      const int64_t block = first + taken[share].fetch_add(1, std::memory_order_relaxed);
+      if (block < count * (share + 1) / threads) return &blocks[block];
+    }
+    return nullptr;
+  };
   Team::run(threads, [&](Team& team) {
-    team.each([&](int) {
+    team.each([&](int worker) {
       alignas(64) double part[block_rows * block_columns];
-      for (int64_t task = team.next(); task < down * across; task = team.next()) {
-        const int64_t rows[2] = {(down - 1 - task / across) * block_rows,
-                                 std::min(n, (down - task / across) * block_rows)};
-        const int64_t columns[2] = {task % across * block_columns, std::min(n, (task % across + 1) * block_columns)};
-        if (columns[0] >= rows[1]) continue;
+      while (const Block* block = next(worker)) {
+        const int64_t rows[2] = {block->row, block->row_end}, columns[2] = {block->column, block->column_end};
         const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
         p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],
                         part + (first - rows[0]) * block_columns);

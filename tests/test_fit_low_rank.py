@@ -210,6 +210,25 @@ def test_closed_form_with_penalty(fit, same_scale):
     torch.testing.assert_close(result.coefficients, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closed_form_of_a_channel_is_the_same_alone(fit, dtype):
+    """Channels that share vectors, and of one penalty scale a factor, do not see each other."""
+    parts = [linear_problem(), linear_problem(1), linear_problem(2)]
+    data = {"basis": parts[0]["basis"].to(dtype)}
+    for name in ("base", "target"):
+        data[name] = torch.cat([part[name] for part in parts])[:19].to(dtype)
+    factor = parts[1]["basis"]
+    scale = torch.tensor([0.3, 0.3, 0.1], dtype=torch.float64).repeat(7)[:19]
+    how = {"loss": "l2", "penalty": factor @ factor.T / 40}
+    together = fit(**data, **how, penalty_scale=scale)
+    for o in range(19):
+        one = {name: value if name == "basis" else value[o : o + 1] for name, value in data.items()}
+        alone = fit(**one, **how, penalty_scale=scale[o : o + 1])
+        torch.testing.assert_close(alone.coefficients[0], together.coefficients[o], rtol=1e-6, atol=1e-9)
+        if fit.args[0] is not CPU["reference"]:
+            assert alone.loss[0] == together.loss[o] and (alone.coefficients[0] == together.coefficients[o]).all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("name", AGREEMENT)

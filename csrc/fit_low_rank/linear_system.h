@@ -260,18 +260,6 @@ bool factorise(const double* matrix, int64_t n, int64_t leading, double shift, d
   return true;
 }
 
-// The same substitution for a right-hand side of its own, in place; x is padded to `leading`.
-void substitute(const double* factor, int64_t n, int64_t leading, double* x) {
-  for (int64_t k = 0; k < n; ++k) {
-    const double* row = factor + k * leading;
-    const double value = x[k], scale = value * row[k];
-    for (int64_t j = k & ~int64_t{width - 1}; j < leading; j += width) {
-      store(x + j, load(x + j) - scale * load(row + j));
-    }
-    x[k] = value;
-  }
-}
-
 // x [leading] = -(matrix + shift I)^-1 right, for a `right` substituted already; its entries are `step`
 // apart. A vector's worth of unknowns at a time: their sums over the unknowns after them do not wait for each other.
 void solve_negative(const double* factor, int64_t n, int64_t leading, const double* right, int64_t step, double* x) {

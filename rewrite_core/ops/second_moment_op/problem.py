@@ -66,9 +66,10 @@ def check_apart(features: Tensor, out: Tensor) -> None:
     """Refuse an `out` that lies in the features' memory: what is read would be written."""
     if not features.numel():
         return
-    reach = features.element_size()
-    for size, stride in zip(features.shape, features.stride()):
-        reach += (size - 1) * stride * features.element_size()
+    reach = features.nbytes
+    if not features.is_contiguous():
+        steps = sum((size - 1) * stride for size, stride in zip(features.shape, features.stride()))
+        reach = (1 + steps) * features.element_size()
     start, out_start = features.data_ptr(), out.data_ptr()
     if start < out_start + out.nbytes and out_start < start + reach:
         raise RewriteCoreError("out shares memory with the features, which it would overwrite: pass another one.")

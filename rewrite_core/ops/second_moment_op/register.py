@@ -95,7 +95,7 @@ def _default_precision(precision: str) -> str | None:
 
 
 def _cpp_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
-    if features.device.type != "cpu":
+    if not features.is_cpu:
         return f"it reads CPU tensors, and the features are on {features.device}"
     return extension_reason() or _default_precision(precision)
 
@@ -106,7 +106,7 @@ def _reference_supports(features: Tensor, out: Tensor | None = None, precision: 
 
 def _triton_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
     reason = triton_reason()
-    if reason is None and features.device.type != "cuda" and not triton_interpreted():
+    if reason is None and not features.is_cuda and not triton_interpreted():
         reason = f"it reads CUDA tensors, and the features are on {features.device}"
     if reason is None and features.dtype == torch.float64:
         reason = "it has no float64 mode"

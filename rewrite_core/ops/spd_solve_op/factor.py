@@ -51,8 +51,7 @@ class SPDFactor:
         (RewriteCoreError)."""
         check_rhs(self.matrix, rhs)
         record = select("spd_solve", self.backend, self.matrix, rhs)
-        magma = self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library())
-        if magma and record.name == "reference":  # inside a capture MAGMA does not raise, it aborts the process
+        if record.name == "reference" and self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
         solve = record.load().solve
         wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
@@ -62,6 +61,9 @@ class SPDFactor:
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
             )
         return x
+
+    def _by_magma(self) -> bool:
+        return self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library())
 
     @functools.cached_property
     def condition(self) -> Tensor:

@@ -50,7 +50,7 @@ def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
 
 def refuse_in_graph(matrix: Tensor, what: str, instead: str) -> None:
     """Raise RewriteCoreError where a CUDA graph is being captured: `what` cannot go into it."""
-    if matrix.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if matrix.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RewriteCoreError(f"{what}, which a CUDA graph cannot hold: {instead}.")
 
 

@@ -12,7 +12,7 @@ from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry
 
 
 def _on_cpu(data: Tensor) -> bool:
-    return data.device.type == "cpu"
+    return data.is_cpu
 
 
 def _facts(given: Tensor, lower: Tensor, info: Tensor, least: float) -> list[Facts]:
