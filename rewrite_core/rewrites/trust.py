@@ -18,7 +18,7 @@ from ..statistics.second_moment import SecondMoment
 from ..waits import unlikely
 from .sizes import energy_of_factors, energy_of_weight
 
-TRUST = 0.25  # above it changes of other people's generators ruined pictures, below it none did (docs/results.md)
+TRUST = 0.16  # above it changes of other people's generators ruined pictures, below it none did (docs/results.md)
 _WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of preserve, where a fit takes milliseconds
 _FEW = (1.0, 3.0, 10.0)  # where it takes seconds
 
