@@ -102,10 +102,15 @@ def test_fine_tuning_is_scaled_to_the_reach(tiny):
 def test_the_summary_counts_what_never_gets_so_far():
     def row(ours, tuned, progress, paste, warned=()):
         facts = {"rule": "r", "layer": "l", "verdict": "weak", "paste": paste, "warnings": list(warned)}
-        return facts | {"unrelated": ours, "fine-tuned": tuned, "progress": progress}
+        ways = {"lr 1": tuned, "lr 2": 0.15}
+        return facts | {"unrelated": ours, "fine-tuned": tuned, "progress": progress, "all": ways}
 
     rows = [row(0.1, 0.2, 0.5, 0.9), row(0.2, 0.1, 0.4, 0.05), row(0.1, None, 0.05, 0.04, ["TrustWarning"])]
     told = list(equal.summary(rows))
     assert "in 2 of 3 (67%); in 1 of these no fine-tuning goes so far" in told[0]
     assert "in 1 of 2 (50%); in 0" in told[1]
+    assert told[2:4] == [
+        "against lr 1 alone: less in 2 of 3 (67%), 1 never so far",
+        "against lr 2 alone: less in 2 of 3 (67%), 0 never so far",
+    ]
     assert told[-1].endswith("own paste less than 0.1 of the way: 2, without a warning: r at l")

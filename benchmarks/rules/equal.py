@@ -33,6 +33,7 @@ TUNINGS: tuple[tuple[float, float, tuple[int, ...]], ...] = (  # (preserve, lear
     (0.0, 0.01, (25, 100)),
     (1.0, 0.003, (25, 100)),
 )
+SCENES = 100  # of chapels
 ORDINARY = 16  # pictures that fine-tuning is asked to leave alone
 HALVINGS = 4  # of the strength that goes as far as ours
 LITTLE = 0.1  # an edit that goes less far than this does next to nothing
@@ -141,6 +142,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"({less / len(some):.0%}); "
                 f"in {never} of these no fine-tuning goes so far"
             )
+    for words in rows[0]["all"] if rows else ():
+        known = [(row["unrelated"], row["all"][words]) for row in rows]
+        less = sum(other is None or own < other for own, other in known)
+        never = sum(other is None for _, other in known)
+        yield f"against {words} alone: less in {less} of {len(rows)} ({less / len(rows):.0%}), {never} never so far"
     verdicts = [row["verdict"] for row in rows]
     yield "verdicts: " + ", ".join(f"{each} {verdicts.count(each)}" for each in sorted(set(verdicts)))
     little = [row for row in rows if row["paste"] is not None and row["paste"] < LITTLE]
@@ -162,7 +168,7 @@ def main(out: Path, names: Sequence[str] = ()) -> int:
             if not any((row["rule"], row["layer"]) == (name, layer) for row in rows)
         ]
         try:
-            judge = Judge(judged) if left else None
+            judge = Judge(judged, SCENES) if left else None
             for layer in left:
                 assert judge is not None
                 rows.append(row_of(judged, judge, layer))

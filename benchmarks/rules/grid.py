@@ -63,12 +63,12 @@ class Outcome:
 class Judge:
     """What pictures of one rule say."""
 
-    def __init__(self, judged: Rule):
+    def __init__(self, judged: Rule, scenes: int | None = None):
         self.rule = judged
         self.generator, self.unseen = judged.subject.generator(), judged.subject.unseen_latents
         self.edit_latents = judged.subject.edit_latents
         if judged.subject.build is None:
-            rows = torch.arange(CHAPELS)
+            rows = torch.arange(CHAPELS if scenes is None else scenes)
             mine = torch.isin(rows, judged.concerned)
             self.concerned, self.unrelated = rows[mine], rows[~mine]
         else:
