@@ -13,6 +13,9 @@ using Few = projected::Form<3, 2, 8>;
 using Many = projected::Form<9, 2, 8>;
 static_assert(Few::channels == Many::channels, "teams have as many channels in every form");
 
+// Of a block with as many weights and pixels as an edit of 10x10 has: what an H100 lends.
+static_assert(projected::Parts<Many>(projected::Layout<Many>(100, 9, 16)).bytes() <= 227 << 10, "it fits into Hopper");
+
 template <class Form, bool many>
 Launch launch_with(int64_t pixels, int64_t taps, int blocks, bool leans) {
   const projected::Parts<Form> parts(projected::Layout<Form>(pixels, taps, blocks));

@@ -17,9 +17,9 @@ namespace rewrite_core {
 namespace projected {
 
 #if defined(__CUDACC__)
-#define PROJECTED_BOTH __host__ __device__
+#define PROJECTED_BOTH __host__ __device__ constexpr
 #else
-#define PROJECTED_BOTH inline
+#define PROJECTED_BOTH constexpr
 #endif
 
 constexpr int edge = 8;    // weights or pixels of a tile of the tensor cores
