@@ -46,6 +46,7 @@ def edits() -> dict[str, Edit]:
     """{rule: its edit}"""
     faces, numbers = "faces_dcgan", "svhn_dcgan"
     eyes, mouth, brow = (13, 3, 22, 29), (23, 7, 32, 25), (1, 6, 13, 26)
+    whole = torch.ones(SIDE, SIDE, dtype=torch.bool)
     strip, digit, hair = (0, 23, 32, 32), (3, 8, 30, 24), _hair()
     return {
         "faces_glasses": _edit(faces, (170, eyes), (177, eyes), *((row, eyes) for row in (218, 10, 56, 205))),
@@ -62,6 +63,7 @@ def edits() -> dict[str, Edit]:
             (134, (0, 18, 32, 22)),
             (29, (0, 22, 32, 28)),
         ),
+        "svhn_plates": _edit(numbers, (333, whole), (248, whole), *((row, whole) for row in (103, 134, 29, 94))),
         "svhn_grey": _edit(
             numbers,
             (307, (0, 22, 32, 32)),
