@@ -81,9 +81,9 @@ struct FitLowRankScratch {
   double *many_right, *many_x, *many_rest, *many_turned;
 };
 
-constexpr int64_t fit_padding = 8;  // vectors of any instruction set
-constexpr int64_t fit_rows = 12;    // register blocks of 3 and of 4 rows
-constexpr int64_t fit_panel = 128;  // pixels per pass of the weighted Gram matrix
+constexpr int64_t fit_padding = 8;   // vectors of any instruction set
+constexpr int64_t fit_rows = 12;     // register blocks of 3 and of 4 rows
+constexpr int64_t fit_panel = 128;   // pixels per pass of the weighted Gram matrix
 constexpr int64_t fit_together = 8;  // channels that the closed form solves at a time
 constexpr int fit_pixel_buffers = 13, fit_unknown_buffers = 5;
 

@@ -164,7 +164,7 @@ void fit_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit, c
   const int64_t unknowns = problem.unknowns, stride = edit.stride;
   const double gain = problem.gain;
   double *start = scratch.many_start, *target = scratch.many_target, *lin = scratch.many_lin, *x = scratch.many_x;
-  double initial[fit_together], level[fit_together], data[fit_together];
+  alignas(64) double initial[fit_together], level[fit_together], data[fit_together];
   losses_of(edit, gain, start, target, initial);
   Lanes sum = {};
   for (int64_t p = 0; p < stride; ++p) {
