@@ -16,6 +16,7 @@ from .harness import Case, Contender, Problem, Yardstick
 OP = "second_moment"
 GRID = ((64, 128), (128, 64), (256, 64), (512, 32), (512, 16), (1024, 8))  # channels @ map
 CHANNELS = ((1, 64), (4, 64), (16, 64), (32, 64), (48, 32), (96, 32), (200, 32), (2048, 8), (2048, 4))
+FEW = ((256, 1), (512, 1), (1024, 1), (256, 2), (512, 2), (1024, 2))  # 8 keys and 32
 HALF = ((64, 128), (256, 64), (512, 16))
 QUICK = ((64, 16), (96, 8))
 BATCH = 8
@@ -23,7 +24,7 @@ RANK_ONE_KEYS = 64  # that the reference's way is timed on: with all of them a r
 
 
 def cases(quick: bool) -> list[Case]:
-    groups = {"grid": QUICK} if quick else {"grid": GRID, "other channels": CHANNELS, "bfloat16": HALF}
+    groups = {"grid": QUICK} if quick else {"grid": GRID, "other channels": CHANNELS, "few keys": FEW, "bfloat16": HALF}
     return [
         Case(
             f"{channels}@{side}x{side} batch {BATCH}{' bfloat16' * (group == 'bfloat16')}",
@@ -97,6 +98,13 @@ def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
         contender("triangle of blocks, mm", triangular, torch.float32, aside=True),
         contender("rank-1 updates", rank_one, torch.float32, part=min(RANK_ONE_KEYS, side**2) / count, aside=True),
     ]
+    if (channels, side) in FEW:  # reading and writing the total is most of it, and ours is of float64
+
+        def wider(total: Tensor) -> Tensor:
+            keys = permuted(features).double()
+            return total.addmm_(keys.T, keys)
+
+        stock.append(contender("addmm to a float64 total", wider, torch.float64, aside=True))
     if dtype != torch.float32:
         floats = features.float()
 
