@@ -14,7 +14,8 @@ import json
 import secrets
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from importlib import resources
 from typing import Any
 
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import RewriteCoreError, quoted
 from ..files import to_json
 from .films import KINDS
+from .tiles import Tiles
 from .workshop import Workshop, made_by
 
 _MOST_BYTES = 64 << 20  # of one request
@@ -89,7 +91,8 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         Route("/page/{name}", _static),
         Route("/api/events", functools.partial(_events, workshop)),
         route("/api/state", lambda request, shop: shop.describe()),
-        route("/api/pictures.png", _pictures),
+        route("/api/pictures", _pictures),
+        route("/api/pictures.png", _sheet),
         route("/api/differences", lambda request, shop: shop.differences(_rows(request))),
         route("/api/edit", _take_edit, "PUT"),
         route("/api/settings", _take_settings, "PUT"),
@@ -109,7 +112,10 @@ def make_app(workshop: Workshop, port: int, token: str | None = None) -> Starlet
         route("/api/cancel", lambda request, shop: shop.cancel(), "POST"),
         route("/api/edit.json", lambda request, shop: _file(shop.edit_json.encode(), "edit.json")),
         route("/api/checkpoint.safetensors", lambda request, shop: _file(shop.checkpoint(), "edited.safetensors")),
-        route("/api/sheet.png", lambda request, shop: _file(shop.before_after(_rows(request)), "before_after.png")),
+        route(
+            "/api/sheet.png",
+            lambda request, shop: _file(shop.before_after(_rows(request)), "before_after.png"),
+        ),
         route("/api/walk.{kind}", _film),
     ]
     app = Starlette(routes=routes)
@@ -136,10 +142,14 @@ async def _answer(endpoint: Endpoint, workshop: Workshop, request: Request) -> R
         return _told(" ".join(str(error).split())[:500], 400)
     except Exception as error:  # whatever a generator raises; the page goes on
         traceback.print_exc()
-        return _told(f"This did not work: {' '.join(str(error).split())[:300]}", 500)
+        return _told(_failed(error), 500)
     if isinstance(answer, Response):
         return answer
     return Response(to_json(answer), headers=_HEADERS, media_type="application/json")
+
+
+def _failed(error: Exception) -> str:
+    return f"This did not work: {' '.join(str(error).split())[:300]}"
 
 
 def _told(sentence: str, status: int) -> Response:
@@ -209,13 +219,18 @@ def _whole(request: Request, name: str, default: int, least: int, most: int) -> 
 
 
 def _rows(request: Request) -> list[int]:
-    text = request.query_params.get("rows", "")
-    parts = text.split(",")
-    if not all(part.isdigit() and len(part) < 10 for part in parts) or len(parts) > _MOST_ROWS:
+    return [row for part in _parts(request.query_params.get("rows", "")) for row in part]
+
+
+def _parts(text: str) -> list[list[int]]:
+    """Numbers of pictures, such as 0,1;2,3: a comma between two, and a semicolon between two parts."""
+    parts = [part.split(",") for part in text.split(";")]
+    each = [row for part in parts for row in part]
+    if not all(row.isdigit() and len(row) < 10 for row in each) or len(each) > _MOST_ROWS:
         raise RewriteCoreError(
             f"rows are up to {_MOST_ROWS} numbers of pictures with commas between, not {text[:40]!r}."
         )
-    return [int(part) for part in parts]
+    return [[int(row) for row in part] for part in parts]
 
 
 def _strength(request: Request) -> float | None:
@@ -229,12 +244,47 @@ def _strength(request: Request) -> float | None:
     return value
 
 
-def _pictures(request: Request, shop: Workshop) -> Response:
-    side = _whole(request, "side", 128, 1, _MOST_SIDE)
+def _how(request: Request) -> tuple[int, bool, float | None]:
+    """How large, the originals or not, and how strong the live change is."""
     original = request.query_params.get("original") == "1"
-    return Response(
-        shop.sheet(_rows(request), side, original, _strength(request)), headers=_HEADERS, media_type="image/png"
-    )
+    return _whole(request, "side", 128, 1, _MOST_SIDE), original, _strength(request)
+
+
+def _pictures(request: Request, shop: Workshop) -> Response:
+    parts = _parts(request.query_params.get("rows", ""))
+    return _streamed(request, shop.paint_soon(parts, *_how(request)))
+
+
+def _sheet(request: Request, shop: Workshop) -> Response:
+    return Response(shop.sheet(_rows(request), *_how(request)), headers=_HEADERS, media_type="image/png")
+
+
+def _streamed(request: Request, painted: Sequence[tuple[list[int], Future[Tiles]]], head: object = None) -> Response:
+    """Pictures, part by part as they are painted: a line of JSON that says which and how large, and their pixels. A
+    line of `head` comes first. What goes wrong on the way is a line, too. Parts that nobody waits for any more are
+    not painted."""
+    return StreamingResponse(_stream(request, painted, head), 200, _HEADERS, "application/octet-stream")
+
+
+async def _stream(
+    request: Request, painted: Sequence[tuple[list[int], Future[Tiles]]], head: object
+) -> AsyncIterator[bytes]:
+    try:
+        if head is not None:
+            yield to_json(head).encode() + b"\n"
+        for rows, future in painted:
+            try:
+                found = await asyncio.wrap_future(future)
+            except Exception as error:  # whatever a generator raises
+                traceback.print_exception(error)
+                yield to_json({"error": _failed(error)}).encode() + b"\n"
+                return
+            if await request.is_disconnected():
+                return
+            yield to_json({"rows": rows, "width": found.width, "height": found.height}).encode() + b"\n" + found.data
+    finally:
+        for _, future in painted:
+            future.cancel()
 
 
 def _film(request: Request, shop: Workshop) -> Response:
@@ -253,8 +303,9 @@ class Turns:
         self._lock = threading.Lock()
         self._newest: dict[str, int] = {}
 
-    def take_edit(self, request: Request, shop: Workshop, text: str) -> None:
-        """The edit goes to the workshop. Raises CancelledError where the page has sent a newer one already."""
+    def take_edit(self, request: Request, shop: Workshop, text: str) -> Future[None]:
+        """The edit goes to the workshop; returns what is done when it is saved. Raises CancelledError where the page
+        has sent a newer one already."""
         page, turn = request.headers.get("x-page", ""), request.headers.get("x-turn", "")
         with self._lock:
             if turn.isdigit():
@@ -263,7 +314,7 @@ class Turns:
                 self._newest[page] = int(turn[:15])
                 while len(self._newest) > self._MOST:
                     del self._newest[next(iter(self._newest))]
-            shop.take_edit(text)
+            return shop.take_edit_soon(text)
 
 
 def _take_edit(request: Request, shop: Workshop) -> None:
@@ -271,22 +322,39 @@ def _take_edit(request: Request, shop: Workshop) -> None:
         text = request.scope["read"].decode("utf-8")
     except UnicodeDecodeError:
         raise RewriteCoreError("The edit is not text.") from None
-    request.app.state.turns.take_edit(request, shop, text)
+    request.app.state.turns.take_edit(request, shop, text).result()
 
 
 def _take_settings(request: Request, shop: Workshop) -> None:
     shop.take_settings(_json(request))
 
 
-def _fit(request: Request, shop: Workshop) -> dict[str, Any]:
+def _fit(request: Request, shop: Workshop) -> dict[str, Any] | Response:
+    """The report; where pictures are asked for too, they follow it in one stream."""
     wanted = _json(request) or {}
     if not isinstance(wanted, dict):
         raise RewriteCoreError("A fit is asked for with an object.")
+    seen = wanted.get("pictures")
+    parts, side = ([], 0) if seen is None else _seen(seen)
+    saved = None
     if "settings" in wanted:
         shop.take_settings(wanted["settings"])
     if wanted.get("edit") is not None:  # else the one that it has
-        request.app.state.turns.take_edit(request, shop, to_json(wanted["edit"]))
-    return shop.fit(wanted.get("kind", "rewrite"))
+        saved = request.app.state.turns.take_edit(request, shop, to_json(wanted["edit"]))
+    report = shop.fit(wanted.get("kind", "rewrite"))
+    painted = shop.paint_soon(parts, side)
+    if saved is not None:
+        saved.result()
+    return report if seen is None else _streamed(request, painted, report)
+
+
+def _seen(value: object) -> tuple[list[list[int]], int]:
+    """The parts and the side of the pictures that a page asks for with a fit."""
+    if isinstance(value, dict) and isinstance(value.get("rows"), str):
+        side = value.get("side")
+        if type(side) is int and 1 <= side <= _MOST_SIDE:
+            return _parts(value["rows"]) if value["rows"] else [], side
+    raise RewriteCoreError(f"pictures are an object with rows, such as '0,1;2,3', and a side from 1 to {_MOST_SIDE}.")
 
 
 def _search(request: Request, shop: Workshop) -> dict[str, Any]:
@@ -338,7 +406,8 @@ def serve(
 
     import uvicorn
 
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio sends small answers at once only where the protocol is named; else each waits 40 ms for the last one
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     port = listener.getsockname()[1]

@@ -9,18 +9,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import io
 import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .. import pictures
@@ -41,11 +39,13 @@ from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from ..turns import Latest, generator_lock
 from . import films
+from .tiles import Tiles, png, sheet, tiles
 
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
 _THUMBNAIL = 64  # pixels
+_MEASURED_AT_ONCE = 4  # pictures: a hand that draws meanwhile waits for no more than these
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
 made_by: ContextVar[str] = ContextVar("made_by", default="")  # the page whose request is worked on
 _PLACES = {
@@ -161,6 +161,15 @@ class Workshop:
         self._last = 0  # the highest number that a rule had
         self._state = threading.RLock()
         self._latest, self._measuring = Latest(), Latest()
+        self._painter = ThreadPoolExecutor(1, "rewrite_core painter")
+        self._disk = ThreadPoolExecutor(1, "rewrite_core disk")
+        self._writing, self._states, self._written = (
+            threading.Lock(),
+            0,
+            0,
+        )  # states that were to be saved, and the last
+        self._solving = 0  # edits that are being solved, or wait for it
+        self._drags = 0  # times that pictures of another strength were asked for
         self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._cancel = threading.Event()
         self._layers: list[LayerInfo] | None = None
@@ -184,9 +193,11 @@ class Workshop:
         for listener in list(self._listeners):
             listener(event)
 
-    def _changed(self) -> None:
+    def _changed(self, keep: bool = True) -> None:
+        """Pages are told that pictures have changed. `keep`: the session file, too."""
         self.version += 1
-        self._save()
+        if keep:
+            self._save()
         self.tell(kind="state", version=self.version, by=made_by.get())
 
     def describe(self) -> dict[str, Any]:
@@ -239,19 +250,31 @@ class Workshop:
 
     def paint(self, rows: Sequence[int], original: bool = False, strength: float | None = None) -> Tensor:
         """Pictures [N, 3, H, W] in 0..1, with the stack and the live change on."""
-        changes, strengths = self._rewrites(original, strength)
+        return self._paint(rows, *self._rewrites(original, strength))
+
+    def _paint(self, rows: Sequence[int], changes: Sequence[Rewrite], strengths: Sequence[float]) -> Tensor:
         images = self.session.images(list(rows), changes, strengths)
         return pictures.to_unit(images, self.span).clamp(0, 1).nan_to_num(0)
 
     def sheet(self, rows: Sequence[int], side: int, original: bool = False, strength: float | None = None) -> bytes:
         """A PNG of pictures side by side, each `side` pixels at its longer side."""
-        tiles = [pictures.to_image(picture, side) for picture in self.paint(rows, original, strength)]
-        sheet = Image.new("RGB", (sum(tile.width for tile in tiles), max(tile.height for tile in tiles)))
-        left = 0
-        for tile in tiles:
-            sheet.paste(tile, (left, 0))
-            left += tile.width
-        return _png(sheet)
+        return sheet(self.paint(rows, original, strength), side)
+
+    def paint_soon(
+        self, parts: Sequence[list[int]], side: int, original: bool = False, strength: float | None = None
+    ) -> list[tuple[list[int], Future[Tiles]]]:
+        """Pictures as they are now, part by part: the rows of each, and what will be painted of them. One thread works
+        through all that was asked for; whoever no longer wants a part cancels it."""
+        missing = [row for part in parts for row in part if not 0 <= row < len(self.latents)]
+        if missing:
+            raise SelectionError(f"There is no picture {missing[0]}; the last one is {len(self.latents) - 1}.")
+        changes, strengths = self._rewrites(original, strength)
+        self._drags += strength is not None
+
+        def work(rows: list[int]) -> Tiles:
+            return tiles(self._paint(rows, changes, strengths), side)
+
+        return [(part, self._painter.submit(work, part)) for part in parts]
 
     def differences(self, rows: Sequence[int]) -> list[float]:
         """How much each picture differs from the original: mean absolute difference, 0..1."""
@@ -262,6 +285,10 @@ class Workshop:
 
     def take_edit(self, text: str) -> None:
         """Replace the edit in hand by the reference implementation's JSON; nothing is solved."""
+        self.take_edit_soon(text).result()
+
+    def take_edit_soon(self, text: str) -> Future[None]:
+        """:meth:`take_edit`; the session file is written meanwhile. Returns what is done when it is."""
         if text.strip() not in ("", "{}"):
             edit = Edit.from_json(text)
             for part in edit.selections:
@@ -270,8 +297,7 @@ class Workshop:
             text = edit.on(self.latents).to_json()  # refused where it was made on other latents
         with self._state:
             self.edit_json = text or "{}"
-            if not self._resuming:
-                self._save()
+        return self._disk.submit(self._save)
 
     def take_settings(self, values: object) -> None:
         with self._state:
@@ -283,7 +309,13 @@ class Workshop:
         if kind not in KINDS:
             raise RewriteCoreError(f"An edit is one of {', '.join(KINDS)}, not {kind!r}.")
         context = copy_context()  # the thread that solves knows for whom
-        return self._latest.submit(lambda: context.run(self._fit, kind)).result()
+        with self._state:
+            self._solving += 1  # what is measured meanwhile gives way
+        try:
+            return self._latest.submit(lambda: context.run(self._fit, kind)).result()
+        finally:
+            with self._state:
+                self._solving -= 1
 
     def _fit(self, kind: str) -> dict[str, Any]:
         with self._state:
@@ -309,12 +341,13 @@ class Workshop:
         }
         with self._state:
             self.live, self.live_report, self.live_edit = change, report, edit
-            self._changed()
+            self._changed(keep=False)  # the session file holds the edit, and not what comes of it
         return report
 
     def measure(self) -> dict[str, Any]:
         """What the live change does to unseen pictures: see :func:`rewrite_core.measure`. Others have
-        turns at the generator meanwhile. It is cancelled where the change is gone, and by a newer call."""
+        turns at the generator meanwhile. It gives way, cancelled, where the change is gone, to a newer call or
+        edit, and while the strength is dragged."""
         return self._measuring.submit(self._measure).result()
 
     def _measure(self) -> dict[str, Any]:
@@ -322,8 +355,15 @@ class Workshop:
             change, edit, session, strength = self.live, self.live_edit, self.session, self.settings.strength
         if change is None or edit is None:
             raise RewriteCoreError("There is no change to measure; make one first.")
-        steps = Steps(cancelled=lambda: self.live is not change, turn=session._turn)
-        given = Given([change], edit, self.latents, None, None, session.moment, strength, self.span, steps=steps)
+        drags = self._drags
+
+        def late() -> bool:
+            return self.live is not change or self._solving > 0 or self._drags != drags
+
+        steps = Steps(cancelled=late, turn=session._turn)
+        given = Given(
+            [change], edit, self.latents, None, None, session.moment, strength, self.span, _MEASURED_AT_ONCE, steps
+        )
         try:
             with heard():
                 report = session._measure(given)
@@ -492,7 +532,7 @@ class Workshop:
             told_of = {"layer": row.layer, "rank": row.rank, "score": row.score, "verdict": report.verdict}
             told_of |= {"reach": report.reach, "elsewhere": max(report.outside or 0.0, report.unrelated or 0.0)}
             if own is not None:
-                picture = base64.b64encode(_png(pictures.to_image(own.after.clamp(0, 1), _THUMBNAIL))).decode()
+                picture = base64.b64encode(png(pictures.to_image(own.after.clamp(0, 1), _THUMBNAIL))).decode()
                 told_of["picture"] = f"data:image/png;base64,{picture}"
             best.setdefault(row.layer, told_of)
         return list(best.values())
@@ -522,18 +562,28 @@ class Workshop:
     # --- files
 
     def _save(self) -> None:
-        record = {
-            "version": 1,
-            "layer": self.layer,
-            "settings": dataclasses.asdict(self.settings),
-            "edit": from_json(self.edit_json, "the edit"),
-            "rules": [
-                {"number": rule.number, "name": rule.name, "on": rule.on, "strength": rule.strength}
-                for rule in self.rules
-            ],
-        }
-        with atomic_write(self.folder / SESSION_FILE) as partial:
-            partial.write_text(to_json(record), encoding="utf-8")
+        """The session file holds what there is now."""
+        if self._resuming:
+            return
+        with self._state:
+            self._states += 1
+            number = self._states
+            record = {
+                "version": 1,
+                "layer": self.layer,
+                "settings": dataclasses.asdict(self.settings),
+                "edit": from_json(self.edit_json, "the edit"),
+                "rules": [
+                    {"number": rule.number, "name": rule.name, "on": rule.on, "strength": rule.strength}
+                    for rule in self.rules
+                ],
+            }
+        with self._writing:
+            if number < self._written:
+                return  # a newer one is there already
+            with atomic_write(self.folder / SESSION_FILE) as partial:
+                partial.write_text(to_json(record), encoding="utf-8")
+            self._written = number
 
     def _resume(self) -> None:
         """Take up what the folder holds; what cannot be read is left out, and said."""
@@ -567,7 +617,7 @@ class Workshop:
         pairs = pictures.before_after(
             self.paint(rows, original=True), self.paint(rows), side, [f"picture {row}" for row in rows], columns=4
         )
-        return _png(
+        return png(
             pictures.grid(pairs, title=", ".join(rule.name for rule in self.rules if rule.on) or "before and after")
         )
 
@@ -578,12 +628,14 @@ class Workshop:
         with generator_lock(self.generator), self.session._changed(changes, strengths):
             for batch in films.walk(self.latents[list(rows)], frames).split(12):
                 images.append(self.session.layer.render(batch))
-        tiles = [pictures.to_image(picture, side) for picture in pictures.to_unit(torch.cat(images), self.span)]
-        return films.film(tiles, kind)
+        shown = [pictures.to_image(picture, side) for picture in pictures.to_unit(torch.cat(images), self.span)]
+        return films.film(shown, kind)
 
     def close(self) -> None:
         self._latest.close()
         self._measuring.close()
+        self._painter.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Workshop]:
@@ -591,9 +643,3 @@ class Workshop:
             yield self
         finally:
             self.close()
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

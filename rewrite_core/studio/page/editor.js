@@ -112,7 +112,7 @@ export class Editor {
     if (this.panning) { this.panning = null; return; }
     if (!this.stroke || this.tool === "polygon") return;
     if (this.tool === "box") this.stroke.points[1] = this.place(event);
-    this.finish();
+    this.finish(event.timeStamp);
   }
 
   stop() {
@@ -157,21 +157,18 @@ export class Editor {
     if (this.tool === "polygon" && this.stroke?.points.length > 2) this.finish();
   }
 
-  finish() {
+  // `at`: when the stroke ended, where that was before now.
+  finish(at) {
     const stroke = this.stroke;
     this.stroke = null;
     const few = stroke.kind === "area" && stroke.points.length < 3;
     if (!few) {
       delete stroke.hover;
       this.mask.add(stroke);
-      this.edited();
+      this.reached = null;
+      this.changed(this.mask, at);
     }
     this.paint();
-  }
-
-  edited() {
-    this.reached = null;
-    this.changed(this.mask);
   }
 
   // --- keyboard: a cursor, and rectangles between two places of it
@@ -212,10 +209,13 @@ export class Editor {
 
   paintNow() {
     const box = this.canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
-    this.canvas.width = Math.round(box.width * ratio);
-    this.canvas.height = Math.round(box.height * ratio);
-    if (!this.mask || !this.picture) return;
+    const size = [Math.round(box.width * ratio), Math.round(box.height * ratio)];
     const context = this.canvas.getContext("2d");
+    if (size[0] === this.canvas.width && size[1] === this.canvas.height) {
+      context.resetTransform();
+      context.clearRect(0, 0, ...size);
+    } else [this.canvas.width, this.canvas.height] = size; // which clears it, too
+    if (!this.mask || !this.picture) return;
     const { width, height } = this.mask.canvas;
     const { scale, left, top } = this.frame();
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * left, ratio * top);

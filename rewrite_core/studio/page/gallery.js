@@ -3,7 +3,9 @@ import * as api from "./api.js";
 import { keyed } from "./keyed.js";
 
 const MORE = 24; // tiles that scrolling adds
-const FIRST = 4, CHUNK = 20; // pictures asked for at once; the first of them on their own, so that some are there at once
+const CHUNK = 24; // pictures that are asked for at once: those that can be seen, or so many
+const FIRST = 2, PART = 12; // pictures that come together: few at first, so that some are there at once
+const SOME = 8; // pictures that follow a slider at once, or a part more
 
 export class Gallery {
   constructor(tiles, more, chosen, told) {
@@ -19,6 +21,7 @@ export class Gallery {
     this.held = false; // whether originals are shown
     this.side = 96;
     this.run = 0;
+    this.next = 0; // of the parts that follow a slider
     this.shown = 0;
     this.strength = null;
     this.largest = 512; // the longer side of the generator's own pictures
@@ -56,8 +59,8 @@ export class Gallery {
     if (more) this.place();
     this.end.unobserve(this.more); // again, as it may be in sight still
     this.end.observe(this.more);
-    const run = this.run;
-    this.ask(next).then((sheets) => this.put(next, sheets, run));
+    const run = this.run, taken = (numbers, pictures) => run === this.run && this.put(numbers, pictures);
+    this.ask(next, taken).catch(this.told);
   }
 
   tile(row) {
@@ -87,49 +90,72 @@ export class Gallery {
     });
   }
 
-  // Ask for everything that is shown again: what is seen first. While a slider is dragged, for no more than that.
-  async refresh({ rest = true } = {}) {
+  // Ask for everything that is shown again: what is seen first. `through(pictures, taken, stop, told)` asks for the
+  // first of them along with something else, and calls told() once that is done. A newer call stops the one before.
+  async refresh({ through = null } = {}) {
     const run = ++this.run, seen = this.visible();
-    const others = rest ? this.rows.slice(0, this.shown).filter((row) => !seen.includes(row)) : [];
-    const rows = [...seen, ...others];
-    const parts = [rows.slice(0, FIRST), ...chunks(rows.slice(FIRST), CHUNK)].filter((part) => part.length);
+    if (this.flight?.loose) this.flight.abort();
+    const flight = this.flight = new AbortController();
+    flight.loose = !through;
+    if (through) this.solved = run;
+    const told = () => { flight.loose = true; if (run !== this.run) flight.abort(); };
+    const others = this.rows.slice(0, this.shown).filter((row) => !seen.includes(row));
+    const more = Math.max(0, CHUNK - seen.length), asked = [...grouped(seen), ...grouped(others.slice(0, more))];
+    const count = Math.min(CHUNK, asked.flat().length);
+    for (const name of ["first", "twenty-four"]) performance.clearMarks(name);
     let painted = 0;
-    performance.clearMarks("first");
-    performance.clearMarks("twenty-four");
-    let asked = parts.length ? this.ask(parts[0]) : null;
-    for (let i = 0; i < parts.length; i++) {
-      const sheets = await asked;
+    const taken = (numbers, pictures) => {
       if (run !== this.run) return;
-      asked = i + 1 < parts.length ? this.ask(parts[i + 1]) : null; // the server works while this page decodes
-      await this.put(parts[i], sheets, run);
-      painted += parts[i].length;
-      if (i === 0) performance.mark("first");
-      if (painted >= Math.min(24, rows.length) && !performance.getEntriesByName("twenty-four").length) performance.mark("twenty-four");
+      this.put(numbers, pictures);
+      if (!painted) performance.mark("first");
+      if (painted < count && painted + numbers.length >= count) performance.mark("twenty-four");
+      painted += numbers.length;
+    };
+    try {
+      if (through) await through(this.wanted(asked), taken, flight.signal, told);
+      else await this.ask(asked, taken, flight.signal);
+      for (const part of chunks(others.slice(more), CHUNK)) await this.ask(grouped(part), taken, flight.signal);
+    } catch (error) {
+      if (error.name !== "AbortError") throw error; // there is a newer one
     }
+    if (through && run !== this.run && run === this.solved) return this.refresh(); // a newer one knew less
     if (run === this.run) document.body.dataset.painted = String(run);
   }
 
-  async ask(rows) {
-    const needed = this.view !== "edited" || this.held ? rows.filter((row) => !this.original.has(row)) : [];
-    try {
-      return await Promise.all([
-        api.sheet(rows, this.pixels(), { strength: this.strength }),
-        needed.length ? api.sheet(needed, this.pixels(), { original: true }) : null,
-        needed,
-      ]);
-    } catch (error) {
-      this.told(error);
-      return null;
+  // While a slider is dragged: some of what is seen, as it is now, the next ones with each call; all of it at once
+  // would be slower than the hand. Returns how many calls bring all of it up to date.
+  async follow() {
+    const run = ++this.run, calls = [];
+    for (const part of grouped(this.visible())) {
+      if (calls.length && calls.at(-1).flat().length < SOME) calls.at(-1).push(part);
+      else calls.push([part]);
     }
+    if (this.flight?.loose) this.flight.abort();
+    const flight = this.flight = new AbortController();
+    flight.loose = true;
+    this.next = (this.next + 1) % calls.length || 0;
+    const taken = (numbers, pictures) => { if (run === this.run) this.put(numbers, pictures); };
+    try {
+      await this.ask(calls[this.next] ?? [], taken, flight.signal);
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+    }
+    return calls.length;
   }
 
-  async put(rows, sheets, run) {
-    if (!sheets) return;
-    const [edited, original, needed] = sheets;
-    if (original) (await api.decoded(original, needed.length)).forEach((picture, i) => this.original.set(needed[i], picture));
-    const found = await api.decoded(edited, rows.length);
-    if (run !== this.run) return;
-    rows.forEach((row, i) => { this.edited.set(row, found[i]); this.paint(row); });
+  wanted(parts) {
+    return { rows: parts.map((part) => part.join(",")).join(";"), side: this.pixels() };
+  }
+
+  // Pictures as they are now, after the originals that a view needs.
+  async ask(parts, taken, stop) {
+    if (!parts.length) return;
+    if (this.view !== "edited" || this.held) await this.originals(parts.flat());
+    await api.pictures(this.wanted(parts), { strength: this.strength }, taken, stop);
+  }
+
+  put(rows, pictures) {
+    rows.forEach((row, i) => { this.edited.set(row, pictures[i]); this.paint(row); });
   }
 
   pixels() {
@@ -145,20 +171,17 @@ export class Gallery {
 
   async hold(on) {
     this.held = on;
-    if (on) await this.originals();
+    this.paintAll();
+    if (!on) return;
+    await this.originals().catch(this.told);
     this.paintAll();
   }
 
-  async originals() {
-    const needed = this.rows.slice(0, this.shown).filter((row) => !this.original.has(row));
-    for (const part of chunks(needed, CHUNK)) {
-      try {
-        const found = await api.pictures(part, this.pixels(), { original: true });
-        part.forEach((row, i) => this.original.set(row, found[i]));
-      } catch (error) {
-        this.told(error);
-        return;
-      }
+  async originals(rows = this.rows.slice(0, this.shown)) {
+    for (const part of chunks(rows.filter((row) => !this.original.has(row)), CHUNK)) {
+      await api.pictures(this.wanted(part), { original: true }, (numbers, pictures) => {
+        numbers.forEach((row, i) => this.original.set(row, pictures[i]));
+      });
     }
   }
 
@@ -166,7 +189,7 @@ export class Gallery {
     this.side = side;
     this.box.style.setProperty("--tile", `${side}px`);
     this.original.clear();
-    this.refresh();
+    return this.refresh();
   }
 
   paintAll() {
@@ -178,26 +201,39 @@ export class Gallery {
     if (!tile || !edited) return;
     const canvas = tile.firstChild, pair = this.view === "side" && !this.held;
     tile.classList.toggle("pair", pair);
-    canvas.width = edited.width * (pair ? 2 : 1);
-    canvas.height = edited.height;
-    const context = canvas.getContext("2d");
-    context.imageSmoothingEnabled = false;
-    const old = original ?? edited;
+    const size = [edited.width * (pair ? 2 : 1), edited.height];
+    if (canvas.width !== size[0] || canvas.height !== size[1]) [canvas.width, canvas.height] = size;
+    const context = canvas.getContext("2d"), old = original ?? edited;
+    context.globalCompositeOperation = "source-over";
     if (pair) {
-      context.drawImage(old, 0, 0);
-      context.drawImage(edited, edited.width, 0);
+      context.putImageData(old, 0, 0);
+      context.putImageData(edited, edited.width, 0);
     } else if (this.view === "difference" && !this.held) {
-      context.drawImage(old, 0, 0);
+      context.putImageData(old, 0, 0);
       context.globalCompositeOperation = "difference";
-      context.drawImage(edited, 0, 0);
+      context.drawImage(drawn(edited), 0, 0);
       context.globalCompositeOperation = "lighter"; // three times as bright, to be seen
-      for (let i = 0; i < 2; i++) context.drawImage(canvas, 0, 0);
+      const once = drawn(context.getImageData(0, 0, canvas.width, canvas.height));
+      for (let i = 0; i < 2; i++) context.drawImage(once, 0, 0);
     } else {
-      context.drawImage(this.held || (this.view === "blink" && this.blink) ? old : edited, 0, 0);
+      context.putImageData(this.held || (this.view === "blink" && this.blink) ? old : edited, 0, 0);
     }
     const heat = this.heat.get(row);
     if (heat && !this.held) warm(context, heat, edited.width, edited.height);
   }
+}
+
+// A picture on a canvas of its own, so that it can be drawn over another.
+function drawn(picture) {
+  const canvas = new OffscreenCanvas(picture.width, picture.height);
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+  return canvas;
+}
+
+// Numbers in parts that are painted together: the first few, then the rest, in equal shares.
+function grouped(rows) {
+  const rest = rows.slice(FIRST), parts = Math.ceil(rest.length / PART);
+  return [rows.slice(0, FIRST), ...chunks(rest, Math.ceil(rest.length / Math.max(parts, 1)) || 1)].filter((part) => part.length);
 }
 
 function* chunks(rows, size) {

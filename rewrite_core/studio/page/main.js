@@ -55,7 +55,7 @@ async function open(number, entry = null) {
   chosen = { number, entry };
   const turn = ++opening;
   const side = Math.min(1024, Math.max(shop.width, shop.height));
-  const [found] = await api.pictures([number], side, { original: !$("edited").checked, strength: gallery.strength });
+  const found = await api.picture(number, side, { original: !$("edited").checked, strength: gallery.strength });
   if (turn !== opening) return;
   [row, active, picture] = [number, entry, found];
   if (!entry && free?.row !== row) free = { row, mask: new Mask(...Editor.maskSize(shop.width, shop.height)) };
@@ -95,8 +95,8 @@ function enable() {
   lead($("lead"), slots, shop.name);
 }
 
-async function strokeEnded() {
-  performance.mark("released");
+async function strokeEnded(mask, startTime = performance.now()) {
+  performance.mark("released", { startTime });
   enable();
   const entry = active;
   if (entry?.mask.empty) return remove(entry);
@@ -120,7 +120,7 @@ const use = (slot) => editing(async () => {
   const mask = current(), { width, height } = mask.canvas;
   if (mask.empty) return;
   let entry;
-  if (active) entry = { row: active.row, mask: await Mask.of(await mask.url(), width, height) };
+  if (active) entry = { row: active.row, mask: await Mask.of(mask.url(), width, height) };
   else { entry = free; free = { row, mask: new Mask(width, height) }; }
   const placed = slots.put(slot, entry);
   active = entry;
@@ -155,15 +155,20 @@ let busy = 0; // fits whose pictures are not there yet
 async function fit(kind, edit = slots.edit()) {
   clearTimeout(resting);
   document.body.toggleAttribute("data-busy", ++busy > 0);
+  let repainted;
   try {
-    tell(await api.fit({ kind, edit }));
-    await Promise.all([gallery.refresh(), repaint()]);
-    look();
+    await gallery.refresh({ through: (pictures, taken, stop, told) => api.fit({ kind, edit, pictures }, (found) => {
+      told();
+      tell(found);
+      repainted = doing(repaint)();
+    }, taken, stop) });
+    await repainted;
   } catch (error) {
     if (!(error instanceof api.Replaced)) report.say(error.message, true);
   } finally {
     document.body.toggleAttribute("data-busy", --busy > 0);
   }
+  if (!shop.live?.measured) look();
 }
 
 function tell(found) {
@@ -188,7 +193,7 @@ function look() {
   }), REST);
 }
 
-let painting = false, wanted = null;
+let painting = false, wanted = null, behind = 0; // calls until all that is seen is as strong as the slider says
 const dragging = () => painting || $("strength").matches(":active");
 async function strengthMoved() {
   const value = Number($("strength").value);
@@ -196,13 +201,18 @@ async function strengthMoved() {
   wanted = value;
   if (painting) return;
   painting = true;
-  while (wanted !== null) {
-    gallery.strength = wanted;
-    wanted = null;
-    await Promise.all([gallery.refresh({ rest: false }), repaint()]);
-    document.body.dataset.drags = String(Number(document.body.dataset.drags ?? 0) + 1);
+  const count = (name) => { document.body.dataset[name] = String(Number(document.body.dataset[name] ?? 0) + 1); };
+  try {
+    while (wanted !== null || behind > 0) {
+      if (wanted !== null) [gallery.strength, wanted, behind] = [wanted, null, Infinity];
+      const [calls] = await Promise.all([gallery.follow(), repaint()]);
+      behind = Math.min(behind, calls) - 1;
+      count("drags");
+      if (gallery.next === 0) count("rounds");
+    }
+  } finally {
+    painting = false;
   }
-  painting = false;
 }
 
 // --- search
@@ -210,8 +220,7 @@ async function strengthMoved() {
 async function find() {
   const mask = current();
   if (!mask || mask.empty) return;
-  matches = await api.search([row, await mask.url()], MOST_SEARCHED);
-  matches.url = await mask.url();
+  matches = await api.search([row, mask.url()], MOST_SEARCHED);
   $("order").value = "matches";
   await reorder();
 }
@@ -407,6 +416,7 @@ on("drop", "click", async () => { await api.drop(); await synchronise(); await g
 on("keep", "click", keep);
 on("strength", "input", strengthMoved);
 on("strength", "change", async () => {
+  behind = 0; // all are painted now
   await saveSetting("strength");
   if (!dragging()) gallery.strength = null; // the server knows it
   await gallery.refresh();

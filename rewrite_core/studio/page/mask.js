@@ -9,6 +9,7 @@ export class Mask {
     this.base = null; // strokes that can no longer be undone, or a mask that was loaded
     this.strokes = [];
     this.undone = [];
+    this.read = null; // the values, once somebody has asked for them
   }
 
   static async of(url, width, height) {
@@ -25,6 +26,7 @@ export class Mask {
     context.putImageData(pixels, 0, 0);
     mask.base = new OffscreenCanvas(width, height);
     mask.base.getContext("2d").drawImage(mask.canvas, 0, 0);
+    mask.read = null;
     return mask;
   }
 
@@ -36,6 +38,7 @@ export class Mask {
       draw(this.base.getContext("2d"), this.strokes.shift());
     }
     draw(this.canvas.getContext("2d", { willReadFrequently: true }), stroke);
+    this.read = null;
   }
 
   undo() {
@@ -57,15 +60,17 @@ export class Mask {
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     if (this.base) context.drawImage(this.base, 0, 0);
     for (const stroke of this.strokes) draw(context, stroke);
+    this.read = null;
   }
 
   // How much is marked at each pixel, 0 to 255.
   values() {
+    if (this.read) return this.read;
     const { width, height } = this.canvas;
     const pixels = this.canvas.getContext("2d", { willReadFrequently: true }).getImageData(0, 0, width, height).data;
     const values = new Uint8Array(width * height);
     for (let i = 0; i < values.length; i++) values[i] = pixels[4 * i + 3];
-    return values;
+    return this.read = values;
   }
 
   same(other) {
@@ -77,17 +82,16 @@ export class Mask {
     return !this.values().some(Boolean);
   }
 
-  // White on black, as the edit's JSON holds it.
-  async url() {
-    const flat = new OffscreenCanvas(this.canvas.width, this.canvas.height);
-    const context = flat.getContext("2d");
+  // White on black, as the edit's JSON holds it. At once: a canvas that makes a blob waits until the page is idle.
+  url() {
+    const flat = document.createElement("canvas");
+    flat.width = this.canvas.width;
+    flat.height = this.canvas.height;
+    const context = flat.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "#000";
     context.fillRect(0, 0, flat.width, flat.height);
     context.drawImage(this.canvas, 0, 0);
-    const bytes = new Uint8Array(await (await flat.convertToBlob({ type: "image/png" })).arrayBuffer());
-    let text = "";
-    for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
-    return `data:image/png;base64,${btoa(text)}`;
+    return flat.toDataURL("image/png");
   }
 
   // Which cells of the layer's map the mask reaches, row by row; Pillow's bilinear filter spans two cells.

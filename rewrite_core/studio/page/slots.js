@@ -60,9 +60,14 @@ export class Slots {
     entry.holder.remove();
   }
 
+  // The selection has changed. What it is now goes to the server before its card is drawn.
   async redraw(entry) {
-    entry.url = await entry.mask.url();
-    entry.bitmap ??= (await api.pictures([entry.row], 112, { original: true }))[0];
+    entry.url = entry.mask.url();
+    entry.bitmap ??= await api.picture(entry.row, 112, { original: true });
+    setTimeout(() => this.draw(entry));
+  }
+
+  draw(entry) {
     const canvas = entry.card.firstChild, context = canvas.getContext("2d");
     canvas.width = entry.bitmap.width;
     canvas.height = entry.bitmap.height;
