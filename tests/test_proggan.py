@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from rewrite_core.files import read_state_dict
-from rewrite_core.generators.proggan import ProgGAN, load_proggan
+from rewrite_core.generators.proggan import ProgGAN, Upsample, load_proggan
 
 DATA = Path(__file__).parent / "data"
 STATE = DATA / "proggan_state.npz"
@@ -34,6 +34,19 @@ def test_golden_images_and_keys():
     expected = np.load(DATA / "proggan_expected.npz")
     np.testing.assert_allclose(images.numpy(), expected["images_3_7_11_19"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(keys[0].numpy(), expected["keys_3_7_11_19"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_nearest_pixels_are_torchs(layout, dtype):
+    x = torch.randn(3, 5, 4, 6).to(dtype).contiguous(memory_format=layout)
+    plain = torch.nn.Upsample(scale_factor=2, mode="nearest")
+    with torch.no_grad():
+        found, wanted = Upsample()(x), plain(x)
+    assert torch.equal(found, wanted) and found.stride() == wanted.stride()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(Upsample()(x).square().sum(), x)
+    assert torch.equal(gradient, torch.autograd.grad(plain(x).square().sum(), x)[0])
 
 
 @pytest.mark.parametrize("sizes", [[7, 6], [6, 5, 4, 3], [3, 4, 8, 5, 9]])

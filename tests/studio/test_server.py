@@ -22,6 +22,7 @@ pytest.importorskip("httpx", reason="starlette's test client needs httpx")
 from starlette.testclient import TestClient
 
 from rewrite_core.studio.server import make_app
+from rewrite_core.studio.tiles import tiles
 from rewrite_core.studio.workshop import SESSION_FILE, Workshop
 
 PORT = 8799
@@ -124,6 +125,68 @@ def test_pictures_are_the_generators(client, session):
         wanted = ((session.layer.generator(Z[[3, 0, 9]]) + 1) / 2 * 255).round().to(torch.uint8)
     found = torch.tensor(list(sheet.tobytes())).reshape(8, 3, 8, 3).permute(1, 3, 0, 2)
     assert torch.equal(found.to(torch.uint8), wanted)
+
+
+def streamed(data):
+    """What a stream holds: its lines, and the bytes that follow those of pictures."""
+    found = []
+    while data:
+        line, _, data = data.partition(b"\n")
+        told = json.loads(line)
+        size = 4 * told["width"] * told["height"] * len(told["rows"]) if "rows" in told else 0
+        found.append((told, data[:size]))
+        data = data[size:]
+    return found
+
+
+def test_pictures_come_in_the_parts_that_were_asked_for(client, shop):
+    found = streamed(client.get("/api/pictures?rows=3;0,9&side=8").content)
+    assert [told for told, _ in found] == [{"rows": rows, "width": 8, "height": 8} for rows in ([3], [0, 9])]
+    for told, data in found:
+        assert data == tiles(shop.paint(told["rows"]), 8).data
+    assert client.get("/api/pictures?rows=3;;9").status_code == 400
+    assert client.get("/api/pictures?rows=3;99").json()["error"] == "There is no picture 99; the last one is 39."
+
+
+def test_a_fit_brings_its_pictures(client, shop):
+    plain = streamed(client.get("/api/pictures?rows=1,5&side=8").content)
+    asked = {"edit": EDIT, "settings": {"rank": 2}, "pictures": {"rows": "1,5", "side": 8}}
+    (report, _), pictures = streamed(client.post("/api/fit", json=asked).content)
+    assert report["rank"] == 2 and report["measured"] is None
+    assert pictures[1] == tiles(shop.paint([1, 5]), 8).data != plain[0][1]
+    for bad in ({"rows": "1"}, {"rows": [1], "side": 8}, {"rows": "1", "side": 0}, {"rows": "x", "side": 8}, []):
+        assert client.post("/api/fit", json=asked | {"pictures": bad}).status_code == 400
+
+
+def test_what_goes_wrong_in_a_stream_is_its_last_line(client, session, monkeypatch):
+    original = session.images
+
+    def images(rows, *more):
+        return original(rows, *more) if 9 not in rows else 1 / 0
+
+    monkeypatch.setattr(session, "images", images)
+    *_, (told, _) = streamed(client.get("/api/pictures?rows=3;9;1&side=8").content)
+    assert "division by zero" in told["error"]
+
+
+def test_a_measurement_gives_way_to_a_drag(client, shop, session, monkeypatch):
+    fit(client)
+    original, asked, go = session._measure, threading.Event(), threading.Event()
+
+    def slow(given):
+        asked.set()
+        go.wait(10)
+        return original(given)
+
+    monkeypatch.setattr(session, "_measure", slow)
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(client.post("/api/measure").status_code))
+    thread.start()
+    asked.wait(10)
+    client.get("/api/pictures?rows=1&side=8&strength=0.5")
+    go.set()
+    thread.join()
+    assert statuses == [409]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ export class Gallery {
     this.end.unobserve(this.more); // again, as it may be in sight still
     this.end.observe(this.more);
     const run = this.run, taken = (numbers, pictures) => run === this.run && this.put(numbers, pictures);
-    this.ask(next, taken).catch(this.told);
+    this.ask(grouped(next), taken).catch(this.told);
   }
 
   tile(row) {
@@ -179,7 +179,7 @@ export class Gallery {
 
   async originals(rows = this.rows.slice(0, this.shown)) {
     for (const part of chunks(rows.filter((row) => !this.original.has(row)), CHUNK)) {
-      await api.pictures(this.wanted(part), { original: true }, (numbers, pictures) => {
+      await api.pictures(this.wanted(grouped(part)), { original: true }, (numbers, pictures) => {
         numbers.forEach((row, i) => this.original.set(row, pictures[i]));
       });
     }
