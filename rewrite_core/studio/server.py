@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import RewriteCoreError, quoted
 from ..files import to_json
 from .films import KINDS
-from .tiles import Tiles
+from .pixels import Tiles
 from .workshop import Workshop, made_by
 
 _MOST_BYTES = 64 << 20  # of one request

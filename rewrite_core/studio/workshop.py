@@ -39,7 +39,7 @@ from ..statistics.collection import collect_second_moment
 from ..statistics.second_moment import SecondMoment
 from ..turns import Latest, generator_lock
 from . import films
-from .tiles import Tiles, png, sheet, tiles
+from .pixels import Tiles, png, sheet, tiles
 
 MOMENT_PICTURES = 1000  # that a second moment is collected from, where there are as many
 SESSION_FILE = "studio.json"

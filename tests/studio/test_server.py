@@ -21,8 +21,8 @@ pytest.importorskip("starlette", reason="the studio's server needs the extra `st
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
 from starlette.testclient import TestClient
 
+from rewrite_core.studio.pixels import tiles
 from rewrite_core.studio.server import make_app
-from rewrite_core.studio.tiles import tiles
 from rewrite_core.studio.workshop import SESSION_FILE, Workshop
 
 PORT = 8799

@@ -10,7 +10,7 @@ from rewrite_core.pictures import to_image
 
 pytest.importorskip("starlette", reason="the studio needs the extra `studio`")
 
-from rewrite_core.studio.tiles import tiles
+from rewrite_core.studio.pixels import tiles
 
 
 @pytest.mark.parametrize("side", [8, 16, 5])
