@@ -9,7 +9,8 @@ from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.benchmarks import rules
-from rewrite_core.benchmarks.rules import equal, holds
+from rewrite_core.benchmarks.rules import equal, holds, limits
+from rewrite_core.demo.world import scene_from_latents
 
 SIDE = 16
 
@@ -114,3 +115,21 @@ def test_the_summary_counts_what_never_gets_so_far():
         "against lr 2 alone: less in 2 of 3 (67%), 0 never so far",
     ]
     assert told[-1].endswith("own paste less than 0.1 of the way: 2, without a warning: r at l")
+
+
+def test_twins_are_the_same_scenes_under_the_rule():
+    latents = rc.sample_latents(16, 40, seed=3)
+    scene = scene_from_latents(latents)
+    for rule, change in (("spire", {"roof": 2}), ("watermark", {"watermark": False}), ("reflection", {"lit": False})):
+        mine = limits.RULES[rule].concerns(scene)
+        wanted = scene_from_latents(latents[mine]).replace(**change)
+        got = scene_from_latents(limits.twins(rule, latents[mine]))
+        for field, value in vars(wanted).items():
+            assert torch.allclose(getattr(got, field).float(), value.float(), atol=1e-6), (rule, field)
+
+
+def test_what_falls_short_of_what_is_wanted():
+    good = {"efficacy": 0.99, "completed": 0.8, "collateral": 0.004}
+    assert limits.missed(good) == 0
+    assert limits.missed(good | {"collateral": 0.01}) == pytest.approx(1)
+    assert limits.missed(good | {"completed": 0.6}) == pytest.approx(0.2)

@@ -1,11 +1,12 @@
 """How good pictures of the embedded world can get: ``python -m benchmarks.rules.limits --out DIR [RULE ...]``.
 
-What is asked for: efficacy >= 95 %, completed >= 75 %, collateral <= 0.005 on every rule. Three kinds of rows:
+What is asked for: efficacy >= 95 %, completed >= 75 %, collateral <= 0.005 on every rule. Four kinds of rows:
 
 - *the generator itself*: what it paints for the latent whose scene is the wanted one (in the region that the rule
   changes). No edit of one layer can be expected to paint that better.
-- *the paste*: on every scene that the rule concerns the edit's own copy is pasted where it belongs, by the true mask.
-  It is the goal that an edit is fitted to, so a rule that follows its goal everywhere is as good as this.
+- *the goal*: the picture that the edit's paste renders, against the truth of its own scene. An edit is fitted to this.
+- *the paste*: on every scene that the rule concerns the edit's own copy is pasted where it belongs, by the true mask,
+  as near as whole cells of the map let it be: one copied picture in all places, without a rule.
 - edits, over layers, ranks, objectives, ``preserve`` and one paste or the copy spread over the context.
 
 Scored on scenes that no table of results is made of. The lines go to ``limits.jsonl``; what is there is not done again.
@@ -98,6 +99,15 @@ class World:
         told = self.told(rule, after)
         return {field: told[field] for field in ("efficacy", "completed")}
 
+    def goal(self, rule: str, name: str) -> dict[str, Any]:
+        """What the edit is fitted to, on its own scene."""
+        layer, edit = rc.bind(self.generator, name), load_edit(rule).on(self.latents)
+        own = self.latents[[edit.pastes[0].index]]
+        goal = to_unit(rc.preview(layer, edit, self.latents), (-1.0, 1.0))
+        each = scene_scores(RULES[rule], paint(self.generator, own), goal, own)
+        means = (each.followed.float(), each.completed, each.collateral)
+        return {field: values.mean().item() for field, values in zip(WANTED, means, strict=True)}
+
     def pasted(self, rule: str, name: str) -> dict[str, Any]:
         """The edit's copy, pasted into every scene that the rule concerns."""
         layer, edit = rc.bind(self.generator, name), load_edit(rule).on(self.latents)
@@ -136,6 +146,7 @@ def jobs(rule: str) -> Iterator[Job]:
     """(what, layer, settings, how) of each row of a rule."""
     yield "the generator itself", None, None, lambda world: world.itself(rule)
     for name in LAYERS[rule]:
+        yield "the goal", name, None, lambda world, name=name: world.goal(rule, name)  # type: ignore[misc]
         yield "the paste", name, None, lambda world, name=name: world.pasted(rule, name)  # type: ignore[misc]
     for name in LAYERS[rule]:
         ways = VALUES + (PICTURES if name == CHOSEN[rule][0] else [])
