@@ -113,8 +113,15 @@ def demo_pictures(name, rank):
         return before, pictures(generator, latents[ROWS])
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
-@pytest.mark.parametrize("name", RULES)
+# One of them each time; all of them take minutes: pytest -m slow tests/studio runs the others.
+CASES = [
+    pytest.param(name, by, marks=[] if (name, by) == ("spire", "mouse") else pytest.mark.slow)
+    for name in RULES
+    for by in ("mouse", "keyboard")
+]
+
+
+@pytest.mark.parametrize(("name", "by"), CASES)
 def test_the_demos_edit_makes_the_demos_pictures(page, name, by):
     edit, (layer, rank) = load_edit(name), CHOSEN[name]
     assert edit.copy is not None and edit.context
