@@ -139,6 +139,21 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+_RECORDERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
+
+
+def recorded() -> bool:
+    """Whether a call is recorded (``torch.jit.trace``, ``make_fx``, fake tensors) or transformed (``torch.func``). What
+    reads and writes memory itself, and is no operator of torch, would then give numbers that nobody computed."""
+    if torch.compiler.is_compiling():
+        return False  # such a call is not recorded, but made when the graph runs
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+    )
+
+
 def _passed_over(chosen: str) -> str:
     if chosen == "none":
         return f"{ENVIRONMENT_VARIABLE}={os.environ[ENVIRONMENT_VARIABLE]} asks for another"

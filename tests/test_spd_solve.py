@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import library
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import rewrite_core as rc
 from rewrite_core import ops
@@ -430,3 +432,40 @@ def test_what_one_thread_finds_is_not_lost_among_others():
                 spd_factor(matrix)
     finally:
         torch.set_num_threads(threads)
+
+
+RECORDERS = {
+    "jit.trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False)(x),
+    "make_fx": lambda f, x: make_fx(f)(x)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None])[0],
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+}
+
+
+@pytest.mark.parametrize("how", RECORDERS)
+def test_what_torch_records_is_refused_or_right(how):
+    """A factor's kernels read memory that torch does not follow: such a call once gave what lay there before."""
+    record, matrix = RECORDERS[how], second_moment(6)
+    rhs, factor = torch.ones(6, dtype=torch.float64), spd_factor(matrix)
+    calls = (
+        lambda x: factor.solve(x),
+        lambda x: spd_factor(matrix).solve(x),
+        lambda x: spd_factor(matrix + x[0]).lower,
+    )
+    for call in calls:
+        with pytest.raises(RewriteCoreError, match="recorded or transformed.*spd_solve"):
+            record(call, rhs)
+    wanted = torch.zeros_like(rhs) if how == "grad" else torch.linalg.solve(matrix, rhs)
+    torch.testing.assert_close(record(lambda x: spd_solve(matrix, x), rhs), wanted)
+    torch.testing.assert_close(factor.solve(rhs), torch.linalg.solve(matrix, rhs))
+
+
+def test_a_factor_is_made_and_solved_with_beside_other_modes():
+    """What only watches records nothing."""
+    matrix, rhs = second_moment(6), torch.ones(6, dtype=torch.float64)
+    wanted = torch.linalg.solve(matrix, rhs)
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(spd_factor(matrix).solve(rhs), wanted)
+    with torch.inference_mode():
+        torch.testing.assert_close(spd_factor(matrix).solve(rhs), wanted)

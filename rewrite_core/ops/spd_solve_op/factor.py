@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends import select
+from ...backends import recorded, select
 from ...errors import NonFiniteError, RewriteCoreError
 from ..memory import plain, without_gradient
 from .problem import (
@@ -48,9 +48,11 @@ class SPDFactor:
         [B, n] or [B, n, m]), refined where it is not exact to rounding. NaN and infinity in ``rhs`` raise
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN. There one matrix's
         solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
-        (RewriteCoreError)."""
+        (RewriteCoreError). So is a call that torch records or transforms, as in :func:`spd_factor`."""
         check_rhs(self.matrix, rhs)
         record = select("spd_solve", self.backend, self.matrix, rhs)
+        if record.name != "reference":  # which torch can follow
+            _refuse_recorded("A factor's solve")
         if record.name == "reference" and self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
         solve = record.load().solve
@@ -97,6 +99,14 @@ class SPDFactor:
         return largest * self.matrix.abs().sum(0).max()
 
 
+def _refuse_recorded(what: str) -> None:
+    if recorded():
+        raise RewriteCoreError(
+            f"{what} cannot be recorded or transformed (torch.jit.trace, make_fx, fake tensors, torch.func): call "
+            "spd_solve, which can, or call this outside."
+        )
+
+
 def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: int | None = None) -> SPDFactor:
     """The Cholesky factor of a symmetric positive (semi)definite matrix, to solve with many times.
 
@@ -113,10 +123,12 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
 
     Raises ArgumentError for a wrong type, NonFiniteError for NaN or infinity, RewriteCoreError for a wrong shape,
     an asymmetric matrix, a zero matrix (or a mean diagonal below 1e-292), one with a clearly negative eigenvalue, or
-    where a CUDA graph is being captured. On a GPU the host waits once, and once more for each shift that is tried.
+    where a CUDA graph is being captured or torch records or transforms the call (``torch.jit.trace``, ``torch.func``).
+    On a GPU the host waits once, and once more for each shift that is tried.
     SciPy: ``scipy.linalg.cho_factor``.
     """
     check_matrix(matrix)
+    _refuse_recorded("spd_factor")
     refuse_in_graph(matrix, "spd_factor looks at its checks on the host", "factor before the capture")
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
     matrix = plain(matrix.detach().double())
