@@ -1,5 +1,6 @@
 """The trust bound: a fit that is too large on ordinary keys is fitted again, or scaled back, and says so."""
 
+import dataclasses
 import math
 import warnings
 
@@ -134,3 +135,22 @@ def test_no_default_edit_destroys_or_is_a_silent_no_op(name):
                 before = generator(z[:1])
                 with change:
                     assert not torch.equal(generator(z[:1]), before)
+
+
+@quiet
+def test_a_solver_made_from_lm_is_held_back_too(given):
+    """Its `solve` takes what every solver's takes, and what it returns is what is looked at."""
+
+    class Doubled(rc.LM):
+        def solve(self, problems, *, progress=False, backend="auto"):
+            found = super().solve(problems, progress=progress, backend=backend)
+            return [dataclasses.replace(each, coefficients=2 * each.coefficients) for each in found]
+
+    layer, moment, edit, z = given
+    size = plain_size(layer, moment, rc.rewrite(layer, moment, edit, z, **LOOSE))
+    free = rc.rewrite(layer, moment, edit, z, **LOOSE | {"trust": 3 * size}, solver=Doubled())
+    assert free.limited is None and plain_size(layer, moment, free) == pytest.approx(2 * size, rel=1e-6)
+    with pytest.warns(rc.TrustWarning):
+        held = rc.rewrite(layer, moment, edit, z, **LOOSE | {"trust": 1.5 * size}, solver=Doubled())
+    assert held.limited.size == pytest.approx(2 * size, rel=1e-6)
+    assert plain_size(layer, moment, held) <= 1.5 * size * (1 + 1e-6)

@@ -248,8 +248,10 @@ def _solved(
 def _solutions(
     solver: Solver, problems: Sequence[LayerProblem], settings: Settings, bound: Bound | None = None
 ) -> list[LayerSolution]:
-    """Those of one rank together. "lm" looks at the bound itself."""
-    more: dict[str, Any] = {"look": bound.look} if bound is not None and isinstance(solver, LM) else {}
+    """Those of one rank together. "lm" looks at the bound itself; a class made from it with a `solve` of its own, as
+    any :class:`Solver` has it, does not."""
+    looks = type(solver).solve is LM.solve
+    more: dict[str, Any] = {"look": bound.look} if bound is not None and looks else {}
     found: dict[int, LayerSolution] = {}
     for rank in dict.fromkeys(len(problem.directions) for problem in problems):
         own = [i for i, problem in enumerate(problems) if len(problem.directions) == rank]
