@@ -720,6 +720,7 @@ SEGMENTED = {
         ({"base": [1.0]}, TypeError, "base must be a torch tensor, not list"),
         ({"base": GOOD["base"].numpy()}, TypeError, "base must be a torch tensor, not ndarray"),
         ({"target": torch.nested.nested_tensor([torch.ones(40)])}, TypeError, "target is a nested tensor"),
+        ({"shift": NAN.to_sparse()}, TypeError, "shift is torch.sparse_coo, and must be dense"),
         ({"base": GOOD["base"].half()}, TypeError, "base is torch.float16"),
         ({"target": GOOD["target"].float()}, TypeError, "convert one to the other"),
         ({"basis": GOOD["basis"][0]}, ValueError, r"basis must be \[B, J, P\]"),

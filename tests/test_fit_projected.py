@@ -195,6 +195,13 @@ def test_transformed_maps_multiply_as_the_convolution_does(tile):
         ({"directions": None, "project_gradient": True}, rc.RewriteCoreError, "needs directions"),
         ({"slope": float("nan")}, rc.RewriteCoreError, "finite"),
         ({"demodulation": (torch.ones(2, 4, 3, 3), torch.ones(3), 0.0)}, rc.RewriteCoreError, "style must be"),
+        ({"operator": torch.tensor(1.0), "directions": None}, rc.RewriteCoreError, "kh, kw"),
+        ({"directions": torch.tensor(1.0)}, rc.RewriteCoreError, "directions must be"),
+        ({"operator": torch.ones(4, 3, 3, 5, 5).to_sparse()}, TypeError, "operator is .* must be dense"),
+        ({"target": torch.zeros(2, 5, 5).to_sparse()}, TypeError, "target is .* must be dense"),
+        ({"shift": torch.zeros(2, 5, 5).to_sparse()}, TypeError, "shift is .* must be dense"),
+        ({"base": torch.nested.nested_tensor([torch.ones(5, 5)])}, TypeError, "base is a nested tensor"),
+        ({"directions": torch.nested.nested_tensor([torch.ones(4)])}, TypeError, "directions is a nested tensor"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -206,6 +206,8 @@ def test_lazily_negated_features():
         (torch.ones(2, 3), prefilled(6)[::2, ::2], RewriteCoreError, "contiguous"),
         (torch.ones(2, 3), prefilled(3).requires_grad_(), RewriteCoreError, "detach"),
         (torch.ones(2, 3), prefilled(3).to("meta"), RewriteCoreError, "meta.*cpu"),
+        (torch.ones(2, 3), torch.nested.nested_tensor([*prefilled(3)]), TypeError, "out is a nested tensor"),
+        (torch.ones(2, 3), prefilled(3).to_sparse(), TypeError, "out is .*to_dense"),
     ],
     ids=lambda value: "",
 )

@@ -469,3 +469,15 @@ def test_a_factor_is_made_and_solved_with_beside_other_modes():
         torch.testing.assert_close(spd_factor(matrix).solve(rhs), wanted)
     with torch.inference_mode():
         torch.testing.assert_close(spd_factor(matrix).solve(rhs), wanted)
+
+
+@pytest.mark.parametrize("name", ["matrix", "right-hand side"])
+@pytest.mark.parametrize("kind", ["nested tensor", "sparse"])
+def test_what_is_not_dense_is_refused_in_a_sentence(name, kind):
+    matrix, rhs = second_moment(4), torch.ones(4, 1, dtype=torch.float64)
+    odd = matrix if name == "matrix" else rhs
+    odd = odd.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([*odd])
+    matrix, rhs = (odd, rhs) if name == "matrix" else (matrix, odd)
+    for call in (spd_solve, lambda matrix, rhs: spd_factor(matrix).solve(rhs)):
+        with pytest.raises(rc.ArgumentError, match=f"{name} is .*{kind}"):
+            call(matrix, rhs)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+def check_dense(name: str, data: Tensor) -> None:
+    """Refuse a tensor whose numbers are not found in memory by strides."""
+    if data.is_nested:
+        raise ArgumentError(f"{name} is a nested tensor, and must be a plain one: pass its parts one by one.")
+    if data.layout != torch.strided:
+        raise ArgumentError(f"{name} is {data.layout}, and must be dense: call .to_dense() first.")
 
 
 def plain(data: Tensor) -> Tensor:

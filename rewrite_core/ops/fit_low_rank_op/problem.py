@@ -36,6 +36,7 @@ from ...backends import transformed
 from ...errors import ArgumentError, NonFiniteError, RewriteCoreError, number, whole_number
 from ..finite import all_finite
 from ..losses import LOSSES
+from ..memory import check_dense
 
 CONVERGED, MAX_ITERATIONS, ZERO_RESIDUAL, DEGENERATE, NONFINITE, SHIFTED, BOUNDED = range(7)
 STATUS = {
@@ -155,6 +156,7 @@ def prepare(given: FitLowRankProblem, demodulation: tuple[Tensor, Tensor, Tensor
             )
         if data.is_nested:
             raise ArgumentError(f"{_label(name)} is a nested tensor: pad the edits with pixels of weight 0.")
+        check_dense(_label(name), data)
     batched = given.basis.ndim == 3
 
     def ready(name: str, data: Tensor) -> Tensor:

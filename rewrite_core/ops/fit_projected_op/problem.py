@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError, RewriteCoreError, whole_number
 from ..losses import LOSSES
+from ..memory import check_dense
 
 TRITON = (3, 5)  # the oldest that compiles the kernel; 3.4 (torch 2.8) takes no products of tiles this small
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim.Adam's; as in csrc/fit_projected/constants.h
@@ -93,17 +94,19 @@ def prepare(
     for name, data in (("operator", operator), ("base", base)):
         if not isinstance(data, Tensor) or data.dtype not in (torch.float32, torch.float64):
             raise ArgumentError(f"{name} must be a float32 or float64 tensor: convert it with .float().")
+        check_dense(name, data)
     weight, style, eps = demodulation or (None, None, 0.0)
     shift = given.shift
     maps = (len(base) if base.ndim else 0, *operator.shape[3:])
     if isinstance(shift, Tensor):  # anything else is refused below
+        check_dense("shift", shift)
         try:
             shift = shift.expand(maps)
         except RuntimeError:
             raise RewriteCoreError(f"shift is {list(shift.shape)} and must broadcast to {list(maps)}.") from None
     steps, every = whole_number("steps", given.steps), whole_number("project_every", given.project_every)
     if directions is None:
-        directions = operator.new_empty(0, operator.shape[0])
+        directions = operator.new_empty(0, *operator.shape[:1])
     problem = given._replace(
         value=base if value is None else value,
         shift=shift,
@@ -134,6 +137,12 @@ def check(problem: FitProjectedProblem) -> None:
         raise RewriteCoreError("base must be a tensor [O, H, W].")
     inputs, *kernel = operator.shape[:3]
     maps = (len(base), *operator.shape[3:])
+    directions, rank = problem.directions, 0
+    if isinstance(directions, Tensor):  # anything else is refused below
+        check_dense("directions", directions)
+        if directions.ndim != 2:
+            raise RewriteCoreError(f"directions must be [R, {inputs}], not {list(directions.shape)}.")
+        rank = len(directions)
     for name, data, shape in (
         ("base", base, maps),
         ("target", problem.target, maps),
@@ -141,12 +150,13 @@ def check(problem: FitProjectedProblem) -> None:
         ("shift", problem.shift, maps),
         ("demodulation's weight", problem.weight, (len(base), inputs, *kernel)),
         ("demodulation's style", problem.style, (inputs,)),
-        ("directions", problem.directions, (len(problem.directions), inputs)),
+        ("directions", directions, (rank, inputs)),
     ):
         if data is None and name in ("shift", "demodulation's weight", "demodulation's style"):
             continue
         if not isinstance(data, Tensor) or data.dtype != operator.dtype or data.device != operator.device:
             raise ArgumentError(f"{name} must be a tensor of the operator's type and device.")
+        check_dense(name, data)
         if data.shape != shape:
             raise RewriteCoreError(
                 f"{name} must be {list(shape)} to go with operator and base, not {list(data.shape)}."
@@ -157,7 +167,7 @@ def check(problem: FitProjectedProblem) -> None:
         raise RewriteCoreError(f"there is no loss {problem.loss!r}: use 'l1' (absolute) or 'l2' (square).")
     whole_number("steps", problem.steps)
     whole_number("project_every", problem.project_every)
-    if problem.project_gradient and not len(problem.directions):
+    if problem.project_gradient and not rank:
         raise RewriteCoreError("project_gradient needs directions.")
     if not all(map(math.isfinite, (problem.slope, problem.gain, problem.eps, problem.lr))):
         raise RewriteCoreError("slope, gain, eps and lr must be finite numbers.")

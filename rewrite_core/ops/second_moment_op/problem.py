@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, RewriteCoreError
+from ..memory import check_dense
 
 DTYPES = {  # and how csrc/common.h names them
     torch.float32: "float32",
@@ -26,6 +27,8 @@ def check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
         raise ArgumentError(
             f"out must be a float64 tensor, not {type(out).__name__}: sums over many keys need the width."
         )
+    if out is not None:
+        check_dense("out", out)
     if precision not in PRECISIONS:
         raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, DiagonalShiftWarning, RewriteCoreError, warn
+from ..memory import check_dense
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -27,6 +28,7 @@ def check_matrix(matrix: Tensor) -> None:
     if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
         what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ArgumentError(f"matrix must be a float64 or float32 tensor, not {what}: convert it with .double().")
+    check_dense("matrix", matrix)
     if matrix.ndim not in (2, 3) or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
         raise RewriteCoreError(f"matrix must be [n, n] or [B, n, n] with n >= 1, not {list(matrix.shape)}.")
 
@@ -35,6 +37,7 @@ def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
     if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
         what = rhs.dtype if isinstance(rhs, Tensor) else type(rhs).__name__
         raise ArgumentError(f"The right-hand side must be a real floating-point tensor, not {what}.")
+    check_dense("The right-hand side", rhs)
     shape, rows = rhs.shape, matrix.shape[:-1]
     if shape != rows and shape[:-1] != rows:
         wanted = ", ".join(map(str, rows))
