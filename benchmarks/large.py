@@ -225,7 +225,8 @@ def run(name: str, tiny: bool) -> Record:
         "region": "map",
         "loss": "l2",
         "preserve": 0.0,
-    }  # of the layer alone
+        "trust": None,
+    }  # of the layer alone, not of eight ordinary pictures at a time
     steps["rewrite"], change = measured(lambda: rewrite(layer, moment, edit, made.latents, **values))
     steps["apply"], _ = measured(change.apply)
     assert tensor_fingerprint(layer.weight) != before

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.bound import BoundLayer
+from ..layers.memory import BLOCK, blocks
 from ..statistics.second_moment import SecondMoment
 from ..waits import on_gpu
 
@@ -28,9 +29,13 @@ def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight:
 
 
 def _energy(matrix: Tensor, weight: Tensor) -> Tensor:
-    """tr W C W^T over all taps."""
-    rows = weight.detach().to(matrix.device).double()[..., None].flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
-    return ((rows @ matrix) * rows).sum().clamp_min(0)
+    """tr W C W^T over all taps; of a large weight a few output channels at a time."""
+    total = matrix.new_zeros(())
+    for block in blocks(weight, BLOCK if on_gpu(matrix) else BLOCK // 4):
+        part = weight[block].detach().to(matrix.device).double()
+        rows = part[..., None].flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
+        total = total + (rows @ matrix).mul_(rows).sum()
+    return total.clamp_min(0)
 
 
 def energy_of_weight(layer: BoundLayer, moment: SecondMoment) -> Tensor:
