@@ -10,6 +10,7 @@ from helpers import reference
 from safetensors import safe_open
 
 import rewrite_core as rc
+from rewrite_core.rewrites.change import _norm as weight_norm
 from rewrite_core.solvers.problem import combine
 
 
@@ -83,6 +84,16 @@ def test_the_size_of_a_change(layer, changes, tmp_path):
     changes[0].save(tmp_path / "c.safetensors")
     assert rc.Rewrite.load(tmp_path / "c.safetensors").size == changes[0].size
     assert f"{changes[0].size:.2f}" in changes[0]._repr_html_()
+
+
+@pytest.mark.parametrize("scale", [1, 1e-5, 1e-23, 1e-30, 1e17, 1e19, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_of_a_weight_of_any_size(scale, dtype):
+    for shape in ((16, 8, 3, 3), (1, 500), (500, 1)):
+        weight = (torch.randn(shape) * scale).to(dtype)
+        assert weight_norm(weight).item() == pytest.approx(weight.double().norm().item(), rel=1e-6)
+    weight[3] = torch.nan
+    assert weight_norm(weight).isnan()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
