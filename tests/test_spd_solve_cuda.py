@@ -1,18 +1,30 @@
 """The backend "cuda" of spd_solve: what nvcc makes of the kernel, and Python's side with the kernel run on the CPU."""
 
+import random
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.gpu_kernels import build, compile_by_nvcc, imagined, instructions, launch, numbers, resources, stand_in
+from helpers.gpu_kernels import (
+    Looks,
+    build,
+    compile_by_nvcc,
+    imagined,
+    instructions,
+    launch,
+    numbers,
+    resources,
+    stand_in,
+)
 from helpers.spd_solve_kernel import Call
 
 from rewrite_core.backends import BackendUnavailable, select
 from rewrite_core.errors import DiagonalShiftWarning, NonFiniteError, RewriteCoreError
 from rewrite_core.ops import cuda_kernels, spd_factor, spd_solve
 from rewrite_core.ops.spd_solve_op import cuda
+from rewrite_core.ops.spd_solve_op.factor import SPDFactor
 
 # --- what nvcc makes of it ---
 
@@ -181,6 +193,57 @@ def test_a_right_hand_side_that_is_not_finite_comes_out_as_nan(extension):
     b[4, 1] = float("inf")
     x = spd_solve(moment(), b, backend="cuda")
     assert x[:, 1].isnan().all() and x[:, [0, 2]].isfinite().all()
+
+
+class Counted:
+    """Counts launches, which write nothing."""
+
+    def __init__(self):
+        self.launched = []
+
+    def spd_solve_blocks(self, n, device):
+        return 1 if n <= 200 else 16
+
+    def spd_solve_cuda(self, **given):
+        self.launched.append((given["n"], given["batch"], given["sides"], given["blocks"]))
+
+
+def test_captures_are_refused_or_right(monkeypatch):
+    """50 pairs of factors of random shapes, the first warm: a solve of the second is one launch that waits for nothing,
+    or refused where its kernel is another."""
+    chance, made, capturing, refused = random.Random(0), Counted(), [False], 0
+    stand_in(monkeypatch, "spd_solve", cuda, made)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def solve():
+        n, batch, sides = chance.choice((1, 37, 200, 201, 512)), chance.choice(((), (3,))), chance.choice((1, 5))
+        matrix = torch.eye(n, dtype=torch.float64).expand(*batch, n, n)
+        factor = SPDFactor(matrix, matrix, torch.zeros(batch), "cuda")
+        b = torch.ones(*batch, n, sides, dtype=torch.float64)
+        return (n, *(batch or (1,)), sides, made.spd_solve_blocks(n, 0)), lambda: factor.solve(b)
+
+    for _ in range(50):
+        monkeypatch.setattr(cuda_kernels, "_launched", set())
+        cuda._blocks.cache_clear()
+        (one, warm), (other, captured) = solve(), solve()
+        made.launched.clear()
+        capturing[0] = False
+        warm()
+        capturing[0] = True
+        with Looks():
+            warm()  # the same again goes in
+            try:
+                captured()
+                assert made.launched == [one, one, other] and (one[3] > 1) == (other[3] > 1)
+                continue
+            except RewriteCoreError as error:
+                assert "call it once before the capture" in str(error) and made.launched == [one, one]
+        refused += 1
+        capturing[0] = False
+        captured()
+        assert made.launched[2] == other and (one[3] > 1) != (other[3] > 1)
+    cuda._blocks.cache_clear()
+    assert 5 <= refused <= 45, "the pairs show nothing"
 
 
 # --- when it is taken ---

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backends import extension
-from ..cuda_kernels import capability, index_of, missing, not_run
+from ..cuda_kernels import capability, first_launch, index_of, missing, not_run
 from ..memory import address, plain
 from .problem import EPSILON, LARGEST_SHIFT, SMALLEST, Cholesky, Facts, asymmetry, warn_of_shift
 
@@ -64,7 +64,9 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Queue one launch: x and the facts. matrix, given, factor, lower [B, n, n], rhs [B, n, m]; contiguous float64."""
     x, index = torch.empty_like(rhs), index_of(matrix)
-    facts = matrix.new_empty(len(matrix), FACTS)
+    facts, blocks = matrix.new_empty(len(matrix), FACTS), _blocks(matrix.shape[-1], index)
+    if len(matrix):  # nothing is launched of no matrix
+        first_launch("spd_solve", index, blocks > 1)
     with torch.cuda.device(index):
         extension().spd_solve_cuda(
             matrix=address(matrix),
@@ -82,7 +84,7 @@ def _launch(
             least=least,
             first_shift=EPSILON if shifts else 0.0,
             largest_shift=LARGEST_SHIFT,
-            blocks=_blocks(matrix.shape[-1], index),
+            blocks=blocks,
             device=index,
             stream=torch.cuda.current_stream(index).cuda_stream,
         )
