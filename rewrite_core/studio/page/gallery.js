@@ -31,11 +31,11 @@ export class Gallery {
     setInterval(() => { if (this.view === "blink") { this.blink = !this.blink; this.paintAll(); } }, 500);
   }
 
-  // Show these numbers, in this order. Tiles that are there already stay, with their pictures.
-  order(rows, heat = new Map()) {
+  // Show these numbers, in this order, and no fewer than `least`. Tiles that are there already stay, with their pictures.
+  order(rows, heat = new Map(), least = MORE) {
     this.rows = rows;
     this.heat = heat;
-    this.shown = Math.min(MORE, rows.length);
+    this.shown = Math.min(Math.max(MORE, least), rows.length);
     this.tiles = new Map();
     this.place();
     this.paintAll();
@@ -101,6 +101,7 @@ export class Gallery {
     const told = () => { flight.loose = true; if (run !== this.run) flight.abort(); };
     const others = this.rows.slice(0, this.shown).filter((row) => !seen.includes(row));
     const more = Math.max(0, CHUNK - seen.length), asked = [...grouped(seen), ...grouped(others.slice(0, more))];
+    if (through && (this.view !== "edited" || this.held)) this.originals(asked.flat()).catch(this.told);
     const count = Math.min(CHUNK, asked.flat().length);
     for (const name of ["first", "twenty-four"]) performance.clearMarks(name);
     let painted = 0;
@@ -165,31 +166,36 @@ export class Gallery {
 
   async setView(view) {
     this.view = view;
-    await this.originals();
+    this.box.classList.toggle("pairs", view === "side");
     this.paintAll();
+    await this.originals();
   }
 
   async hold(on) {
+    if (this.held === on) return;
     this.held = on;
     this.paintAll();
-    if (!on) return;
-    await this.originals().catch(this.told);
-    this.paintAll();
+    if (on) await this.originals().catch(this.told);
   }
 
+  // The originals that are not there yet, or of another size; each is painted where it is shown.
   async originals(rows = this.rows.slice(0, this.shown)) {
-    for (const part of chunks(rows.filter((row) => !this.original.has(row)), CHUNK)) {
+    for (const part of chunks(rows.filter((row) => !this.fits(this.original.get(row))), CHUNK)) {
       await api.pictures(this.wanted(grouped(part)), { original: true }, (numbers, pictures) => {
-        numbers.forEach((row, i) => this.original.set(row, pictures[i]));
+        numbers.forEach((row, i) => { this.original.set(row, pictures[i]); this.paint(row); });
       });
     }
   }
 
-  resize(side) {
+  fits(picture) {
+    return picture && Math.max(picture.width, picture.height) === this.pixels();
+  }
+
+  async resize(side) {
+    const before = this.pixels();
     this.side = side;
     this.box.style.setProperty("--tile", `${side}px`);
-    this.original.clear();
-    return this.refresh();
+    if (this.pixels() !== before) await this.refresh();
   }
 
   paintAll() {
@@ -199,15 +205,14 @@ export class Gallery {
   paint(row) {
     const tile = this.tiles.get(row), edited = this.edited.get(row), original = this.original.get(row);
     if (!tile || !edited) return;
-    const canvas = tile.firstChild, pair = this.view === "side" && !this.held;
-    tile.classList.toggle("pair", pair);
+    const canvas = tile.firstChild, pair = this.view === "side";
     const size = [edited.width * (pair ? 2 : 1), edited.height];
     if (canvas.width !== size[0] || canvas.height !== size[1]) [canvas.width, canvas.height] = size;
-    const context = canvas.getContext("2d"), old = original ?? edited;
+    const context = canvas.getContext("2d"), old = original?.width === edited.width ? original : edited; // until it comes
     context.globalCompositeOperation = "source-over";
     if (pair) {
       context.putImageData(old, 0, 0);
-      context.putImageData(edited, edited.width, 0);
+      context.putImageData(this.held ? old : edited, edited.width, 0);
     } else if (this.view === "difference" && !this.held) {
       context.putImageData(old, 0, 0);
       context.globalCompositeOperation = "difference";

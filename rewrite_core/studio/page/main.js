@@ -10,7 +10,8 @@ import { Rules } from "./rules.js";
 import { Slots } from "./slots.js";
 
 const $ = (id) => document.getElementById(id);
-const MOST_SEARCHED = 24;
+const MOST_SEARCHED = 24, MOST_SORTED = 200;
+const AT_ONCE = 16; // pictures that are compared at once: an edit meanwhile waits for no more than these
 const SETTINGS = ["rank", "preserve", "loss", "region", "objective", "strength"];
 const REST = 700; // milliseconds without a change before unseen pictures are looked at
 
@@ -154,6 +155,7 @@ const saveSetting = (id) => api.saveSettings({ [id]: setting(id) });
 let busy = 0; // fits whose pictures are not there yet
 async function fit(kind, edit = slots.edit()) {
   clearTimeout(resting);
+  if (sorted()) sorting++; // later, when it rests
   document.body.toggleAttribute("data-busy", ++busy > 0);
   let repainted;
   try {
@@ -168,7 +170,7 @@ async function fit(kind, edit = slots.edit()) {
   } finally {
     document.body.toggleAttribute("data-busy", --busy > 0);
   }
-  if (!shop.live?.measured) look();
+  rest();
 }
 
 function tell(found) {
@@ -177,20 +179,24 @@ function tell(found) {
   report.show(found);
 }
 
-// When nothing has changed for a while: what the change does to pictures that the edit does not name.
+// When nothing has changed for a while: what the change does to pictures that the edit does not name, and which have
+// changed most.
 let resting = 0;
-function look() {
+function rest() {
   clearTimeout(resting);
   resting = setTimeout(doing(async () => {
-    const found = shop.live;
-    if (!found) return;
-    let measured;
-    try { measured = await api.measure(); } catch (error) {
-      if (!(error instanceof api.Replaced) && found === shop.live) report.say(error.message, true);
-      return;
-    }
-    if (found === shop.live) { found.measured = measured; report.show(found); }
+    if (shop.live && shop.live.measured?.strength !== Number($("strength").value)) await look(shop.live);
+    if (sorted()) await reorder(gallery.shown);
   }), REST);
+}
+
+async function look(found) {
+  let measured;
+  try { measured = await api.measure(); } catch (error) {
+    if (!(error instanceof api.Replaced) && found === shop.live) report.say(error.message, true);
+    return;
+  }
+  if (found === shop.live) { found.measured = measured; report.show(found); }
 }
 
 let painting = false, wanted = null, behind = 0; // calls until all that is seen is as strong as the slider says
@@ -221,7 +227,9 @@ async function find() {
   const mask = current();
   if (!mask || mask.empty) return;
   matches = await api.search([row, mask.url()], MOST_SEARCHED);
-  $("order").value = "matches";
+  const order = $("order");
+  order.querySelector("[value=matches]").disabled = false;
+  order.value = "matches";
   await reorder();
 }
 
@@ -250,22 +258,31 @@ const spread = () => editing(async () => {
   }
 });
 
-async function reorder() {
-  const order = $("order").value;
+const sorted = () => /^(changed|spilled)$/.test($("order").value);
+let sorting = 0; // of several orders asked for, the last is shown
+
+// The gallery in the order that is chosen. `least`: no fewer pictures than these.
+async function reorder(least) {
+  const turn = ++sorting, order = $("order").value;
   $("add-ten").hidden = !(order === "matches" && matches);
   if (order === "matches" && matches) {
     gallery.order(matches.rows, new Map(matches.rows.map((number, i) => [number, matches.heat[i]])));
     return;
   }
   let numbers = Array.from({ length: shop.pictures }, (_, i) => i);
-  if (order === "changed" || order === "spilled") {
-    const looked = numbers.slice(0, 200);
-    const amounts = new Map((await api.differences(looked)).map((amount, i) => [looked[i], amount]));
+  if (sorted()) {
+    const looked = numbers.slice(0, MOST_SORTED), amounts = new Map();
+    for (let i = 0; i < looked.length; i += AT_ONCE) {
+      const part = looked.slice(i, i + AT_ONCE), found = await api.differences(part);
+      if (turn !== sorting) return;
+      part.forEach((number, j) => amounts.set(number, found[j]));
+    }
     const mine = new Set(slots.all().map((entry) => entry.row));
     numbers = looked.filter((number) => order === "changed" || !mine.has(number));
     numbers.sort((a, b) => amounts.get(b) - amounts.get(a));
   }
-  gallery.order(numbers);
+  if (least && numbers.every((number, i) => number === gallery.rows[i])) return;
+  gallery.order(numbers, new Map(), least);
 }
 
 // --- rules, layers, files
@@ -276,7 +293,7 @@ function ruled(call) {
   return doing(async (...given) => {
     const turn = ++ruling;
     try { await call(...given); } finally { rulesThrough++; if (turn === ruling) await synchronise(); }
-    if (turn === ruling) await gallery.refresh();
+    if (turn === ruling) { await gallery.refresh(); rest(); }
   });
 }
 
@@ -404,7 +421,7 @@ on("use-copy", "click", () => use("copy"));
 on("use-paste", "click", () => use("paste"));
 on("use-context", "click", () => use("context"));
 on("find", "click", find);
-for (const [event, held] of [["pointerdown", true], ["pointerup", false], ["pointerleave", false], ["keydown", true], ["keyup", false]]) {
+for (const [event, held] of [["pointerdown", true], ["pointerup", false], ["pointerleave", false], ["pointercancel", false], ["blur", false], ["keydown", true], ["keyup", false]]) {
   $("originals").addEventListener(event, (e) => { if (!e.key || e.key === "Enter" || e.key === " ") gallery.hold(held); });
 }
 on("add-ten", "click", addTen);
@@ -412,7 +429,7 @@ on("spread", "click", spread);
 on("rewrite", "click", () => fit("rewrite"));
 on("erase", "click", () => fit("erase"));
 on("zero", "click", () => fit("zero"));
-on("drop", "click", async () => { await api.drop(); await synchronise(); await gallery.refresh(); });
+on("drop", "click", async () => { await api.drop(); await synchronise(); await gallery.refresh(); rest(); });
 on("keep", "click", keep);
 on("strength", "input", strengthMoved);
 on("strength", "change", async () => {
@@ -420,14 +437,14 @@ on("strength", "change", async () => {
   await saveSetting("strength");
   if (!dragging()) gallery.strength = null; // the server knows it
   await gallery.refresh();
-  look();
+  rest();
 });
 for (const id of ["rank", "preserve", "loss", "region", "objective"]) on(id, "change", () => api.holding(async () => {
   await saveSetting(id);
   if ($("live").checked && slots.complete) await fit("rewrite", null);
 }));
 on("view", "change", () => gallery.setView($("view").value));
-on("order", "change", reorder);
+on("order", "change", () => reorder());
 on("zoom", "input", () => gallery.resize(Number($("zoom").value)));
 on("layer-strip", "toggle", async () => { if ($("layer-strip").open) await showLayers(); });
 on("scan", "click", scan);
@@ -452,7 +469,8 @@ const KEYS = {
   c: () => use("copy"), p: () => use("paste"), x: () => use("context"), f: find,
   "[": () => { $("brush-size").value = editor.size = Math.max(1, editor.size - 4); },
   "]": () => { $("brush-size").value = editor.size = Math.min(64, editor.size + 4); },
-  ",": () => open(Math.max(0, row - 1)), ".": () => open(Math.min(shop.pictures - 1, row + 1)), Delete: clear, Backspace: clear,
+  ",": () => open(Math.max(0, chosen.number - 1)), ".": () => open(Math.min(shop.pictures - 1, chosen.number + 1)),
+  Delete: clear, Backspace: clear,
 };
 document.addEventListener("keydown", doing(async (event) => {
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "range" && event.target.type !== "checkbox";
@@ -466,6 +484,7 @@ document.addEventListener("keydown", doing(async (event) => {
   if (key in KEYS) { event.preventDefault(); return KEYS[key](); }
 }));
 document.addEventListener("keyup", (event) => { if (event.key.toLowerCase() === "o") gallery.hold(false); });
+window.addEventListener("blur", () => gallery.hold(false)); // the key may be let go elsewhere
 
 // --- begin
 
@@ -483,6 +502,6 @@ doing(async () => {
   await open(slots.copy[0]?.row ?? 0, slots.copy[0] ?? null);
   await reorder();
   api.events(heard, doing(changedElsewhere));
-  if (shop.live && !shop.live.measured) look();
+  rest();
   document.body.dataset.ready = "1";
 })();
