@@ -192,7 +192,15 @@ class Page(Hand):
             assert self.page.request.delete(self.address(f"/api/rules/{rule['number']}")).ok
         assert self.page.request.put(self.address("/api/edit"), data="{}").ok
         assert self.page.request.delete(self.address("/api/fit")).ok
-        settings = {"rank": 4, "loss": "l2", "region": "map", "preserve": 0, "strength": 1, "objective": "value"}
+        settings = {
+            "rank": 4,
+            "loss": "l2",
+            "region": "map",
+            "preserve": 0,
+            "strength": 1,
+            "objective": "value",
+            "units": 30,
+        }
         assert self.page.request.put(self.address("/api/settings"), data=json.dumps(settings)).ok
         self.open()
 

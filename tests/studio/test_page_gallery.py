@@ -7,10 +7,19 @@ import json
 
 import numpy as np
 import pytest
+from helpers.studio_page import Server
 from PIL import Image
 from studio.test_page_lasting import make_change
 
 ROWS = (0, 3, 7)
+COUNT = 40  # pictures in the studio
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, browser_is_there):
+    server = Server(tmp_path_factory.mktemp("gallery"), count=COUNT)
+    yield server
+    server.kill()
 
 
 def shown(page, row):
@@ -42,6 +51,11 @@ def same(found, wanted, levels=1):
     return found.shape == wanted.shape and np.abs(found - wanted).max() <= levels
 
 
+def wait_for(page, wanted, levels=1):
+    """Until tiles show what they should: a picture for each row."""
+    page.wait(lambda: all(same(shown(page, row), picture, levels) for row, picture in wanted.items()))
+
+
 def order(page):
     return page.page.eval_on_selector_all(".tile", "tiles => tiles.map((tile) => Number(tile.dataset.row))")
 
@@ -63,15 +77,16 @@ def test_each_view_shows_what_it_says_at_each_zoom_and_a_held_key_the_originals(
         for name in ("edited", "side", "difference"):
             page.page.select_option("#view", name)
             levels = 4 if name == "difference" else 1
-            page.wait(lambda: all(same(shown(page, r), view(*pictures[r], name), levels) for r in ROWS))
+            wanted = {row: view(*pictures[row], name) for row in ROWS}
+            wait_for(page, wanted, levels)
     before = pictures[0][0]
     for name, wanted in (("side", view(before, before, "side")), ("difference", before), ("edited", before)):
         page.page.select_option("#view", name)
         page.page.focus("#canvas")
         page.page.keyboard.down("o")
-        page.wait(lambda: same(shown(page, 0), wanted))
+        wait_for(page, {0: wanted})
         page.page.keyboard.up("o")
-        page.wait(lambda: not same(shown(page, 0), wanted))
+        wait_for(page, {0: view(*pictures[0], name)}, 4)
     page.page.keyboard.down("o")
     page.wait(lambda: same(shown(page, 0), before))
     page.page.evaluate("window.dispatchEvent(new Event('blur'))")  # the key is let go in another window
@@ -79,7 +94,7 @@ def test_each_view_shows_what_it_says_at_each_zoom_and_a_held_key_the_originals(
     page.page.keyboard.up("o")
     page.page.select_option("#view", "blink")
     for picture in (*pictures[0], *pictures[0]):
-        page.wait(lambda: same(shown(page, 0), picture))
+        wait_for(page, {0: picture})
 
 
 def test_pairs_are_as_large_as_single_pictures_and_holding_moves_nothing(page):
@@ -100,17 +115,18 @@ def test_pairs_are_as_large_as_single_pictures_and_holding_moves_nothing(page):
 
 def test_what_changed_most_comes_first_and_follows_the_edit(page):
     def wanted(without=()):
-        rows = ",".join(map(str, range(200)))
+        rows = ",".join(map(str, range(COUNT)))
         amounts = json.loads(page.page.request.get(page.address(f"/api/differences?rows={rows}")).text())
-        return [row for row in sorted(range(200), key=lambda row: -amounts[row]) if row not in without][:12]
+        return [row for row in sorted(range(COUNT), key=lambda row: -amounts[row]) if row not in without][:12]
 
     page.page.select_option("#order", "changed")  # there is no change yet
     make_change(page)
     page.wait(lambda: order(page)[:12] != list(range(12)))
     assert order(page)[:12] == wanted()
     mine = {page.edit().copy.index, page.edit().pastes[0].index}
+    elsewhere = wanted(mine)
     page.page.select_option("#order", "spilled")
-    page.wait(lambda: order(page)[:12] == wanted(mine))
+    page.wait(lambda: order(page)[:12] == elsewhere)
     assert not mine & set(order(page))
 
 

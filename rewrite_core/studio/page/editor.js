@@ -123,15 +123,28 @@ export class Editor {
 
   wheel(event) {
     event.preventDefault();
-    const before = this.place(event);
-    this.view.zoom = Math.min(16, Math.max(1, this.view.zoom * Math.exp(-event.deltaY / 400)));
+    if (this.mask) this.enlarge(Math.exp(-event.deltaY / 400), this.place(event));
+  }
+
+  // Zoom; `point` of the mask stays where it is on the screen.
+  enlarge(factor, [x, y]) {
+    const before = this.frame();
+    this.view.zoom = Math.min(16, Math.max(1, this.view.zoom * factor));
     if (this.view.zoom === 1) this.view.x = this.view.y = 0;
-    const after = this.place(event), { scale } = this.frame();
-    if (this.view.zoom > 1) {
-      this.view.x += (after[0] - before[0]) * scale;
-      this.view.y += (after[1] - before[1]) * scale;
+    else {
+      const after = this.frame();
+      this.view.x += before.left + x * before.scale - after.left - x * after.scale;
+      this.view.y += before.top + y * before.scale - after.top - y * after.scale;
     }
     this.paint();
+  }
+
+  // The keyboard's cursor is brought back to where it is seen.
+  follow() {
+    const { scale, left, top } = this.frame(), edge = 12;
+    const box = this.canvas.getBoundingClientRect(), x = left + this.cursor[0] * scale, y = top + this.cursor[1] * scale;
+    this.view.x += Math.max(0, edge - x) - Math.max(0, x - box.width + edge);
+    this.view.y += Math.max(0, edge - y) - Math.max(0, y - box.height + edge);
   }
 
   // --- polygons
@@ -171,7 +184,7 @@ export class Editor {
     this.paint();
   }
 
-  // --- keyboard: a cursor, and rectangles between two places of it
+  // --- keyboard: a cursor, and rectangles between two places of it, or a polygon through several
 
   key(event) {
     if (!this.mask || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -184,12 +197,18 @@ export class Editor {
         Math.min(width, Math.max(0, x + moves[event.key][0] * step)),
         Math.min(height, Math.max(0, y + moves[event.key][1] * step)),
       ];
+      if (this.view.zoom > 1) this.follow();
       if (this.stroke?.kind === "box") this.stroke.points[1] = this.cursor;
+      else if (this.tool === "polygon" && this.stroke) this.stroke.hover = this.cursor;
+    } else if (event.key === "Enter" && this.tool === "polygon") {
+      const [x, y] = this.stroke?.points.at(-1) ?? [];
+      if (!this.cursor || (this.cursor[0] === x && this.cursor[1] === y)) this.close(); // twice, as by mouse
+      else this.corner(this.cursor, false, event.shiftKey);
     } else if (event.key === "Enter" && this.cursor) {
       if (this.stroke?.kind === "box") { this.stroke.points[1] = this.cursor; this.finish(); }
       else this.stroke = { kind: "box", points: [this.cursor], less: event.shiftKey };
-    } else if (event.key === "Enter" && this.tool === "polygon") {
-      this.close();
+    } else if (/^[-+=]$/.test(event.key)) {
+      this.enlarge(event.key === "-" ? 1 / 1.25 : 1.25, this.cursor ?? [width / 2, height / 2]);
     } else if (event.key === "Escape") {
       this.stop();
     } else if (event.key === " ") {

@@ -12,7 +12,7 @@ import { Slots } from "./slots.js";
 const $ = (id) => document.getElementById(id);
 const MOST_SEARCHED = 24, MOST_SORTED = 200;
 const AT_ONCE = 16; // pictures that are compared at once: an edit meanwhile waits for no more than these
-const SETTINGS = ["rank", "preserve", "loss", "region", "objective", "strength"];
+const SETTINGS = ["rank", "preserve", "loss", "region", "objective", "units", "strength"];
 const REST = 700; // milliseconds without a change before unseen pictures are looked at
 
 let shop; // what the server says
@@ -85,6 +85,7 @@ const current = () => (active ? active.mask : free?.mask);
 function enable() {
   const none = !current() || current().empty;
   for (const id of ["use-copy", "use-paste", "use-context", "find", "clear"]) $(id).disabled = none;
+  $("carry").hidden = none;
   $("undo").disabled = !current()?.strokes.length;
   $("redo").disabled = !current()?.undone.length;
   $("rewrite").disabled = !slots.complete;
@@ -146,7 +147,7 @@ async function loadEdit(record) {
 
 const setting = (id) => ({
   rank: () => Number($("rank").value) || 1, preserve: () => Number($("preserve").value) || 0,
-  strength: () => Number($("strength").value),
+  strength: () => Number($("strength").value), units: () => Math.round(Number($("units").value)) || 1,
 }[id]?.() ?? $(id).value);
 
 // A setting that was changed, and no other: another page may have changed those.
@@ -421,6 +422,18 @@ on("use-copy", "click", () => use("copy"));
 on("use-paste", "click", () => use("paste"));
 on("use-context", "click", () => use("context"));
 on("find", "click", find);
+
+// The selection is dragged into a slot, by mouse, pen or finger; the buttons and keys do the same.
+function carry(event) {
+  const grip = $("carry");
+  const slot = document.elementFromPoint(event.clientX, event.clientY)?.closest(".slot");
+  for (const each of document.querySelectorAll(".slot")) each.classList.toggle("over", each === slot && event.type === "pointermove");
+  return event.type === "pointerup" && grip.hasPointerCapture(event.pointerId) ? slot?.dataset.slot : null;
+}
+on("carry", "pointerdown", (event) => $("carry").setPointerCapture(event.pointerId));
+on("carry", "pointermove", (event) => { if ($("carry").hasPointerCapture(event.pointerId)) carry(event); });
+on("carry", "pointercancel", carry);
+on("carry", "pointerup", async (event) => { const slot = carry(event); if (slot) await use(slot); });
 for (const [event, held] of [["pointerdown", true], ["pointerup", false], ["pointerleave", false], ["pointercancel", false], ["blur", false], ["keydown", true], ["keyup", false]]) {
   $("originals").addEventListener(event, (e) => { if (!e.key || e.key === "Enter" || e.key === " ") gallery.hold(held); });
 }
@@ -439,9 +452,11 @@ on("strength", "change", async () => {
   await gallery.refresh();
   rest();
 });
-for (const id of ["rank", "preserve", "loss", "region", "objective"]) on(id, "change", () => api.holding(async () => {
+for (const id of ["rank", "preserve", "loss", "region", "objective", "units"]) on(id, "change", () => api.holding(async () => {
   await saveSetting(id);
-  if ($("live").checked && slots.complete) await fit("rewrite", null);
+  const kind = shop.live?.kind ?? "rewrite"; // what was erased is erased anew
+  if (!$("live").checked || (id === "units" && kind !== "erase")) return;
+  if (kind !== "rewrite" || slots.complete) await fit(kind, null);
 }));
 on("view", "change", () => gallery.setView($("view").value));
 on("order", "change", () => reorder());
