@@ -7,6 +7,7 @@ from rewrite_core.benchmarks.bench_studio import Hand, browser_page, studio
 
 PICTURES = Path(__file__).parent / "pictures"
 UNPAINTED = "[...document.querySelectorAll('.tile canvas')].filter((each) => each.width === 300).length"
+PAIRS = "[...document.querySelectorAll('.pairs .tile canvas')].slice(0, 16).every((c) => c.width === 2 * c.height)"
 SPIRE, DOME = (0.10, 0.10, 0.46, 0.48), (0.14, 0.10, 0.50, 0.48)  # left, top, right, bottom
 
 
@@ -14,7 +15,8 @@ def draw(address: str, scheme: str) -> None:
     with browser_page(address, scheme) as page:
         hand = Hand(page)
         page.request.put(f"{hand.base}/api/edit", data="{}")
-        page.request.put(f"{hand.base}/api/rules", data="[]")
+        for rule in hand.state()["rules"]:
+            page.request.delete(f"{hand.base}/api/rules/{rule['number']}")
         page.request.delete(f"{hand.base}/api/fit")
         page.reload()
         page.wait_for_selector("body[data-ready]")
@@ -49,7 +51,7 @@ def draw(address: str, scheme: str) -> None:
         page.click("#fresh")
         page.wait_for_selector("#rules-empty", state="hidden")
         page.select_option("#view", "side")
-        hand.wait("pairs", lambda: page.locator(".tile.pair").count() >= 20)
+        hand.wait("pairs", lambda: page.evaluate(PAIRS))
         taken("rules")
 
 
