@@ -143,5 +143,6 @@ def test_an_edit_is_begun_anew(page):
     page.page.click("#fresh")
     page.wait(lambda: page.page.locator(".card").count() == 0 and page.state()["live"] is None)
     page.wait(lambda: not any(page.state()["edit"].get(part) for part in ("object", "paste", "key")))  # it is saved
+    assert page.page.locator("#fresh").is_hidden() and page.page.locator("#rewrite").is_disabled()
     page.open()
     assert page.page.locator(".card").count() == 0

@@ -413,6 +413,7 @@ on("fresh", "click", async () => {
   await api.saveEdit({});
   await open(row);
   for (const entry of slots.all()) slots.take(entry); // when this shows, the server is through
+  enable();
   await synchronise();
   await gallery.refresh();
 });
