@@ -67,6 +67,7 @@ def test_pictures_with_rules_on_are_those_of_the_full_pass(session):
     assert session.replays
 
 
+@pytest.mark.slow
 def test_memory_stays_under_its_bound_over_two_thousand_edits():
     """Each with other masks, of all pictures, with pictures in between."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 from rewrite_core.benchmarks import bench_studio
 
 
+@pytest.mark.slow
 def test_the_studio_is_measured(tmp_path, capsys, browser_is_there):
     assert bench_studio.main(tmp_path, quick=True) == 0, capsys.readouterr().err
     (file,) = tmp_path.glob("*.studio.quick.jsonl")
