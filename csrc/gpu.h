@@ -176,3 +176,22 @@ GPU_FUNCTION double not_a_number() { return __longlong_as_double(0x7ff8000000000
 }  // namespace gpu
 
 #endif
+
+namespace gpu {
+
+// The same of a team that is known to be one block where it is not `many`: its own barrier and memory are faster.
+template <bool many, int number>
+GPU_FUNCTION void sync_team() {
+  if (many) {
+    sync_team<number>();
+  } else {
+    sync_block<number>();
+  }
+}
+
+template <bool many, class T>
+GPU_FUNCTION T* peer(T* mine, int rank) {
+  return many ? peer(mine, rank) : mine;
+}
+
+}  // namespace gpu

@@ -143,19 +143,8 @@ enum Barrier : int {
   barriers
 };
 
-template <bool many, int number>
-GPU_FUNCTION void sync_team() {  // one block's barrier is faster than a cluster's
-  if (many) {
-    gpu::sync_team<number>();
-  } else {
-    gpu::sync_block<number>();
-  }
-}
-
-template <bool many, class T>
-GPU_FUNCTION T* peer(T* mine, int rank) {
-  return many ? gpu::peer(mine, rank) : mine;
-}
+using gpu::peer;
+using gpu::sync_team;
 
 // The sum over a warp's lanes, in all of them. Together.
 template <class T>
