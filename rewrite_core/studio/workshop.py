@@ -163,11 +163,8 @@ class Workshop:
         self._latest, self._measuring = Latest(), Latest()
         self._painter = ThreadPoolExecutor(1, "rewrite_core painter")
         self._disk = ThreadPoolExecutor(1, "rewrite_core disk")
-        self._writing, self._states, self._written = (
-            threading.Lock(),
-            0,
-            0,
-        )  # states that were to be saved, and the last
+        self._writing = threading.Lock()
+        self._states = self._written = 0  # states that were to be saved, and the last that was
         self._solving = 0  # edits that are being solved, or wait for it
         self._drags = 0  # times that pictures of another strength were asked for
         self._listeners: list[Callable[[dict[str, Any]], None]] = []

@@ -169,26 +169,6 @@ def test_what_goes_wrong_in_a_stream_is_its_last_line(client, session, monkeypat
     assert "division by zero" in told["error"]
 
 
-def test_a_measurement_gives_way_to_a_drag(client, shop, session, monkeypatch):
-    fit(client)
-    original, asked, go = session._measure, threading.Event(), threading.Event()
-
-    def slow(given):
-        asked.set()
-        go.wait(10)
-        return original(given)
-
-    monkeypatch.setattr(session, "_measure", slow)
-    statuses = []
-    thread = threading.Thread(target=lambda: statuses.append(client.post("/api/measure").status_code))
-    thread.start()
-    asked.wait(10)
-    client.get("/api/pictures?rows=1&side=8&strength=0.5")
-    go.set()
-    thread.join()
-    assert statuses == [409]
-
-
 @pytest.mark.parametrize(
     "query", ["", "rows=", "rows=-1", "rows=40", "rows=a", "rows=0&side=0", "rows=0&side=x", "rows=0&strength=nan"]
 )
@@ -246,7 +226,12 @@ def test_others_have_turns_while_it_is_measured(client, shop, session):
     assert client.post("/api/measure").json() == found
 
 
-def test_a_measurement_of_a_change_that_is_gone_is_dropped(client, shop, session, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "url"),
+    [("DELETE", "/api/fit"), ("GET", "/api/pictures?rows=1&side=8&strength=0.5")],
+    ids=["the change is gone", "a drag"],
+)
+def test_a_measurement_gives_way(method, url, client, shop, session, monkeypatch):
     fit(client)
     original, asked, go = session._measure, threading.Event(), threading.Event()
 
@@ -260,7 +245,7 @@ def test_a_measurement_of_a_change_that_is_gone_is_dropped(client, shop, session
     thread = threading.Thread(target=lambda: statuses.append(client.post("/api/measure").status_code))
     thread.start()
     asked.wait(10)
-    client.delete("/api/fit")
+    assert client.request(method, url).is_success
     go.set()
     thread.join()
     assert statuses == [409]
