@@ -52,7 +52,7 @@ VALUES: list[dict[str, Any]] = [
 ]
 PICTURES: list[dict[str, Any]] = [
     {"objective": "pictures", "rank": rank, "preserve": preserve, "spread": spread}
-    for rank, preserve, spread in itertools.product((4, 10), (0.0, 1.0), (False, True))
+    for rank, preserve, spread in itertools.product((4, 10), (0.0, 1.0, 3.0, 10.0), (False, True))
 ]
 
 
