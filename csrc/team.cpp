@@ -142,8 +142,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::atomic<Clock::rep> crowded_until{0};  // no OpenMP before
-std::atomic<int> chosen{0};                // of choose(): 1 OpenMP's, 2 own
+Crowd crowd;
+std::atomic<int> chosen{0};  // of choose(): 1 OpenMP's, 2 own
 
 }  // namespace
 
@@ -155,14 +155,26 @@ bool Team::choose(const std::string& kind) {
 
 bool Team::own_helpers() {
   if (chosen) return chosen == 2;
-  return Clock::now().time_since_epoch().count() < crowded_until.load(std::memory_order_relaxed);
+  return crowd.expected(Clock::now().time_since_epoch());
 }
 
-void Team::waited(Clock::duration time) {
-  // More than it takes to wake a thread. What such a trial costs is a small part of the time until the next.
-  if (time < std::chrono::microseconds(150)) return;
-  const Clock::duration pause = std::min<Clock::duration>(40 * time, std::chrono::seconds(1));
-  crowded_until.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
+void Team::waited(Clock::duration time) { crowd.waited(time, Clock::now().time_since_epoch()); }
+
+bool Crowd::expected(Duration now) const { return crowded_ && now.count() < until_.load(std::memory_order_relaxed); }
+
+void Crowd::waited(Duration time, Duration now) {
+  const bool is_late = time >= late;
+  if (is_late != crowded_) {
+    if (first_ == never || (is_late && now.count() - last_ > apart.count())) first_ = now.count();
+    last_ = now.count();
+    if (now.count() - first_ < proof.count()) return;
+    crowded_ = is_late;
+  } else if (!is_late) {
+    return;
+  }
+  first_ = never;
+  // What a trial costs is a small part of the time until the next.
+  if (is_late) until_ = (now + std::min<Duration>(40 * time, std::chrono::seconds(1))).count();
 }
 
 void Team::attend(int worker) {

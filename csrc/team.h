@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -24,9 +25,9 @@ namespace rewrite_core {
 // There are two kinds of helpers. On a quiet machine they are OpenMP's, because torch's own are the same ones where it
 // uses the same runtime (libgomp, as its Linux builds do): they are awake already, and after torch's last operation
 // they spin for milliseconds on the very cores that other threads would want. But a parallel region of OpenMP ends only
-// when every thread was there, though it be late and there be nothing left to do. Where that costs time, cores are
-// taken, and the next calls use threads of this library (team.cpp), which wait awake for microseconds and then asleep,
-// and for whom nobody waits.
+// when every thread was there, though it be late and there be nothing left to do. Where that costs time again and
+// again (Crowd), cores are taken, and the next calls use threads of this library (team.cpp), which wait awake for
+// microseconds and then asleep, and for whom nobody waits.
 class Team {
  public:
   // Runs work(team) with up to `threads` - 1 helpers. OpenMP gives fewer where its settings say so (OMP_THREAD_LIMIT,
@@ -120,6 +121,32 @@ class Team {
   void (*run_)(const void*, int) = nullptr;
   std::mutex lock_;
   std::condition_variable left_;
+};
+
+// Whether cores are taken, by how long calls wait at their end for OpenMP's helpers. One late helper does not say so:
+// the threads of another program, too, spin for some milliseconds after their last work. Nor does one that is in time
+// say the contrary: it has its core for some milliseconds, and then another program has. Calls in several threads at
+// once may lose a sign, and nothing else.
+class Crowd {
+ public:
+  using Duration = std::chrono::steady_clock::duration;
+
+  static constexpr Duration late = std::chrono::microseconds(150);   // more than it takes to wake a thread
+  static constexpr Duration proof = std::chrono::milliseconds(20);   // from the first sign to the change of mind
+  static constexpr Duration apart = std::chrono::milliseconds(100);  // between late calls that are no one row
+
+  // A call waited so long and ended at `now`, which is any clock's.
+  void waited(Duration time, Duration now);
+
+  // Whether a call that starts at `now` does better without them. From time to time one tries.
+  bool expected(Duration now) const;
+
+ private:
+  static constexpr Duration::rep never = std::numeric_limits<Duration::rep>::min();
+
+  std::atomic<bool> crowded_{false};
+  std::atomic<Duration::rep> until_{never};                // the next trial
+  std::atomic<Duration::rep> first_{never}, last_{never};  // signs against what is believed
 };
 
 // One thread alone, with the same interface.

@@ -724,6 +724,36 @@ int make(const std::string& mistake) {
 
 }  // namespace
 
+// Calls of `milliseconds` from `now` on, each of which waits for helpers `late` ones; how many would do without.
+int calls(Crowd& crowd, int& now, int milliseconds, int count, bool late) {
+  int without = 0;
+  for (int call = 0; call < count; ++call) {
+    const bool alone = crowd.expected(std::chrono::milliseconds(now));
+    without += alone;
+    now += milliseconds;
+    if (!alone) crowd.waited(std::chrono::milliseconds(late ? 3 : 0), std::chrono::milliseconds(now));
+  }
+  return without;
+}
+
+void check_crowd() {
+  Crowd crowd;
+  int now = 1000;
+  for (int round = 0; round < 20; ++round) {  // for some milliseconds another program's threads spin
+    check(calls(crowd, now, 3, 4, true) == 0, "late calls for a moment");
+    check(calls(crowd, now, 3, 50, false) == 0, "calls after a moment of late ones");
+  }
+  check(calls(crowd, now, 200, 20, true) == 0, "late calls that are far apart");
+  for (int round = 0; round < 10; ++round) {  // a core that is another program's half of the time
+    calls(crowd, now, 1, 4, true);
+    calls(crowd, now, 1, 4, false);
+  }
+  check(calls(crowd, now, 1, 1000, true) > 900, "a core that is taken");
+  check(calls(crowd, now, 1, 1000, false) < 200, "a core that is free again");
+  check(calls(crowd, now, 1, 1000, false) == 0, "a core that is free");
+  check(calls(crowd, now, 3, 4, true) == 0, "late calls for a moment, long after a core was taken");
+}
+
 int main(int count, char** arguments) {
   bool smallest = false;
   std::vector<std::string> named;
@@ -738,6 +768,7 @@ int main(int count, char** arguments) {
   }
   std::string ran;
   check_team(smallest);
+  check_crowd();
   for (int64_t n : smallest ? std::vector<int64_t>{1, 9} : std::vector<int64_t>{1, 9, 64, 65, 300}) check_examine(2, n);
   for (int number = 0; number <= static_cast<int>(detect_isa()); ++number) {
     const Isa isa = static_cast<Isa>(number);
