@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import weakref
 from collections import OrderedDict
@@ -79,6 +80,8 @@ class _Remembering(BoundLayer):
     def __init__(self, session: Session):
         self.__dict__.update(session.layer.__dict__)
         self._session = weakref.ref(session)
+        self._adapter = copy.copy(session.layer._adapter)
+        self._adapter.remember = self._of_weight
 
     def capture(self, latents: Tensor) -> Capture:
         session = self._session()
@@ -122,6 +125,15 @@ class _Remembering(BoundLayer):
 
     def _made(self, what: Hashable, weight: Tensor, parts: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """What the layer's own weight makes of keys on the CPU, a copy; of any other weight it is made each time."""
+        return self._found(what, weight, parts, make, copied=True)
+
+    def _of_weight(self, what: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What is made of the layer's own weight alone, where that is on the CPU."""
+        return self._found(("weight", what), weight, (), make, copied=False)
+
+    def _found(
+        self, what: Hashable, weight: Tensor, parts: tuple[Tensor, ...], make: Callable[[], Tensor], copied: bool
+    ) -> Tensor:
         session, own = self._session(), self.parameter
         if session is None or weight.data_ptr() != own.data_ptr() or weight.numel() != own.numel():
             return make()
@@ -133,7 +145,7 @@ class _Remembering(BoundLayer):
         if found is None:
             found = make()
             session._kept.put(key, found, found.nbytes)
-        return found.clone()
+        return found.clone() if copied else found
 
     def fingerprint(self, latents: Tensor) -> str:
         session = self._session()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -140,10 +141,15 @@ class LayerAdapter(abc.ABC):
     weight_name: ClassVar[str] = "weight"  # of the module's tensor that is edited
     known: ClassVar[bool] = True  # whether linear() can be run on any channels, so on a crop and on one map at a time
     module: Any  # of many classes, which are known by their attributes
+    remember: Callable[[str, Tensor, Callable[[], Tensor]], Tensor] | None = None  # a session's way to do :meth:`once`
 
     def __init__(self, path: str, module: nn.Module):
         self.path = path  # of the module that owns the weight
         self.module = module
+
+    def once(self, what: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What `make()` makes of a weight alone; a session remembers it, so it is not to be written to."""
+        return make() if self.remember is None else self.remember(what, weight, make)
 
     @property
     def pointwise(self) -> bool:

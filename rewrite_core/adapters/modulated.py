@@ -41,7 +41,7 @@ class ModulatedLayer(LayerAdapter):
         """[N, O] = (sum over i, y, x of (scale * weight * style)^2 + eps)^-1/2 for style [N, I], weight [O, I, k, k].
         In float32 at least: eps is zero in float16."""
         wide = torch.promote_types(style.dtype, torch.float32)
-        power = (weight.to(wide) * self.scale).square().sum((2, 3))
+        power = self.once(f"power {wide}", weight, lambda: (weight.to(wide) * self.scale).square().sum((2, 3)))
         return torch.rsqrt(F.linear(style.to(wide).square(), power) + EPS).to(style.dtype)
 
     def post_operation(self, capture: Capture) -> PostOperation | None:

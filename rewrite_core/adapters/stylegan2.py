@@ -87,13 +87,13 @@ class StyleGAN2Layer(ModulatedLayer):
         return input, renamed.get("latent", style), noise
 
     def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        weight = weight * self.scale
         if self.module.upsample:
             blur, (before, after) = self.module.blur, self.module.blur.pad
             # contiguous: to the same bits, in half the time
-            out = F.conv_transpose2d(key, weight.transpose(0, 1).contiguous(), stride=2)
-            return resample(out, blur.kernel, pad=(before, after) * 2)
-        return F.conv2d(key, weight, padding=self.module.padding)
+            turned = self.once("turned", weight, lambda: (weight * self.scale).transpose(0, 1).contiguous())
+            return resample(F.conv_transpose2d(key, turned, stride=2), blur.kernel, pad=(before, after) * 2)
+        scaled = self.once("scaled", weight, lambda: weight * self.scale)
+        return F.conv2d(key, scaled, padding=self.module.padding)
 
     def after(self, capture: Capture) -> PostOperation:
         if self._styled is None:
