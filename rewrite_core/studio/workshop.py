@@ -45,6 +45,7 @@ MOMENT_PICTURES = 1000  # that a second moment is collected from, where there ar
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
 _THUMBNAIL = 64  # pixels
+_PIXELS_AT_ONCE = 12 << 16  # of pictures that are painted together: large ones one by one, to save memory
 _MEASURED_AT_ONCE = 4  # pictures: a hand that draws meanwhile waits for no more than these
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
 made_by: ContextVar[str] = ContextVar("made_by", default="")  # the page whose request is worked on
@@ -152,7 +153,9 @@ class Workshop:
         self.sessions = {session.layer.name: session}
         self.layer = session.layer.name
         self.settings = Settings()
-        self.edit_json = "{}"
+        self.edit: Edit | None = None  # in hand
+        self._edit_record: dict[str, Any] = {}  # the same as JSON, its masks as the page drew them
+        self._selections: list[tuple[Any, Selection]] = []  # what the JSON holds, and what it was read as
         self.rules: list[Rule] = []
         self.live: Rewrite | None = None
         self.live_report: dict[str, Any] = {}
@@ -209,7 +212,7 @@ class Workshop:
                 "width": width,
                 "map": list(self.map_size),
                 "settings": dataclasses.asdict(self.settings),
-                "edit": from_json(self.edit_json, "the edit"),
+                "edit": self._edit_record,
                 "rules": [rule.describe() for rule in self.rules],
                 "conflicts": self.conflicts(),
                 "live": self.live_report if self.live is not None else None,
@@ -250,8 +253,14 @@ class Workshop:
         return self._paint(rows, *self._rewrites(original, strength))
 
     def _paint(self, rows: Sequence[int], changes: Sequence[Rewrite], strengths: Sequence[float]) -> Tensor:
-        images = self.session.images(list(rows), changes, strengths)
+        parts = [self.session.images(part, changes, strengths) for part in self._batches(list(rows))]
+        images = parts[0] if len(parts) == 1 else torch.cat(parts)
         return pictures.to_unit(images, self.span).clamp(0, 1).nan_to_num(0)
+
+    def _batches(self, rows: list[int]) -> list[list[int]]:
+        """Rows in parts that are painted together."""
+        size = max(1, _PIXELS_AT_ONCE // math.prod(self.picture_size))
+        return [rows[start : start + size] for start in range(0, len(rows), size)] or [rows]
 
     def sheet(self, rows: Sequence[int], side: int, original: bool = False, strength: float | None = None) -> bytes:
         """A PNG of pictures side by side, each `side` pixels at its longer side."""
@@ -286,15 +295,37 @@ class Workshop:
 
     def take_edit_soon(self, text: str) -> Future[None]:
         """:meth:`take_edit`; the session file is written meanwhile. Returns what is done when it is."""
+        edit: Edit | None = None
+        record: dict[str, Any] = {}
+        read: list[tuple[Any, Selection]] = []
+
+        def selection(value: Any, field: str) -> Selection:
+            """That of the edit in hand where it is the same: to read a mask takes a while, and a stroke changes one."""
+            known = next((part for old, part in self._selections if old == value), None)
+            read.append((value, known or Selection._from_json(value, field)))
+            return read[-1][1]
+
         if text.strip() not in ("", "{}"):
-            edit = Edit.from_json(text)
+            record = from_json(text, "The edit")
+            edit = Edit._from_record(record, selection)
             for part in edit.selections:
                 if part.index >= len(self.latents):
                     raise SelectionError(f"Picture {part.index} is not among the {len(self.latents)} of this studio.")
-            text = edit.on(self.latents).to_json()  # refused where it was made on other latents
+            edit = edit.on(self.latents)  # refused where it was made on other latents
+            record = edit._to_record(lambda part: []) | record  # what it knows of its latents
         with self._state:
-            self.edit_json = text or "{}"
+            self.edit, self._edit_record, self._selections = edit, record, read
         return self._disk.submit(self._save)
+
+    @property
+    def edit_json(self) -> str:
+        """The edit in hand in the reference implementation's JSON."""
+        edit = self.edit
+        return "{}" if edit is None else edit.to_json()
+
+    def _edit_in_hand(self) -> Edit:
+        """Raises FileFormatError where there is none."""
+        return Edit.from_json("{}") if self.edit is None else self.edit
 
     def take_settings(self, values: object) -> None:
         with self._state:
@@ -316,7 +347,7 @@ class Workshop:
 
     def _fit(self, kind: str) -> dict[str, Any]:
         with self._state:
-            edit, settings, session = Edit.from_json(self.edit_json), dataclasses.replace(self.settings), self.session
+            edit, settings, session = self._edit_in_hand(), dataclasses.replace(self.settings), self.session
         common = {"rank": settings.rank}
         solving = common | {"loss": settings.loss, "region": settings.region, "preserve": settings.preserve}
         with heard() as said:
@@ -506,7 +537,7 @@ class Workshop:
         """Try the edit in hand at all layers, with progress told: the best rank of each, best first, as
         :func:`rewrite_core.scan_layers` finds them; of a scan that was stopped what it has. Others have turns
         meanwhile."""
-        edit = Edit.from_json(self.edit_json)
+        edit = self._edit_in_hand()
         self._cancel.clear()
 
         def told(stage: str, done: int, total: int) -> None:
@@ -569,7 +600,7 @@ class Workshop:
                 "version": 1,
                 "layer": self.layer,
                 "settings": dataclasses.asdict(self.settings),
-                "edit": from_json(self.edit_json, "the edit"),
+                "edit": self._edit_record,
                 "rules": [
                     {"number": rule.number, "name": rule.name, "on": rule.on, "strength": rule.strength}
                     for rule in self.rules
@@ -621,11 +652,11 @@ class Workshop:
     def walk(self, rows: Sequence[int], kind: str = "gif", frames: int = 48, side: int = 256) -> bytes:
         """A film that walks through the latents of some pictures and back, with the rules on."""
         changes, strengths = self._rewrites(False, None)
-        images = []
+        shown, size = [], min(12, max(1, _PIXELS_AT_ONCE // math.prod(self.picture_size)))
         with generator_lock(self.generator), self.session._changed(changes, strengths):
-            for batch in films.walk(self.latents[list(rows)], frames).split(12):
-                images.append(self.session.layer.render(batch))
-        shown = [pictures.to_image(picture, side) for picture in pictures.to_unit(torch.cat(images), self.span)]
+            for batch in films.walk(self.latents[list(rows)], frames).split(size):
+                found = pictures.to_unit(self.session.layer.render(batch), self.span)
+                shown += [pictures.to_image(picture, side) for picture in found]
         return films.film(shown, kind)
 
     def close(self) -> None:
