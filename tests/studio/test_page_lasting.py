@@ -84,6 +84,7 @@ def test_rules_are_put_in_another_order_by_mouse_and_by_keyboard(page):
     page.page.keyboard.press("Enter")
     page.wait(lambda: page.names() == ["first", "second", "third"])
     assert "Acts on the same features" in page.page.inner_text("#rules")
+    page.wait(lambda: [rule["name"] for rule in page.state()["rules"]] == page.names())  # the server has heard of it
     page.open()
     assert page.names() == ["first", "second", "third"]
 

@@ -73,7 +73,7 @@ export class Editor {
   // --- pointer
 
   down(event) {
-    if (!this.mask) return;
+    if (!this.mask || !event.isPrimary) return; // a second finger, or the palm
     this.canvas.setPointerCapture(event.pointerId);
     this.canvas.focus();
     if (event.button === 1 || this.space) {
@@ -91,6 +91,7 @@ export class Editor {
   }
 
   move(event) {
+    if (!event.isPrimary) return;
     if (this.panning) {
       this.view.x = event.clientX - this.panning[0];
       this.view.y = event.clientY - this.panning[1];
@@ -109,13 +110,16 @@ export class Editor {
   }
 
   up(event) {
+    if (!event.isPrimary) return;
     if (this.panning) { this.panning = null; return; }
     if (!this.stroke || this.tool === "polygon") return;
     if (this.tool === "box") this.stroke.points[1] = this.place(event);
     this.finish(event.timeStamp);
   }
 
-  stop() {
+  // By the key Escape, or by the system, which may take a touch for itself.
+  stop(event) {
+    if (event && !event.isPrimary) return;
     this.panning = null;
     this.stroke = null;
     this.paint();

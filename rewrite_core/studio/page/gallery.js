@@ -3,6 +3,7 @@ import * as api from "./api.js";
 import { keyed } from "./keyed.js";
 
 const MORE = 24; // tiles that scrolling adds
+const NEAR = "600px 0px"; // how far out of sight pictures are kept; those beyond are fetched again on return
 const CHUNK = 24; // pictures that are asked for at once: those that can be seen, or so many
 const FIRST = 2, PART = 12; // pictures that come together: few at first, so that some are there at once
 const SOME = 8; // pictures that follow a slider at once, or a part more
@@ -25,6 +26,11 @@ export class Gallery {
     this.shown = 0;
     this.strength = null;
     this.largest = 512; // the longer side of the generator's own pictures
+    this.large = () => null; // the number of a large picture that comes along with the tiles, where there is one
+    this.follows = () => {}; // is given that picture as it is now
+    this.near = new Set(); // numbers whose tiles are in sight or close to it: of these alone pictures are kept
+    this.asking = new Set(); // numbers that were asked for as they came near
+    this.watch = new IntersectionObserver((entries) => this.moved(entries), { root: tiles, rootMargin: NEAR });
     this.end = new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && this.extend(), { root: tiles, rootMargin: "300px" });
     tiles.append(more);
     this.more = more;
@@ -54,13 +60,50 @@ export class Gallery {
   extend(more = MORE) {
     const known = more ? this.shown : 0;
     this.shown = Math.min(this.rows.length, this.shown + more);
-    const next = this.rows.slice(known, this.shown);
-    if (!next.length) return;
+    if (known === this.shown) return;
     if (more) this.place();
     this.end.unobserve(this.more); // again, as it may be in sight still
     this.end.observe(this.more);
+    const next = this.rows.slice(known, known + MORE).filter((row) => !this.edited.has(row));
+    for (const row of next) this.near.add(row); // until the watch says otherwise
+    this.fetch(next);
+  }
+
+  // Tiles have come near, or gone.
+  moved(entries) {
+    const came = [];
+    for (const { target, isIntersecting } of entries) {
+      const row = Number(target.dataset.row), stays = this.tiles.get(row) === target;
+      if (isIntersecting && stays) {
+        this.near.add(row);
+        if (!this.edited.has(row) && !this.asking.has(row)) came.push(row);
+      } else if (stays || !this.tiles.has(row)) this.forget(row);
+    }
+    if (came.length) this.fetch(came);
+  }
+
+  forget(row) {
+    this.near.delete(row);
+    this.edited.delete(row);
+    this.original.delete(row);
+    const canvas = this.tiles.get(row)?.firstChild;
+    if (canvas) canvas.width = canvas.height = 0;
+  }
+
+  // Pictures of tiles that have come near.
+  async fetch(rows) {
     const run = this.run, taken = (numbers, pictures) => run === this.run && this.put(numbers, pictures);
-    this.ask(grouped(next), taken).catch(this.told);
+    if (!rows.length) return;
+    for (const row of rows) this.asking.add(row);
+    try {
+      for (const part of chunks(rows, CHUNK)) await this.ask(grouped(part), taken);
+    } catch (error) {
+      this.told(error);
+    } finally {
+      for (const row of rows) this.asking.delete(row);
+    }
+    const missed = rows.filter((row) => this.near.has(row) && !this.edited.has(row));
+    if (missed.length && run !== this.run) this.fetch(missed); // they came near after a newer run had begun
   }
 
   tile(row) {
@@ -73,6 +116,7 @@ export class Gallery {
     number.textContent = row;
     tile.append(document.createElement("canvas"), number);
     tile.addEventListener("click", () => this.chosen(row));
+    this.watch.observe(tile);
     return tile;
   }
 
@@ -81,16 +125,21 @@ export class Gallery {
     for (const [number, tile] of this.tiles) tile.setAttribute("aria-current", number === row);
   }
 
+  // Rows whose pictures are kept, from the top.
+  kept() {
+    return this.rows.slice(0, this.shown).filter((row) => this.near.has(row));
+  }
+
   // Rows whose tiles can be seen, from the top; those beyond come later.
   visible() {
     const box = this.box.getBoundingClientRect();
-    return this.rows.slice(0, this.shown).filter((row) => {
+    return this.kept().filter((row) => {
       const place = this.tiles.get(row)?.getBoundingClientRect();
       return place && place.bottom > box.top && place.top < box.bottom;
     });
   }
 
-  // Ask for everything that is shown again: what is seen first. `through(pictures, taken, stop, told)` asks for the
+  // Ask for everything that is kept again: what is seen first. `through(pictures, taken, stop, told)` asks for the
   // first of them along with something else, and calls told() once that is done. A newer call stops the one before.
   async refresh({ through = null } = {}) {
     const run = ++this.run, seen = this.visible();
@@ -99,8 +148,9 @@ export class Gallery {
     flight.loose = !through;
     if (through) this.solved = run;
     const told = () => { flight.loose = true; if (run !== this.run) flight.abort(); };
-    const others = this.rows.slice(0, this.shown).filter((row) => !seen.includes(row));
-    const more = Math.max(0, CHUNK - seen.length), asked = [...grouped(seen), ...grouped(others.slice(0, more))];
+    const others = this.kept().filter((row) => !seen.includes(row));
+    const more = Math.max(0, CHUNK - seen.length);
+    const asked = this.along(grouped([...seen, ...others.slice(0, more)]));
     if (through && (this.view !== "edited" || this.held)) this.originals(asked.flat()).catch(this.told);
     const count = Math.min(CHUNK, asked.flat().length);
     for (const name of ["first", "twenty-four"]) performance.clearMarks(name);
@@ -137,11 +187,17 @@ export class Gallery {
     this.next = (this.next + 1) % calls.length || 0;
     const taken = (numbers, pictures) => { if (run === this.run) this.put(numbers, pictures); };
     try {
-      await this.ask(calls[this.next] ?? [], taken, flight.signal);
+      await this.ask(this.along(calls[this.next] ?? []), taken, flight.signal);
     } catch (error) {
       if (error.name !== "AbortError") throw error;
     }
     return calls.length;
+  }
+
+  // Parts, and the large picture with them.
+  along(parts) {
+    const number = this.large();
+    return number === null || parts.some((part) => part.includes(number)) ? parts : [...parts, [number]];
   }
 
   wanted(parts) {
@@ -156,7 +212,10 @@ export class Gallery {
   }
 
   put(rows, pictures) {
-    rows.forEach((row, i) => { this.edited.set(row, pictures[i]); this.paint(row); });
+    rows.forEach((row, i) => {
+      if (this.near.has(row)) { this.edited.set(row, pictures[i]); this.paint(row); }
+      if (row === this.large()) this.follows(row, pictures[i]);
+    });
   }
 
   pixels() {
@@ -179,10 +238,10 @@ export class Gallery {
   }
 
   // The originals that are not there yet, or of another size; each is painted where it is shown.
-  async originals(rows = this.rows.slice(0, this.shown)) {
+  async originals(rows = this.kept()) {
     for (const part of chunks(rows.filter((row) => !this.fits(this.original.get(row))), CHUNK)) {
       await api.pictures(this.wanted(grouped(part)), { original: true }, (numbers, pictures) => {
-        numbers.forEach((row, i) => { this.original.set(row, pictures[i]); this.paint(row); });
+        numbers.forEach((row, i) => { if (this.near.has(row)) { this.original.set(row, pictures[i]); this.paint(row); } });
       });
     }
   }
@@ -229,7 +288,7 @@ export class Gallery {
 }
 
 // A picture on a canvas of its own, so that it can be drawn over another.
-function drawn(picture) {
+export function drawn(picture) {
   const canvas = new OffscreenCanvas(picture.width, picture.height);
   canvas.getContext("2d").putImageData(picture, 0, 0);
   return canvas;

@@ -2,7 +2,7 @@
 import * as api from "./api.js";
 import { Editor, Mask } from "./editor.js";
 import { fill } from "./keyed.js";
-import { Gallery } from "./gallery.js";
+import { Gallery, drawn } from "./gallery.js";
 import { Layers } from "./layers.js";
 import { lead } from "./lead.js";
 import { Report } from "./report.js";
@@ -55,18 +55,30 @@ let chosen = { number: 0, entry: null }; // what a person asked for last, on the
 async function open(number, entry = null) {
   chosen = { number, entry };
   const turn = ++opening;
-  const side = Math.min(1024, Math.max(shop.width, shop.height));
-  const found = await api.picture(number, side, { original: !$("edited").checked, strength: gallery.strength });
+  const found = await api.picture(number, largeSide(), { original: !$("edited").checked, strength: gallery.strength });
   if (turn !== opening) return;
   [row, active, picture] = [number, entry, found];
   if (!entry && free?.row !== row) free = { row, mask: new Mask(...Editor.maskSize(shop.width, shop.height)) };
   present();
 }
 
-// The large picture again, where it shows what the change does.
+const largeSide = () => Math.min(1024, Math.max(shop.width, shop.height));
+
+// The large picture again, where it shows what the change does and does not come with the gallery's.
 async function repaint() {
-  if ($("edited").checked) await open(chosen.number, chosen.entry);
+  if ($("edited").checked && gallery.large() === null) await open(chosen.number, chosen.entry);
 }
+
+const refresh = () => Promise.all([gallery.refresh(), repaint()]);
+
+// Where the gallery's pictures are as large, the large one comes with them: it is not made twice.
+gallery.large = () => (shop && $("edited").checked && gallery.pixels() === largeSide() ? chosen.number : null);
+gallery.follows = (number, found) => {
+  if (number !== row || chosen.entry !== active) return doing(open)(chosen.number, chosen.entry); // another is on its way
+  opening++;
+  picture = drawn(found);
+  editor.show(picture, editor.mask, editor.kind);
+};
 
 function present() {
   const mask = active ? active.mask : free.mask;
@@ -156,7 +168,7 @@ const saveSetting = (id) => api.saveSettings({ [id]: setting(id) });
 let busy = 0; // fits whose pictures are not there yet
 async function fit(kind, edit = slots.edit()) {
   clearTimeout(resting);
-  if (sorted()) sorting++; // later, when it rests
+  if (sorted()) { sorting++; $("sorted").hidden = true; } // later, when it rests
   document.body.toggleAttribute("data-busy", ++busy > 0);
   let repainted;
   try {
@@ -265,6 +277,7 @@ let sorting = 0; // of several orders asked for, the last is shown
 // The gallery in the order that is chosen. `least`: no fewer pictures than these.
 async function reorder(least) {
   const turn = ++sorting, order = $("order").value;
+  $("sorted").hidden = true;
   $("add-ten").hidden = !(order === "matches" && matches);
   if (order === "matches" && matches) {
     gallery.order(matches.rows, new Map(matches.rows.map((number, i) => [number, matches.heat[i]])));
@@ -272,11 +285,16 @@ async function reorder(least) {
   }
   let numbers = Array.from({ length: shop.pictures }, (_, i) => i);
   if (sorted()) {
-    const looked = numbers.slice(0, MOST_SORTED), amounts = new Map();
-    for (let i = 0; i < looked.length; i += AT_ONCE) {
-      const part = looked.slice(i, i + AT_ONCE), found = await api.differences(part);
-      if (turn !== sorting) return;
-      part.forEach((number, j) => amounts.set(number, found[j]));
+    const looked = numbers.slice(0, MOST_SORTED), amounts = new Map(), bar = $("sorted");
+    try {
+      for (let i = 0; i < looked.length; i += AT_ONCE) {
+        [bar.hidden, bar.max, bar.value] = [false, looked.length, i];
+        const part = looked.slice(i, i + AT_ONCE), found = await api.differences(part);
+        if (turn !== sorting) return;
+        part.forEach((number, j) => amounts.set(number, found[j]));
+      }
+    } finally {
+      if (turn === sorting) bar.hidden = true;
     }
     const mine = new Set(slots.all().map((entry) => entry.row));
     numbers = looked.filter((number) => order === "changed" || !mine.has(number));
@@ -294,7 +312,7 @@ function ruled(call) {
   return doing(async (...given) => {
     const turn = ++ruling;
     try { await call(...given); } finally { rulesThrough++; if (turn === ruling) await synchronise(); }
-    if (turn === ruling) { await gallery.refresh(); rest(); }
+    if (turn === ruling) { await refresh(); rest(); }
   });
 }
 
@@ -302,7 +320,7 @@ async function keep() {
   const from = slots.copy[0] ?? slots.paste[0];
   await api.keep(from ? `as in picture ${from.row}` : "");
   await synchronise();
-  await gallery.refresh();
+  await refresh();
 }
 
 let asked = 0, answered = 0; // an answer that is older than one that is there is no news
@@ -330,7 +348,7 @@ async function chooseLayer(name, rank) {
   await showLayers();
   present();
   if (slots.complete) await fit("rewrite");
-  else await gallery.refresh();
+  else await refresh();
 }
 
 async function scan() {
@@ -362,7 +380,7 @@ async function changedElsewhere() {
   if (!dragging()) { gallery.strength = null; $("strength-shown").textContent = Number(shop.settings.strength).toFixed(2); }
   if (chosen.entry && !slots.all().includes(chosen.entry)) await open(chosen.number);
   present();
-  await gallery.refresh();
+  await refresh();
 }
 
 async function takeFile(file) {
@@ -375,7 +393,7 @@ async function takeFile(file) {
   } else {
     await api.loadRule(file.name.replace(/\.safetensors$/, ""), await file.arrayBuffer());
     await synchronise();
-    await gallery.refresh();
+    await refresh();
   }
 }
 
@@ -415,7 +433,7 @@ on("fresh", "click", async () => {
   for (const entry of slots.all()) slots.take(entry); // when this shows, the server is through
   enable();
   await synchronise();
-  await gallery.refresh();
+  await refresh();
 });
 on("grid", "change", () => { editor.showGrid = $("grid").checked; editor.paint(); });
 on("brush-size", "input", () => { editor.size = Number($("brush-size").value); });
@@ -443,14 +461,14 @@ on("spread", "click", spread);
 on("rewrite", "click", () => fit("rewrite"));
 on("erase", "click", () => fit("erase"));
 on("zero", "click", () => fit("zero"));
-on("drop", "click", async () => { await api.drop(); await synchronise(); await gallery.refresh(); rest(); });
+on("drop", "click", async () => { await api.drop(); await synchronise(); await refresh(); rest(); });
 on("keep", "click", keep);
 on("strength", "input", strengthMoved);
 on("strength", "change", async () => {
   behind = 0; // all are painted now
   await saveSetting("strength");
   if (!dragging()) gallery.strength = null; // the server knows it
-  await gallery.refresh();
+  await refresh();
   rest();
 });
 for (const id of ["rank", "preserve", "loss", "region", "objective", "units"]) on(id, "change", () => api.holding(async () => {
