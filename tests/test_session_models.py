@@ -67,6 +67,24 @@ def test_pictures_with_rules_on_are_those_of_the_full_pass(session):
     assert session.replays
 
 
+@pytest.mark.parametrize("name", ["convs.2.conv", "convs.3.conv"])  # one that enlarges its map, and one that does not
+def test_clicks_of_a_stylegan2_are_those_of_the_free_function(name):
+    """What is made of the weight alone is remembered, and made again where the weight is another one."""
+    generator, z = CASES["stylegan2"][0]().eval(), rc.sample_latents(16, 8)
+    layer = rc.bind(generator, name)
+    moment = rc.collect_second_moment(layer, z, progress=False)
+    session = rc.Session(layer, moment, z)
+    how = rc.REFERENCE | {"solver": "lm", "loss": "l2"}
+    for top in (2, 4, 5):
+        drawn = [rc.Selection.box(row, (top, 3, top + 5, 9), (16, 16)) for row in (0, 1, 2)]
+        edit = rc.Edit(copy=drawn[0], paste=drawn[1], context=drawn[2:], latents=z)
+        change = session.rewrite(edit, **how)
+        assert torch.equal(change.coefficients, rc.rewrite(layer, moment, edit, z, **how).coefficients)
+        if top == 4:
+            change.apply()
+    assert any(key[0][0] == "weight" for key in session._kept._items if isinstance(key[0], tuple))
+
+
 @pytest.mark.slow
 def test_memory_stays_under_its_bound_over_two_thousand_edits():
     """Each with other masks, of all pictures, with pictures in between."""
