@@ -13,15 +13,19 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rewrite_core import Edit, RewriteCoreError, sample_latents
+from rewrite_core import Edit, RewriteCoreError, preview, sample_latents
 from rewrite_core.demo import RULES as SCENES
 from rewrite_core.demo import chapels, load_edit
 from rewrite_core.demo.world import LATENT_SIZE, scene_from_latents
+from rewrite_core.layers.bound import BoundLayer
+
+from .retouches import RETOUCHES
 
 FOLDER = "REWRITE_GENERATORS"  # the environment variable that names the folder of other people's weights
 EDIT_SEED, EDIT_ROWS = 1, 1000  # the latents that edits select from
@@ -133,7 +137,8 @@ SUBJECTS: dict[str, Subject] = {
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """An edit of a subject, and rows of its unseen latents: those that the rule concerns, and those that hold nothing
-    of what it concerns. Rows that are neither were not looked at, or it could not be told."""
+    of what it concerns. Rows that are neither were not looked at, or it could not be told. retouch: of
+    :data:`.retouches.RETOUCHES`, what makes the goal of an edit without a copy from the pictures it pastes into."""
 
     name: str
     subject: Subject
@@ -141,6 +146,22 @@ class Rule:
     edit: Edit
     concerned: Tensor  # int64 [n]
     unrelated: Tensor  # int64 [m]
+    retouch: str | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The pictures that the edit pastes into, each once."""
+        return list(dict.fromkeys(paste.index for paste in self.edit.pastes))
+
+    def goals(self, layer: BoundLayer) -> Tensor:
+        """The goal picture of each of `rows`: what the pasted value renders, or what was painted."""
+        if self.retouch is None:
+            return preview(layer, self.edit, self.subject.edit_latents)
+        return RETOUCHES[self.retouch](layer.render(self.subject.edit_latents[self.rows]))
+
+    def options(self, layer: BoundLayer) -> dict[str, Any]:
+        """What ``rc.rewrite`` is told besides its defaults: nothing, or what was painted."""
+        return {} if self.retouch is None else {"objective": "pictures", "goal": self.goals(layer)}
 
 
 def _scenes(name: str) -> Rule:
@@ -154,16 +175,22 @@ def _seen(name: str) -> Rule:
     here = Path(__file__).parent
     record = json.loads((here / f"{name}.rows.json").read_text(encoding="utf-8"))
     rows = (torch.tensor(record[kind]) for kind in ("concerned", "unrelated"))
-    return Rule(name, SUBJECTS[record["subject"]], record["title"], Edit.load(here / f"{name}.json"), *rows)
+    edit, subject = Edit.load(here / f"{name}.json"), SUBJECTS[record["subject"]]
+    return Rule(name, subject, record["title"], edit, *rows, retouch=record.get("retouch"))
 
 
-NAMES = (*SCENES, *sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("*.rows.json")))
-"""Of all rules: those of chapels, then those of other people's generators."""
+PAINTED = ("svhn_golden", "svhn_pale", "svhn_red")
+"""Of the rules whose goals are painted."""
+NAMES = (
+    *SCENES,
+    *sorted({path.name.split(".")[0] for path in Path(__file__).parent.glob("*.rows.json")} - {*PAINTED}),
+)
+"""Of the rules that copy: those of chapels, then those of other people's generators."""
 
 
 @functools.cache
 def rule(name: str) -> Rule:
     """The rule of that name. Raises RewriteCoreError for another."""
-    if name not in NAMES:
-        raise RewriteCoreError(f"There is no rule {name!r}; choose from {', '.join(NAMES)}.")
+    if name not in NAMES + PAINTED:
+        raise RewriteCoreError(f"There is no rule {name!r}; choose from {', '.join(NAMES + PAINTED)}.")
     return _scenes(name) if name in SCENES else _seen(name)

@@ -24,7 +24,7 @@ from torch import nn
 
 import rewrite_core as rc
 
-from . import NAMES, Rule, rule
+from . import NAMES, PAINTED, Rule, rule
 from .grid import Judge, lines_of
 
 TUNINGS: tuple[tuple[float, float, tuple[int, ...]], ...] = (  # (preserve, learning rate, stops)
@@ -52,7 +52,7 @@ class Trial:
         moment = rc.collect_second_moment(self.layer, self.latents, batch_size=50, progress=False)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            change = rc.rewrite(self.layer, moment, self.edit, self.latents)
+            change = rc.rewrite(self.layer, moment, self.edit, self.latents, **self.rule.options(self.layer))
         rows = torch.cat([self.judge.concerned, self.judge.unrelated])
         unseen, span = self.judge.unseen[rows], self.rule.subject.span
         report = rc.measure(change, self.edit, self.latents, unseen, moment=moment, span=span)
@@ -69,8 +69,7 @@ class Trial:
 
     def tuned(self, progress: float) -> Iterator[tuple[str, float | None]]:
         """Every fine-tuning, and its change of unrelated pictures where it goes as far; None where it never does."""
-        goals, generator = rc.preview(self.layer, self.edit, self.latents), self.judge.generator
-        rows = list(dict.fromkeys(paste.index for paste in self.edit.pastes))
+        goals, generator, rows = self.rule.goals(self.layer), self.judge.generator, self.rule.rows
         named = {part.index for part in self.edit.selections}
         ordinary = self.latents[[row for row in range(100) if row not in named][:ORDINARY]]
         for preserve, lr, stops in TUNINGS:
@@ -160,7 +159,7 @@ def main(out: Path, names: Sequence[str] = ()) -> int:
     path = out / "equal.jsonl"
     rows = lines_of(path)
     print(*map(line, rows), sep="\n", flush=True)
-    for name in names or NAMES:
+    for name in names or NAMES + PAINTED:
         judged = rule(name)
         left = [
             layer
@@ -184,6 +183,6 @@ def main(out: Path, names: Sequence[str] = ()) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("rules", nargs="*", choices=[[], *NAMES], help="by default all of them")
+    parser.add_argument("rules", nargs="*", choices=[[], *NAMES, *PAINTED], help="by default all of them")
     given = parser.parse_args()
     raise SystemExit(main(given.out, given.rules))

@@ -25,13 +25,6 @@ def _hair() -> Tensor:
     return (((rows - 19) / 13) ** 2 + ((columns - 16) / 9) ** 2 > 1) & (rows < 27)
 
 
-def _corner() -> Tensor:
-    """A plate above and to the right of its digit."""
-    area = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    area[:5, 6:] = area[:, 26:] = True
-    return area
-
-
 def _edit(
     subject: str, copy: tuple[int, Box | Tensor], paste: tuple[int, Box | Tensor], *others: tuple[int, Box | Tensor]
 ) -> Edit:
@@ -42,28 +35,35 @@ def _edit(
     return Edit(marked(*copy), marked(*paste), context, latents=SUBJECTS[subject].edit_latents)
 
 
+def _many(subject: str, copy: tuple[int, Box | Tensor] | None, area: Box | Tensor, *rows: int) -> Edit:
+    """The same place in several pictures, each a paste and context."""
+
+    def marked(row: int, area: Box | Tensor) -> Selection:
+        return Selection(row, area) if isinstance(area, Tensor) else Selection.box(row, area, SIDE)
+
+    pastes = [marked(row, area) for row in rows]
+    return Edit(copy and marked(*copy), pastes, pastes, latents=SUBJECTS[subject].edit_latents)
+
+
+PLATES = (671, 39, 134, 248, 315, 893, 206, 208, 196, 197, 204, 119, 200, 573, 644, 405, 719, 103, 361, 960, 358, 120)
+PLATES += (25, 22)  # blue ones with light digits
+DARK = (78, 52, 151, 76, 107, 121, 97, 194, 209, 259, 85, 172)  # hair
+FRINGES = (151, 21, 8, 25, 124, 66, 299, 259, 250, 111, 340, 482)
+SERIOUS = (128, 107, 134, 215, 97, 172, 213, 36, 209, 37)
+CUT = (15, 10, 138, 168, 287, 269, 32, 348, 136, 551)  # another digit begins at the right edge
+
+
 def edits() -> dict[str, Edit]:
     """{rule: its edit}"""
     faces, numbers = "faces_dcgan", "svhn_dcgan"
     eyes, mouth, brow = (13, 3, 22, 29), (23, 7, 32, 25), (1, 6, 13, 26)
     whole = torch.ones(SIDE, SIDE, dtype=torch.bool)
-    strip, digit, hair = (0, 23, 32, 32), (3, 8, 30, 24), _hair()
+    strip, hair = (0, 23, 32, 32), _hair()
     return {
         "faces_glasses": _edit(faces, (170, eyes), (177, eyes), *((row, eyes) for row in (218, 10, 56, 205))),
-        "faces_blond": _edit(faces, (104, hair), (78, hair), *((row, hair) for row in (52, 151, 134, 76))),
-        "faces_smile": _edit(faces, (52, mouth), (128, mouth), *((row, mouth) for row in (107, 215, 134, 138))),
-        "faces_fringe": _edit(faces, (78, brow), (151, brow), *((row, brow) for row in (21, 8, 340, 25))),
-        "svhn_red": _edit(
-            numbers,
-            (333, _corner()),
-            (248, _corner()),
-            (248, (0, 0, 32, 6)),
-            (196, (0, 22, 32, 32)),
-            (103, (0, 2, 20, 8)),
-            (134, (0, 18, 32, 22)),
-            (29, (0, 22, 32, 28)),
-        ),
-        "svhn_plates": _edit(numbers, (333, whole), (248, whole), *((row, whole) for row in (103, 134, 29, 94))),
+        "faces_blond": _many(faces, (104, hair), hair, *DARK),
+        "faces_smile": _many(faces, (52, mouth), mouth, *SERIOUS),
+        "faces_fringe": _many(faces, (78, brow), brow, *FRINGES),
         "svhn_grey": _edit(
             numbers,
             (307, (0, 22, 32, 32)),
@@ -73,10 +73,10 @@ def edits() -> dict[str, Edit]:
             (183, (0, 20, 32, 32)),
             (207, (0, 0, 32, 9)),
         ),
-        "svhn_alone": _edit(numbers, (87, strip), (15, strip), *((row, strip) for row in (136, 131, 197, 348))),
-        "svhn_gold": _edit(
-            numbers, (72, (2, 9, 28, 16)), (134, (2, 13, 30, 20)), *((row, digit) for row in (103, 248, 29, 94))
-        ),
+        "svhn_alone": _many(numbers, (87, strip), strip, *CUT),
+        "svhn_pale": _many(numbers, None, whole, *PLATES),
+        "svhn_red": _many(numbers, None, whole, *PLATES),
+        "svhn_golden": _many(numbers, None, whole, *PLATES),
     }
 
 
