@@ -9,10 +9,11 @@ from rewrite_core import RewriteCoreError
 from rewrite_core.benchmarks import rules
 
 
-@pytest.mark.parametrize("name", rules.NAMES)
+@pytest.mark.parametrize("name", rules.NAMES + rules.PAINTED)
 def test_rules_select_from_their_latents(name):
     rule = rules.rule(name)
-    assert rule.edit.copy is not None and rule.edit.pastes and len(rule.edit.where) >= 4
+    assert (rule.edit.copy is None) == (name in rules.PAINTED) == (rule.retouch is not None)
+    assert rule.edit.pastes and len(rule.edit.where) >= 4
     rule.edit.check(rule.subject.edit_latents)  # refused where a row is another one
     for rows in (rule.concerned, rule.unrelated):
         assert len(rows) >= 40 and rows.unique().equal(rows) and rows.min() >= 0 and rows.max() < rules.UNSEEN_ROWS
@@ -57,6 +58,7 @@ def test_the_grid_prints_a_row_for_every_setting(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(grid, "CHAPELS", 12)
     monkeypatch.setattr(grid, "NAMES", ("watermark",))
+    monkeypatch.setattr(grid, "PAINTED", ())
     monkeypatch.setattr(grid, "SETTINGS", {"values": {"objective": "value", "region": "map", "loss": "l2"}})
     monkeypatch.setattr(grid, "TUNED", 1)
     monkeypatch.setattr(grid, "STRENGTHS", (0.5, 1.0))

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rewrite_core import RewriteCoreError, pictures
 
-from . import NAMES, rule
+from . import NAMES, PAINTED, rule
 
 SHOWN = 160
 
 
 def main(folder: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
+    for name in NAMES + PAINTED:
         shown = rule(name)
         generator, unseen = shown.subject.generator(), shown.subject.unseen_latents
         for kind in ("concerned", "unrelated"):

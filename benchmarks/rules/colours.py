@@ -1,9 +1,9 @@
 """Whether rules with painted goals hold: ``python -m benchmarks.rules.colours --out DIR [RULE ...]``.
 
-The goal of such an edit is what an artist would make of its pictures (:mod:`.retouches`). It is solved by the defaults,
-and as it was chosen on :data:`CHOICE`, latents that are used for nothing else; both are measured by ``rc.measure`` on
-other draws of unseen latents. As a retouch can be made of every picture, it is also told how far the pictures that were
-seen by eye to be concerned go to their own. The lines go to ``colours.jsonl``, a sheet of each rule beside it.
+The goal of such an edit is what an artist would make of its pictures (:mod:`.retouches`). It is solved by the defaults
+and measured by ``rc.measure`` on several draws of unseen latents. As a retouch can be made of every picture, it is also
+told how far the pictures that were seen by eye to be concerned go to their own. The lines go to ``colours.jsonl``, a
+sheet of each rule beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,19 +25,7 @@ from . import PAINTED, Rule, rule
 from .grid import lines_of
 from .retouches import RETOUCHES
 
-
-class Chosen(NamedTuple):
-    layer: str
-    rank: int
-    strength: float
-
-
-CHOICE, CHOICE_ROWS = 101, 700  # seed and rows of the latents that these were chosen on
-CHOSEN = {
-    "svhn_pale": Chosen("d2", 2, 1.5),
-    "svhn_red": Chosen("d2", 4, 1.0),
-    "svhn_golden": Chosen("d2", 2, 1.0),
-}
+LAYER = "d2"  # chosen on 700 latents of seed 101, as was the number of plates that are marked
 DRAWS = (2, 201, 202, 203)  # seeds of those that judge
 ROWS = 1500  # of each
 
@@ -50,30 +38,24 @@ class Trial:
         self.latents = judged.subject.edit_latents
         self.moment = rc.collect_second_moment(self.layer, self.latents, batch_size=100, progress=False)
 
-    def change(self, rank: int | None) -> rc.Rewrite:
+    def change(self) -> rc.Rewrite:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            options = self.rule.options(self.layer)
-            return rc.rewrite(self.layer, self.moment, self.rule.edit, self.latents, rank=rank, **options)
+            return rc.rewrite(self.layer, self.moment, self.rule.edit, self.latents, **self.rule.options(self.layer))
 
-    def report(self, change: rc.Rewrite, strength: float, unseen: torch.Tensor) -> rc.Report:
+    def report(self, change: rc.Rewrite, unseen: torch.Tensor) -> rc.Report:
         span = self.rule.subject.span
-        return rc.measure(
-            change, self.rule.edit, self.latents, unseen, moment=self.moment, strength=strength, span=span
-        )
+        return rc.measure(change, self.rule.edit, self.latents, unseen, moment=self.moment, span=span)
 
-    def seen(self, change: rc.Rewrite, strength: float) -> dict[str, float]:
+    def seen(self, change: rc.Rewrite) -> dict[str, float]:
         """Of the pictures that were looked at: the way to their own retouch (1 is all of it) of those that the rule
         concerns, and the change of those that have nothing of it, 0..1."""
         assert self.rule.retouch is not None
         unseen, (low, high) = self.rule.subject.unseen_latents, self.rule.subject.span
         mine, others = unseen[self.rule.concerned], unseen[self.rule.unrelated]
         before, still = self.layer.render(mine), self.layer.render(others)
-        change.apply(self.layer.generator, strength)
-        try:
+        with change:
             after, now = self.layer.render(mine), self.layer.render(others)
-        finally:
-            change.revert(self.layer.generator)
         wanted = RETOUCHES[self.rule.retouch](before) - before
         way = ((after - before) * wanted).flatten(1).sum(1) / wanted.square().flatten(1).sum(1)
         return {
@@ -84,28 +66,25 @@ class Trial:
 
 
 def rows_of(judged: Rule, out: Path) -> Iterator[dict[str, Any]]:
-    """Of each way to solve it, what was seen and what every draw says."""
-    chosen = CHOSEN[judged.name]
-    trial = Trial(judged, chosen.layer)
-    for way, rank, strength in (("default", None, 1.0), ("chosen", chosen.rank, chosen.strength)):
-        change = trial.change(rank)
-        where = {"rule": judged.name, "way": way, "layer": chosen.layer, "rank": change.rank, "strength": strength}
-        where |= trial.seen(change, strength)
-        for seed in DRAWS:
-            report = trial.report(change, strength, judged.subject.latents(seed, ROWS))
-            names = ("verdict", "reach", "agreement", "inside", "unrelated", "size")
-            told = {name: getattr(report, name) for name in names}
-            yield where | {"seed": seed, "found": len(report.matching)} | told
-            if way == "chosen" and seed == DRAWS[0]:
-                save_png(report.sheet(), out / f"{judged.name}.png")
+    """What was seen, and what every draw says."""
+    trial = Trial(judged, LAYER)
+    change = trial.change()
+    where = {"rule": judged.name, "layer": LAYER, "rank": change.rank, **trial.seen(change)}
+    for seed in DRAWS:
+        report = trial.report(change, judged.subject.latents(seed, ROWS))
+        names = ("verdict", "reach", "agreement", "inside", "unrelated", "size")
+        told = {name: getattr(report, name) for name in names}
+        yield where | {"seed": seed, "found": len(report.matching)} | told
+        if seed == DRAWS[0]:
+            save_png(report.sheet(), out / f"{judged.name}.png")
 
 
 def line(row: dict[str, Any]) -> str:
     """A row in words."""
     names = ("reach", "agreement", "unrelated", "gone", "half way", "unrelated of all")
     numbers = ", ".join(f"{name} {row[name]:.4f}" for name in names if row[name] is not None)
-    where = f"{row['layer']}, rank {row['rank']} x {row['strength']:g}, seed {row['seed']}"
-    return f"{row['rule']}, {row['way']} ({where}): {row['verdict']}, {numbers}, size {row['size']:.2f}, {row['found']} found"
+    where = f"{row['layer']}, rank {row['rank']}, seed {row['seed']}, {row['found']} found"
+    return f"{row['rule']} ({where}): {row['verdict']}, {numbers}, size {row['size']:.2f}"
 
 
 def main(out: Path, names: Sequence[str] = ()) -> int:

@@ -1,11 +1,12 @@
 """The default edit against fine-tuning at equal reach: ``python -m benchmarks.rules.equal --out DIR [RULE ...]``.
 
-Every rule is solved with the defaults at two layers of its generator. How far that goes (*progress*, see :mod:`.grid`)
-is the reach to compare at: all weights are fine-tuned on the same goal pictures, each result is scaled between what the
-weights were and what they became until it goes as far, and the change of unrelated pictures is told. Fine-tuning may
-choose its learning rate, its stop and whether it preserves ordinary pictures on the very pictures that are compared,
-which ours may not. What ``rc.measure`` says of the default edit is told, too: none may destroy pictures, and none may
-do nothing without a word. The lines go to ``equal.jsonl``, and edits that are there are not done again.
+Every rule is solved with the defaults (``--objective``: or fitted to something else), at two layers. How
+far that goes (*progress*, see :mod:`.grid`) is the reach to compare at: all weights are fine-tuned on the same goal
+pictures, each result is scaled between what the weights were and what they became until it goes as far, and the change
+of unrelated pictures is told. Fine-tuning may choose its learning rate, its stop and whether it preserves ordinary
+pictures on the very pictures that are compared, which ours may not. What ``rc.measure`` says of the default edit is
+told, too: none may destroy pictures, and none may do nothing without a word. The lines go to ``equal.jsonl``
+(``equal-OBJECTIVE.jsonl``), and edits that are there are not done again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ TUNINGS: tuple[tuple[float, float, tuple[int, ...]], ...] = (  # (preserve, lear
     (0.0, 0.003, (25, 100)),
     (0.0, 0.01, (25, 100)),
     (1.0, 0.003, (25, 100)),
+    (1.0, 0.01, (25, 100)),
 )
+PLAIN = "lr 0.01, 25 steps", "lr 0.01, 100 steps"  # fine-tuning when nothing but the goals is given, and its stop
+KEPT = tuple(f"{words}, preserve" for words in PLAIN)  # and ordinary pictures
+
 SCENES = 100  # of chapels
 ORDINARY = 16  # pictures that fine-tuning is asked to leave alone
 HALVINGS = 4  # of the strength that goes as far as ours
@@ -47,12 +52,13 @@ class Trial:
         self.latents = judge.edit_latents
         self.edit = judged.edit.on(self.latents)
 
-    def ours(self) -> tuple[float, dict[str, Any]]:
-        """The default edit: how far it goes, and the facts of it."""
+    def ours(self, **options: Any) -> tuple[float, dict[str, Any]]:
+        """The default edit, or with these options: how far it goes, and the facts of it."""
         moment = rc.collect_second_moment(self.layer, self.latents, batch_size=50, progress=False)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            change = rc.rewrite(self.layer, moment, self.edit, self.latents, **self.rule.options(self.layer))
+            options = self.rule.options(self.layer) | options
+            change = rc.rewrite(self.layer, moment, self.edit, self.latents, **options)
         rows = torch.cat([self.judge.concerned, self.judge.unrelated])
         unseen, span = self.judge.unseen[rows], self.rule.subject.span
         report = rc.measure(change, self.edit, self.latents, unseen, moment=moment, span=span)
@@ -100,10 +106,10 @@ class Trial:
         return before + share * (after - before)
 
 
-def row_of(judged: Rule, judge: Judge, name: str) -> dict[str, Any]:
+def row_of(judged: Rule, judge: Judge, name: str, **options: Any) -> dict[str, Any]:
     """One edit, and the fine-tuning that changes the fewest unrelated pictures at its reach."""
     trial = Trial(judged, judge, name)
-    progress, facts = trial.ours()
+    progress, facts = trial.ours(**options)
     ways = dict(trial.tuned(progress))
     reached = {words: unrelated for words, unrelated in ways.items() if unrelated is not None}
     best = min(reached, key=lambda words: reached[words]) if reached else None
@@ -141,11 +147,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"({less / len(some):.0%}); "
                 f"in {never} of these no fine-tuning goes so far"
             )
-    for words in rows[0]["all"] if rows else ():
-        known = [(row["unrelated"], row["all"][words]) for row in rows]
-        less = sum(other is None or own < other for own, other in known)
-        never = sum(other is None for _, other in known)
-        yield f"against {words} alone: less in {less} of {len(rows)} ({less / len(rows):.0%}), {never} never so far"
+    ways = rows[0]["all"] if rows else ()
+    named = {"fine-tuning as it is by default": PLAIN, "that with ordinary pictures": KEPT}
+    for words, some in (named | {f"{way} alone": (way,) for way in ways}).items():
+        if not {*some} <= {*ways}:
+            continue
+        known = [(row["unrelated"], [row["all"][way] for way in some if row["all"][way] is not None]) for row in rows]
+        less = sum(all(own < other for other in others) for own, others in known)
+        never = sum(not others for _, others in known)
+        yield f"against {words}: less in {less} of {len(rows)} ({less / len(rows):.0%}), {never} never so far"
     verdicts = [row["verdict"] for row in rows]
     yield "verdicts: " + ", ".join(f"{each} {verdicts.count(each)}" for each in sorted(set(verdicts)))
     little = [row for row in rows if row["paste"] is not None and row["paste"] < LITTLE]
@@ -153,13 +163,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"own paste less than {LITTLE:g} of the way: {len(little)}, without a warning: {', '.join(silent) or 'none'}"
 
 
-def main(out: Path, names: Sequence[str] = ()) -> int:
-    """Do the edits that `out` lacks, and print the lines of all."""
+def main(out: Path, names: Sequence[str] = (), objective: str | None = None) -> int:
+    """Do the edits that `out` lacks, and print the lines of all. `objective`: instead of the default one; painted goals
+    have theirs, and are left out."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "equal.jsonl"
+    path = out / (f"equal-{objective}.jsonl" if objective else "equal.jsonl")
+    options: dict[str, Any] = {"objective": objective} if objective else {}
     rows = lines_of(path)
     print(*map(line, rows), sep="\n", flush=True)
-    for name in names or NAMES + PAINTED:
+    for name in names or (NAMES if objective else NAMES + PAINTED):
         judged = rule(name)
         left = [
             layer
@@ -170,7 +182,7 @@ def main(out: Path, names: Sequence[str] = ()) -> int:
             judge = Judge(judged, SCENES) if left else None
             for layer in left:
                 assert judge is not None
-                rows.append(row_of(judged, judge, layer))
+                rows.append(row_of(judged, judge, layer, **options))
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(line(rows[-1]), flush=True)
@@ -184,5 +196,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("rules", nargs="*", choices=[[], *NAMES, *PAINTED], help="by default all of them")
+    parser.add_argument("--objective", choices=("value", "activation", "pictures"), help="by default the default one")
     given = parser.parse_args()
-    raise SystemExit(main(given.out, given.rules))
+    raise SystemExit(main(given.out, given.rules, given.objective))

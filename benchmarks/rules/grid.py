@@ -29,10 +29,9 @@ import rewrite_core as rc
 from rewrite_core.demo import RULES as SCENES
 from rewrite_core.demo.rules import score
 from rewrite_core.demo.world import region, render, scene_from_latents
-from rewrite_core.edits.goals import paste_goals
 from rewrite_core.files import atomic_write
 
-from . import NAMES, Rule, rule
+from . import NAMES, PAINTED, Rule, rule
 
 _WHOLE: dict[str, Any] = {"rank": 4, "region": "map", "loss": "l2"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -149,11 +148,9 @@ def of_change(judge: Judge, change: rc.Rewrite) -> Scaled:
 
 
 def fine_tuned(judge: Judge, layer: rc.BoundLayer, steps: int) -> Scaled:
-    """All weights of the generator, trained by Adam (1e-4 of each weight's own scale) towards the pictures that the
-    pasted value renders; scaled between what they were and what they became."""
-    goals = paste_goals(layer, judge.rule.edit, judge.edit_latents, "map")
-    rows = list(dict.fromkeys(paste.index for paste in judge.rule.edit.pastes))
-    target = layer.render(judge.edit_latents[rows], torch.cat([goal.target for goal in goals]))
+    """All weights of the generator, trained by Adam (1e-4 of each weight's own scale) towards the goal pictures; scaled
+    between what they were and what they became."""
+    target, rows = judge.rule.goals(layer), judge.rule.rows
     tuned = copy.deepcopy(judge.generator)
     groups = [{"params": [own], "lr": 0.01 * own.detach().square().mean().sqrt().item()} for own in tuned.parameters()]
     optimiser = torch.optim.Adam(groups, lr=1e-3)
@@ -197,11 +194,14 @@ def rows_of(
     layer = rc.bind(judge.generator, named)
     moment = rc.collect_second_moment(layer, judge.edit_latents, batch_size=50, progress=False)
     for name, options in settings.items():
+        if judged.retouch and options and options.get("objective", "pictures") != "pictures":
+            continue  # what is painted is a picture
         start = time.perf_counter()
         facts: dict[str, Any] = {"rank": None, "size": None}
         if options is None:
             scaled = fine_tuned(judge, layer, steps)
         else:
+            options = options | judged.options(layer)
             change = rc.rewrite(layer, moment, judged.edit, judge.edit_latents, **options)
             scaled, facts = of_change(judge, change), {"rank": change.rank, "size": change.size}
         seconds, full = time.perf_counter() - start, scaled(1.0)
@@ -258,7 +258,7 @@ def main(out: Path, quick: bool, chosen: Sequence[str] = (), names: Sequence[str
     settings |= {"fine-tuning": None}
     rows = lines_of(path)
     print(HEAD, *map(_line, rows), sep="\n", flush=True)
-    for name in names or (("watermark", "faces_glasses", "svhn_grey") if quick else NAMES):
+    for name in names or (("watermark", "faces_glasses", "svhn_grey") if quick else NAMES + PAINTED):
         done = {row["settings"] for row in rows if row["rule"] == name}
         left = {each: options for each, options in settings.items() if each not in done}
         try:
@@ -308,6 +308,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[], help="by default all")
-    parser.add_argument("--rules", nargs="+", choices=NAMES, default=[], help="by default all")
+    parser.add_argument("--rules", nargs="+", choices=NAMES + PAINTED, default=[], help="by default all")
     given = parser.parse_args()
     raise SystemExit(main(given.out, False, given.settings, given.rules))
