@@ -179,6 +179,15 @@ def summary(rows: Sequence[dict]) -> Iterator[str]:
         yield f"{rule or 'all':12} {len(own):5}  " + "  ".join(
             f"{n:{width}.3f}" for n, width in zip(numbers, (7, 7, 9, 7, 8), strict=True)
         )
+    for told in ("size", "weight_size"):
+        each = [[row for row in rows if row["layer"] == name] for name in LAYERS]
+        within = [
+            rank_correlation([row["truth"]["collateral_unrelated"] for row in own], [row[told] for row in own])
+            for own in each
+            if len(own) > 2
+        ]
+        if within:
+            yield f"{told} within one layer: {min(within):.2f} to {max(within):.2f}"
     train, test = rows[::2], rows[1::2]
 
     def right(some: Sequence[dict], *limits: float) -> float:
@@ -191,6 +200,12 @@ def summary(rows: Sequence[dict]) -> Iterator[str]:
             f"verdicts with limits {limits} ({text}): right in {right(train, *limits):.1%} of the first half, "
             f"{right(test, *limits):.1%} of the second"
         )
+    limits = FOLLOWS, SPILLS, DESTROYS
+    for rule in RULES:
+        own = [row for row in rows if row["rule"] == rule]
+        if own:
+            yield f"{rule}: the library's verdict is right in {right(own, *limits):.1%} of {len(own)}"
+    yield f"of all: right in {right(rows, *limits):.1%} of {len(rows)}"
     for kind in ("holds", "weak", "spills", "destroys"):
         told = [verdict_with(row, FOLLOWS, SPILLS, DESTROYS) for row in rows if true_verdict(row["truth"]) == kind]
         yield f"truly {kind}: {len(told)}, told " + ", ".join(
