@@ -82,6 +82,26 @@ def test_images_with_rewrites_are_those_of_applying_them(session, layer, moment)
     assert torch.equal(painted(layer, [1, 2, 3]), before)
 
 
+def test_a_change_is_made_once_for_many_pictures(session, layer, moment, monkeypatch):
+    """Pictures with the same changes on, as strong as before, take the weight that they made; the generator is left as
+    it was, and other changes, strengths and weights are made anew."""
+    change, calls = session.rewrite(EDIT, **VALUES), []
+    apply = rc.Rewrite.apply
+    monkeypatch.setattr(rc.Rewrite, "apply", lambda *given, **more: calls.append(given) or apply(*given, **more))
+    original, weight = session.images([0, 1]), layer.weight.clone()
+    first = session.images([0, 1], [change])
+    assert torch.equal(session.images([0, 1], [change]), first) and len(calls) == 1
+    assert torch.equal(layer.weight, weight) and torch.equal(session.images([0, 1]), original)
+    half = session.images([0, 1], [change], 0.5)
+    assert len(calls) == 2 and not torch.equal(half, first)
+    with torch.no_grad():
+        layer.parameter.mul_(1.5)
+    other = session.images([0, 1], [change], 0.5)
+    assert len(calls) == 3 and not torch.equal(other, half)
+    change.apply(layer.generator, strength=0.5, force=True)
+    assert torch.equal(painted(layer, [0, 1]), other)
+
+
 def test_a_rewrite_of_an_earlier_layer_takes_a_full_pass(session, layer):
     early = rc.bind(layer.generator, "1")
     change = rc.erase(

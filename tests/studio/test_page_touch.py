@@ -59,22 +59,6 @@ def test_a_finger_draws_a_lasso(page):
     assert np.abs(np.array(bounds(copy.mask)) - (0.25, 0.25, 0.75, 0.5)).max() <= 2 / 256
 
 
-def test_a_second_finger_leaves_the_first_ones_stroke_alone(page):
-    page.choose(4)
-    finger = Finger(page)
-    start, end, stray = corners(page, (0.25, 0.25), (0.75, 0.75), (0.9, 0.1))
-    page.page.click("[data-tool=box]")
-    finger.send("touchStart", start)
-    finger.send("touchMove", end)
-    finger.send("touchStart", end, stray)
-    finger.send("touchMove", end, (stray[0] - 5, stray[1]))
-    finger.send("touchEnd", end)
-    finger.send("touchEnd")
-    page.use("copy")
-    page.wait(lambda: bool(page.state()["edit"]))
-    assert np.abs(np.array(bounds(page.edit().copy.mask)) - (0.25, 0.25, 0.75, 0.75)).max() <= 2 / 256
-
-
 def box(page, start, end):
     """A rectangle between two places of the screen."""
     page.page.click("[data-tool=box]")
@@ -112,6 +96,26 @@ def test_wheel_and_pan(page, how):
     assert np.abs(drawn(page) - (0.375, 0.5, 0.475, 0.55)).max() <= 3 / 256
     page.page.mouse.move(*at)
     page.page.mouse.wheel(0, 4000)  # back to the whole of it
+
+
+def test_two_fingers_zoom_and_pan_and_draw_nothing(page):
+    """They end twice as far apart, and a quarter to the right: what the first had begun is let go."""
+    page.choose(4)
+    finger = Finger(page)
+    left, right, middle = corners(page, (0.4, 0.5), (0.6, 0.5), (0.5, 0.5))
+    side = page.place(1, 0)[0] - page.place(0, 0)[0]
+    finger.send("touchStart", left)
+    finger.send("touchMove", (left[0] - 3, left[1]))
+    finger.send("touchStart", (left[0], left[1]), right)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        moved, spread = share * side / 4, share * side / 10
+        finger.send("touchMove", (left[0] + moved - spread, left[1]), (right[0] + moved + spread, right[1]))
+    finger.send("touchEnd", (right[0] + side / 4, right[1]))
+    finger.send("touchMove", (right[0], right[1]))  # the one that is left
+    finger.send("touchEnd")
+    assert page.page.locator("#use-copy").is_disabled()
+    box(page, middle, corners(page, (0.7, 0.6))[0])
+    assert np.abs(drawn(page) - (0.375, 0.5, 0.475, 0.55)).max() <= 4 / 256
 
 
 def test_a_film_is_saved(page):

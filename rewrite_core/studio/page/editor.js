@@ -19,6 +19,8 @@ export class Editor {
     this.cursor = null; // of the keyboard, in the mask's pixels
     this.view = { zoom: 1, x: 0, y: 0 };
     this.panning = null;
+    this.fingers = new Map(); // those on the picture: number -> where on the screen
+    this.pinch = null; // where two of them were, or what is left of two
     this.space = false;
     for (const [name, call] of Object.entries({
       pointerdown: this.down, pointermove: this.move, pointerup: this.up, pointercancel: this.stop, dblclick: this.close,
@@ -73,9 +75,10 @@ export class Editor {
   // --- pointer
 
   down(event) {
-    if (!this.mask || !event.isPrimary) return; // a second finger, or the palm
+    if (!this.mask) return;
     this.canvas.setPointerCapture(event.pointerId);
     this.canvas.focus();
+    if (event.pointerType === "touch" && this.touched(event)) return;
     if (event.button === 1 || this.space) {
       this.panning = [event.clientX - this.view.x, event.clientY - this.view.y];
       event.preventDefault();
@@ -91,7 +94,7 @@ export class Editor {
   }
 
   move(event) {
-    if (!event.isPrimary) return;
+    if (this.pinch) return this.pinched(event);
     if (this.panning) {
       this.view.x = event.clientX - this.panning[0];
       this.view.y = event.clientY - this.panning[1];
@@ -110,7 +113,7 @@ export class Editor {
   }
 
   up(event) {
-    if (!event.isPrimary) return;
+    if (this.lifted(event)) return;
     if (this.panning) { this.panning = null; return; }
     if (!this.stroke || this.tool === "polygon") return;
     if (this.tool === "box") this.stroke.points[1] = this.place(event);
@@ -119,10 +122,50 @@ export class Editor {
 
   // By the key Escape, or by the system, which may take a touch for itself.
   stop(event) {
-    if (event && !event.isPrimary) return;
+    if (event && this.lifted(event)) return;
     this.panning = null;
     this.stroke = null;
     this.paint();
+  }
+
+  // --- two fingers: they zoom and pan, and what the first has begun to draw is let go
+
+  // Whether this finger is one of several.
+  touched(event) {
+    this.fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (this.fingers.size < 2) return false;
+    if (this.tool === "polygon") this.stroke?.points.pop(); // the first finger's corner
+    else this.stroke = null;
+    this.panning = null;
+    this.pinch = this.between();
+    this.paint();
+    return true;
+  }
+
+  // The middle of the first two fingers, and how far they are apart.
+  between() {
+    const [[ax, ay], [bx, by]] = this.fingers.values();
+    return { clientX: (ax + bx) / 2, clientY: (ay + by) / 2, apart: Math.max(1, Math.hypot(ax - bx, ay - by)) };
+  }
+
+  pinched(event) {
+    if (!this.fingers.has(event.pointerId)) return;
+    this.fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (this.fingers.size < 2) return; // one that is left
+    const old = this.pinch, now = this.pinch = this.between();
+    this.enlarge(now.apart / old.apart, this.place(old));
+    if (this.view.zoom === 1) return;
+    this.view.x += now.clientX - old.clientX;
+    this.view.y += now.clientY - old.clientY;
+  }
+
+  // A finger has gone; whether it was one of several. The last of them draws nothing.
+  lifted(event) {
+    this.fingers.delete(event.pointerId);
+    if (!this.pinch) return false;
+    if (this.fingers.size > 1) this.pinch = this.between();
+    else if (!this.fingers.size) this.pinch = null;
+    return true;
   }
 
   wheel(event) {
