@@ -27,6 +27,7 @@ from ..ops.finite import all_finite
 from ..solvers.problem import combine
 
 NAME = "_rewrite_core_stack"
+_CACHED = 1 << 19  # numbers: float64 products of so many or fewer stay in the cache
 
 
 class Change(NamedTuple):
@@ -51,8 +52,9 @@ def delta(directions: Tensor, coefficients: Tensor, strength: float = 1.0) -> Te
     """strength Lambda D, [O, I, *kernel], computed in float64, in the coefficients' dtype."""
     outputs, _, *kernel = coefficients.shape
     result = coefficients.new_empty(outputs, directions.shape[1], *kernel)
-    for block in blocks(result):
-        result[block] = strength * combine(coefficients[block].double(), directions.double())
+    for block in blocks(result, _CACHED):
+        part = combine(coefficients[block].double(), directions.double())
+        result[block] = part if strength == 1 else strength * part
     return result
 
 
