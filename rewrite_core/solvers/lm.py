@@ -34,7 +34,8 @@ def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Ten
     # [O, I, T] in its own precision: float32 products of all of W cost a tenth of float64 ones
     weight, square = problem.weight.flatten(2), style.to(problem.weight).square()
     rows = problem.directions.to(square)
-    constant = torch.matmul(square, weight.square()).double().sum(1) + eps
+    squares = problem.layer._adapter.once("squares", weight, weight.square)
+    constant = torch.matmul(square, squares).double().sum(1) + eps
     linear = torch.matmul(rows * square, weight).double().flatten(1)
     rows, square = rows.double(), square.double()
     gram = rows * square @ rows.T
