@@ -45,7 +45,7 @@ MOMENT_PICTURES = 1000  # that a second moment is collected from, where there ar
 SESSION_FILE = "studio.json"
 KINDS = ("rewrite", "erase", "zero")
 _THUMBNAIL = 64  # pixels
-_PIXELS_AT_ONCE = 12 << 16  # of pictures that are painted together: large ones one by one, to save memory
+_PIXELS_AT_ONCE = 1 << 16  # of pictures that are painted together: large ones come one by one, and take less memory
 _MEASURED_AT_ONCE = 4  # pictures: a hand that draws meanwhile waits for no more than these
 _MEASURED = ("verdict", "reach", "agreement", "paste", "inside", "outside", "unrelated", "size", "layer")
 made_by: ContextVar[str] = ContextVar("made_by", default="")  # the page whose request is worked on
@@ -269,8 +269,9 @@ class Workshop:
     def paint_soon(
         self, parts: Sequence[list[int]], side: int, original: bool = False, strength: float | None = None
     ) -> list[tuple[list[int], Future[Tiles]]]:
-        """Pictures as they are now, part by part: the rows of each, and what will be painted of them. One thread works
-        through all that was asked for; whoever no longer wants a part cancels it."""
+        """Pictures as they are now, part by part: the rows of each, and what will be painted of them; parts of large
+        pictures are divided. One thread works through all that was asked for; whoever no longer wants a part cancels
+        it."""
         missing = [row for part in parts for row in part if not 0 <= row < len(self.latents)]
         if missing:
             raise SelectionError(f"There is no picture {missing[0]}; the last one is {len(self.latents) - 1}.")
@@ -280,7 +281,8 @@ class Workshop:
         def work(rows: list[int]) -> Tiles:
             return tiles(self._paint(rows, changes, strengths), side)
 
-        return [(part, self._painter.submit(work, part)) for part in parts]
+        small = [rows for part in parts for rows in self._batches(part)]
+        return [(rows, self._painter.submit(work, rows)) for rows in small]
 
     def differences(self, rows: Sequence[int]) -> list[float]:
         """How much each picture differs from the original: mean absolute difference, 0..1."""

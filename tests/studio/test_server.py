@@ -148,6 +148,14 @@ def test_pictures_come_in_the_parts_that_were_asked_for(client, shop):
     assert client.get("/api/pictures?rows=3;99").json()["error"] == "There is no picture 99; the last one is 39."
 
 
+def test_large_pictures_come_a_few_at_a_time(client, shop, monkeypatch):
+    monkeypatch.setattr("rewrite_core.studio.workshop._PIXELS_AT_ONCE", 2 * 8 * 8)
+    found = streamed(client.get("/api/pictures?rows=3,0,9;5&side=8").content)
+    assert [told["rows"] for told, _ in found] == [[3, 0], [9], [5]]
+    monkeypatch.setattr("rewrite_core.studio.workshop._PIXELS_AT_ONCE", 1)
+    assert torch.allclose(shop.paint([3, 0, 9]), torch.cat([shop.paint([row]) for row in (3, 0, 9)]))
+
+
 def test_a_fit_brings_its_pictures(client, shop):
     plain = streamed(client.get("/api/pictures?rows=1,5&side=8").content)
     asked = {"edit": EDIT, "settings": {"rank": 2}, "pictures": {"rows": "1,5", "side": 8}}
