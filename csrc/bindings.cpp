@@ -160,8 +160,9 @@ py::object call_second_moment(Fields& fields) {
   double* out = fields.pointer<double>("out");
   const int threads = fields.number<int>("threads");
   const Isa isa = fields.isa();
+  const int64_t groups = fields.number<int64_t>("groups", 1);
   fields.done();
-  run("second_moment", [&] { return second_moment(features, dtype, sizes, strides, out, threads, isa); });
+  run("second_moment", [&] { return second_moment(features, dtype, sizes, strides, out, threads, isa, groups); });
   return py::none();
 }
 
@@ -401,7 +402,7 @@ PyMethodDef methods[] = {
     method<call_second_moment>("second_moment",
                                "out [c, c] += the second moment of features (n, c, h, w): features, dtype (as torch "
                                "names it), sizes, strides, "
-                               "out, threads, isa (\"\": the best)."),
+                               "out, threads, isa (\"\": the best), groups (of channels, out [groups, c, c])."),
     method<call_examine>("examine",
                          "Of each of matrices [batch, n, n], doubles: the mean diagonal, the largest |diagonal|, and "
                          "the largest |a_ij - "

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "second_moment/ahead.h"
+#include "second_moment/groups.h"
 
 namespace rewrite_core {
 namespace {
@@ -370,14 +371,48 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
   return Status::ok;
 }
 
+Status run_one(const SecondMomentProblem& p, double* out, int threads) {
+  return p.positions.total > 0 && p.positions.total <= few ? run_few(p, out, threads) : run(p, out, threads);
+}
+
+// Groups of more channels than a tile has: each is a problem of its own. Threads take whole groups where there are
+// enough of them.
+Status run_large_groups(const SecondMomentProblem& p, int64_t groups, double* out, int threads) {
+  const int64_t size = p.channels / groups;
+  const auto one = [&](int64_t group, int helpers) {
+    const SecondMomentProblem own{p.kernels, p.features + group * size * p.channel_stride * p.element,
+                                  p.dtype,   size,
+                                  p.channel_stride, p.positions};
+    return run_one(own, out + group * size * size, helpers);
+  };
+  const double work = 0.5 * static_cast<double>(p.positions.total + few) * size * p.channels;
+  const int useful = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  if (groups < 4 * useful) {  // the last ones would be waited for
+    for (int64_t group = 0; group < groups; ++group) {
+      if (const Status status = one(group, threads); status != Status::ok) return status;
+    }
+    return Status::ok;
+  }
+  std::atomic<Status> found{Status::ok};
+  Team::run(useful, [&](Team& team) {
+    team.each([&](int) {
+      for (int64_t group = team.next(); group < groups; group = team.next()) {
+        if (const Status status = one(group, 1); status != Status::ok) found = status;
+      }
+    });
+  });
+  return found;
+}
+
 }  // namespace
 
 Status second_moment(const void* features, DType dtype, const int64_t sizes[4], const int64_t strides[4], double* out,
-                     int threads, Isa isa) {
+                     int threads, Isa isa, int64_t groups) {
   for (int i = 0; i < 4; ++i) {
     if (sizes[i] < 0 || strides[i] < 0) return Status::bad_argument;
   }
   if (sizes[1] < 1 || !out || isa > detect_isa()) return Status::bad_argument;
+  if (groups < 1 || sizes[1] % groups) return Status::bad_argument;
   const Positions positions(sizes, strides);
   if (positions.total > 0 && !features) return Status::bad_argument;
   const SecondMomentTable& table = second_moment_table_for(isa);
@@ -386,7 +421,9 @@ Status second_moment(const void* features, DType dtype, const int64_t sizes[4], 
   const SecondMomentKernels& kernels = dtype == DType::float64 ? table.float64 : pairs ? table.bfloat16 : table.float32;
   const int64_t channel_stride = sizes[1] > 1 ? strides[1] : 0;  // of one channel it may be anything
   const SecondMomentProblem problem{kernels, bytes, dtype, sizes[1], channel_stride, positions};
-  return positions.total > 0 && positions.total <= few ? run_few(problem, out, threads) : run(problem, out, threads);
+  if (groups == 1) return run_one(problem, out, threads);
+  return sizes[1] / groups <= kernels.columns ? run_small_groups(problem, groups, out, threads)
+                                              : run_large_groups(problem, groups, out, threads);
 }
 
 }  // namespace rewrite_core

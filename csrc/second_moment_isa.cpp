@@ -45,8 +45,8 @@ constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) 
           tile_rows,       tile_columns,
           panel_channels,  pack,
           tile<Element>,   diagonal<Element>,
-          widen<Element>,  outer,
-          add_mirrored};
+          blocks<Element>, widen<Element>,
+          outer,           add_mirrored};
 }
 
 template <bool exist>

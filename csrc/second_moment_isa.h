@@ -52,6 +52,10 @@ struct SecondMomentKernels {
   // The same for the products j <= i of the first `channels` <= columns channels from `block`.
   void (*diagonal)(const void* block, int channels, int steps, double* out, int64_t out_stride);
 
+  // Of each of `count` groups of `size` <= columns channels, one after the other from `block`: out[group][i][j] += the
+  // products j <= i of its channels; out is [count, size, size]. Reads `columns` channels from each group's first on.
+  void (*blocks)(const void* block, int size, int count, int steps, double* out);
+
   // Few positions: to[position * stride + channel] = the packed keys of `channels` channels, in double.
   void (*widen)(const void* packed, int channels, int positions, double* to, int64_t stride);
 

@@ -159,6 +159,57 @@ void diagonal(const void* block, int channels, int steps, double* out, int64_t o
   }
 }
 
+// sums[i] = the sum of squares of channel i, for `count` channels.
+template <class Element, int count>
+void squares(const char* block, int steps, double* sums) {
+  typedef typename Products<Element>::Real Real;
+  typedef typename Vector<Real, vector_bytes>::packed Packed;
+  Vec<Real> total[count] = {};
+  for (int start = 0, end; start < steps; start = end) {
+    end = end_of_terms<Real>(start, steps);
+    Vec<Real> sum[count] = {};
+    for (int step = start; step < end; ++step) {
+#pragma GCC unroll 8
+      for (int i = 0; i < count; ++i) {
+        const Vec<Real> value = *reinterpret_cast<const Packed*>(block + i * key_stride + step * vector_bytes);
+        Products<Element>::add(sum[i], value, value);
+      }
+    }
+    add_all<Real, count>(total, sum);
+  }
+  add_lanes<Real, count>(total, sums);
+}
+
+// SecondMomentKernels::blocks. A triangle of four channels serves two groups of two.
+template <class Element>
+void blocks(const void* block, int size, int count, int steps, double* out) {
+  const char* first = static_cast<const char*>(block);
+  if (size == 1) {
+    int group = 0;
+    for (; group + 8 <= count; group += 8) squares<Element, 8>(first + group * key_stride, steps, out + group);
+    for (; group < count; ++group) squares<Element, 1>(first + group * key_stride, steps, out + group);
+    return;
+  }
+  const int together = size == 2 ? 2 : 1;
+  for (int group = 0; group < count; group += together) {
+    const char* keys = first + group * size * key_stride;
+    double* target = out + group * size * size;
+    if (size > 4) {
+      diagonal<Element>(keys, size, steps, target, size);
+      continue;
+    }
+    double sums[4 * 4] = {};
+    triangle<Element>(keys, steps, sums, 4);
+    for (int other = 0; other < together && group + other < count; ++other) {
+      for (int i = 0; i < size; ++i) {
+        for (int j = 0; j <= i; ++j) {
+          target[(other * size + i) * size + j] += sums[(other * size + i) * 4 + other * size + j];
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

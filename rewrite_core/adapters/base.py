@@ -216,6 +216,10 @@ class LayerAdapter(abc.ABC):
         """The layer's linear operator. key [N, I', *map], weight [O', I', *kernel] -> [N, O', *map'] for any
         I' and O': the solver also runs it on one-hot kernels over a single map."""
 
+    def used(self, key: Tensor, weight: Tensor) -> Tensor:
+        """What the layer makes of a weight [O, I, *kernel]: its linear operator, but for weights between groups."""
+        return self.linear(key, weight)
+
     @abc.abstractmethod
     def post_operation(self, capture: Capture) -> PostOperation | None:
         """What follows the linear operator; None where that is unknown or couples channels."""

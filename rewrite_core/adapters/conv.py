@@ -56,10 +56,6 @@ class PlainLayer(LayerAdapter):
         linear, shift = self.used(capture.key, weight), self.shift(capture)
         return linear if shift is None else linear + shift
 
-    def used(self, key: Tensor, weight: Tensor) -> Tensor:
-        """What the layer makes of a weight [O, I, *kernel]: its linear operator, but for weights between groups."""
-        return self.linear(key, weight)
-
 
 class ConvLayer(PlainLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: weight [O, I / groups, *kernel]."""

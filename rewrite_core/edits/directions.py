@@ -12,6 +12,7 @@ from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError,
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..ops.finite import all_finite
+from ..statistics import blocks
 from ..statistics.checks import check_keys, check_layer
 from ..statistics.quantiles import UnitQuantiles
 from ..statistics.second_moment import SecondMoment, check_inputs, check_moment
@@ -83,7 +84,7 @@ def rank_units(
     if not isinstance(quantiles, UnitQuantiles | None):
         raise ArgumentError(f"quantiles is what rc.collect_unit_quantiles returns, not {quoted(quantiles)}.")
     if quantiles is None:
-        scale = moment.on(rows.device).matrix().diagonal()
+        scale = blocks.diagonal(moment.on(rows.device).blocks())
         scores = rows.square() / torch.where(scale > 0, scale, torch.inf)
     else:
         scores = -torch.log1p(-quantiles.quantile(rows)).to(rows.device)
@@ -143,10 +144,8 @@ def context_directions(
     own, weighted = moment.on(rows.device), rows * weights[:, None]
     mean = weighted.sum(0)
     if directions == "whitened":
-        lower = own.factor.lower
-        white = torch.linalg.solve_triangular(lower, weighted.T, upper=False).T  # diag(w) M L^-T
-        top = _top_right_vectors(white, rank)
-        return _orthonormal_rows(torch.linalg.solve_triangular(lower.T, top.T, upper=True).T, mean)
+        top = _top_right_vectors(blocks.whiten(own.factor, weighted), rank)  # of diag(w) M L^-T
+        return _orthonormal_rows(blocks.directions_of(own.factor, top), mean)
     adjusted = own.solve(weighted)
     if directions == "mean":
         direction = adjusted.mean(0)

@@ -131,7 +131,7 @@ class _Sight:
         self.layer = layer
         with silent(DiagonalShiftWarning):
             lower = moment.factor.lower
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
         self._whitening = torch.linalg.solve_triangular(lower, eye, upper=False).float()  # L^-1 of C = L L^T
         size = tuple(keys.shape[2:])
         areas = [selection.area(size) for selection in where]
@@ -160,7 +160,12 @@ class _Sight:
 
     def white(self, keys: Tensor) -> Tensor:
         """Key maps [N, I, h, w] whitened, L^-1 k, averaged over cells: float32 on the CPU, as is all that follows."""
-        rows = torch.einsum("ij,njhw->nihw", self._whitening.to(keys.device), keys.float())
+        whitening = self._whitening.to(keys.device)
+        if whitening.ndim == 2:
+            rows = torch.einsum("ij,njhw->nihw", whitening, keys.float())
+        else:  # of groups of channels
+            own = keys.float().unflatten(1, (len(whitening), -1))
+            rows = torch.einsum("gij,ngjhw->ngihw", whitening, own).flatten(1, 2)
         return F.avg_pool2d(rows, self._pool).cpu()
 
     def _heat(self, white: Tensor, contexts: Sequence[int]) -> Tensor:

@@ -206,6 +206,11 @@ class BoundLayer(Tap):
         """The layer's linear operator on key [N, I', *map] with weight [O', I', *kernel]."""
         return self._adapter.linear(key, weight)
 
+    def used(self, key: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`linear` on all of the layer's channels, in the time of its own groups: weights between them are not
+        used."""
+        return self._adapter.used(key, weight)
+
     def value(self, capture: Capture, weight: Tensor | None = None) -> Tensor:
         """The value of a capture under `weight` [O, I, *kernel] (default: the current one), differentiable."""
         if capture.runs > 1:

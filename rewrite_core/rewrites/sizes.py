@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layers.bound import BoundLayer
-from ..layers.memory import BLOCK, blocks
+from ..layers.memory import BLOCK
+from ..layers.memory import blocks as pieces
+from ..statistics import blocks
 from ..statistics.second_moment import SecondMoment
 from ..waits import on_gpu
 
@@ -23,15 +25,21 @@ def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight:
         moment: of the layer's keys.
         delta, weight: dW and W, [O, I, *kernel].
     """
-    matrix = moment.within_groups(layer.groups).matrix()
-    whole = _energy(matrix, weight).item()
-    return math.sqrt(_energy(matrix, delta).item() / whole) if whole > 0 else math.inf
+    own = moment.within_groups(layer.groups).blocks()
+    whole = _energy(own, weight).item()
+    return math.sqrt(_energy(own, delta).item() / whole) if whole > 0 else math.inf
 
 
 def _energy(matrix: Tensor, weight: Tensor) -> Tensor:
-    """tr W C W^T over all taps; of a large weight a few output channels at a time."""
+    """tr W C W^T over all taps, of C as a moment's blocks; of a large weight a few output channels at a time."""
+    if matrix.ndim == 3:
+        groups = len(matrix)
+        parts = weight.detach()[..., None].flatten(2).unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+        own = parts.diagonal(dim1=0, dim2=2).permute(3, 0, 2, 1).flatten(1, 2)  # [groups, O / groups taps, I / groups]
+        own = own.to(matrix.device).double()
+        return torch.bmm(own, matrix).mul_(own).sum().clamp_min(0)
     total = matrix.new_zeros(())
-    for block in blocks(weight, BLOCK if on_gpu(matrix) else BLOCK // 4):
+    for block in pieces(weight, BLOCK if on_gpu(matrix) else BLOCK // 4):
         part = weight[block].detach().to(matrix.device).double()
         rows = part[..., None].flatten(2).transpose(1, 2).flatten(0, 1)  # [O taps, I]
         total = total + (rows @ matrix).mul_(rows).sum()
@@ -44,7 +52,7 @@ def energy_of_weight(layer: BoundLayer, moment: SecondMoment) -> Tensor:
     own = moment.on(layer.parameter.device)
 
     def energy() -> Tensor:
-        return _energy(own.within_groups(layer.groups).matrix(), layer.weight)
+        return _energy(own.within_groups(layer.groups).blocks(), layer.weight)
 
     if on_gpu(layer.parameter):
         return energy()
@@ -54,13 +62,11 @@ def energy_of_weight(layer: BoundLayer, moment: SecondMoment) -> Tensor:
 
 def energy_of_factors(layer: BoundLayer, moment: SecondMoment, directions: Tensor, coefficients: Tensor) -> Tensor:
     """tr dW C dW^T of dW = Lambda D, from the R x R product D C D^T; float64 on the layer's device."""
-    matrix = moment.on(layer.parameter.device).matrix()
-    rows = directions.detach().to(matrix)
-    parts = coefficients.detach().to(matrix)[..., None].flatten(2).chunk(layer.groups)  # [O, R, taps]
-    size = layer.in_channels // layer.groups
-    total = matrix.new_zeros(())
-    for group, own in enumerate(parts):
-        seen = slice(group * size, (group + 1) * size)
-        gram = rows[:, seen] @ matrix[seen, seen] @ rows[:, seen].T
-        total = total + torch.einsum("ort,rs,ost->", own, gram, own)
-    return total.clamp_min(0)
+    matrix = moment.on(layer.parameter.device).within_groups(layer.groups).blocks()
+    rows, own = directions.detach().to(matrix), coefficients.detach().to(matrix)[..., None].flatten(2)  # [O, R, taps]
+    if layer.groups == 1:
+        return torch.einsum("ort,rs,ost->", own, blocks.gram(rows, matrix), own).clamp_min(0)
+    seen = rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)  # [groups, R, I / groups]
+    grams = torch.bmm(torch.bmm(seen, matrix), seen.mT)
+    parts = own.unflatten(0, (layer.groups, -1))
+    return torch.einsum("gort,grs,gost->", parts, grams, parts).clamp_min(0)

@@ -350,7 +350,8 @@ def _problem(
 def _generic(layer: BoundLayer, directions: Tensor, moment: SecondMoment, latents: Tensor | None) -> Tensor:
     with stage("preserve"):
         images = torch.empty(0) if latents is None else latents[:_GENERIC_IMAGES]
-        return generic_second_moment(layer, directions, images, moment.on(layer.parameter.device).matrix())
+        own = moment.on(layer.parameter.device).within_groups(layer.groups)
+        return generic_second_moment(layer, directions, images, own.blocks())
 
 
 def _preserving(

@@ -22,7 +22,6 @@ from .problem import (
     after,
     basis_maps,
     grouped_basis_maps,
-    grouped_output,
     inputs_of,
     is_known,
 )
@@ -54,7 +53,7 @@ def all_fit_inputs(problem: LayerProblem) -> list[dict[str, Any]]:
     for (capture, target), operation in zip(problem.regions, operations, strict=True):
         with torch.no_grad():
             maps["basis"].append(grouped_basis_maps(layer, capture.key, problem.directions)[0].flatten(2))
-            base = grouped_output(layer, capture.key, problem.weight)
+            base = layer.used(capture.key, problem.weight)
         shift = torch.zeros((), dtype=base.dtype, device=base.device) if operation.shift is None else operation.shift
         for name, whole in (("base", base), ("target", target), ("shift", shift.to(base.dtype).expand(target.shape))):
             maps[name].append(whole[0].flatten(1).unflatten(0, (groups, -1)))

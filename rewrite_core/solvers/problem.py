@@ -15,7 +15,7 @@ from .. import ops
 from ..adapters.base import Capture, PostOperation
 from ..errors import NoImprovementWarning, SolverError, UnderdeterminedWarning, warn
 from ..layers.bound import BoundLayer
-from ..waits import likely, sent
+from ..waits import likely, on_gpu, sent
 
 _USELESS = 0.99  # of the loss before: a fit that leaves so much of it did next to nothing
 
@@ -89,6 +89,12 @@ class LayerProblem:
         return (F.l1_loss if self.loss == "l1" else F.mse_loss)(values[0], targets[0])
 
 
+_AT_ONCE, _AT_ONCE_ON_GPU = (
+    2**21,
+    2**27,
+)  # numbers of u: 8 MiB, for which no new pages are asked of the system each time
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSolution:
     """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; final_loss:
@@ -129,19 +135,6 @@ def grouped_basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Te
     return out.reshape(len(maps), layer.groups, -1, *out.shape[2:])
 
 
-def grouped_output(layer: BoundLayer, key: Tensor, weight: Tensor) -> Tensor:
-    """The layer's linear operator on key [N, I, *map] with a weight [O, I, *kernel] that is zero between groups."""
-    taps, groups = math.prod(layer.kernel_size), layer.groups
-    outputs, inputs = layer.out_channels, layer.in_channels
-    if inputs * taps**2 + outputs * inputs // groups * taps >= outputs * inputs * taps:
-        return layer.linear(key, weight)  # few groups: zeros cost less than maps of every input
-    maps = _one_hot_maps(layer, key.flatten(0, 1))  # [N I, kh kw, *map']
-    rows = maps.reshape(len(key), groups, -1, math.prod(maps.shape[2:]))  # [N, groups, I / groups kh kw, P]
-    blocks = weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    out = blocks.flatten(2).to(rows) @ rows  # [groups, O / groups, I / groups kh kw]
-    return out.reshape(len(key), outputs, *maps.shape[2:])
-
-
 def _one_hot_maps(layer: BoundLayer, maps: Tensor) -> Tensor:
     """The layer's linear operator on maps [M, *map], each by itself, with every one-hot kernel: [M, kh kw, *map']."""
     taps = math.prod(layer.kernel_size)
@@ -154,8 +147,9 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
     one for each group, [groups, R kh kw, R kh kw].
 
     A 1x1 layer (stride 1, no padding) has it exactly, D C D^T; others estimate it from the images of `latents`.
+    `moment` is C, or of a grouped layer its blocks, [groups, I / groups, I / groups].
     """
-    weight, parts = layer.weight, [inputs_of(layer, group) for group in range(layer.groups)]
+    weight = layer.weight
     if math.prod(layer.kernel_size) == 1:
         axes = max(1, len(layer.kernel_size))
         with torch.no_grad():
@@ -164,8 +158,10 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
         scale = scales.flatten()[0]
         if scales.shape[2:] == (2,) * axes and likely((scales == scale).all()):
             rows, moment = directions.double(), sent(moment, weight.device)
-            exact = [scale.square() * rows[:, own] @ moment[own, own] @ rows[:, own].T for own in parts]
-            return exact[0] if layer.groups == 1 else torch.stack(exact)
+            if layer.groups == 1:
+                return scale.square() * rows @ moment @ rows.T
+            own = rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)  # [groups, R, I / groups]
+            return scale.square() * torch.bmm(torch.bmm(own, moment), own.mT)
     total: Tensor | None = None
     count = 0
     with torch.no_grad():
@@ -176,12 +172,34 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
                 total = ops.second_moment(basis.flatten(2)[..., None], out=total)
                 count += basis.numel() // basis.shape[1]
             else:
-                rows = grouped_basis_maps(layer, keys, directions).flatten(3).transpose(0, 1).transpose(1, 2).flatten(2)
-                part = torch.bmm(rows.double(), rows.double().mT)  # [groups, J, J] of rows [groups, J, N P]
-                total = part if total is None else total + part
-                count += rows.shape[2]
+                part, positions = _of_groups(layer, keys, directions)
+                total = part if total is None else total.add_(part)
+                count += positions
     assert total is not None  # there is at least one latent
     return total / count
+
+
+def _of_groups(layer: BoundLayer, key: Tensor, directions: Tensor) -> tuple[Tensor, int]:
+    """The sum of u u^T over the positions of keys [N, I, *map], [groups, J, J], and the number of these. All u at once
+    would be `taps` times as large as the keys: some are made and added up at a time, so that they stay in the cache."""
+    groups, taps = layer.groups, math.prod(layer.kernel_size)
+    own = directions.to(key.dtype).unflatten(1, (groups, -1))  # [R, groups, I / groups]
+    most = _AT_ONCE_ON_GPU if on_gpu(key) else _AT_ONCE
+    size = max(1, len(own) * taps * math.prod(key.shape[2:]))  # of one image's u of one group
+    some, images = min(groups, max(1, most // size)), max(1, most // (size * groups))
+    parts, positions = [], 0
+    for first in range(0, groups, some):
+        rows = own[:, first : first + some]
+        total: Tensor | None = None
+        for keys in key.unflatten(1, (groups, -1))[:, first : first + some].split(images):
+            maps = torch.einsum("rgi,ngi...->ngr...", rows, keys)
+            basis = _one_hot_maps(layer, maps.flatten(0, 2))  # [N some R, taps, *map']
+            basis = basis.reshape(len(keys), -1, math.prod(basis.shape[2:]), 1)
+            total = ops.second_moment(basis, out=total, groups=rows.shape[1])
+            positions += basis.shape[0] * basis.shape[2]
+        assert total is not None  # there is at least one key
+        parts.append(total.reshape(rows.shape[1], *total.shape[-2:]))
+    return torch.cat(parts), positions // len(parts)
 
 
 def inputs_of(layer: BoundLayer, group: int) -> slice:

@@ -207,7 +207,8 @@ def collect_second_moment(
 
     The forward pass stops at the layer; keys are streamed and read where they lie, so memory does not grow with N:
     beside the sum [C, C] in float64 there is one more such matrix at a time (with `keys` up to four where C is
-    rank-deficient), and the activations of one batch.
+    rank-deficient), and the activations of one batch. Of a grouped convolution only the blocks of channels of one group
+    are summed and kept.
 
     On a GPU the updates run on a stream of their own beside the next forward pass, while one batch's key maps of the
     last layer are kept, and `skip_nonfinite` and `mask` take a copy of a batch's keys. The host waits for none of it,

@@ -84,12 +84,19 @@ def _facts_in(path: str | os.PathLike) -> dict[str, Any]:
         "layer": moment.layer,
         "weights": moment.fingerprint,
         "channels": moment.channels,
+        "groups of channels": moment.groups,
     }
 
 
 def _check_same(names: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
+    properties = {
+        "channels": "layer",
+        "groups of channels": "layer",
+        "layer": "layer",
+        "weights": "generator with the same weights",
+    }
     for name, fact in zip(names, facts):
-        for what, advice in (("channels", "layer"), ("layer", "layer"), ("weights", "generator with the same weights")):
+        for what, advice in properties.items():
             plural = "layers" if what == "layer" else what
             if fact[what] != facts[0][what]:
                 raise MismatchError(

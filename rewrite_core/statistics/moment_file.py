@@ -15,9 +15,10 @@ from torch import Tensor
 from ..errors import ArgumentError, FileFormatError
 from ..files import is_zip, open_file, plain, read_arrays, record_of, save_record, shown
 from ..layers.latents import LatentRecipe
+from . import blocks
 from .shards import are_shard_facts
 
-VERSION = 1
+WHOLE, BLOCKS = 1, 2  # versions of the format: of one sum [C, C], and of blocks [G, C/G, C/G]
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Stored:
     layer: str | None = None
     fingerprint: str | None = None
     latents: dict[str, Any] = field(default_factory=dict)
-    groups: int = 0
+    updates: int = 0
     spread: float = math.nan
     wide: bool = False
     key_errors: list[float] | None = None
@@ -39,7 +40,7 @@ class Stored:
 
 
 def write(path: str | os.PathLike, total: Tensor, facts: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write a sum, float64 [C, C], with the other fields of :class:`Stored`.
+    """Write a sum, float64 [C, C] or [G, C/G, C/G], with the other fields of :class:`Stored`.
 
     Raises ArgumentError for a record of latents that :func:`read` would refuse.
     """
@@ -48,7 +49,8 @@ def write(path: str | os.PathLike, total: Tensor, facts: dict[str, Any], state: 
             "A second moment's `latents` holds something of another type than collect_second_moment puts there: give "
             "`count` and `used` as whole numbers, `fingerprint` and `mask` as text."
         )
-    save_record(path, "second_moment", VERSION, {"sum": total.cpu(), **state}, facts)
+    version = WHOLE if total.ndim == 2 else BLOCKS
+    save_record(path, "second_moment", version, {"sum": total.cpu(), **state}, facts)
 
 
 def read(path: str | os.PathLike) -> Stored:
@@ -60,17 +62,17 @@ def read(path: str | os.PathLike) -> Stored:
     with open_file(path) as file:
         if is_zip(file):
             return _stored_by_others(read_arrays(file, path), shown(path))
-        tensors, metadata = record_of(file, path, "second_moment", VERSION)
+        tensors, metadata = record_of(file, path, "second_moment", WHOLE, BLOCKS)
     return _stored(tensors, metadata, shown(path))
 
 
 def _stored(tensors: dict[str, Tensor], metadata: dict[str, Any], name: str) -> Stored:
     """What a file holds, checked. Fields that earlier versions did not write have their defaults."""
     total = tensors.pop("sum", None)
-    if total is None or total.ndim != 2 or not 0 < len(total) == total.shape[1] or total.dtype != torch.float64:
-        raise FileFormatError(f"{name} holds no float64 [C, C] tensor 'sum'.")
-    counts = [metadata.get("count"), metadata.get("skipped", 0), metadata.get("groups", 0)]
-    if not all(map(_is_count, counts)) or not torch.isfinite(total).all() or bool((total.diagonal() < 0).any()):
+    if total is None or total.dtype != torch.float64 or not _are_blocks(total.shape):
+        raise FileFormatError(f"{name} holds no float64 [C, C] tensor 'sum', nor blocks of one, [G, C/G, C/G].")
+    counts = [metadata.get("count"), metadata.get("skipped", 0), metadata.get("groups", 0)]  # of updates
+    if not all(map(_is_count, counts)) or not torch.isfinite(total).all() or bool((blocks.diagonal(total) < 0).any()):
         raise FileFormatError(f"{name} holds no finite sum with its counts.")
     texts = [metadata.get("layer"), metadata.get("fingerprint")]
     latents, progress = metadata.get("latents") or {}, metadata.get("progress") or {}
@@ -85,9 +87,14 @@ def _stored(tensors: dict[str, Tensor], metadata: dict[str, Any], name: str) -> 
     ):
         raise FileFormatError(f"{name} has metadata of the wrong types.")
     spread = math.nan if spread is None else float(spread)
-    count, skipped, groups = counts
+    count, skipped, updates = counts
     layer, fingerprint = texts
-    return Stored(total, count, skipped, layer, fingerprint, latents, groups, spread, wide, errors, progress, tensors)
+    return Stored(total, count, skipped, layer, fingerprint, latents, updates, spread, wide, errors, progress, tensors)
+
+
+def _are_blocks(shape: torch.Size) -> bool:
+    several = len(shape) == 2 or (len(shape) == 3 and shape[0] > 1)
+    return several and 0 < shape[-1] == shape[-2]
 
 
 def _is_count(value: Any) -> bool:

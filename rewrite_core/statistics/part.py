@@ -39,7 +39,7 @@ class Part:
         if path is not None and Path(path).exists():
             self._resume(path, latents, facts)
         else:  # the fingerprint costs nothing during the first batch
-            self.moment = SecondMoment(layer.in_channels, layer.name)
+            self.moment = SecondMoment(layer.in_channels, layer.name, groups=layer.groups)
             self.moment.latents = facts
 
     def _resume(self, path: str | os.PathLike, latents: Tensor, facts: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Part:
                 self._total = (
                     own.new_zeros(own.shape, device=features.device) if fresh else own.to(features.device, copy=True)
                 )
-        part, numbers = measured(features, counts, skip_nonfinite)
+        part, numbers = measured(features, counts, skip_nonfinite, self.moment.groups)
         self._total += part
         self.done += count
         return numbers, Keys(features.dtype, skip_nonfinite), 0 if self.keys is None else self.keys.add(part)
@@ -117,7 +117,7 @@ class Part:
     @property
     def error(self) -> float:
         """The largest relative standard error, NaN where one is not known."""
-        errors = [self.moment.standard_error if self.moment._groups >= LEAST else math.nan]
+        errors = [self.moment.standard_error if self.moment._updates >= LEAST else math.nan]
         if self.keys is not None:
             errors += [math.nan] if self.moment.key_errors is None else self.moment.key_errors.tolist()
         return math.nan if any(map(math.isnan, errors)) else max(errors)

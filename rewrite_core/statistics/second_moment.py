@@ -27,13 +27,13 @@ from ..layers.bound import BoundLayer
 from ..layers.fingerprints import KIND
 from ..layers.latents import LatentRecipe, check_latents, recipe_of
 from ..ops.finite import all_finite
-from ..ops.spd_solve_op.factor import SPDFactor, spd_factor
+from ..ops.spd_solve_op.factor import SPDFactor
 from ..waits import sent
-from . import moment_file
+from . import blocks, moment_file
 from .checks import check_layer, what_is
 from .shards import joined_latents
 from .standard_errors import relative_error
-from .sums import Keys, Note, checked, masked, measured, positions, square, sum_of
+from .sums import Keys, Note, checked, is_finite, masked, measured, positions, square, sum_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,35 +59,47 @@ class SecondMoment:
     then nothing is checked). ``latents`` is a dict with what is known of the latents, ``skipped`` the number of
     images (or rows) left out for NaN or infinity. ``key_errors``, float64 [n], are the relative standard errors of
     ``solve(keys)`` for the n keys that the collection was given (None: no keys, or too few batches so far).
+
+    A grouped convolution multiplies each group of its channels by weights of its own, and needs of C the blocks of
+    channels of one group only: with `groups` no more is summed and kept, and the rest of C counts as zero.
     """
 
-    def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None):
+    def __init__(self, channels: int, layer: str | None = None, fingerprint: str | None = None, groups: int = 1):
         channels = whole_number("A second moment's number of channels", channels)
+        groups = whole_number("A second moment's number of groups", groups, most=channels)
+        if channels % groups:
+            raise RewriteCoreError(f"{channels} channels do not fall into {groups} groups of the same size.")
         for name, text in (("layer", layer), ("fingerprint", fingerprint)):
             if not isinstance(text, str | None):
                 raise ArgumentError(
                     f"A second moment's {name} is text, or None where it is not known, not {what_is(text)}."
                 )
         with torch.inference_mode(False):  # or it could not be written in place outside
-            self._sum = torch.zeros(channels, channels, dtype=torch.float64, device="cpu")
+            self._sum = torch.zeros(blocks.empty(channels, groups), dtype=torch.float64, device="cpu")
         self.count = 0
         self.skipped = 0
         self.layer = layer
         self.fingerprint = fingerprint
         self.latents: dict[str, Any] = {}
         self.key_errors: Tensor | None = None
-        self._groups = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
+        self._updates = 0  # updates, and the sum over them of |S|^2 / n, S the sum over the n keys of one
         self._spread = 0.0
         self._made = _Made()
         self._wide = True  # all keys were float64
-        self._blocks = 1  # of channels, with zeros between them: see within_groups
+        self._parts = 1  # for `along`: groups that its coordinates mix
 
     @property
     def channels(self) -> int:
-        return len(self._sum)
+        return blocks.channels_of(self._sum)
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels, with nothing summed between them: 1, or those of a grouped convolution."""
+        return blocks.groups_of(self._sum)
 
     def __repr__(self) -> str:
-        return f"SecondMoment({self.channels} channels, {self.count} keys, layer={quoted(self.layer)})"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"SecondMoment({self.channels} channels{groups}, {self.count} keys, layer={quoted(self.layer)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": _Made()}
@@ -109,16 +121,16 @@ class SecondMoment:
         self._add(features, skip_nonfinite, mask)
 
     def _add(self, features: Tensor, skip_nonfinite: bool, mask: Tensor | None) -> tuple[Tensor, int]:
-        """:meth:`update`; returns the sum over the keys that were added, float64 [C, C], and their number."""
+        """:meth:`update`; returns the sum over the keys that were added, as blocks, and their number."""
         features, counts = self._readable(features, mask)
         keys = Keys(features.dtype, skip_nonfinite)
-        part = sum_of(features) if features.device.type == "cpu" else None
-        if part is not None and part.diagonal().isfinite().all():  # a look that costs nothing on a CPU
+        part = sum_of(features, self.groups) if features.device.type == "cpu" else None
+        if part is not None and is_finite(part):  # a look that costs nothing on a CPU
             count = len(features) * positions(features) if counts is None else int(counts.sum())
             note = Note(True, square(part).item(), 0, 0.0, count)
         else:
             del part
-            part, numbers = measured(features, counts, skip_nonfinite)
+            part, numbers = measured(features, counts, skip_nonfinite, self.groups)
             note = Note.read(numbers)
         self._count(note, keys)
         part = part.to(self._sum.device)
@@ -139,7 +151,7 @@ class SecondMoment:
         self.count += note.count
         self.skipped += note.bad
         if note.count:
-            self._groups += 1
+            self._updates += 1
             self._spread += note.square / note.count
             self._wide = self._wide and keys.dtype == torch.float64
         self._changed()
@@ -149,7 +161,11 @@ class SecondMoment:
         self._made, self.key_errors = _Made(), None
 
     def matrix(self) -> Tensor:
-        """C = sum / count, float64 [C, C]."""
+        """C = sum / count, float64 [C, C]; zero between groups, where there are several."""
+        return blocks.whole(self.blocks())
+
+    def blocks(self) -> Tensor:
+        """What is known of C: :meth:`matrix`, or of several groups the block of each, float64 [G, C/G, C/G]."""
         if self.count == 0:
             if self.skipped:
                 raise RewriteCoreError(
@@ -194,17 +210,25 @@ class SecondMoment:
         return made.elsewhere[device]
 
     def within_groups(self, groups: int) -> SecondMoment:
-        """This moment with zeros between groups of channels: what bears on a grouped convolution, each of whose groups
-        has keys of its own. Itself for one group."""
-        if groups == 1:
+        """This moment within groups of channels alone: what bears on a grouped convolution, each of whose groups has
+        keys of its own. Itself for one group, and where it has these groups. Its `standard_error` is not known.
+
+        Raises MismatchError where it has other groups.
+        """
+        if groups in (1, self.groups):
             return self
         made = self._made
         if groups in made.grouped:
             return made.grouped[groups]
-        moment = SecondMoment(self.channels, self.layer, self.fingerprint).to(self._sum.device)
-        group = torch.arange(self.channels, device=self._sum.device) // (self.channels // groups)
-        moment._sum.copy_(self._sum.where(group[:, None] == group, 0.0))
-        moment.count, moment._wide, moment._blocks = self.count, self._wide, groups
+        if self.groups != 1:
+            raise MismatchError(
+                f"This second moment is of {self.groups} groups of channels and not of {groups}; collect it for the "
+                "layer it is used with."
+            )
+        moment = SecondMoment(self.channels, self.layer, self.fingerprint, groups).to(self._sum.device)
+        moment._sum.copy_(blocks.within(self._sum, groups))
+        moment.count, moment.skipped, moment._wide = self.count, self.skipped, self._wide
+        moment.latents, moment._spread = dict(self.latents), math.nan
         made.grouped[groups] = moment
         return moment
 
@@ -221,8 +245,8 @@ class SecondMoment:
         on these alone."""
         rows = rows.to(self._sum)
         moment = SecondMoment(len(rows), self.layer, self.fingerprint).to(self._sum.device)
-        moment._sum.copy_(rows @ self._sum @ rows.T)
-        moment.count, moment._wide, moment._blocks = self.count, self._wide, self._blocks
+        moment._sum.copy_(blocks.gram(rows, self._sum))
+        moment.count, moment._wide, moment._parts = self.count, self._wide, self._parts * self.groups
         return moment
 
     @property
@@ -237,18 +261,19 @@ class SecondMoment:
         From the spread of the updates, taken as independent samples (batches of different images), by a one-way
         analysis of variance: it needs their |S|^2 / n and the total only. Merged moments count with all their updates.
         """
-        if self._groups < 2:
+        if self._updates < 2:
             return math.nan
-        return relative_error(self._groups, self._spread, self.count, square(self._sum).item())
+        return relative_error(self._updates, self._spread, self.count, square(self._sum).item())
 
     @property
     def factor(self) -> SPDFactor:
         """The Cholesky factor of C, computed once and kept until the next update; ``.shift`` is the diagonal
         shift that a rank-deficient C needed (0 otherwise), ``.condition`` an estimate. Unless all keys were float64, C
-        is a sum of float32 products, and what is below their rounding counts as rank-deficient."""
+        is a sum of float32 products, and what is below their rounding counts as rank-deficient. Of several groups it is
+        a batch of factors, one for each."""
         made = self._made
         if made.factor is None:
-            made.factor = spd_factor(self.matrix(), noise=self._noise, rank=self.count * self._blocks)
+            made.factor = blocks.factor(self.blocks(), self._noise, self.count * self._parts)
         return made.factor
 
     @property
@@ -266,7 +291,7 @@ class SecondMoment:
             raise RewriteCoreError(f"Keys are rows [n, {self.channels}], not {list(keys.shape)}.")
         if not all_finite(rows):
             raise NonFiniteError("The keys hold NaN or infinity.")
-        return self.factor.solve(sent(rows, self._sum.device).T).T.reshape(keys.shape)
+        return blocks.solve(self.factor, sent(rows, self._sum.device)).reshape(keys.shape)
 
     def check(self, layer: BoundLayer, latents: Tensor | None = None) -> None:
         """Raise MismatchError where this moment was not collected from `layer` as it is now, or from latents of another
@@ -275,6 +300,11 @@ class SecondMoment:
         if self.channels != layer.in_channels:
             raise MismatchError(
                 f"The second moment has {self.channels} channels and {layer.name!r} has {layer.in_channels}; "
+                "collect it for this layer."
+            )
+        if self.groups not in (1, layer.groups):
+            raise MismatchError(
+                f"The second moment is of {self.groups} groups of channels and {layer.name!r} has {layer.groups}; "
                 "collect it for this layer."
             )
         if self.layer is not None and self.layer != layer.name:
@@ -306,8 +336,9 @@ class SecondMoment:
                 )
 
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, and
-        warns where both were collected from the same latents, whose keys then count twice."""
+        """Add the keys of `other`, in place; returns self. Raises MismatchError for another layer or model, or other
+        groups of channels (of a whole moment merge its :meth:`within_groups`), and warns where both were collected from
+        the same latents, whose keys then count twice."""
         if not isinstance(other, SecondMoment):
             raise ArgumentError(
                 f"A second moment merges with another, not with {type(other).__name__}; update it with features."
@@ -341,12 +372,13 @@ class SecondMoment:
         """All there is to a moment but its sum; ``latents`` is a list of what is known of each set of them."""
         return {
             "channels": self.channels,
+            "groups of channels": self.groups,
             "layer": self.layer,
             "fingerprint": self.fingerprint,
             "latents": self.latents.get("merged", [self.latents] if self.count or self.latents else []),
             "count": self.count,
             "skipped": self.skipped,
-            "groups": self._groups,
+            "groups": self._updates,
             "spread": self._spread,
             "wide": self._wide,
         }
@@ -355,14 +387,14 @@ class SecondMoment:
     def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
         """The attributes, but for the sum itself, of the sum of the moments that `facts` tell of."""
         joined: dict[str, Any] = {"_made": _Made(), "key_errors": None, "_wide": all(fact["wide"] for fact in facts)}
-        for name in ("channels", "layer", "fingerprint"):
+        for name in ("channels", "groups of channels", "layer", "fingerprint"):
             values = list(dict.fromkeys(fact[name] for fact in facts if fact[name] is not None))
             if len(values) > 1:
                 raise MismatchError(
                     f"These second moments differ in {name} ({quoted(values[0])}, {quoted(values[1])}) and do not "
                     "add up."
                 )
-            if name != "channels":
+            if name in ("layer", "fingerprint"):
                 joined[name] = values[0] if values else None
         known = [{part.get("fingerprint") for part in fact["latents"]} - {None} for fact in facts]
         if sum(map(len, known)) > len(set().union(*known)):
@@ -377,7 +409,7 @@ class SecondMoment:
         return joined | {
             "count": sums["count"],
             "skipped": sums["skipped"],
-            "_groups": sums["groups"],
+            "_updates": sums["groups"],
             "_spread": sums["spread"],
         }
 
@@ -387,7 +419,7 @@ class SecondMoment:
 
     def _save(self, path: str | os.PathLike, progress: dict[str, int], state: dict[str, Tensor]) -> None:
         """Write a checkpoint: the moment, how far it is, and the state of the errors of its keys."""
-        facts = {name: value for name, value in self._facts().items() if name != "channels"}
+        facts = {name: value for name, value in self._facts().items() if name not in ("channels", "groups of channels")}
         errors = self.key_errors
         if errors is not None and not errors.isfinite().all():
             errors = None
@@ -426,7 +458,7 @@ class SecondMoment:
         moment = cls(1, stored.layer, stored.fingerprint)
         moment._sum = stored.sum
         moment.count, moment.skipped, moment.latents = stored.count, stored.skipped, stored.latents
-        moment._groups, moment._spread, moment._wide = stored.groups, stored.spread, stored.wide
+        moment._updates, moment._spread, moment._wide = stored.updates, stored.spread, stored.wide
         if stored.key_errors is not None:
             moment.key_errors = torch.tensor(stored.key_errors, dtype=torch.float64, device="cpu")
         return moment, stored.progress, stored.state

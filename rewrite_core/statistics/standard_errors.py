@@ -19,21 +19,21 @@ from ..errors import (
 )
 from ..files import shown
 from ..ops.finite import all_finite
-from ..ops.spd_solve_op.factor import spd_factor
+from . import blocks
 
 LEAST = 8  # batches before their spread is believed
 
 
-def relative_error(groups: int, spread: float, count: int, square: float) -> float:
+def relative_error(updates: int, spread: float, count: int, square: float) -> float:
     """sqrt(E|C - C_true|^2) / |C| of C = S / count, where |S|^2 is `square`, by a one-way analysis of variance.
 
-    S is the sum of `groups` independent ones, S_g of n_g keys each; `spread` is their sum of |S_g|^2 / n_g. NaN where
+    S is the sum of `updates` independent ones, S_g of n_g keys each; `spread` is their sum of |S_g|^2 / n_g. NaN where
     it is not known.
     """
-    if groups < 2 or count == 0:
+    if updates < 2 or count == 0:
         return math.nan
     # of one key's worth; a difference that rounding can make negative
-    variance = max(spread - square / count, 0.0) / (groups - 1)
+    variance = max(spread - square / count, 0.0) / (updates - 1)
     return math.sqrt(variance * count / square) if square else 0.0
 
 
@@ -104,7 +104,7 @@ class KeyErrors:
         return batches >= LEAST and batches & (batches - 1) == 0 and batches != self._evaluated
 
     def add(self, part: Tensor) -> int:
-        """Take in a batch: its sum [C, C]. Returns its group, to :meth:`count` its keys in. Waits for a GPU the
+        """Take in a batch: its sum, as blocks. Returns its group, to :meth:`count` its keys in. Waits for a GPU the
         first time at most."""
         group = self._batches % self.GROUPS
         self._batches += 1
@@ -112,7 +112,7 @@ class KeyErrors:
             self._device = part.device
             self._directions, self._products = self._directions.to(part.device), self._products.to(part.device)
         if self._solved:
-            self._products[group] += self._directions @ part
+            self._products[group] += blocks.times(self._directions, part)
         return group
 
     def count(self, group: int, count: int) -> None:
@@ -125,28 +125,28 @@ class KeyErrors:
 
         `noise` is how exact an entry of it is, relative to the roots of its diagonal's.
         """
-        if self.due and count >= len(total):
+        if self.due and count >= total.shape[-1]:
             self._evaluate(total, count, noise)
         return None if self._variances.isnan().any() else (self._variances / count).sqrt()
 
     def _evaluate(self, total: Tensor, count: int, noise: float) -> None:
         with silent(DiagonalShiftWarning):  # whoever solves with the result is told
             # N C, as a copy to divide by N would be one matrix more
-            factor = spd_factor(total, noise=noise)
+            factor = blocks.factor(total, noise)
 
-        def solve(rhs: Tensor) -> Tensor:
-            return factor.solve(rhs).mul_(count)
+        def solve(rows: Tensor) -> Tensor:
+            return blocks.solve(factor, rows).mul_(count)
 
         counts = torch.tensor(self._counts, dtype=torch.float64, device="cpu")
         used = counts > 0
         if used.any():
             counts, products = counts[used], self._products.cpu()[used]
-            spread = solve(products.flatten(0, 1).T).T.reshape(products.shape)
+            spread = solve(products.flatten(0, 1)).reshape(products.shape)
             whole = spread.sum(0).square().sum(1) / counts.sum()
             between = (spread.square().sum(2) / counts[:, None]).sum(0) - whole
             variances = between.clamp(min=0) / (len(counts) - 1)
             self._variances = variances / self._directions.cpu().square().sum(1)
-        self._directions = solve(self._keys.T).T.contiguous().to(self._device)
+        self._directions = solve(self._keys).contiguous().to(self._device)
         self._products.zero_()
         self._counts = [0] * self.GROUPS
         self._solved, self._evaluated = True, self._batches

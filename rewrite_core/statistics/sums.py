@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, NonFiniteError, RewriteCoreError
+from . import blocks
 from .masks import positions_that_count
 
 
@@ -82,9 +83,16 @@ def masked(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return features.masked_fill(counting.logical_not()[:, None], 0), counts
 
 
-def sum_of(features: Tensor) -> Tensor:
-    """The sum over the keys of features [N, C, *map], float64 [C, C]. The operation takes rows and images."""
-    return ops.second_moment(features.flatten(2)[..., None] if features.ndim == 3 or features.ndim > 4 else features)
+def sum_of(features: Tensor, groups: int) -> Tensor:
+    """The sum over the keys of features [N, C, *map], float64 [C, C], or [G, C/G, C/G] within several groups. The
+    operation takes rows and images."""
+    maps = features.flatten(2)[..., None] if features.ndim == 3 or features.ndim > 4 else features
+    return ops.second_moment(maps, groups=groups)
+
+
+def is_finite(part: Tensor) -> Tensor:
+    """Whether a sum is finite: exactly when every channel's sum of squares is."""
+    return blocks.diagonal(part).isfinite().all()
 
 
 def positions(features: Tensor) -> int:
@@ -92,8 +100,8 @@ def positions(features: Tensor) -> int:
     return math.prod(features.shape[2:])
 
 
-def measured(features: Tensor, counts: Tensor | None, skip_nonfinite: bool) -> tuple[Tensor, Tensor]:
-    """The sum over an update's keys, float64 [C, C], and the numbers of its :class:`Note`, float64 [5].
+def measured(features: Tensor, counts: Tensor | None, skip_nonfinite: bool, groups: int) -> tuple[Tensor, Tensor]:
+    """:func:`sum_of` an update's keys, and the numbers of its :class:`Note`, float64 [5].
 
     `counts` are the positions of each image that count, where not all do; the others are zero.
     All on the features' device, whose results are not waited for: so images are not left out but set to zero.
@@ -109,8 +117,8 @@ def measured(features: Tensor, counts: Tensor | None, skip_nonfinite: bool) -> t
         if skip_nonfinite:
             features = features.masked_fill(bad.view(-1, *[1 for _ in axes]), 0)
             largest = largest.masked_fill(bad, 0)
-        part = sum_of(features)
-        finite = part.diagonal().isfinite().all()  # every channel's sum of squares: finite exactly when they are
+        part = sum_of(features, groups)
+        finite = is_finite(part)
         largest = largest.max() if len(largest) else finite
         count = good.sum() * positions(features) if counts is None else (good * counts).sum()
         numbers = (finite, square(part), bad.sum(), largest, count)

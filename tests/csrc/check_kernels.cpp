@@ -141,6 +141,35 @@ void check_second_moment(const Layout& layout, DType dtype, Isa isa) {
   check(symmetric, "its two triangles");
 }
 
+// Groups of channels are as many calls, each with the channels of one.
+void check_groups(const Layout& layout, DType dtype, Isa isa, int64_t groups) {
+  what = std::string("second_moment, ") + std::to_string(groups) + " groups, " + layout.name + ", dtype " +
+         std::to_string(static_cast<int>(dtype)) + ", " + isa_name(isa);
+  std::vector<double> values;
+  const std::vector<char> memory = store(layout, dtype, values);
+  const int64_t size = layout.sizes[1] / groups, square = size * size;
+  const int64_t own[4] = {layout.sizes[0], size, layout.sizes[2], layout.sizes[3]};
+  std::vector<double> out(groups * square, 1.0), again = out, want = out;
+  for (int64_t group = 0; group < groups; ++group) {
+    second_moment(memory.data() + group * size * layout.strides[1] * width_of(dtype), dtype, own, layout.strides,
+                  want.data() + group * square, 1, isa);
+  }
+  const auto run = [&](std::vector<double>& sum, int threads) {
+    return second_moment(memory.data(), dtype, layout.sizes, layout.strides, sum.data(), threads, isa, groups);
+  };
+  check(run(out, 1) == Status::ok && run(again, 5) == Status::ok, "its status");
+  check(same_bits(out, again), "the number of threads changes its bits");
+  bool right = true, symmetric = true;
+  for (int64_t i = 0; i < groups * square; ++i) {
+    const int64_t first = i / square * square, row = i % square / size, column = i % size;
+    const double scale = std::sqrt(want[first + row * (size + 1)]) * std::sqrt(want[first + column * (size + 1)]);
+    right &= std::abs(out[i] - want[i]) <= 1e-6 * scale;
+    symmetric &= out[i] == out[first + column * size + row];
+  }
+  check(right, "its sums");
+  check(symmetric, "their triangles");
+}
+
 void check_second_moments(bool smallest, Isa isa) {
   const std::vector<Layout> layouts = {
       {"one number", {1, 1, 1, 1}, {1, 1, 1, 1}},
@@ -163,6 +192,10 @@ void check_second_moments(bool smallest, Isa isa) {
     if (smallest && layout.sizes[0] * layout.sizes[1] * layout.sizes[2] * layout.sizes[3] > 300) continue;
     for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
       check_second_moment(layout, dtype, isa);
+      const int64_t channels = layout.sizes[1];
+      for (int64_t size : {1, 2, 3, 5, 7, 10, 35}) {
+        if (channels % size == 0 && size < channels) check_groups(layout, dtype, isa, channels / size);
+      }
     }
   }
   what = std::string("second_moment, bad arguments, ") + isa_name(isa);
@@ -176,6 +209,9 @@ void check_second_moments(bool smallest, Isa isa) {
   check(refused(&feature, none, one, &sum), "no channels");
   check(refused(nullptr, one, one, &sum), "no features");
   check(refused(&feature, one, one, nullptr), "no output");
+  for (int64_t groups : {0, 2}) {
+    check(second_moment(&feature, DType::float32, one, one, &sum, 1, isa, groups) == Status::bad_argument, "its groups");
+  }
   check(sum == 0, "a refused call writes");
 }
 

@@ -42,12 +42,18 @@ def edit(rows=((0, 1), (1, 4))):
     )
 
 
+def eye(layer):
+    """The blocks of a moment that is the identity."""
+    size = layer.in_channels // layer.groups
+    return torch.eye(size, dtype=torch.float64).repeat(layer.groups, 1, 1)
+
+
 def problem_of(layer, preserve=0.0, rank=2):
     goals = paste_goals(layer, edit(), Z, "map")
     directions = torch.randn(rank, layer.in_channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     generic = None
     if preserve:
-        generic = generic_second_moment(layer, directions, Z[:20], torch.eye(layer.in_channels, dtype=torch.float64))
+        generic = generic_second_moment(layer, directions, Z[:20], eye(layer))
     regions = tuple((goal.capture, goal.target) for goal in goals)
     return LayerProblem(layer, regions, directions, "l2", preserve, generic)
 
@@ -70,7 +76,7 @@ def test_groups_together_are_groups_alone(layer, preserve):
 
 def test_what_preserve_penalises_is_that_of_each_group(layer):
     directions = torch.randn(2, layer.in_channels, dtype=torch.float64)
-    found = generic_second_moment(layer, directions, Z[:20], torch.eye(layer.in_channels, dtype=torch.float64))
+    found = generic_second_moment(layer, directions, Z[:20], eye(layer))
     if math.prod(layer.kernel_size) == 1:
         pytest.skip("a 1x1 layer has it exactly, from C")
     for group in range(layer.groups):

@@ -47,7 +47,7 @@ def test_what_is_outside_the_mask_is_not_looked_at():
     moment.update(features, mask=mask, skip_nonfinite=True)
     assert (moment.count, moment.skipped) == (12 + 9, 1)
     moment.update(features, mask=torch.zeros(5, 4, dtype=torch.bool))
-    assert (moment.count, moment._groups) == (12 + 9, 2)
+    assert (moment.count, moment._updates) == (12 + 9, 2)
 
 
 def test_masks_of_wrong_types_and_shapes():

@@ -18,6 +18,11 @@ DTYPES = {  # and how csrc/common.h names them
 PRECISIONS = ("x3", "tf32", "ieee")  # the first is the default
 
 
+def shape_of_out(channels: int, groups: int) -> tuple[int, ...]:
+    size = channels // groups
+    return (size, size) if groups == 1 else (groups, size, size)
+
+
 def check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
     if not isinstance(features, Tensor):
         raise ArgumentError(f"features must be a torch tensor, not {type(features).__name__}: use torch.as_tensor.")
@@ -33,7 +38,7 @@ def check_types(features: Tensor, out: Tensor | None, precision: str) -> None:
         raise RewriteCoreError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}: leave it at 'x3'.")
 
 
-def check(features: Tensor, out: Tensor | None, precision: str) -> None:
+def check(features: Tensor, out: Tensor | None, precision: str, groups: int) -> None:
     check_types(features, out, precision)
     if features.layout != torch.strided:
         raise ArgumentError(f"features are {features.layout}, and must be dense: call .to_dense() first.")
@@ -45,15 +50,18 @@ def check(features: Tensor, out: Tensor | None, precision: str) -> None:
     shape = features.shape
     if len(shape) not in (2, 4) or shape[1] == 0:
         raise RewriteCoreError(f"features must be [N, C, H, W] or [N, C] with at least one channel, not {list(shape)}.")
+    channels = shape[1]
+    if groups < 1 or channels % groups:
+        raise RewriteCoreError(f"{channels} channels do not fall into {groups} groups: give a divisor of their number.")
     if out is None:
         return
     if out.dtype != torch.float64:
         raise ArgumentError(f"out must be a float64 tensor, not {out.dtype}: sums over many keys need the width.")
-    channels = shape[1]
-    if out.shape != (channels, channels) or not out.is_contiguous():
+    wanted = shape_of_out(channels, groups)
+    if out.shape != wanted or not out.is_contiguous():
         how = "" if out.is_contiguous() else " that is not contiguous"
         raise RewriteCoreError(
-            f"out must be a contiguous [{channels}, {channels}] tensor for these features, not {list(out.shape)}{how}."
+            f"out must be a contiguous {list(wanted)} tensor for these features, not {list(out.shape)}{how}."
         )
     if out.device != features.device:
         raise RewriteCoreError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, library
 
@@ -15,11 +17,14 @@ from ...backends import (
     triton_interpreted,
     triton_reason,
 )
+from ...errors import whole_number
 from ..memory import address, plain
-from .problem import DTYPES, PRECISIONS, check, check_apart, check_types
+from .problem import DTYPES, PRECISIONS, check, check_apart, check_types, shape_of_out
 
 
-def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3") -> Tensor:
+def second_moment(
+    features: Tensor, out: Tensor | None = None, backend: str = "auto", precision: str = "x3", groups: int = 1
+) -> Tensor:
     """The unnormalised, uncentred second moment of a batch of keys.
 
     features  [N, C, H, W] (each position is one key of C channels) or [N, C] (each row is one key);
@@ -32,6 +37,9 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
               level; the default, as a second moment is inverted afterwards), "tf32" (one product, 11 bits: relative
               error about 1e-3) or "ieee" (no tensor cores: slow). Nothing but "x3" is taken by other backends,
               all of which are at float32 level or above. 16-bit input has exact products whatever this says.
+    groups    of channels, C / groups one after the other, as a convolution has them: only products within a group are
+              made, and the result, and ``out``, are [groups, C / groups, C / groups] where there are several. On a GPU
+              torch makes these, in float64.
 
     Returns float64 [C, C], exactly symmetric; NaN or infinity in channel c shows in row and column c only.
     Precision: float64 input is summed in float64. Other input is exact in float32, multiplied and summed
@@ -51,18 +59,19 @@ def second_moment(features: Tensor, out: Tensor | None = None, backend: str = "a
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
     check_types(features, out, precision)  # the rest the ops check
+    groups = whole_number("groups", groups)
     if features.requires_grad:
         features = features.detach()
     seen = dispatched(features)
     if out is None:
         add_up = torch.ops.rewrite_core.second_moment if seen else _add_up
-        return add_up(features, backend, precision)
+        return add_up(features, backend, precision, groups)
     add_to = torch.ops.rewrite_core.second_moment_ if seen else _add_to
-    add_to(out, features, backend, precision)
+    add_to(out, features, backend, precision, groups)
     return out
 
 
-def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
+def run_cpp(features: Tensor, out: Tensor, isa: str = "", groups: int = 1) -> None:
     features = plain(features)
     shape = (*features.shape, 1, 1)[:4]
     strides = (*features.stride(), 0, 0)[:4]
@@ -74,6 +83,7 @@ def run_cpp(features: Tensor, out: Tensor, isa: str = "") -> None:
         out=address(out),
         threads=torch.get_num_threads(),
         isa=isa,
+        groups=groups,
     )
 
 
@@ -83,8 +93,10 @@ def run_triton(features: Tensor, out: Tensor, precision: str = PRECISIONS[0]) ->
     launch(plain(features), out, precision)
 
 
-def _run(features: Tensor, out: Tensor, backend: str, precision: str) -> None:
-    how = {} if precision == PRECISIONS[0] else {"precision": precision}  # only GPU backends know of others
+def _run(features: Tensor, out: Tensor, backend: str, precision: str, groups: int) -> None:
+    how: dict[str, Any] = {} if precision == PRECISIONS[0] else {"precision": precision}  # not every backend knows more
+    if groups != 1:
+        how["groups"] = groups
     select("second_moment", backend, features, out, **how).load()(features, out, **how)
 
 
@@ -94,26 +106,36 @@ def _default_precision(precision: str) -> str | None:
     return None
 
 
-def _cpp_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
+def _cpp_supports(
+    features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0], groups: int = 1
+) -> str | None:
     if not features.is_cpu:
         return f"it reads CPU tensors, and the features are on {features.device}"
     return extension_reason() or _default_precision(precision)
 
 
-def _reference_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
+def _reference_supports(
+    features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0], groups: int = 1
+) -> str | None:
     return _default_precision(precision)
 
 
-def _triton_supports(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
+def _triton_supports(
+    features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0], groups: int = 1
+) -> str | None:
     reason = triton_reason()
     if reason is None and not features.is_cuda and not triton_interpreted():
         reason = f"it reads CUDA tensors, and the features are on {features.device}"
     if reason is None and features.dtype == torch.float64:
         reason = "it has no float64 mode"
+    if reason is None and groups != 1:
+        reason = "it has no groups of channels"
     return reason
 
 
-def _triton_declines(features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0]) -> str | None:
+def _triton_declines(
+    features: Tensor, out: Tensor | None = None, precision: str = PRECISIONS[0], groups: int = 1
+) -> str | None:
     return triton_declines(features.device)
 
 
@@ -131,21 +153,21 @@ def example(device: str) -> tuple[Tensor]:
 # define + impl and not custom_op, whose first call imports torch._dynamo: more than a second of CPU time.
 library.define(
     "rewrite_core::second_moment",
-    "(Tensor features, str backend='auto', str precision='x3') -> Tensor",
+    "(Tensor features, str backend='auto', str precision='x3', int groups=1) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 library.define(
     "rewrite_core::second_moment_",
-    "(Tensor(a!) out, Tensor features, str backend='auto', str precision='x3') -> ()",
+    "(Tensor(a!) out, Tensor features, str backend='auto', str precision='x3', int groups=1) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-def _add_up(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
-    check(features, None, precision)
-    out = features.new_zeros((features.shape[1],) * 2, dtype=torch.float64)
-    _run(features, out, backend, precision)
+def _add_up(features: Tensor, backend: str = "auto", precision: str = "x3", groups: int = 1) -> Tensor:
+    check(features, None, precision, groups)
+    out = features.new_zeros(shape_of_out(features.shape[1], groups), dtype=torch.float64)
+    _run(features, out, backend, precision, groups)
     return out
 
 
@@ -153,15 +175,15 @@ library.impl("rewrite_core::second_moment", "CompositeExplicitAutograd", _add_up
 
 
 @library.register_fake("rewrite_core::second_moment")
-def _(features: Tensor, backend: str = "auto", precision: str = "x3") -> Tensor:
-    check(features, None, precision)
-    return features.new_empty((features.shape[1],) * 2, dtype=torch.float64)
+def _(features: Tensor, backend: str = "auto", precision: str = "x3", groups: int = 1) -> Tensor:
+    check(features, None, precision, groups)
+    return features.new_empty(shape_of_out(features.shape[1], groups), dtype=torch.float64)
 
 
-def _add_to(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
-    check(features, out, precision)
+def _add_to(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3", groups: int = 1) -> None:
+    check(features, out, precision, groups)
     check_apart(features, out)
-    _run(features, out, backend, precision)
+    _run(features, out, backend, precision, groups)
     torch.autograd.graph.increment_version(out)  # so that autograd notices the write, as custom_op would
 
 
@@ -169,5 +191,5 @@ library.impl("rewrite_core::second_moment_", "CompositeExplicitAutograd", _add_t
 
 
 @library.register_fake("rewrite_core::second_moment_")
-def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3") -> None:
-    check(features, out, precision)
+def _(out: Tensor, features: Tensor, backend: str = "auto", precision: str = "x3", groups: int = 1) -> None:
+    check(features, out, precision, groups)
