@@ -20,7 +20,7 @@ from rewrite_core.benchmarks import harness, large, lines, neighbour, report, ru
 from rewrite_core.version import source_digest
 
 OPS = {"second-moment": "second_moment", "solve": "solve", "edit": "edit", "collect": "collect"}
-CASES = {"second-moment": 2, "solve": 4, "edit": 7, "collect": 2}  # of a quick run
+CASES = {"second-moment": 2, "solve": 4, "edit": 7, "collect": 3}  # of a quick run
 TIMES = {
     "p20": float,
     "p50": float,
