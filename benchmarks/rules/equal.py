@@ -147,7 +147,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"({less / len(some):.0%}); "
                 f"in {never} of these no fine-tuning goes so far"
             )
-    ways = rows[0]["all"] if rows else ()
+    ways = [way for way in rows[0]["all"] if all(way in row["all"] for row in rows)] if rows else []
     named = {"fine-tuning as it is by default": PLAIN, "that with ordinary pictures": KEPT}
     for words, some in (named | {f"{way} alone": (way,) for way in ways}).items():
         if not {*some} <= {*ways}:
