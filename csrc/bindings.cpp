@@ -177,14 +177,15 @@ py::object call_examine(Fields& fields) {
 }
 
 py::object call_cholesky(Fields& fields) {
-  double* matrices = fields.pointer<double>("matrices");
+  const double* matrices = fields.pointer<const double>("matrices");
+  double* lower = fields.pointer<double>("lower");
   const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
   const double least = fields.number<double>("least");
   int64_t* info = fields.pointer<int64_t>("info");
   const int threads = fields.number<int>("threads");
   const Isa isa = fields.isa();
   fields.done();
-  run("cholesky", [&] { return cholesky(matrices, batch, n, least, info, threads, isa); });
+  run("cholesky", [&] { return cholesky(matrices, lower, batch, n, least, info, threads, isa); });
   return py::none();
 }
 
@@ -408,9 +409,9 @@ PyMethodDef methods[] = {
                          "the largest |a_ij - "
                          "a_ji|, NaN where anything is not finite: matrices, batch, n, threads."),
     method<call_cholesky>("cholesky",
-                          "Lower factors of [batch, n, n] doubles in place; info [batch] int64: 0, or the first pivot "
-                          "that is not above `least` times its diagonal entry: matrices, batch, n, least, info, "
-                          "threads, isa."),
+                          "The lower factors of matrices [batch, n, n], doubles; info [batch] int64: 0, or the first "
+                          "pivot that is not above `least` times its diagonal entry: matrices, lower, batch, n, "
+                          "least, info, threads, isa."),
     method<call_cholesky_solve>("cholesky_solve",
                                 "x [batch, n, sides] of A x = rhs with A = L L^T; whether rhs is finite: matrices, "
                                 "lower, batch, n, rhs, sides, x, threads, isa."),

@@ -4,6 +4,8 @@
 // Not for csrc/*_isa.cpp: standard headers compiled for AVX-512 there could be the copy the linker keeps.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -86,6 +88,19 @@ class Arena {
   int64_t used_ = 0;
 };
 
+constexpr int64_t huge_page = 2 << 20;
+
+// Asks for pages of 2 MB in place of 4 KB, before the memory is first written: fewer page faults and misses of the
+// cores' address tables, which rows of a large matrix cost at every step. Where the system has none, nothing happens.
+inline void use_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  if (bytes < 2 * huge_page) return;
+  const int64_t skipped = -reinterpret_cast<intptr_t>(data) & (huge_page - 1);
+  const int64_t whole = (bytes - skipped) / huge_page * huge_page;
+  if (whole > 0) madvise(static_cast<char*>(data) + skipped, whole, MADV_HUGEPAGE);
+#endif
+}
+
 // A 64-byte aligned block that is kept for the next call (make it thread_local): fresh memory costs a page fault for
 // every 4 KB, which is a fifth of the time of a small call.
 class Workspace {
@@ -99,7 +114,9 @@ class Workspace {
   char* get(int64_t bytes) {
     if (bytes > size_) {
       release();
-      data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64));
+      const int64_t unit = bytes < 2 * huge_page ? 64 : huge_page;
+      data_ = static_cast<char*>(std::aligned_alloc(unit, (bytes + unit) / unit * unit));
+      if (data_) use_huge_pages(data_, bytes);
       size_ = data_ ? bytes : 0;
     }
     return data_;

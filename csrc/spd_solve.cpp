@@ -145,10 +145,27 @@ int64_t first_bad_pivot(const double* lower, const double* diagonal, int64_t n, 
   return 0;
 }
 
+// By all threads: fresh pages cost more than the copy.
+void copy_triangles(const double* matrices, int64_t batch, int64_t n, double* lower, int threads) {
+  use_huge_pages(lower, batch * n * n * static_cast<int64_t>(sizeof(double)));
+  const int64_t blocks = (batch * n + block_size - 1) / block_size;
+  threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 18)));
+  Team::run(threads, [&](Team& team) {
+    team.each([&](int) {
+      for (int64_t block = team.next(); block < blocks; block = team.next()) {
+        for (int64_t row = block * block_size; row < std::min((block + 1) * block_size, batch * n); ++row) {
+          std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
+        }
+      }
+    });
+  });
+}
+
 }  // namespace
 
-Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa) {
-  if (batch < 0 || n < 1 || !(least >= 0) || (batch > 0 && (!matrices || !info)) || isa > detect_isa())
+Status cholesky(const double* matrices, double* lower, int64_t batch, int64_t n, double least, int64_t* info,
+                int threads, Isa isa) {
+  if (batch < 0 || n < 1 || !(least >= 0) || (batch > 0 && (!matrices || !lower || !info)) || isa > detect_isa())
     return Status::bad_argument;
   const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   threads = std::max(threads, 1);
@@ -160,6 +177,7 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < n; ++i) diagonals.data()[b * n + i] = matrices[b * n * n + i * (n + 1)];
   }
+  copy_triangles(matrices, batch, n, lower, threads);
 
   if (share) {
     const Space space(n, kernels.width);
@@ -167,9 +185,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
     if (!space.ok() || !sums.data()) return Status::out_of_memory;
     for (int64_t b = 0; b < batch; ++b) {
       int64_t failed = 0;
-      Team::run(threads,
-                [&](Team& team) { failed = factor(team, kernels, matrices + b * n * n, n, space, sums.data()); });
-      info[b] = failed ? failed : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+      Team::run(threads, [&](Team& team) { failed = factor(team, kernels, lower + b * n * n, n, space, sums.data()); });
+      info[b] = failed ? failed : first_bad_pivot(lower + b * n * n, diagonals.data() + b * n, n, least);
     }
     return Status::ok;
   }
@@ -183,8 +200,8 @@ Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_
           continue;
         }
         Solo solo;
-        const int64_t failed = factor(solo, kernels, matrices + b * n * n, n, space, sums.data());
-        info[b] = failed ? failed : first_bad_pivot(matrices + b * n * n, diagonals.data() + b * n, n, least);
+        const int64_t failed = factor(solo, kernels, lower + b * n * n, n, space, sums.data());
+        info[b] = failed ? failed : first_bad_pivot(lower + b * n * n, diagonals.data() + b * n, n, least);
       }
     });
   });
@@ -349,18 +366,7 @@ Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimi
   thread_local Workspace kept;
   double* const lower = reinterpret_cast<double*>(kept.get(batch * n * n * static_cast<int64_t>(sizeof(double))));
   if (!lower) return Status::out_of_memory;
-  const int64_t blocks = (batch * n + block_size - 1) / block_size;  // fresh pages cost more than the copy: by all
-  const int copiers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 18)));
-  Team::run(copiers, [&](Team& team) {
-    team.each([&](int) {
-      for (int64_t block = team.next(); block < blocks; block = team.next()) {
-        for (int64_t row = block * block_size; row < std::min((block + 1) * block_size, batch * n); ++row) {
-          std::copy_n(matrices + row * n, row % n + 1, lower + row * n);
-        }
-      }
-    });
-  });
-  status = cholesky(lower, batch, n, limits.least, info.data(), threads, isa);
+  status = cholesky(matrices, lower, batch, n, limits.least, info.data(), threads, isa);
   if (status == Status::ok && std::all_of(info.begin(), info.end(), [](int64_t bad) { return bad == 0; })) {
     status = cholesky_solve(matrices, lower, batch, n, rhs, m, x, good, threads, isa);
   }

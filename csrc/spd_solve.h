@@ -11,12 +11,13 @@ namespace rewrite_core {
 // entry and its mirror image, which is NaN where anything is not finite. found [batch, 3].
 Status examine(const double* matrices, int64_t batch, int64_t n, double* found, int threads);
 
-// matrices  [batch, n, n], each contiguous row-major: the lower triangle is read and becomes L (A = L L^T),
-//           the upper one becomes zero
+// matrices  [batch, n, n], each contiguous row-major; the lower triangle is read
+// lower     [batch, n, n]: L (A = L L^T), its upper triangle zeros
 // info      [batch]: 0, or the 1-based number of the first pivot that is not above `least` times its diagonal entry and
-//           so may be nothing but rounding (of one that is not positive the matrix is left half done)
+//           so may be nothing but rounding (of one that is not positive L is left half done)
 // The result has the same bits for any number of threads.
-Status cholesky(double* matrices, int64_t batch, int64_t n, double least, int64_t* info, int threads, Isa isa);
+Status cholesky(const double* matrices, double* lower, int64_t batch, int64_t n, double least, int64_t* info,
+                int threads, Isa isa);
 
 // Solves A x = b with the factor L of A = L L^T: x and rhs [batch, n, m]. What is not solved to rounding error (the
 // residual of a mixture of the right-hand sides tells, see spd_solve.cpp) is refined once.

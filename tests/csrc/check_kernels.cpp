@@ -236,11 +236,12 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   what = "cholesky, " + std::to_string(batch) + " of " + std::to_string(n) + ", " + std::to_string(sides) +
          " right-hand sides, " + isa_name(isa);
   const std::vector<double> matrices = positive_definite(batch, n);
-  std::vector<double> lower = matrices, again = matrices;
+  std::vector<double> lower(matrices.size(), NAN), again = lower;
   std::vector<int64_t> info(batch, -1);
-  check(cholesky(lower.data(), batch, n, 1e-13, info.data(), 1, isa) == Status::ok, "its status");
+  check(cholesky(matrices.data(), lower.data(), batch, n, 1e-13, info.data(), 1, isa) == Status::ok, "its status");
   check(std::all_of(info.begin(), info.end(), [](int64_t i) { return i == 0; }), "its info");
-  check(cholesky(again.data(), batch, n, 1e-13, info.data(), 5, isa) == Status::ok, "its status with threads");
+  check(cholesky(matrices.data(), again.data(), batch, n, 1e-13, info.data(), 5, isa) == Status::ok,
+        "its status with threads");
   check(same_bits(lower, again), "the number of threads changes its bits");
   double worst = 0, above = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -364,8 +365,9 @@ void check_choleskys(bool smallest, Isa isa) {
   for (int threads : {1, 5}) {
     std::vector<double> matrices = positive_definite(3, n);
     matrices[n * n + (n - 3) * n + n - 3] = -1e3;  // in the last block of the second one
+    std::vector<double> lower(matrices.size());
     std::vector<int64_t> info(3, -1);
-    check(cholesky(matrices.data(), 3, n, 1e-13, info.data(), threads, isa) == Status::ok, "its status");
+    check(cholesky(matrices.data(), lower.data(), 3, n, 1e-13, info.data(), threads, isa) == Status::ok, "its status");
     check(info[0] == 0 && info[1] == n - 2 && info[2] == 0, "its info");
   }
 }
@@ -750,8 +752,9 @@ int make(const std::string& mistake) {
     run();
   } else {
     double* const matrix = static_cast<double*>(std::malloc(4 * sizeof(double)));
+    double lower[4];
     int64_t info = 0;
-    cholesky(matrix, 1, 2, 0.0, &info, 1, Isa::portable);
+    cholesky(matrix, lower, 1, 2, 0.0, &info, 1, Isa::portable);
     std::printf("%d\n", info != 0);
     std::free(matrix);
   }

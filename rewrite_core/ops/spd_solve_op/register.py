@@ -40,10 +40,12 @@ def _cpp_examine(matrix: Tensor) -> list[list[float]]:
 
 
 def _cpp_factor(matrix: Tensor, least: float, isa: str = "") -> tuple[Tensor, Tensor]:
-    lower = matrix.clone(memory_format=torch.contiguous_format)
+    matrix = matrix.contiguous()
+    lower = torch.empty_like(matrix)
     info = torch.empty(len(matrix), dtype=torch.int64, device="cpu")
     extension().cholesky(
-        matrices=lower.data_ptr(),
+        matrices=matrix.data_ptr(),
+        lower=lower.data_ptr(),
         batch=len(matrix),
         n=matrix.shape[-1],
         least=least,
