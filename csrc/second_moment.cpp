@@ -14,7 +14,8 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
-constexpr int64_t few = 16;  // positions at most where outer products are faster than tiles
+constexpr int64_t few = 48;       // positions at most where outer products are faster than tiles
+constexpr int64_t few_rows = 32;  // of one of their tasks
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -207,26 +208,18 @@ std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& block
 Status run_few(const SecondMomentProblem& p, double* out, int threads) {
   const int64_t n = p.channels, positions = p.positions.total, panel = p.kernels.panel;
   const int64_t stride = (n + outer_columns - 1) / outer_columns * outer_columns;
-  thread_local Workspace workspace;
-  const int64_t panel_bytes = (panel * key_stride + 63) / 64 * 64;
-  char* const packed = workspace.get(panel_bytes + positions * stride * static_cast<int64_t>(sizeof(double)));
-  if (!packed) return Status::out_of_memory;
-  double* const keys = reinterpret_cast<double*>(packed + panel_bytes);
-  for (int64_t channel = 0; channel < n; channel += panel) {
-    const int count = static_cast<int>(std::min(panel, n - channel));
-    pack(p, 0, channel, count, packed);
-    p.kernels.widen(packed, count, static_cast<int>(positions), keys + channel, stride);
-  }
-  for (int64_t position = 0; position < positions; ++position) {
-    std::fill(keys + position * stride + n, keys + (position + 1) * stride, 0.0);
-  }
   const double work = 0.5 * static_cast<double>(positions + 16) * n * n;  // 16: to read and write the sums
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  thread_local Workspace workspace;
+  const int64_t panel_bytes = (panel * key_stride + 63) / 64 * 64;
+  char* const packed = workspace.get(threads * panel_bytes + positions * stride * static_cast<int64_t>(sizeof(double)));
+  if (!packed) return Status::out_of_memory;
+  double* const keys = reinterpret_cast<double*>(packed + threads * panel_bytes);
   std::vector<Block> blocks;
   std::vector<std::atomic<int64_t>> taken;
   try {
-    for (int64_t row = 0; row < n; row += block_rows) {
-      const int64_t row_end = std::min(n, row + block_rows);
+    for (int64_t row = 0; row < n; row += few_rows) {
+      const int64_t row_end = std::min(n, row + few_rows);
       for (int64_t column = 0; column < row_end; column += block_columns) {
         blocks.push_back({row, row_end, column, std::min(n, column + block_columns), 0});
       }
@@ -246,10 +239,33 @@ Status run_few(const SecondMomentProblem& p, double* out, int threads) {
     }
     return nullptr;
   };
+  const auto below = [](const Block* block) {  // all of it, and of whole tiles
+    return block && block->column_end <= block->row && block->column_end - block->column == outer_columns &&
+           (block->row_end - block->row) % outer_tall == 0;
+  };
   Team::run(threads, [&](Team& team) {
     team.each([&](int worker) {
-      alignas(64) double part[block_rows * block_columns];
-      while (const Block* block = next(worker)) {
+      char* const mine = packed + worker * panel_bytes;
+      for (int64_t task = team.next(); task * panel < n; task = team.next()) {
+        const int64_t channel = task * panel;
+        const int channels = static_cast<int>(std::min(panel, n - channel));
+        pack_values(p, 0, channel, channels, mine);
+        p.kernels.widen(mine, channels, static_cast<int>(positions), keys + channel, stride);
+      }
+    });
+    for (int64_t position = 0; position < positions; ++position) {
+      std::fill(keys + position * stride + n, keys + (position + 1) * stride, 0.0);
+    }
+    team.each([&](int worker) {
+      alignas(64) double part[few_rows * block_columns];
+      const Block* after = nullptr;
+      for (const Block* block = next(worker); block; block = after) {
+        after = next(worker);
+        if (below(block)) {
+          p.kernels.outer_below(keys, stride, static_cast<int>(positions), block->row, block->row_end, block->column, n,
+                                out, below(after) ? after->row : -1, after ? after->column : 0);
+          continue;
+        }
         const int64_t rows[2] = {block->row, block->row_end}, columns[2] = {block->column, block->column_end};
         const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
         p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],

@@ -46,7 +46,8 @@ constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) 
           panel_channels,  pack,
           tile<Element>,   diagonal<Element>,
           blocks<Element>, widen<Element>,
-          outer,           add_mirrored};
+          outer,           outer_below,
+          add_mirrored};
 }
 
 template <bool exist>

@@ -14,6 +14,7 @@ namespace rewrite_core {
 constexpr int run_bytes = 2048;
 constexpr int key_stride = run_bytes + 64;
 constexpr int most_block_rows = 96, outer_columns = 32;  // of add_mirrored and outer
+constexpr int outer_tall = 8;                            // rows of outer_below at a time
 
 // What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
 // `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
@@ -63,6 +64,12 @@ struct SecondMomentKernels {
   // in double, channels along a vector's lanes.
   void (*outer)(const double* keys, int64_t stride, int positions, int64_t row, int row_count, int64_t column,
                 double* part);
+
+  // Adds those of rows [row, row_end), a multiple of outer_tall of them, and outer_columns columns that lie all below
+  // the diagonal to the [n, n] matrix `sums`, and writes the result to the mirror image too. Asks for what comes next,
+  // where next_row >= 0.
+  void (*outer_below)(const double* keys, int64_t stride, int positions, int64_t row, int64_t row_end, int64_t column,
+                      int64_t n, double* sums, int64_t next_row, int64_t next_column);
 
   // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <=
   // j < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes

@@ -74,14 +74,17 @@ struct SecondMomentProblem {
   int length(int64_t run) const { return static_cast<int>(std::min(run_length, positions.total - run * run_length)); }
 };
 
-// Packs `count` channels of a run, at most a panel.
-inline void pack(const SecondMomentProblem& p, int64_t run, int64_t channel, int64_t count, char* to) {
-  char* target = to;
+// Packs `count` channels of a run, at most a panel, without the zeros that fill it up.
+inline void pack_values(const SecondMomentProblem& p, int64_t run, int64_t channel, int64_t count, char* target) {
   p.positions.pieces(run * p.run_length, p.length(run), [&](int64_t offset, int64_t position_stride, int length) {
     p.kernels.pack(p.features + (offset + channel * p.channel_stride) * p.element, static_cast<int>(p.dtype),
                    p.channel_stride, position_stride, static_cast<int>(count), length, target);
     target += length * p.kernels.element;
   });
+}
+
+inline void pack(const SecondMomentProblem& p, int64_t run, int64_t channel, int64_t count, char* to) {
+  pack_values(p, run, channel, count, to);
   const int64_t filled = p.length(run) * p.kernels.element;
   for (int64_t c = 0; c < count && filled < run_bytes; ++c) {
     std::memset(to + c * key_stride + filled, 0, run_bytes - filled);

@@ -29,40 +29,127 @@ void widen(const void* packed, int channels, int positions, double* to, int64_t 
   }
 }
 
-// All sums of `rows` rows and four vectors of columns stay in registers.
+typedef Vector<double>::unaligned Unaligned;
+constexpr int outer_rows = registers >= 32 ? 4 : 2, outer_vectors = 4;  // whose sums stay in registers
+
+// The products of `rows` rows and four vectors of columns.
 template <int rows>
-inline void outer_of(const double* keys, int64_t stride, int positions, int64_t row, int64_t column, double* part) {
-  typedef Vector<double>::unaligned Unaligned;
-  Vec<double> sum[rows][4] = {};
+inline void outer_of(const double* keys, int64_t stride, int positions, int64_t row, int64_t column,
+                     Vec<double> (&sum)[rows][outer_vectors]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < outer_vectors; ++j) sum[i][j] = Vec<double>{};
+  }
   for (int position = 0; position < positions; ++position) {
     const double* key = keys + position * stride;
-    Vec<double> right[4];
+    Vec<double> right[outer_vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) right[j] = *reinterpret_cast<const Unaligned*>(key + column + j * lanes<double>);
+    for (int j = 0; j < outer_vectors; ++j) {
+      right[j] = *reinterpret_cast<const Unaligned*>(key + column + j * lanes<double>);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; ++i) {
       const double left = key[row + i];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[i][j] += left * right[j];
+      for (int j = 0; j < outer_vectors; ++j) sum[i][j] += left * right[j];
     }
   }
+}
+
+template <int rows>
+inline void outer_to(const double* keys, int64_t stride, int positions, int64_t row, int64_t column, double* part) {
+  Vec<double> sum[rows][outer_vectors];
+  outer_of<rows>(keys, stride, positions, row, column, sum);
 #pragma GCC unroll 4
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) *reinterpret_cast<Unaligned*>(part + i * outer_columns + j * lanes<double>) = sum[i][j];
+    for (int j = 0; j < outer_vectors; ++j) {
+      *reinterpret_cast<Unaligned*>(part + i * outer_columns + j * lanes<double>) = sum[i][j];
+    }
   }
 }
 
 // SecondMomentKernels::outer.
 void outer(const double* keys, int64_t stride, int positions, int64_t row, int row_count, int64_t column,
            double* part) {
-  constexpr int rows = registers >= 32 ? 4 : 2, columns = 4 * lanes<double>;
+  constexpr int columns = outer_vectors * lanes<double>;
   for (int j = 0; j < outer_columns; j += columns) {
     int i = 0;
-    for (; i + rows <= row_count; i += rows) {
-      outer_of<rows>(keys, stride, positions, row + i, column + j, part + i * outer_columns + j);
+    for (; i + outer_rows <= row_count; i += outer_rows) {
+      outer_to<outer_rows>(keys, stride, positions, row + i, column + j, part + i * outer_columns + j);
     }
-    for (; i < row_count; ++i) outer_of<1>(keys, stride, positions, row + i, column + j, part + i * outer_columns + j);
+    for (; i < row_count; ++i) outer_to<1>(keys, stride, positions, row + i, column + j, part + i * outer_columns + j);
+  }
+}
+
+// to[c][k] = from[k][c] for as many rows as a vector has lanes: as transpose_block of packing.h.
+inline void turn(const double* from, int64_t from_stride, double* to, int64_t to_stride) {
+  constexpr int n = lanes<double>;
+  Vec<int64_t> low, high;
+  Vec<double> row[n];
+#pragma GCC unroll 8
+  for (int lane = 0; lane < n; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * n;
+    high[lane] = low[lane] + n / 2;
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < n; ++k) row[k] = *reinterpret_cast<const Unaligned*>(from + k * from_stride);
+#pragma GCC unroll 3
+  for (int round = 1; round < n; round *= 2) {
+    Vec<double> mixed[n];
+#pragma GCC unroll 4
+    for (int k = 0; k < n / 2; ++k) {
+      mixed[2 * k] = shuffle(row[k], row[k + n / 2], low);
+      mixed[2 * k + 1] = shuffle(row[k], row[k + n / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) row[k] = mixed[k];
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < n; ++c) *reinterpret_cast<Unaligned*>(to + c * to_stride) = row[c];
+}
+
+// Asks for the lines of `outer_tall` rows by outer_columns columns of `sums`, and of their mirror image.
+inline void ask_for(const double* sums, int64_t n, int64_t row, int64_t column) {
+  constexpr int line = 64 / sizeof(double);
+  for (int i = 0; i < outer_tall; ++i) {
+    for (int j = 0; j < outer_columns; j += line) __builtin_prefetch(sums + (row + i) * n + column + j, 1);
+  }
+  for (int j = 0; j < outer_columns; ++j) __builtin_prefetch(sums + (column + j) * n + row, 1);
+}
+
+// SecondMomentKernels::outer_below. Each line of the image is written once, and whole where rows begin at lines: it
+// does not matter that the rows of a power of two of channels share the cache's sets.
+void outer_below(const double* keys, int64_t stride, int positions, int64_t row, int64_t row_end, int64_t column,
+                 int64_t n, double* sums, int64_t next_row, int64_t next_column) {
+  constexpr int n_lanes = lanes<double>, columns = outer_vectors * n_lanes;
+  alignas(64) double added[outer_tall * outer_columns];
+  for (; row < row_end; row += outer_tall) {
+    const bool last = row + outer_tall >= row_end;
+    if (!last) ask_for(sums, n, row + outer_tall, column);
+    if (last && next_row >= 0) ask_for(sums, n, next_row, next_column);
+    for (int j = 0; j < outer_columns; j += columns) {
+      for (int i = 0; i < outer_tall; i += outer_rows) {
+        Vec<double> sum[outer_rows][outer_vectors];
+        outer_of<outer_rows>(keys, stride, positions, row + i, column + j, sum);
+#pragma GCC unroll 4
+        for (int q = 0; q < outer_rows; ++q) {
+          double* const to = sums + (row + i + q) * n + column + j;
+#pragma GCC unroll 4
+          for (int v = 0; v < outer_vectors; ++v) {
+            const Vec<double> now = *reinterpret_cast<const Unaligned*>(to + v * n_lanes) + sum[q][v];
+            *reinterpret_cast<Unaligned*>(to + v * n_lanes) = now;
+            store(added + (i + q) * outer_columns + j + v * n_lanes, now);
+          }
+        }
+      }
+    }
+    for (int j = 0; j < outer_columns; j += n_lanes) {
+      for (int i = 0; i < outer_tall; i += n_lanes) {
+        turn(added + i * outer_columns + j, outer_columns, sums + (column + j) * n + row + i, n);
+      }
+    }
   }
 }
 
