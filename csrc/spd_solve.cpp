@@ -227,14 +227,60 @@ Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
   return {begin * width, std::min(own * width, m - begin * width), static_cast<int>(own)};
 }
 
+// From so many rows on threads share a matrix: the look at the residual, and then the solves of a few right-hand sides.
+// Into what parts, and in which order these are added up, depends on n alone: so the bits do not depend on the threads.
+constexpr int64_t shared_from = 384, blocks_from = 768;
+constexpr int64_t left_rows = 8, below_columns = 128;  // of one task
+constexpr int64_t alone_below = 192;                   // columns: less is done before a helper has come
+constexpr int64_t most_parts = 8;                      // of the product with A
+
+int64_t parts_of(int64_t n) { return n < shared_from ? 1 : n < 2 * shared_from ? most_parts / 2 : most_parts; }
+
+// x[r * n], m < wide_from of them: L y = x, then L^T x = y, in place.
+template <class Workers>
+void solve_narrow(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x) {
+  const int rows = static_cast<int>(m);
+  if (n < blocks_from) {
+    kernels.forward(lower, n, n, x, n, rows);
+    kernels.backward(lower, n, n, x, n, rows);
+    return;
+  }
+  const auto left_of = [&](auto& workers, int64_t k, int64_t end) {  // rows [k, end) of L y = x, without their triangle
+    workers.each([&](int) {
+      for (int64_t i = k + left_rows * workers.next(); i < end; i = k + left_rows * workers.next()) {
+        kernels.take_left(lower, n, x, rows, i, std::min(i + left_rows, end), k);
+      }
+    });
+  };
+  const auto below = [&](auto& workers, int64_t k, int64_t end) {  // their part of L^T x = y in the columns before
+    workers.each([&](int) {
+      for (int64_t j = below_columns * workers.next(); j < k; j = below_columns * workers.next()) {
+        kernels.take_below(lower, n, x, rows, k, end, j, std::min(j + below_columns, k));
+      }
+    });
+  };
+  Solo solo;
+  for (int64_t k = 0; k < n; k += block_size) {
+    const int64_t end = std::min(k + block_size, n);
+    k < alone_below ? left_of(solo, k, end) : left_of(team, k, end);
+    kernels.forward(lower + k * n + k, n, end - k, x + k, n, rows);
+  }
+  for (int64_t k = (n - 1) / block_size * block_size; k >= 0; k -= block_size) {
+    const int64_t end = std::min(k + block_size, n);
+    kernels.backward(lower + k * n + k, n, end - k, x + k, n, rows);
+    k < alone_below ? below(solo, k, end) : below(team, k, end);
+  }
+}
+
 // x[., sides] = A^-1 from[., sides] by the factor; `space` has n * wide_vectors * width numbers.
-void solve_sides(const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, Sides sides,
+template <class Workers>
+void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, Sides sides,
                  const double* from, double* x, double* space) {
   if (!sides.vectors) {
     for (int64_t r = 0; r < m; ++r) {
       for (int64_t i = 0; i < n; ++i) space[r * n + i] = from[i * m + r];
     }
-    kernels.solve(lower, n, space, static_cast<int>(m));
+    solve_narrow(team, kernels, lower, n, m, space);
     for (int64_t r = 0; r < m; ++r) {
       for (int64_t i = 0; i < n; ++i) x[i * m + r] = space[r * n + i];
     }
@@ -250,10 +296,38 @@ void solve_sides(const SPDSolveKernels& kernels, const double* lower, int64_t n,
   for (int64_t i = 0; i < n; ++i) std::copy_n(space + i * wide, sides.count, x + i * m + sides.first);
 }
 
+// y = A w, z = |A| v. The rows are in parts of the same area; `space` has 2 n numbers for each.
+template <class Workers>
+void multiply(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, const double* w,
+              const double* v, double* y, double* z, double* space) {
+  const int64_t parts = parts_of(n);
+  const auto end_of = [&](int64_t part) {
+    if (part + 1 == parts) return n;
+    const double share = std::sqrt(static_cast<double>(part + 1) / static_cast<double>(parts));
+    return static_cast<int64_t>(share * static_cast<double>(n)) & ~int64_t{3};
+  };
+  if (parts == 1) return kernels.multiply(a, n, 0, n, w, v, y, z);
+  team.each([&](int) {
+    for (int64_t part = team.next(); part < parts; part = team.next()) {
+      double* const mine = space + part * 2 * n;
+      kernels.multiply(a, n, part ? end_of(part - 1) : 0, end_of(part), w, v, mine, mine + n);
+    }
+  });
+  std::fill(y, y + n, 0.0);
+  std::fill(z, z + n, 0.0);
+  for (int64_t part = 0; part < parts; ++part) {
+    const double* const mine = space + part * 2 * n;
+    for (int64_t i = 0; i < end_of(part); ++i) y[i] += mine[i], z[i] += mine[n + i];
+  }
+}
+
+int64_t check_space(int64_t n) { return (6 + 2 * parts_of(n)) * n; }
+
 // Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
-// look like chance, so that the matrix is read once. `space` has 6 n numbers.
-bool is_solved(const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b, const double* x,
-               double* space, bool& finite) {
+// look like chance, so that the matrix is read once. `space` has check_space(n) numbers.
+template <class Workers>
+bool is_solved(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
+               const double* x, double* space, bool& finite) {
   double *w = space, *v = w + n, *y = v + n, *z = y + n, *b_sum = z + n, *b_size = b_sum + n, poison = 0;
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0, size = 0, right = 0, right_size = 0;
@@ -269,23 +343,51 @@ bool is_solved(const SPDSolveKernels& kernels, const double* a, int64_t n, int64
     w[i] = sum, v[i] = size, b_sum[i] = right, b_size[i] = right_size;
   }
   finite = poison == 0;
-  kernels.multiply(a, n, w, v, y, z);
+  multiply(team, kernels, a, n, w, v, y, z, b_size + n);
   for (int64_t i = 0; i < n; ++i) {
     if (!(std::abs(b_sum[i] - y[i]) <= solved * (z[i] + b_size[i]))) return false;
   }
   return true;
 }
 
-// residual = b - A x, all sides. `space` has 4 n numbers.
-void residual_of(const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
+// residual = b - A x, all sides. `space` has check_space(n) numbers.
+template <class Workers>
+void residual_of(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
                  const double* x, double* residual, double* space) {
   double *w = space, *v = w + n, *y = v + n, *z = y + n;
   std::fill(v, v + n, 0.0);
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t i = 0; i < n; ++i) w[i] = x[i * m + r];
-    kernels.multiply(a, n, w, v, y, z);
+    multiply(team, kernels, a, n, w, v, y, z, z + n);
     for (int64_t i = 0; i < n; ++i) residual[i * m + r] = b[i * m + r] - y[i];
   }
+}
+
+// What the sides of one matrix are solved with.
+struct System {
+  const SPDSolveKernels& kernels;
+  const double *matrix, *lower;
+  int64_t n, m, panels;  // panels: the wide sides in as many parts
+  const double* rhs;
+  double* x;
+};
+
+// Looks at the solution, and refines it where it is not exact to rounding. `space` as is_solved and solve_sides need.
+template <class Workers>
+Status finish_solve(Workers& team, const System& s, double* space, bool& finite) {
+  bool whole = true;
+  const bool done = is_solved(team, s.kernels, s.matrix, s.n, s.m, s.rhs, s.x, space, whole);
+  finite = finite && whole;
+  if (done || !whole) return Status::ok;
+  Aligned<double> change(s.n * s.m);
+  if (!change.data()) return Status::out_of_memory;
+  residual_of(team, s.kernels, s.matrix, s.n, s.m, s.rhs, s.x, change.data(), space);
+  for (int64_t panel = 0; panel < s.panels; ++panel) {
+    const Sides sides = sides_of(s.m, s.panels, panel, s.kernels.width);
+    solve_sides(team, s.kernels, s.lower, s.n, s.m, sides, change.data(), change.data(), space);
+  }
+  for (int64_t i = 0; i < s.n * s.m; ++i) s.x[i] += change.data()[i];
+  return Status::ok;
 }
 
 }  // namespace
@@ -299,54 +401,61 @@ Status cholesky_solve(const double* matrices, const double* lower, int64_t batch
   if (batch * m == 0) return Status::ok;
   const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   const double work = static_cast<double>(batch) * m * n * n;
-  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  const bool share = n >= shared_from && batch < threads;  // one matrix by all threads, else one thread each
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / (share ? 1e5 : 1e6)));
   const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;
   int64_t panels = (vectors + wide_vectors - 1) / wide_vectors;
   if (threads > 1) panels = std::min(vectors, (panels + threads - 1) / threads * threads);  // as much for each thread
-  const int64_t spare = std::max<int64_t>({wide_vectors * kernels.width, 6, wide_from - 1}) * n;
+  const int64_t spare = std::max(std::max<int64_t>(wide_vectors * kernels.width, wide_from - 1) * n, check_space(n));
   thread_local Workspace kept;
   double* const spaces = reinterpret_cast<double*>(kept.get(threads * spare * static_cast<int64_t>(sizeof(double))));
   if (!spaces) return Status::out_of_memory;
-  std::atomic<bool> poisoned{false}, out_of_memory{false};
-  const auto solve_all = [&](const double* l, const double* from, double* to, int64_t count, int workers) {
-    Team::run(workers, [&](Team& team) {
+  const auto system = [&](int64_t b) {
+    return System{kernels, matrices + b * n * n, lower + b * n * n, n, m, panels, rhs + b * n * m, x + b * n * m};
+  };
+  const auto solve_panel = [&](auto& team, const System& s, int64_t panel, int worker) {
+    const Sides sides = sides_of(m, panels, panel, kernels.width);
+    solve_sides(team, kernels, s.lower, n, m, sides, s.rhs, s.x, spaces + worker * spare);
+  };
+  Status status = Status::ok;
+  if (share) {
+    Team::run(threads, [&](Team& team) {
+      for (int64_t b = 0; b < batch && status == Status::ok; ++b) {
+        const System s = system(b);
+        if (m < wide_from) {
+          solve_panel(team, s, 0, 0);
+        } else {
+          team.each([&](int worker) {
+            Solo solo;
+            for (int64_t panel = team.next(); panel < panels; panel = team.next()) solve_panel(solo, s, panel, worker);
+          });
+        }
+        status = finish_solve(team, s, spaces, finite);
+      }
+    });
+  } else {
+    std::atomic<bool> poisoned{false}, out_of_memory{false};
+    Team::run(static_cast<int>(std::min<int64_t>(threads, batch * panels)), [&](Team& team) {
       team.each([&](int worker) {
-        for (int64_t task = team.next(); task < count * panels; task = team.next()) {
-          const int64_t b = task / panels, at = b * n * m;
-          const Sides sides = sides_of(m, panels, task % panels, kernels.width);
-          solve_sides(kernels, l + b * n * n, n, m, sides, from + at, to + at, spaces + worker * spare);
+        Solo solo;
+        for (int64_t task = team.next(); task < batch * panels; task = team.next()) {
+          solve_panel(solo, system(task / panels), task % panels, worker);
+        }
+      });
+      team.each([&](int worker) {
+        Solo solo;
+        for (int64_t b = team.next(); b < batch; b = team.next()) {
+          bool whole = true;
+          if (finish_solve(solo, system(b), spaces + worker * spare, whole) != Status::ok) out_of_memory = true;
+          if (!whole) poisoned = true;
         }
       });
     });
-  };
-  solve_all(lower, rhs, x, batch, static_cast<int>(std::min<int64_t>(threads, batch * panels)));
-  Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
-    team.each([&](int worker) {
-      double* const space = spaces + worker * spare;
-      for (int64_t b = team.next(); b < batch; b = team.next()) {
-        const double* const a = matrices + b * n * n;
-        const double* const right = rhs + b * n * m;
-        bool whole = true;
-        const bool done = is_solved(kernels, a, n, m, right, x + b * n * m, space, whole);
-        if (!whole) poisoned = true;
-        if (done || !whole) continue;
-        Aligned<double> change(n * m);
-        if (!change.data()) {
-          out_of_memory = true;
-          continue;
-        }
-        residual_of(kernels, a, n, m, right, x + b * n * m, change.data(), space);
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const Sides sides = sides_of(m, panels, panel, kernels.width);
-          solve_sides(kernels, lower + b * n * n, n, m, sides, change.data(), change.data(), space);
-        }
-        for (int64_t i = 0; i < n * m; ++i) x[b * n * m + i] += change.data()[i];
-      }
-    });
-  });
+    finite = !poisoned;
+    if (out_of_memory) status = Status::out_of_memory;
+  }
   kept.trim(most_kept);
-  finite = !poisoned;
-  return out_of_memory ? Status::out_of_memory : Status::ok;
+  return status;
 }
 
 Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimits& limits, const double* rhs,

@@ -107,78 +107,161 @@ inline double sum_lanes(Wide v) {
   return sum;
 }
 
-// A few right-hand sides. Four rows of L at a time: every load of x serves four products, and four chains of sums run
-// side by side.
+// A few right-hand sides, x[r * length]. Four rows of L at a time: every load of x serves four products, and four
+// chains of sums run side by side.
+
+// sum[q][r] = row q of four times x, up to `end`, the last `end` % width left out.
 template <int rows>
-void solve_of(const double* lower, int64_t n, double* x) {
+inline void dot_rows(const double* row, int64_t stride, const double* x, int64_t length, int64_t end,
+                     Wide (&sum)[4][rows]) {
+  for (int64_t k = 0; k + width <= end; k += width) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Wide value = *reinterpret_cast<const Unaligned*>(x + r * length + k);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) sum[q][r] += value * *reinterpret_cast<const Unaligned*>(row + q * stride + k);
+    }
+  }
+}
+
+// L y = x of a triangle [n, n] with rows `stride` apart: dot products with the rows of L.
+template <int rows>
+void forward_of(const double* lower, int64_t stride, int64_t n, double* x, int64_t length) {
   const int64_t whole = n & ~int64_t{3};
-  for (int64_t i = 0; i < whole; i += 4) {  // forward: dot products with the rows of L
-    const double* row = lower + i * n;
+  for (int64_t i = 0; i < whole; i += 4) {
+    const double* row = lower + i * stride;
     Wide sum[4][rows] = {};
     const int64_t vectors = i - i % width;
-    for (int64_t k = 0; k < vectors; k += width) {
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const Wide value = *reinterpret_cast<const Unaligned*>(x + r * n + k);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) sum[q][r] += value * *reinterpret_cast<const Unaligned*>(row + q * n + k);
-      }
-    }
+    dot_rows<rows>(row, stride, x, length, i, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
-        double rest = x[r * n + i + q] - sum_lanes(sum[q][r]);
-        for (int64_t k = vectors; k < i + q; ++k) rest -= row[q * n + k] * x[r * n + k];
-        x[r * n + i + q] = rest / row[q * n + i + q];
+        double rest = x[r * length + i + q] - sum_lanes(sum[q][r]);
+        for (int64_t k = vectors; k < i + q; ++k) rest -= row[q * stride + k] * x[r * length + k];
+        x[r * length + i + q] = rest / row[q * stride + i + q];
       }
     }
   }
   for (int64_t i = whole; i < n; ++i) {
     for (int r = 0; r < rows; ++r) {
-      double rest = x[r * n + i];
-      for (int64_t k = 0; k < i; ++k) rest -= lower[i * n + k] * x[r * n + k];
-      x[r * n + i] = rest / lower[i * n + i];
+      double rest = x[r * length + i];
+      for (int64_t k = 0; k < i; ++k) rest -= lower[i * stride + k] * x[r * length + k];
+      x[r * length + i] = rest / lower[i * stride + i];
     }
   }
+}
 
-  for (int64_t i = n - 1; i >= whole; --i) {  // backward: multiples of the same rows
+// x[., first .. end) -= four rows of L, each times its value.
+template <int rows>
+inline void subtract_rows(const double* row, int64_t stride, const double (&value)[4][rows], int64_t first, int64_t end,
+                          double* x, int64_t length) {
+  int64_t k = first;
+  for (; k + width <= end; k += width) {
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const double value = x[r * n + i] /= lower[i * n + i];
-      for (int64_t k = 0; k < i; ++k) x[r * n + k] -= value * lower[i * n + k];
+      Wide rest = *reinterpret_cast<const Unaligned*>(x + r * length + k);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * stride + k);
+      *reinterpret_cast<Unaligned*>(x + r * length + k) = rest;
+    }
+  }
+  for (; k < end; ++k) {
+    for (int r = 0; r < rows; ++r) {
+      for (int q = 0; q < 4; ++q) x[r * length + k] -= value[q][r] * row[q * stride + k];
+    }
+  }
+}
+
+// L^T x = y of such a triangle: multiples of the same rows.
+template <int rows>
+void backward_of(const double* lower, int64_t stride, int64_t n, double* x, int64_t length) {
+  const int64_t whole = n & ~int64_t{3};
+  for (int64_t i = n - 1; i >= whole; --i) {
+    for (int r = 0; r < rows; ++r) {
+      const double value = x[r * length + i] /= lower[i * stride + i];
+      for (int64_t k = 0; k < i; ++k) x[r * length + k] -= value * lower[i * stride + k];
     }
   }
   for (int64_t i = whole - 4; i >= 0; i -= 4) {
-    const double* row = lower + i * n;
+    const double* row = lower + i * stride;
     double value[4][rows];
     for (int r = 0; r < rows; ++r) {
       for (int q = 3; q >= 0; --q) {
-        value[q][r] = x[r * n + i + q] /= row[q * n + i + q];
-        for (int k = 0; k < q; ++k) x[r * n + i + k] -= value[q][r] * row[q * n + i + k];
+        value[q][r] = x[r * length + i + q] /= row[q * stride + i + q];
+        for (int k = 0; k < q; ++k) x[r * length + i + k] -= value[q][r] * row[q * stride + i + k];
       }
     }
-    int64_t k = 0;
-    for (; k + width <= i; k += width) {
+    subtract_rows<rows>(row, stride, value, 0, i, x, length);
+  }
+}
+
+template <int rows>
+void take_left_of(const double* lower, int64_t n, double* x, int64_t first, int64_t end, int64_t columns) {
+  int64_t i = first;
+  for (; i + 4 <= end; i += 4) {
+    Wide sum[4][rows] = {};
+    dot_rows<rows>(lower + i * n, n, x, n, columns, sum);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        Wide rest = *reinterpret_cast<const Unaligned*>(x + r * n + k);
+    for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * n + k);
-        *reinterpret_cast<Unaligned*>(x + r * n + k) = rest;
-      }
+      for (int q = 0; q < 4; ++q) x[r * n + i + q] -= sum_lanes(sum[q][r]);
     }
-    for (; k < i; ++k) {
+  }
+  for (; i < end; ++i) {
+    for (int r = 0; r < rows; ++r) {
+      Wide sum = {};
+      for (int64_t k = 0; k < columns; k += width) {
+        sum +=
+            *reinterpret_cast<const Unaligned*>(x + r * n + k) * *reinterpret_cast<const Unaligned*>(lower + i * n + k);
+      }
+      x[r * n + i] -= sum_lanes(sum);
+    }
+  }
+}
+
+template <int rows>
+void take_below_of(const double* lower, int64_t n, double* x, int64_t first, int64_t end, int64_t columns,
+                   int64_t columns_end) {
+  for (int64_t i = first; i < end; i += 4) {
+    const int64_t count = end - i < 4 ? end - i : 4;
+    double value[4][rows] = {};
+    for (int64_t q = 0; q < count; ++q) {
+      for (int r = 0; r < rows; ++r) value[q][r] = x[r * n + i + q];
+    }
+    if (count == 4) {
+      subtract_rows<rows>(lower + i * n, n, value, columns, columns_end, x, n);
+      continue;
+    }
+    for (int64_t q = 0; q < count; ++q) {
       for (int r = 0; r < rows; ++r) {
-        for (int q = 0; q < 4; ++q) x[r * n + k] -= value[q][r] * row[q * n + k];
+        for (int64_t k = columns; k < columns_end; ++k) x[r * n + k] -= value[q][r] * lower[(i + q) * n + k];
       }
     }
   }
 }
 
-void solve(const double* lower, int64_t n, double* x, int rows) {
-  if (rows == 1) return solve_of<1>(lower, n, x);
-  if (rows == 2) return solve_of<2>(lower, n, x);
-  return solve_of<wide_from - 1>(lower, n, x);
+// One of these for a number of right-hand sides.
+#define REWRITE_CORE_ROWS(function, ...)          \
+  if (rows == 1) return function<1>(__VA_ARGS__); \
+  if (rows == 2) return function<2>(__VA_ARGS__); \
+  return function<wide_from - 1>(__VA_ARGS__)
+
+void forward(const double* lower, int64_t stride, int64_t n, double* x, int64_t length, int rows) {
+  REWRITE_CORE_ROWS(forward_of, lower, stride, n, x, length);
+}
+
+void backward(const double* lower, int64_t stride, int64_t n, double* x, int64_t length, int rows) {
+  REWRITE_CORE_ROWS(backward_of, lower, stride, n, x, length);
+}
+
+void take_left(const double* lower, int64_t n, double* x, int rows, int64_t first, int64_t end, int64_t columns) {
+  REWRITE_CORE_ROWS(take_left_of, lower, n, x, first, end, columns);
+}
+
+void take_below(const double* lower, int64_t n, double* x, int rows, int64_t first, int64_t end, int64_t columns,
+                int64_t columns_end) {
+  REWRITE_CORE_ROWS(take_below_of, lower, n, x, first, end, columns, columns_end);
 }
 
 // Rows first, ..., first + rows - 1 of L y = x, with those before them done: sums stay in registers.
@@ -268,12 +351,16 @@ void solve_wide(const double* lower, int64_t n, double* x, int vectors) {
 }
 
 inline double magnitude(double x) { return x < 0 ? -x : x; }
+inline Wide magnitude(Wide x) {  // without the sign bit: a comparison and a choice take longer
+  return (Wide)((Vec<int64_t>)x & INT64_MAX);
+}
 
 // Four rows at a time, each entry read once: it counts in its own row and, mirrored, in its column's.
-void multiply(const double* a, int64_t n, const double* w, const double* v, double* y, double* z) {
-  for (int64_t i = 0; i < n; ++i) y[i] = z[i] = 0.0;
-  const int64_t whole = n & ~int64_t{3};
-  for (int64_t i = 0; i < whole; i += 4) {
+void multiply(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
+              double* z) {
+  for (int64_t i = 0; i < end; ++i) y[i] = z[i] = 0.0;
+  const int64_t whole = first + ((end - first) & ~int64_t{3});
+  for (int64_t i = first; i < whole; i += 4) {
     const double* row = a + i * n;
     Wide dot[4] = {}, size[4] = {};
     const int64_t vectors = i - i % width;
@@ -282,7 +369,7 @@ void multiply(const double* a, int64_t n, const double* w, const double* v, doub
       Wide yk = *reinterpret_cast<const Unaligned*>(y + k), zk = *reinterpret_cast<const Unaligned*>(z + k);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
-        const Wide entry = *reinterpret_cast<const Unaligned*>(row + q * n + k), absolute = entry < 0 ? -entry : entry;
+        const Wide entry = *reinterpret_cast<const Unaligned*>(row + q * n + k), absolute = magnitude(entry);
         dot[q] += entry * wk;
         size[q] += absolute * vk;
         yk += w[i + q] * entry;
@@ -304,7 +391,7 @@ void multiply(const double* a, int64_t n, const double* w, const double* v, doub
       }
     }
   }
-  for (int64_t i = whole; i < n; ++i) {
+  for (int64_t i = whole; i < end; ++i) {
     for (int64_t k = 0; k <= i; ++k) {
       const double entry = a[i * n + k];
       y[i] += entry * w[k];
@@ -318,8 +405,9 @@ void multiply(const double* a, int64_t n, const double* w, const double* v, doub
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {width,        tile_rows,   tile_panels, pack,       tile,
-                                           factor_block, solve_panel, solve,       solve_wide, multiply};
+const SPDSolveKernels spd_solve_kernels = {width,        tile_rows,   tile_panels, pack,     tile,
+                                           factor_block, solve_panel, forward,     backward, take_left,
+                                           take_below,   solve_wide,  multiply};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

@@ -30,14 +30,25 @@ struct SPDSolveKernels {
   // a multiple of 4.
   void (*solve_panel)(double* packed, const double* transposed, int size);
 
-  // A few right-hand sides x[r * n], fewer than `wide_from`: L y = x, then L^T x = y, in place.
-  void (*solve)(const double* lower, int64_t n, double* x, int rows);
+  // A few right-hand sides x[r * length], fewer than `wide_from`, in place, and a triangle [n, n] with rows `stride`
+  // apart: L y = x, and L^T x = y.
+  void (*forward)(const double* lower, int64_t stride, int64_t n, double* x, int64_t length, int rows);
+  void (*backward)(const double* lower, int64_t stride, int64_t n, double* x, int64_t length, int rows);
+
+  // Parts of the same for a triangle that is solved block by block. x[i] -= the sum over k < columns, a multiple of
+  // width, of L_ik x[k] for i in [first, end).
+  void (*take_left)(const double* lower, int64_t n, double* x, int rows, int64_t first, int64_t end, int64_t columns);
+  // x[k] -= the sum over i in [first, end) of L_ik x[i] for k in [columns, columns_end).
+  void (*take_below)(const double* lower, int64_t n, double* x, int rows, int64_t first, int64_t end, int64_t columns,
+                     int64_t columns_end);
 
   // Many: the same for x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane.
   void (*solve_wide)(const double* lower, int64_t n, double* x, int vectors);
 
-  // y = A w and z = |A| v of a symmetric matrix, by its lower triangle.
-  void (*multiply)(const double* a, int64_t n, const double* w, const double* v, double* y, double* z);
+  // y = A w and z = |A| v of a symmetric matrix, what rows [first, end) of its lower triangle and their mirror image
+  // add to it; what lies from `end` on is left alone.
+  void (*multiply)(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
+                   double* z);
 };
 
 inline int64_t factor_length(int64_t size, int width) { return size + width; }
