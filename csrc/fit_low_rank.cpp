@@ -10,6 +10,8 @@ int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step
 
 using namespace fit_low_rank_constants;
 
+constexpr int64_t most_kept = 1 << 23;  // bytes of work space that a thread keeps for its next call
+
 // Styles begin at whole vectors of floats.
 int64_t style_start(int64_t used) { return round_up(used, 2 * fit_padding); }
 
@@ -103,6 +105,7 @@ FitLowRankEdit choose_pixels(Arena<double>& arena, const FitLowRankProblem& prob
     }
   }
   edit.starts[problem.styles] = edit.stride;
+  edit.all = problem.styles == 1 && used == problem.pixels;
   for (int64_t p = 0; p < edit.stride; ++p) {
     edit.weights[p] = edit.kept[p] < 0 ? 0.0 : (weights ? weights[edit.kept[p]] : 1.0) / sum;
   }
@@ -151,14 +154,16 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
   const int64_t chunk = largest.exact ? fit_together : 4;  // channels per task
   const int64_t chunks = (problem.channels + chunk - 1) / chunk;
 
-  Aligned<double> edit_memory(group * edit_doubles);
-  Aligned<double> scratch_memory(threads * scratch_doubles);
+  thread_local Workspace kept;
+  const int64_t doubles = group * edit_doubles + threads * scratch_doubles;
+  double* const edit_memory = reinterpret_cast<double*>(kept.get(doubles * static_cast<int64_t>(sizeof(double))));
+  double* const scratch_memory = edit_memory + group * edit_doubles;
   Aligned<FitLowRankEdit> edits(group);
-  if (!edit_memory.data() || !scratch_memory.data() || !edits.data()) return Status::out_of_memory;
+  if (!edit_memory || !edits.data()) return Status::out_of_memory;
 
   Team::run(threads, [&](Team& team) {
     const auto scratch_of = [&](int worker) {
-      Arena<double> mine(scratch_memory.data() + worker * scratch_doubles);
+      Arena<double> mine(scratch_memory + worker * scratch_doubles);
       return take_scratch(mine, largest, problem.styles);
     };
     for (int64_t first = 0; first < problem.edits; first += group) {
@@ -166,7 +171,7 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
       team.each([&](int worker) {
         const FitLowRankScratch scratch = scratch_of(worker);
         for (int64_t task = team.next(); task < count; task = team.next()) {
-          Arena<double> arena(edit_memory.data() + task * edit_doubles);
+          Arena<double> arena(edit_memory + task * edit_doubles);
           FitLowRankEdit edit = choose_pixels(arena, problem, first + task);
           kernels.prepare(problem, edit, scratch);
           edits.data()[task] = edit;
@@ -184,6 +189,7 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
       });
     }
   });
+  kept.trim(most_kept);
   return Status::ok;
 }
 

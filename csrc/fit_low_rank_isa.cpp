@@ -81,7 +81,7 @@ void prepare_of(const FitLowRankProblem& problem, FitLowRankEdit& edit, const Fi
   }
 }
 
-// A channel's result, `stride` from one unknown to the next.
+// A channel's result, `stride` from one unknown to the next; these are no longer scaled.
 template <class Real>
 void write(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel, const double* x,
            int64_t stride, Outcome result) {
@@ -89,7 +89,7 @@ void write(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t
   Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
   bool fits = true;  // in the output's type
   for (int64_t j = 0; j < unknowns; ++j) {
-    coefficients[j] = static_cast<Real>(x[j * stride] / edit.size[j]);
+    coefficients[j] = static_cast<Real>(x[j * stride]);
     fits = fits && finite(static_cast<double>(coefficients[j]));
   }
   if (!fits) {
@@ -119,8 +119,41 @@ void fit_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_
   }
   if (problem.penalty) model.penalty_scale = problem.penalty_scale[at];
   const Outcome result = fit_channel(model);
+  for (int64_t j = 0; j < problem.unknowns; ++j) scratch.best_x[j] /= edit.size[j];
   write<Real>(problem, edit, channel, scratch.best_x, 1, result);
 }
+
+// out[p][c] = row[c][p] for four pixels of four channels, in registers (see transpose_block in
+// second_moment/packing.h).
+inline void turn_four(const float* const row[4], int64_t first, double* out) {
+  typedef Vector<float, 16> Part;
+  typedef Vector<double, 32> Four;
+  constexpr Vector<int32_t, 16>::type low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+  typename Part::type value[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) value[c] = *reinterpret_cast<const typename Part::unaligned*>(row[c] + first);
+#pragma GCC unroll 2
+  for (int round = 0; round < 2; ++round) {
+    const typename Part::type a = value[0], b = value[1], c = value[2], d = value[3];
+    value[0] = shuffle(a, c, low), value[1] = shuffle(a, c, high);
+    value[2] = shuffle(b, d, low), value[3] = shuffle(b, d, high);
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p) {
+    *reinterpret_cast<typename Four::unaligned*>(out + p * fit_together) =
+        __builtin_convertvector(value[p], typename Four::type);
+  }
+}
+
+// The first pixels, where they lie side by side; how many.
+inline int64_t turn_lanes(const FitLowRankEdit& edit, const float* const* row, double* out) {
+  const int64_t whole = edit.all ? edit.pixels & ~int64_t{3} : 0;
+  for (int64_t p = 0; p < whole; p += 4) {
+    for (int64_t c = 0; c < fit_together; c += 4) turn_four(row + c, p, out + p * fit_together + c);
+  }
+  return whole;
+}
+inline int64_t turn_lanes(const FitLowRankEdit&, const double* const*, double*) { return 0; }
 
 // out [stride, fit_together] = or += channels first, first + 1, ..., the last one in what is left of the lanes.
 template <class Real, bool add>
@@ -128,7 +161,7 @@ void gather_lanes(const FitLowRankEdit& edit, const Real* rows, int64_t channel_
                   int64_t count, double* out) {
   const Real* row[fit_together];
   for (int64_t c = 0; c < fit_together; ++c) row[c] = rows + (c < count ? c : count - 1) * channel_stride;
-  for (int64_t p = 0; p < edit.stride; ++p) {
+  for (int64_t p = !add && pixel_stride == 1 ? turn_lanes(edit, row, out) : 0; p < edit.stride; ++p) {
     const int64_t at = edit.kept[p] * pixel_stride;
     double* const to = out + p * fit_together;
 #pragma GCC unroll 8
@@ -155,6 +188,10 @@ void fit_exactly_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit
   }
   Outcome outcomes[fit_together];
   fit_exactly(problem, edit, scratch, problem.penalty ? problem.penalty_scale[at] : 0.0, count, outcomes);
+  for (int64_t j = 0; j < problem.unknowns; ++j) {
+    double* const x = scratch.many_x + j * fit_together;
+    for (int64_t c = 0; c < fit_together; c += width) store(x + c, load(x + c) / edit.size[j]);
+  }
   for (int64_t c = 0; c < count; ++c) {
     write<Real>(problem, edit, first + c, scratch.many_x + c, fit_together, outcomes[c]);
   }

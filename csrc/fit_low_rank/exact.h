@@ -55,22 +55,33 @@ inline void add_lanes(Lanes& sum, double a, const Lanes& b) {
   for (int64_t i = 0; i < parts; ++i) sum.part[i] += a * b.part[i];
 }
 
-// out[i] += sum_k matrix[i, k] a[k] for all rows; `rows` is a multiple of fit_rows.
+template <int64_t block>
+void multiply_block(const double* matrix, int64_t row_length, const double* a, int64_t count, double* out) {
+  Lanes sum[block];
+#pragma GCC unroll 12
+  for (int64_t q = 0; q < block; ++q) sum[q] = load_lanes(out + q * fit_together);
+  for (int64_t k = 0; k < count; ++k) {
+    const Lanes value = load_lanes(a + k * fit_together);
+#pragma GCC unroll 12
+    for (int64_t q = 0; q < block; ++q) add_lanes(sum[q], matrix[q * row_length + k], value);
+  }
+#pragma GCC unroll 12
+  for (int64_t q = 0; q < block; ++q) store_lanes(out + q * fit_together, sum[q]);
+}
+
+// out[i] += sum_k matrix[i, k] a[k] for `rows` rows, and some more, up to a multiple of fit_rows.
 void multiply_lanes(const double* matrix, int64_t row_length, int64_t rows, const double* a, int64_t count,
                     double* out) {
   constexpr int64_t block = fit_rows / parts;
-  for (int64_t i = 0; i < rows; i += block) {
-    Lanes sum[block];
-#pragma GCC unroll 12
-    for (int64_t q = 0; q < block; ++q) sum[q] = load_lanes(out + (i + q) * fit_together);
-    for (int64_t k = 0; k < count; ++k) {
-      const Lanes value = load_lanes(a + k * fit_together);
-#pragma GCC unroll 12
-      for (int64_t q = 0; q < block; ++q) add_lanes(sum[q], matrix[(i + q) * row_length + k], value);
-    }
-#pragma GCC unroll 12
-    for (int64_t q = 0; q < block; ++q) store_lanes(out + (i + q) * fit_together, sum[q]);
+  static_assert(block % 3 == 0);
+  int64_t i = 0;
+  for (; rows - i > block - 3; i += block) {
+    multiply_block<block>(matrix + i * row_length, row_length, a, count, out + i * fit_together);
   }
+  matrix += i * row_length, out += i * fit_together;  // what is left takes as many rows as it needs, in threes
+  if (rows - i > 6) return multiply_block<(block > 9 ? 9 : block)>(matrix, row_length, a, count, out);
+  if (rows - i > 3) return multiply_block<(block > 6 ? 6 : block)>(matrix, row_length, a, count, out);
+  if (rows > i) multiply_block<(block > 3 ? 3 : block)>(matrix, row_length, a, count, out);
 }
 
 // lin = start + x basis.
@@ -109,41 +120,71 @@ void losses_of(const FitLowRankEdit& edit, double gain, const double* lin, const
   }
 }
 
-// x of U^T D^-1 U x = right, in place.
-void solve_lanes(const double* factor, int64_t n, int64_t leading, double* x) {
-  for (int64_t k = 0; k < n; ++k) {
-    const double* row = factor + k * leading;
-    Lanes scale = load_lanes(x + k * fit_together);
-    for (int64_t i = 0; i < parts; ++i) scale.part[i] *= -row[k];
-    for (int64_t j = k + 1; j < n; ++j) {
-      Lanes other = load_lanes(x + j * fit_together);
-      add_lanes(other, row[j], scale);
-      store_lanes(x + j * fit_together, other);
-    }
+// Rows first, ..., first + rows - 1 of the first half of solve_lanes, with those before them done: sums stay in
+// registers. `scaled` gets -D^-1 times the result.
+template <int64_t rows>
+inline void solve_forward(const double* factor, int64_t leading, double* x, double* scaled, int64_t first) {
+  Lanes sum[rows];
+#pragma GCC unroll 4
+  for (int64_t q = 0; q < rows; ++q) sum[q] = load_lanes(x + (first + q) * fit_together);
+  for (int64_t k = 0; k < first; ++k) {
+    const Lanes known = load_lanes(scaled + k * fit_together);
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < rows; ++q) add_lanes(sum[q], factor[k * leading + first + q], known);
   }
-  for (int64_t k = n - 1; k >= 0; --k) {
-    Lanes value = load_lanes(x + k * fit_together);
-    for (int64_t i = 0; i < parts; ++i) value.part[i] *= factor[k * leading + k];
-    store_lanes(x + k * fit_together, value);
-    for (int64_t j = 0; j < k; ++j) {
-      Lanes other = load_lanes(x + j * fit_together);
-      add_lanes(other, -factor[j * leading + k], value);
-      store_lanes(x + j * fit_together, other);
-    }
+#pragma GCC unroll 4
+  for (int64_t q = 0; q < rows; ++q) {
+    const double* row = factor + (first + q) * leading;
+    store_lanes(x + (first + q) * fit_together, sum[q]);
+    for (int64_t i = 0; i < parts; ++i) sum[q].part[i] *= -row[first + q];
+    store_lanes(scaled + (first + q) * fit_together, sum[q]);
+#pragma GCC unroll 4
+    for (int64_t p = q + 1; p < rows; ++p) add_lanes(sum[p], row[first + p], sum[q]);
   }
 }
 
-// The solution in scratch.many_x, refined: each time the shift's error shrinks by shift / eigenvalue.
+// The same rows of the second half, with those after them done.
+template <int64_t rows>
+inline void solve_backward(const double* factor, int64_t n, int64_t leading, double* x, int64_t first) {
+  Lanes sum[rows];
+#pragma GCC unroll 4
+  for (int64_t q = 0; q < rows; ++q) sum[q] = load_lanes(x + (first + q) * fit_together);
+  for (int64_t k = n - 1; k >= first + rows; --k) {
+    const Lanes known = load_lanes(x + k * fit_together);
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < rows; ++q) add_lanes(sum[q], -factor[(first + q) * leading + k], known);
+  }
+#pragma GCC unroll 4
+  for (int64_t q = rows - 1; q >= 0; --q) {
+    const double scale = factor[(first + q) * leading + first + q];
+    for (int64_t i = 0; i < parts; ++i) sum[q].part[i] *= scale;
+    store_lanes(x + (first + q) * fit_together, sum[q]);
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < q; ++p) add_lanes(sum[p], -factor[(first + p) * leading + first + q], sum[q]);
+  }
+}
+
+// x of U^T D^-1 U x = right, in place; the diagonal holds D^-1. `scaled` is as long.
+void solve_lanes(const double* factor, int64_t n, int64_t leading, double* x, double* scaled) {
+  const int64_t whole = n & ~int64_t{3};
+  for (int64_t i = 0; i < whole; i += 4) solve_forward<4>(factor, leading, x, scaled, i);
+  for (int64_t i = whole; i < n; ++i) solve_forward<1>(factor, leading, x, scaled, i);
+  for (int64_t i = n - 1; i >= whole; --i) solve_backward<1>(factor, n, leading, x, i);
+  for (int64_t i = whole - 4; i >= 0; i -= 4) solve_backward<4>(factor, n, leading, x, i);
+}
+
+// The solution in scratch.many_x. Where the factor is of a shifted matrix it is refined: each time the shift's error
+// shrinks by shift / eigenvalue. Elsewhere a solve more would change rounding errors for others.
 void solve_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit, const FitLowRankScratch& scratch,
-                   const double* factor, double penalty_scale) {
+                   const double* factor, double penalty_scale, bool shifted) {
   const int64_t unknowns = problem.unknowns, leading = edit.leading, size = edit.rows * fit_together;
   double *x = scratch.many_x, *rest = scratch.many_rest, *turned = scratch.many_turned;
   clear(x, size);
-  for (int round = 0; round < REFINEMENTS; ++round) {
+  for (int round = 0; round < (shifted ? REFINEMENTS : 1); ++round) {
     copy(scratch.many_right, rest, size);
     if (round > 0) {
       for (int64_t i = 0; i < size; i += width) store(turned + i, -load(x + i));
-      multiply_lanes(edit.gram, leading, edit.rows, turned, unknowns, rest);
+      multiply_lanes(edit.gram, leading, unknowns, turned, unknowns, rest);
       for (int64_t j = 0; edit.penalty && j < unknowns; ++j) {
         Lanes sum = load_lanes(rest + j * fit_together);
         for (int64_t i = 0; i < unknowns; ++i) {
@@ -152,7 +193,7 @@ void solve_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit,
         store_lanes(rest + j * fit_together, sum);
       }
     }
-    solve_lanes(factor, unknowns, leading, rest);
+    solve_lanes(factor, unknowns, leading, rest, turned);
     for (int64_t i = 0; i < size; i += width) store(x + i, load(x + i) + load(rest + i));
   }
 }
@@ -189,8 +230,8 @@ void fit_exactly(const FitLowRankProblem& problem, const FitLowRankEdit& edit, c
   clear(data, fit_together);
   if (solvable) {
     clear(scratch.many_right, edit.rows * fit_together);
-    multiply_lanes(edit.basis, stride, edit.rows, lin, stride, scratch.many_right);
-    solve_exactly(problem, edit, scratch, factor, penalty_scale);
+    multiply_lanes(edit.basis, stride, unknowns, lin, stride, scratch.many_right);
+    solve_exactly(problem, edit, scratch, factor, penalty_scale, status == SHIFTED);
     linearise_lanes(edit, unknowns, start, x, lin);
     losses_of(edit, gain, lin, target, data);
   }

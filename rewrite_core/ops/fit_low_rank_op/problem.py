@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -248,8 +249,22 @@ def check_segments(problem: FitLowRankProblem) -> None:
             raise RewriteCoreError(f"segments must be from 0 to {several - 1}, as there are {several} demodulations.")
 
 
-def _check_numbers(problem: FitLowRankProblem) -> None:
-    for name in AXES:
+def _seen_in_losses(problem: FitLowRankProblem) -> bool:
+    """Whether NaN and infinity in the data show in the first losses, so that nobody looks for them before: that would
+    be a good part of a closed form's time. A pixel of weight 0 shows in no loss."""
+    return problem.exact and problem.pixel_weights is None
+
+
+def check_outcome(problem: FitLowRankProblem, initial_loss: Tensor) -> None:
+    """Refuse what :func:`prepare` left to the first losses."""
+    if not problem.base.is_cpu or not _seen_in_losses(problem) or transformed():
+        return
+    if not all_finite(initial_loss):  # finite numbers may overflow too: the status says so
+        _check_numbers(problem, DATA)
+
+
+def _check_numbers(problem: FitLowRankProblem, names: Iterable[str]) -> None:
+    for name in names:
         data = getattr(problem, name)
         if data is not None and name != "segments" and not all_finite(data):
             raise NonFiniteError(
@@ -270,7 +285,8 @@ def _finished(problem: FitLowRankProblem) -> FitLowRankProblem:
     if known:
         check_segments(problem)
     if known and problem.base.device.type == "cpu":  # elsewhere a look waits for everything before it
-        _check_numbers(problem)
+        later = DATA[1:] if _seen_in_losses(problem) else ()
+        _check_numbers(problem, (name for name in AXES if name not in later))
     else:  # what would be refused comes out as "nonfinite"
         weights, scale = (None if a is None else torch.where(a >= 0, a, torch.nan) for a in (weights, scale))
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (problem.quadratic, problem.penalty))
@@ -295,14 +311,11 @@ def _finished(problem: FitLowRankProblem) -> FitLowRankProblem:
 
 
 def empty_outputs(basis: Tensor, base: Tensor) -> Outputs:
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return base.new_empty(*base.shape[:2], *shape, dtype=dtype)
-
-    wide, count = torch.float64, torch.int32
+    channels, wide, count = base.shape[:2], torch.float64, torch.int32
     return (
-        empty(basis.shape[1], dtype=base.dtype),
-        empty(dtype=wide),
-        empty(dtype=wide),
-        empty(dtype=count),
-        empty(dtype=count),
+        base.new_empty((*channels, basis.shape[1])),
+        base.new_empty(channels, dtype=wide),
+        base.new_empty(channels, dtype=wide),
+        base.new_empty(channels, dtype=count),
+        base.new_empty(channels, dtype=count),
     )

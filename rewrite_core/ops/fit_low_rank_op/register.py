@@ -17,7 +17,7 @@ from ...backends import (
     triton_interpreted,
     triton_reason,
 )
-from ..memory import address, plain_fields
+from ..memory import address, plain, plain_fields
 from .problem import (
     MOST_UNKNOWNS,
     TRITON,
@@ -25,6 +25,7 @@ from .problem import (
     FitResult,
     Outputs,
     check,
+    check_outcome,
     check_segments,
     empty_outputs,
     prepare,
@@ -104,25 +105,25 @@ def fit_low_rank(
         outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     else:  # what the op does, without checking a second time
         outputs = select("fit_low_rank", backend, *problem).load()(problem)
+    check_outcome(problem, outputs[2])
     coefficients, final, initial, iterations, status = outputs if basis.ndim == 3 else [output[0] for output in outputs]
     solver = "closed_form" if problem.exact else "lm"
     return FitResult(coefficients, final, initial, iterations, status, solver)
 
 
 def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
-    problem = plain_fields(problem)
     outputs = empty_outputs(problem.basis, problem.base)
-    # Kept alive until the call returns. A broadcast shift is read where it lies.
-    inputs = {
-        name: data if data is None or name == "shift" else data.contiguous()
-        for name, data in zip(FitLowRankProblem._fields, problem)
-        if data is None or isinstance(data, Tensor)
-    }
+    inputs: dict[str, Tensor | None] = {}  # kept alive until the call returns
+    for name, data in zip(FitLowRankProblem._fields, problem):
+        if data is None:
+            inputs[name] = None
+        elif isinstance(data, Tensor):
+            inputs[name] = plain(data) if name == "shift" else plain(data).contiguous()  # a broadcast one stays so
     edits, unknowns, pixels = problem.basis.shape
     names = ("coefficients", "loss", "initial_loss", "iterations", "status")
     extension().fit_low_rank(
         **{name: address(data) for name, data in (*inputs.items(), *zip(names, outputs))},
-        shift_strides=(0, 0, 0) if problem.shift is None else problem.shift.stride(),
+        shift_strides=(0, 0, 0) if inputs["shift"] is None else inputs["shift"].stride(),
         is_double=problem.base.dtype == torch.float64,
         edits=edits,
         channels=problem.base.shape[1],
