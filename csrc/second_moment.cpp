@@ -14,8 +14,9 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
-constexpr int64_t few = 48;       // positions at most where outer products are faster than tiles
-constexpr int64_t few_rows = 32;  // of one of their tasks
+constexpr int64_t few = 48;        // positions at most where outer products are faster than tiles
+constexpr int64_t sums_work = 16;  // positions that take as long as to read and write the sums
+constexpr int64_t few_rows = 32;   // of one of their tasks
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -208,7 +209,7 @@ std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& block
 Status run_few(const SecondMomentProblem& p, double* out, int threads) {
   const int64_t n = p.channels, positions = p.positions.total, panel = p.kernels.panel;
   const int64_t stride = (n + outer_columns - 1) / outer_columns * outer_columns;
-  const double work = 0.5 * static_cast<double>(positions + 16) * n * n;  // 16: to read and write the sums
+  const double work = 0.5 * static_cast<double>(positions + sums_work) * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   thread_local Workspace workspace;
   const int64_t panel_bytes = (panel * key_stride + 63) / 64 * 64;
@@ -396,12 +397,12 @@ Status run_one(const SecondMomentProblem& p, double* out, int threads) {
 Status run_large_groups(const SecondMomentProblem& p, int64_t groups, double* out, int threads) {
   const int64_t size = p.channels / groups;
   const auto one = [&](int64_t group, int helpers) {
-    const SecondMomentProblem own{p.kernels, p.features + group * size * p.channel_stride * p.element,
-                                  p.dtype,   size,
+    const SecondMomentProblem own{p.kernels,        p.features + group * size * p.channel_stride * p.element,
+                                  p.dtype,          size,
                                   p.channel_stride, p.positions};
     return run_one(own, out + group * size * size, helpers);
   };
-  const double work = 0.5 * static_cast<double>(p.positions.total + few) * size * p.channels;
+  const double work = 0.5 * static_cast<double>(p.positions.total + sums_work) * size * p.channels;
   const int useful = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   if (groups < 4 * useful) {  // the last ones would be waited for
     for (int64_t group = 0; group < groups; ++group) {
