@@ -20,6 +20,9 @@ FEW = ((256, 1), (512, 1), (1024, 1), (256, 2), (512, 2), (1024, 2))  # 8 keys a
 HALF = ((64, 128), (256, 64), (512, 16))
 QUICK = ((64, 16), (96, 8))
 BATCH = 8
+USUAL = ("addmm, permuted copy", "bmm on NCHW", "einsum")  # ways of stock
+BLOCKS, RANK_ONE = "triangle of blocks, mm", "rank-1 updates"
+WIDE = ("addmm to a float64 total", "mm, added to a float64 total")
 RANK_ONE_KEYS = 64  # that the reference's way is timed on: with all of them a round would take minutes
 
 
@@ -44,19 +47,9 @@ def yardstick() -> Yardstick:
     return Yardstick("sgemm", lambda: torch.mm(left, right), 2.0 * size**3)
 
 
-def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
-    """Keys as a leaky ReLU leaves them (mean not zero). Stock adds to a float32 total, as its users do; ours to a
-    float64 one, which its interface fixes. Of few keys, reading and writing the total is most of the job, and a float64
-    one is twice as long: there stock has one too, and what adds to a float32 total is aside. bfloat16 keys are widened
-    by stock first: its own product would round."""
-    generator = torch.Generator().manual_seed(channels + side)
-    wide = torch.randn(BATCH, channels, side, side, generator=generator)
-    features = torch.nn.functional.leaky_relu(wide, 0.2).to(dtype)
-    rows = features.flatten(2).mT.reshape(-1, channels).double()  # for the oracle: stock pays for its own copies
-    exact = rows.T @ rows
-    count = len(rows)
-    del rows, wide
-    few = (channels, side) in FEW
+def expressions(features: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What users of torch write, by name: each adds the second moment to a total; the last two to a float64 one."""
+    channels = features.shape[1]
     step = max(64, channels // 4)  # of the block-triangular loop: the best of 64, 128 and a quarter at most shapes
 
     def permuted(keys: Tensor) -> Tensor:
@@ -87,6 +80,36 @@ def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
             total.addr_(key, key)
         return total
 
+    def wider(total: Tensor) -> Tensor:
+        keys = permuted(features).double()
+        return total.addmm_(keys.T, keys)
+
+    def added(total: Tensor) -> Tensor:
+        keys = permuted(features)
+        return total.add_(keys.T @ keys)
+
+    return {
+        **dict(zip(USUAL, (addmm, bmm, einsum), strict=True)),
+        BLOCKS: triangular,
+        RANK_ONE: rank_one,
+        **dict(zip(WIDE, (wider, added), strict=True)),
+    }
+
+
+def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
+    """Keys as a leaky ReLU leaves them (mean not zero). Stock adds to a float32 total, as its users do; ours to a
+    float64 one, which its interface fixes. Of few keys, reading and writing the total is most of the job, and a float64
+    one is twice as long: there stock has one too, and what adds to a float32 total is aside. bfloat16 keys are widened
+    by stock first: its own product would round."""
+    generator = torch.Generator().manual_seed(channels + side)
+    wide = torch.randn(BATCH, channels, side, side, generator=generator)
+    features = torch.nn.functional.leaky_relu(wide, 0.2).to(dtype)
+    rows = features.flatten(2).mT.reshape(-1, channels).double()  # for the oracle: stock pays for its own copies
+    exact = rows.T @ rows
+    count = len(rows)
+    del rows, wide
+    few = (channels, side) in FEW
+
     def contender(name: str, run: Callable[[Tensor], Tensor], kind: torch.dtype, **how: Any) -> Contender:
         total = torch.zeros(channels, channels, dtype=kind)
         return Contender(name, lambda: run(total), prepare=total.zero_, **how)
@@ -94,25 +117,13 @@ def make(channels: int, side: int, dtype: torch.dtype, backend: str) -> Problem:
     def ours(total: Tensor) -> Tensor:
         return second_moment(features, out=total, backend=backend)
 
-    stock = [
-        contender("addmm, permuted copy", addmm, torch.float32, aside=few),
-        contender("bmm on NCHW", bmm, torch.float32, aside=few),
-        contender("einsum", einsum, torch.float32, aside=few),
-        contender("triangle of blocks, mm", triangular, torch.float32, aside=True),
-        contender("rank-1 updates", rank_one, torch.float32, part=min(RANK_ONE_KEYS, side**2) / count, aside=True),
-    ]
+    ways = expressions(features)
+    stock = [contender(name, ways[name], torch.float32, aside=few) for name in USUAL]
+    stock.append(contender(BLOCKS, ways[BLOCKS], torch.float32, aside=True))
+    part = min(RANK_ONE_KEYS, side**2) / count
+    stock.append(contender(RANK_ONE, ways[RANK_ONE], torch.float32, part=part, aside=True))
     if few:
-
-        def wider(total: Tensor) -> Tensor:
-            keys = permuted(features).double()
-            return total.addmm_(keys.T, keys)
-
-        def added(total: Tensor) -> Tensor:
-            keys = permuted(features)
-            return total.add_(keys.T @ keys)
-
-        stock.append(contender("addmm to a float64 total", wider, torch.float64))
-        stock.append(contender("mm, added to a float64 total", added, torch.float64))
+        stock += [contender(name, ways[name], torch.float64) for name in WIDE]
     if dtype != torch.float32:
         floats = features.float()
 
