@@ -210,7 +210,8 @@ void check_second_moments(bool smallest, Isa isa) {
   check(refused(nullptr, one, one, &sum), "no features");
   check(refused(&feature, one, one, nullptr), "no output");
   for (int64_t groups : {0, 2}) {
-    check(second_moment(&feature, DType::float32, one, one, &sum, 1, isa, groups) == Status::bad_argument, "its groups");
+    check(second_moment(&feature, DType::float32, one, one, &sum, 1, isa, groups) == Status::bad_argument,
+          "its groups");
   }
   check(sum == 0, "a refused call writes");
 }
