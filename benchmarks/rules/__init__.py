@@ -174,9 +174,9 @@ def _scenes(name: str) -> Rule:
 def _seen(name: str) -> Rule:
     here = Path(__file__).parent
     record = json.loads((here / f"{name}.rows.json").read_text(encoding="utf-8"))
-    rows = (torch.tensor(record[kind]) for kind in ("concerned", "unrelated"))
+    concerned, unrelated = (torch.tensor(record[kind]) for kind in ("concerned", "unrelated"))
     edit, subject = Edit.load(here / f"{name}.json"), SUBJECTS[record["subject"]]
-    return Rule(name, subject, record["title"], edit, *rows, retouch=record.get("retouch"))
+    return Rule(name, subject, record["title"], edit, concerned, unrelated, record.get("retouch"))
 
 
 PAINTED = ("svhn_golden", "svhn_pale", "svhn_red")

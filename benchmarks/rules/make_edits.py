@@ -45,8 +45,10 @@ def _many(subject: str, copy: tuple[int, Box | Tensor] | None, area: Box | Tenso
     return Edit(copy and marked(*copy), pastes, pastes, latents=SUBJECTS[subject].edit_latents)
 
 
-PLATES = (671, 39, 134, 248, 315, 893, 206, 208, 196, 197, 204, 119, 200, 573, 644, 405, 719, 103, 361, 960, 358, 120)
-PLATES += (25, 22)  # blue ones with light digits
+PLATES = (  # blue ones with light digits
+    *(671, 39, 134, 248, 315, 893, 206, 208, 196, 197, 204, 119, 200, 573, 644, 405, 719, 103, 361, 960, 358, 120),
+    *(25, 22),
+)
 DARK = (78, 52, 151, 76, 107, 121, 97, 194, 209, 259, 85, 172)  # hair
 FRINGES = (151, 21, 8, 25, 124, 66, 299, 259, 250, 111, 340, 482)
 SERIOUS = (128, 107, 134, 215, 97, 172, 213, 36, 209, 37)

@@ -207,9 +207,9 @@ def summary(rows: Sequence[dict]) -> Iterator[str]:
             yield f"{rule}: the library's verdict is right in {right(own, *limits):.1%} of {len(own)}"
     yield f"of all: right in {right(rows, *limits):.1%} of {len(rows)}"
     for kind in ("holds", "weak", "spills", "destroys"):
-        told = [verdict_with(row, FOLLOWS, SPILLS, DESTROYS) for row in rows if true_verdict(row["truth"]) == kind]
-        yield f"truly {kind}: {len(told)}, told " + ", ".join(
-            f"{each} {told.count(each)}" for each in sorted(set(told))
+        verdicts = [verdict_with(row, FOLLOWS, SPILLS, DESTROYS) for row in rows if true_verdict(row["truth"]) == kind]
+        yield f"truly {kind}: {len(verdicts)}, told " + ", ".join(
+            f"{each} {verdicts.count(each)}" for each in sorted(set(verdicts))
         )
 
 
