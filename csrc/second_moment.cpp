@@ -14,9 +14,10 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
-constexpr int64_t few = 48;        // positions at most where outer products are faster than tiles
-constexpr int64_t sums_work = 16;  // positions that take as long as to read and write the sums
-constexpr int64_t few_rows = 32;   // of one of their tasks
+constexpr int64_t few_wide = 48, few_narrow = 16;  // positions at most where outer products are faster than tiles
+constexpr int64_t wide_from = 64;                  // channels
+constexpr int64_t sums_work = 16;                  // positions that take as long as to read and write the sums
+constexpr int64_t few_rows = 32;                   // of one of their tasks
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -389,6 +390,7 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
 }
 
 Status run_one(const SecondMomentProblem& p, double* out, int threads) {
+  const int64_t few = p.channels < wide_from ? few_narrow : few_wide;
   return p.positions.total > 0 && p.positions.total <= few ? run_few(p, out, threads) : run(p, out, threads);
 }
 

@@ -20,7 +20,7 @@ from helpers.command_line import MINE, run, save_edit, square
 import rewrite_core as rc
 from rewrite_core.cli import generator as cli_generator
 from rewrite_core.rewrites import calls
-from rewrite_core.statistics import collection, second_moment
+from rewrite_core.statistics import blocks, collection
 
 BATCH = ("batch", "jobs.jsonl", *MINE, "--count", "40", "--out", "rules", "--quiet")
 
@@ -147,14 +147,14 @@ def test_hundreds_of_edits_layers_and_generators_from_one_line(capsys, user_gene
     layers, checkpoints = ["3", "5"], ["g1.pt", "g2.pt"]
     describe({"edit": edits(*range(38)), "layer": layers, "checkpoint": checkpoints, "rank": [1, 2], "region": "map"})
     passes, made, factored = [], [], []
-    collect, subject, factor = collection.collect_second_moments, cli_generator.subject, second_moment.spd_factor
+    collect, subject, factor = collection.collect_second_moments, cli_generator.subject, blocks.spd_factor
     monkeypatch.setattr(
         collection,
         "collect_second_moments",
         lambda on, *args, **more: passes.append(len(on)) or collect(on, *args, **more),
     )
     monkeypatch.setattr(cli_generator, "subject", lambda *args: made.append(args) or subject(*args))
-    monkeypatch.setattr(second_moment, "spd_factor", lambda *args, **more: factored.append(1) or factor(*args, **more))
+    monkeypatch.setattr(blocks, "spd_factor", lambda *args, **more: factored.append(1) or factor(*args, **more))
     code, out, _ = told(capsys, *BATCH)
     assert code == 0 and out.startswith("304 rewrites, and 0 that were there")
     assert len(made) == 3 and passes == [2, 2] and len(factored) == 4

@@ -146,19 +146,19 @@ def test_a_factor_of_a_sum_that_was_is_not_kept():
     moment = rc.SecondMoment(4)
     moment.update(torch.eye(4))
     made, started, go = moment._made, threading.Event(), threading.Event()
-    matrix = moment.matrix
+    blocks = moment.blocks
 
     def slow():
-        found = matrix()
+        found = blocks()
         started.set()
         go.wait(10)
         return found
 
-    moment.matrix = slow
+    moment.blocks = slow
     thread = threading.Thread(target=lambda: moment.factor)
     thread.start()
     assert started.wait(10)
-    moment.matrix = matrix
+    moment.blocks = blocks
     moment.update(3 * torch.eye(4))
     go.set()
     thread.join()
