@@ -6,7 +6,10 @@ from pathlib import Path
 from rewrite_core.benchmarks.bench_studio import Hand, browser_page, studio
 
 PICTURES = Path(__file__).parent / "pictures"
-UNPAINTED = "[...document.querySelectorAll('.tile canvas')].filter((each) => each.width === 300).length"
+UNPAINTED = """[...document.querySelectorAll('.tile canvas')].filter((each) => {
+  const { top, bottom } = each.getBoundingClientRect();
+  return each.width === 300 && top < innerHeight && bottom > 0;  // others are painted when they come near
+}).length"""
 PAIRS = "[...document.querySelectorAll('.pairs .tile canvas')].slice(0, 16).every((c) => c.width === 2 * c.height)"
 SPIRE, DOME = (0.10, 0.10, 0.46, 0.48), (0.14, 0.10, 0.50, 0.48)  # left, top, right, bottom
 
