@@ -1,7 +1,7 @@
 // Few keys: outer products, with channels along the lanes, so that no lanes are left to add up.
 #pragma once
 
-#include "elements.h"
+#include "packing.h"
 
 namespace rewrite_core {
 namespace REWRITE_CORE_ISA {
@@ -83,33 +83,6 @@ void outer(const double* keys, int64_t stride, int positions, int64_t row, int r
   }
 }
 
-// to[c][k] = from[k][c] for as many rows as a vector has lanes: as transpose_block of packing.h.
-inline void turn(const double* from, int64_t from_stride, double* to, int64_t to_stride) {
-  constexpr int n = lanes<double>;
-  Vec<int64_t> low, high;
-  Vec<double> row[n];
-#pragma GCC unroll 8
-  for (int lane = 0; lane < n; ++lane) {
-    low[lane] = lane / 2 + lane % 2 * n;
-    high[lane] = low[lane] + n / 2;
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < n; ++k) row[k] = *reinterpret_cast<const Unaligned*>(from + k * from_stride);
-#pragma GCC unroll 3
-  for (int round = 1; round < n; round *= 2) {
-    Vec<double> mixed[n];
-#pragma GCC unroll 4
-    for (int k = 0; k < n / 2; ++k) {
-      mixed[2 * k] = shuffle(row[k], row[k + n / 2], low);
-      mixed[2 * k + 1] = shuffle(row[k], row[k + n / 2], high);
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) row[k] = mixed[k];
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < n; ++c) *reinterpret_cast<Unaligned*>(to + c * to_stride) = row[c];
-}
-
 // Asks for the lines of `outer_tall` rows by outer_columns columns of `sums`, and of their mirror image.
 inline void ask_for(const double* sums, int64_t n, int64_t row, int64_t column) {
   constexpr int line = 64 / sizeof(double);
@@ -147,7 +120,8 @@ void outer_below(const double* keys, int64_t stride, int positions, int64_t row,
     }
     for (int j = 0; j < outer_columns; j += n_lanes) {
       for (int i = 0; i < outer_tall; i += n_lanes) {
-        turn(added + i * outer_columns + j, outer_columns, sums + (column + j) * n + row + i, n);
+        transpose_block<vector_bytes>(added + i * outer_columns + j, outer_columns, sums + (column + j) * n + row + i,
+                                      n);
       }
     }
   }

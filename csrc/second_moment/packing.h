@@ -35,13 +35,13 @@ inline void widen(Float16 value, float& to) {
   to = from_bits((exponent ? normal : subnormal) | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
 }
 
-// to[c][k] = from[k][c] for a square block that fills 16-byte vectors, in registers: every round interleaves the
+// to[c][k] = from[k][c] for a square block that fills vectors of `bytes`, in registers: every round interleaves the
 // upper and the lower half of the rows, which rotates the bits of the index (row, lane) by one.
-template <class Element>
+template <int bytes, class Element>
 inline void transpose_block(const Element* from, int64_t from_stride, Element* to, int64_t to_stride) {
   typedef typename Integer<sizeof(Element)>::type Bits;
-  typedef Vector<Bits, 16> Part;
-  constexpr int n = 16 / sizeof(Element);
+  typedef Vector<Bits, bytes> Part;
+  constexpr int n = bytes / sizeof(Element);
   typename Part::type low, high, row[n];
 #pragma GCC unroll 8
   for (int lane = 0; lane < n; ++lane) {
@@ -72,7 +72,7 @@ void transpose(const Element* from, int64_t from_stride, int channels, int count
   const int whole_channels = channels / n * n, whole = count / n * n;
   for (int k = 0; k < whole; k += n) {
     for (int c = 0; c < whole_channels; c += n) {
-      transpose_block(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
+      transpose_block<16>(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
     }
   }
   for (int c = 0; c < channels; ++c) {
