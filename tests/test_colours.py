@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers.small import painter
 from safetensors.torch import save_file
-from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.benchmarks import rules
@@ -28,24 +28,11 @@ def test_retouches_change_colour_and_no_more():
     assert (golden - pictures).abs().amax(1)[dark].max() < 0.1
 
 
-def _tiny() -> nn.Module:
-    return nn.Sequential(
-        nn.ConvTranspose2d(8, 16, 4),
-        nn.LeakyReLU(0.2),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(16, 3, 3, padding=1),
-        nn.Tanh(),
-    )
-
-
 def test_the_bench_tells_of_every_draw(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    save_file(_tiny().state_dict(), tmp_path / "tiny.safetensors")
+    save_file(painter().state_dict(), tmp_path / "tiny.safetensors")
     monkeypatch.setenv(rules.FOLDER, str(tmp_path))
-    subject = rules.Subject("tiny", (8, 1, 1), "normal", (-1.0, 1.0), ("3",), _tiny)
+    subject = rules.Subject("tiny", (8, 1, 1), "normal", (-1.0, 1.0), ("3",), painter)
     places = [rc.Selection.box(row, (0, 0, SIDE, SIDE), SIDE) for row in (3, 5, 7)]
     edit = rc.Edit(None, places, places, latents=subject.edit_latents)
     tiny = rules.Rule("tiny", subject, "grey", edit, torch.arange(8), torch.arange(20, 28), "grey")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers.small import painter
 from safetensors.torch import save_file
-from torch import nn
 
 import rewrite_core as rc
 from rewrite_core.benchmarks import rules
@@ -15,27 +15,12 @@ from rewrite_core.demo.world import scene_from_latents
 SIDE = 16
 
 
-def _tiny() -> nn.Module:
-    return nn.Sequential(
-        nn.ConvTranspose2d(8, 16, 4),
-        nn.LeakyReLU(0.2),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(16, 3, 3, padding=1),
-        nn.Tanh(),
-    )
-
-
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    save_file(_tiny().state_dict(), tmp_path / "tiny.safetensors")
+    save_file(painter().state_dict(), tmp_path / "tiny.safetensors")
     monkeypatch.setenv(rules.FOLDER, str(tmp_path))
-    subject = rules.Subject("tiny", (8, 1, 1), "normal", (-1.0, 1.0), ("3", "6"), _tiny)
+    subject = rules.Subject("tiny", (8, 1, 1), "normal", (-1.0, 1.0), ("3", "6"), painter)
     box = (4, 4, 12, 12)
     copy, paste, *others = (rc.Selection.box(row, box, SIDE) for row in (3, 5, 7, 9, 11))
     edit = rc.Edit(copy, paste, [paste, *others], latents=subject.edit_latents)

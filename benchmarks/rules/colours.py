@@ -9,8 +9,6 @@ sheet of each rule beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ import rewrite_core as rc
 from rewrite_core.pictures import save_png
 
 from . import PAINTED, Rule, rule
-from .grid import lines_of
+from .grid import keep_by_rule
 from .retouches import RETOUCHES
 
 LAYER = "d2"  # chosen on 700 latents of seed 101, as was the number of plates that are marked
@@ -90,21 +88,7 @@ def line(row: dict[str, Any]) -> str:
 def main(out: Path, names: Sequence[str] = ()) -> int:
     """Do the rules that `out` lacks, and print the lines of all."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "colours.jsonl"
-    rows = lines_of(path)
-    print(*map(line, rows), sep="\n", flush=True)
-    for name in names or PAINTED:
-        if any(row["rule"] == name for row in rows):
-            continue
-        found = []
-        try:
-            for row in rows_of(rule(name), out):
-                found.append(row)
-                print(line(row), flush=True)
-        except rc.RewriteCoreError as error:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in found))
+    keep_by_rule(out / "colours.jsonl", names or PAINTED, lambda name: rows_of(rule(name), out), line)
     return 0
 
 

@@ -17,7 +17,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,29 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         with atomic_write(path) as partial:
             partial.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def keep_by_rule(
+    path: Path,
+    names: Sequence[str],
+    rows_of: Callable[[str], Iterable[dict[str, Any]]],
+    line: Callable[[dict[str, Any]], str],
+) -> None:
+    """Add the rows of each rule that the file lacks, when it is done, and print the lines of all."""
+    rows = lines_of(path)
+    print(*map(line, rows), sep="\n", flush=True)
+    for name in names:
+        if any(row["rule"] == name for row in rows):
+            continue
+        found = []
+        try:
+            for row in rows_of(name):
+                found.append(row)
+                print(line(row), flush=True)
+        except rc.RewriteCoreError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in found))
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import math
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from rewrite_core.evaluation.measuring import Given, Scene, looking, measured, s
 from rewrite_core.pictures import save_png
 
 from . import NAMES, Rule, rule
-from .grid import lines_of
+from .grid import keep_by_rule
 
 RULES = tuple(name for name in NAMES if rule(name).subject.build is not None)
 SEEN = 100  # pictures of each kind, at most
@@ -147,23 +145,9 @@ def line(row: dict[str, Any]) -> str:
 def main(out: Path, names: Sequence[str] = ()) -> int:
     """Do the rules that `out` lacks, and print the lines of all."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "holds.jsonl"
-    rows = lines_of(path)
-    print(*map(line, rows), sep="\n", flush=True)
-    for name in names or RULES:
-        if any(row["rule"] == name for row in rows):
-            continue
-        found = []
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for row in rows_of(rule(name), out):
-                    found.append(row)
-                    print(line(row), flush=True)
-        except rc.RewriteCoreError as error:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in found))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keep_by_rule(out / "holds.jsonl", names or RULES, lambda name: rows_of(rule(name), out), line)
     return 0
 
 

@@ -23,6 +23,22 @@ def generator(wrap=lambda module: module, seed=0):
     ).eval()
 
 
+def painter() -> nn.Module:
+    """8 numbers to 3 x 16 x 16, as generators of pictures are: what tests of rules work on."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(8, 16, 4),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 3, 3, padding=1),
+        nn.Tanh(),
+    )
+
+
 def dcgan(seed=0):
     """[16, 1, 1] to 3 x 8 x 8, with batch normalisation and in-place rectifiers."""
     torch.manual_seed(seed)
