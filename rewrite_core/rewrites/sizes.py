@@ -66,7 +66,6 @@ def energy_of_factors(layer: BoundLayer, moment: SecondMoment, directions: Tenso
     rows, own = directions.detach().to(matrix), coefficients.detach().to(matrix)[..., None].flatten(2)  # [O, R, taps]
     if layer.groups == 1:
         return torch.einsum("ort,rs,ost->", own, blocks.gram(rows, matrix), own).clamp_min(0)
-    seen = rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)  # [groups, R, I / groups]
-    grams = torch.bmm(torch.bmm(seen, matrix), seen.mT)
+    grams = blocks.grams(rows, matrix)
     parts = own.unflatten(0, (layer.groups, -1))
     return torch.einsum("gort,grs,gost->", parts, grams, parts).clamp_min(0)

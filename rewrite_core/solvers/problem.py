@@ -15,9 +15,12 @@ from .. import ops
 from ..adapters.base import Capture, PostOperation
 from ..errors import NoImprovementWarning, SolverError, UnderdeterminedWarning, warn
 from ..layers.bound import BoundLayer
+from ..statistics import blocks
 from ..waits import likely, on_gpu, sent
 
 _USELESS = 0.99  # of the loss before: a fit that leaves so much of it did next to nothing
+_AT_ONCE = 2**21  # numbers of u, on a CPU: 8 MiB, for which no new pages are asked of the system each time
+_AT_ONCE_ON_GPU = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,6 @@ class LayerProblem:
         return (F.l1_loss if self.loss == "l1" else F.mse_loss)(values[0], targets[0])
 
 
-_AT_ONCE, _AT_ONCE_ON_GPU = (
-    2**21,
-    2**27,
-)  # numbers of u: 8 MiB, for which no new pages are asked of the system each time
-
-
 @dataclasses.dataclass(frozen=True)
 class LayerSolution:
     """coefficients [O, R, *kernel]; losses: before the first step, then one per step; solver: what ran; final_loss:
@@ -160,8 +157,7 @@ def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor
             rows, moment = directions.double(), sent(moment, weight.device)
             if layer.groups == 1:
                 return scale.square() * rows @ moment @ rows.T
-            own = rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)  # [groups, R, I / groups]
-            return scale.square() * torch.bmm(torch.bmm(own, moment), own.mT)
+            return scale.square() * blocks.grams(rows, moment)
     total: Tensor | None = None
     count = 0
     with torch.no_grad():

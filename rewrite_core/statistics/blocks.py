@@ -57,6 +57,12 @@ def gram(rows: Tensor, blocks: Tensor) -> Tensor:
     return times(rows, blocks) @ rows.T
 
 
+def grams(rows: Tensor, blocks: Tensor) -> Tensor:
+    """The part of :func:`gram` that each of several groups has, [G, n, n]."""
+    own = rows.unflatten(1, (len(blocks), -1)).transpose(0, 1)  # [G, n, C/G]
+    return torch.bmm(torch.bmm(own, blocks), own.mT)
+
+
 def factor(blocks: Tensor, noise: float, rank: int | None = None) -> SPDFactor:
     """The Cholesky factor, as :func:`spd_factor` makes it; of groups a batch of factors. A group whose keys are all
     zero counts as one of very small ones, with a DiagonalShiftWarning."""
