@@ -10,6 +10,8 @@ namespace {
 
 using namespace fit_low_rank_constants;
 
+constexpr int64_t symmetric_from = 32;  // unknowns: below, rows are too short for it to pay
+
 struct Model {
   const FitLowRankProblem& problem;
   const FitLowRankEdit& edit;
@@ -53,7 +55,8 @@ struct Model {
       const double constant = problem.constant[place(style)];
       const double* linear = problem.linear + place(style) * unknowns;
       double square = constant, own = 0.0;
-      multiply(edit.quadratic + style * unknowns * edit.leading, edit.leading, unknowns, x, dm);
+      const double* const quadratic = edit.quadratic + style * unknowns * edit.leading;
+      (unknowns < symmetric_from ? multiply : multiply_symmetric)(quadratic, edit.leading, unknowns, x, dm);
       for (int64_t j = 0; j < unknowns; ++j) {
         const double slant = linear[j] / edit.size[j];
         own += x[j] * dm[j];
