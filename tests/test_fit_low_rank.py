@@ -253,10 +253,14 @@ def test_cpp_agrees_with_reference(isa, loss, name):
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-def test_cpp_takes_the_steps_of_reference(steps):
-    """A few steps leave no time for rounding to matter, so every piece of the step must agree."""
-    problem = random_problem(2, 2, (6, 8))
-    spread = linear_problem(3, unknowns=18)["basis"]
+@pytest.mark.parametrize(("rank", "isa"), [(2, "avx512"), *((5, isa) for isa in ISAS), (6, "avx512")])
+def test_cpp_takes_the_steps_of_reference(steps, rank, isa):
+    """A few steps leave no time for rounding to matter, so every piece of the step must agree: with few unknowns, with
+    a quadratic that is read by half (45, a number of odd rows), and with more unknowns than pixels."""
+    if isa in ISAS[ISAS.index(extension().isa()) + 1 :]:
+        pytest.skip(f"this CPU has no {isa}")
+    problem = random_problem(2, rank, (6, 8))
+    spread = linear_problem(3, unknowns=9 * rank)["basis"]
     extra = {
         "pixel_weights": torch.arange(48.0).remainder(5),
         "penalty": 1e-3 * spread @ spread.T,
@@ -266,7 +270,7 @@ def test_cpp_takes_the_steps_of_reference(steps):
         for loss in ("l1", "l2"):
             ours, theirs = (
                 run(CPU[name], **problem, **more, loss=loss, max_iterations=steps)
-                for name in (f"cpp-{extension().isa()}", "reference")
+                for name in (f"cpp-{isa}", "reference")
             )
             torch.testing.assert_close(ours.coefficients, theirs.coefficients, rtol=1e-8, atol=1e-9)
             torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=0)
