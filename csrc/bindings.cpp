@@ -348,8 +348,9 @@ py::object call_fit_low_rank(Fields& fields) {
   const int threads = fields.number<int>("threads");
   const Isa isa = fields.isa();
   fields.done();
-  run("fit_low_rank", [&] { return fit_low_rank(problem, threads, isa); });
-  return py::none();
+  bool finite = true;
+  run("fit_low_rank", [&] { return fit_low_rank(problem, finite, threads, isa); });
+  return py::bool_(finite);
 }
 
 py::object call_fit_projected(Fields& fields) {

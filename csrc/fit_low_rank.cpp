@@ -125,7 +125,8 @@ void fit_all_exactly(const FitLowRankKernels& kernels, const FitLowRankProblem& 
 
 }  // namespace
 
-Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
+Status fit_low_rank(FitLowRankProblem problem, bool& finite, int threads, Isa isa) {
+  finite = true;
   if (problem.edits < 0 || problem.channels < 0 || problem.unknowns < 1 || problem.pixels < 1 || problem.styles < 1 ||
       problem.max_iterations < 1 || isa > detect_isa()) {
     return Status::bad_argument;
@@ -177,6 +178,7 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
           edits.data()[task] = edit;
         }
       });
+      for (int64_t task = 0; task < count; ++task) finite = finite && edits.data()[task].finite;
       team.each([&](int worker) {
         const FitLowRankScratch scratch = scratch_of(worker);
         for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
@@ -190,6 +192,9 @@ Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa) {
     }
   });
   kept.trim(most_kept);
+  for (int64_t i = 0; i < problem.edits * problem.channels; ++i) {
+    finite = finite && std::isfinite(problem.initial_loss[i]);
+  }
   return Status::ok;
 }
 

@@ -7,6 +7,7 @@
 namespace rewrite_core {
 
 // problem.slow_rate, slow_rate_well and fast_rate_well are filled in here. The same bits for any number of threads.
-Status fit_low_rank(FitLowRankProblem problem, int threads, Isa isa);
+// `finite`: whether the basis and the first losses were, which shows NaN and infinity in all data of pixels that count.
+Status fit_low_rank(FitLowRankProblem problem, bool& finite, int threads, Isa isa);
 
 }  // namespace rewrite_core

@@ -30,6 +30,7 @@ void scale_matrix(const FitLowRankEdit& edit, int64_t unknowns, const double* ma
 template <class Real>
 void gather_basis(const FitLowRankProblem& problem, FitLowRankEdit& edit) {
   const int64_t unknowns = problem.unknowns, stride = edit.stride;
+  edit.finite = 1;
   for (int64_t j = 0; j < edit.rows; ++j) {
     double* row = edit.basis + j * stride;
     if (j >= unknowns) {
@@ -39,6 +40,7 @@ void gather_basis(const FitLowRankProblem& problem, FitLowRankEdit& edit) {
     gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1, row);
     double square = 0.0;
     for (int64_t p = 0; p < stride; ++p) square += edit.weights[p] * row[p] * row[p];
+    edit.finite = edit.finite && finite(square);
     edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
     for (int64_t p = 0; p < stride; ++p) row[p] /= edit.size[j];
   }

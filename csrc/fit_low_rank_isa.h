@@ -51,6 +51,7 @@ struct FitLowRankEdit {
   int exact;        // linear l2 problem: closed form
   int all;          // all pixels, in their order, of one style
   int dual_form;    // solve over pixels: there are fewer of them
+  int finite;       // the basis
   int64_t* kept;    // [stride] their places in the input, -1 for padding
   int64_t* starts;  // [styles + 1] where each style's pixels begin; the last is stride
   double* basis;    // [rows, stride]

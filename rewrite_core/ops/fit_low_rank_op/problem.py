@@ -120,6 +120,10 @@ class FitLowRankProblem(NamedTuple):
         """Whether the closed form applies."""
         return self.loss == "l2" and self.slope == 1.0 and self.constant is None
 
+    @property
+    def solver(self) -> str:
+        return "closed_form" if self.exact else "lm"
+
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -138,6 +142,44 @@ AXES = {  # of each tensor: B edits, O channels, J unknowns, P pixels
 }
 DEMODULATION = ("constant", "linear", "quadratic")
 DATA = ("basis", "base", "target", "shift")  # of one type, float32 or float64; the others are float64
+
+
+def is_plain(given: FitLowRankProblem) -> bool:
+    """Whether the caller gave nothing but data, on the CPU, which the kernels can read as it is: then :func:`prepare`
+    would change nothing but add the dimension B, and refuse nothing but NaN and infinity. Of a small closed form all
+    that prepare does would take longer than the kernel."""
+    basis, base, target, shift = given[:4]
+    weights, penalty, scale = given.pixel_weights, given.penalty, given.penalty_scale
+    data_alone = (
+        given.constant is given.linear is given.quadratic is weights is penalty is scale is given.segments is None
+    )
+    if not data_alone or type(base) is not Tensor:
+        return False
+    dtype = base.dtype
+    for data in (basis, base, target, base if shift is None else shift):
+        if type(data) is not Tensor or data.is_nested or data.layout is not torch.strided or not data.is_cpu:
+            return False
+        if data.dtype is not dtype or data.requires_grad or data.is_neg():
+            return False
+    rows, shape = basis.shape, base.shape
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and (len(rows) == len(shape) == 2 or (len(rows) == len(shape) == 3 and rows[0] == shape[0]))
+        and target.shape == shape
+        and (shift is None or shift.shape == shape)
+        and rows[-2] > 0
+        and rows[-1] == shape[-1] > 0
+        and basis.is_contiguous()
+        and base.is_contiguous()
+        and target.is_contiguous()
+        and type(given.slope) is type(given.gain) is type(given.tolerance) is float
+        and math.isfinite(given.slope)
+        and math.isfinite(given.gain)
+        and 0 <= given.tolerance < math.inf
+        and type(given.max_iterations) is int
+        and 1 <= given.max_iterations < 2**31
+        and given.loss in LOSSES
+    )
 
 
 def prepare(given: FitLowRankProblem, demodulation: tuple[Tensor, Tensor, Tensor] | None) -> FitLowRankProblem:
@@ -260,10 +302,10 @@ def check_outcome(problem: FitLowRankProblem, initial_loss: Tensor) -> None:
     if not problem.base.is_cpu or not _seen_in_losses(problem) or transformed():
         return
     if not all_finite(initial_loss):  # finite numbers may overflow too: the status says so
-        _check_numbers(problem, DATA)
+        check_numbers(problem, DATA)
 
 
-def _check_numbers(problem: FitLowRankProblem, names: Iterable[str]) -> None:
+def check_numbers(problem: FitLowRankProblem, names: Iterable[str]) -> None:
     for name in names:
         data = getattr(problem, name)
         if data is not None and name != "segments" and not all_finite(data):
@@ -286,7 +328,7 @@ def _finished(problem: FitLowRankProblem) -> FitLowRankProblem:
         check_segments(problem)
     if known and problem.base.device.type == "cpu":  # elsewhere a look waits for everything before it
         later = DATA[1:] if _seen_in_losses(problem) else ()
-        _check_numbers(problem, (name for name in AXES if name not in later))
+        check_numbers(problem, (name for name in AXES if name not in later))
     else:  # what would be refused comes out as "nonfinite"
         weights, scale = (None if a is None else torch.where(a >= 0, a, torch.nan) for a in (weights, scale))
     quadratic, penalty = (None if a is None else (a + a.mT) / 2 for a in (problem.quadratic, problem.penalty))
@@ -311,11 +353,12 @@ def _finished(problem: FitLowRankProblem) -> FitLowRankProblem:
 
 
 def empty_outputs(basis: Tensor, base: Tensor) -> Outputs:
-    channels, wide, count = base.shape[:2], torch.float64, torch.int32
-    return (
-        base.new_empty((*channels, basis.shape[1])),
-        base.new_empty(channels, dtype=wide),
-        base.new_empty(channels, dtype=wide),
-        base.new_empty(channels, dtype=count),
-        base.new_empty(channels, dtype=count),
+    """With the dimension B if they have it."""
+    channels, wide, count = base.shape[:-1], torch.float64, torch.int32
+    return (  # torch takes sizes one by one in half the time of a tuple
+        base.new_empty(*channels, basis.shape[-2]),
+        base.new_empty(*channels, dtype=wide),
+        base.new_empty(*channels, dtype=wide),
+        base.new_empty(*channels, dtype=count),
+        base.new_empty(*channels, dtype=count),
     )

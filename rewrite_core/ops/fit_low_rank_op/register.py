@@ -19,15 +19,18 @@ from ...backends import (
 )
 from ..memory import address, plain, plain_fields
 from .problem import (
+    DATA,
     MOST_UNKNOWNS,
     TRITON,
     FitLowRankProblem,
     FitResult,
     Outputs,
     check,
+    check_numbers,
     check_outcome,
     check_segments,
     empty_outputs,
+    is_plain,
     prepare,
 )
 
@@ -100,49 +103,80 @@ def fit_low_rank(
         tolerance,
         segments,
     )
+    apart = dispatched(base)
+    plain_data = not apart and demodulation is None and is_plain(given)
+    if plain_data and select("fit_low_rank", backend, *given).load() is run_cpp:
+        return _fit_plain(given)
     problem = prepare(given, demodulation)
-    if dispatched(base):
+    if apart:
         outputs = torch.ops.rewrite_core.fit_low_rank(*problem, backend)
     else:  # what the op does, without checking a second time
         outputs = select("fit_low_rank", backend, *problem).load()(problem)
     check_outcome(problem, outputs[2])
     coefficients, final, initial, iterations, status = outputs if basis.ndim == 3 else [output[0] for output in outputs]
-    solver = "closed_form" if problem.exact else "lm"
-    return FitResult(coefficients, final, initial, iterations, status, solver)
+    return FitResult(coefficients, final, initial, iterations, status, problem.solver)
 
 
-def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
-    outputs = empty_outputs(problem.basis, problem.base)
-    inputs: dict[str, Tensor | None] = {}  # kept alive until the call returns
-    for name, data in zip(FitLowRankProblem._fields, problem):
-        if data is None:
-            inputs[name] = None
-        elif isinstance(data, Tensor):
-            inputs[name] = plain(data) if name == "shift" else plain(data).contiguous()  # a broadcast one stays so
-    edits, unknowns, pixels = problem.basis.shape
-    names = ("coefficients", "loss", "initial_loss", "iterations", "status")
-    extension().fit_low_rank(
-        **{name: address(data) for name, data in (*inputs.items(), *zip(names, outputs))},
-        shift_strides=(0, 0, 0) if inputs["shift"] is None else inputs["shift"].stride(),
-        is_double=problem.base.dtype == torch.float64,
-        edits=edits,
-        channels=problem.base.shape[1],
-        unknowns=unknowns,
-        pixels=pixels,
-        styles=1 if problem.segments is None or problem.constant is None else problem.constant.shape[1],
+def _call_cpp(problem: FitLowRankProblem, outputs: Outputs, isa: str = "") -> bool:
+    """Fills `outputs`; whether all numbers of the basis and the data were finite, as far as pixels count. The tensors
+    are plain, and all but the shift contiguous; they may lack the dimension B where they are data and nothing else."""
+    basis, base, target, shift = problem[:4]
+    constant, linear, quadratic = problem.constant, problem.linear, problem.quadratic
+    single = base.ndim == 2
+    strides = (0, 0, 0) if shift is None else (0, *shift.stride()) if single else shift.stride()
+    coefficients, loss, initial_loss, iterations, status = outputs
+    return extension().fit_low_rank(
+        basis=address(basis),
+        base=address(base),
+        target=address(target),
+        shift=address(shift),
+        shift_strides=strides,
+        is_double=base.dtype == torch.float64,
+        constant=address(constant),
+        linear=address(linear),
+        quadratic=address(quadratic),
+        segments=address(problem.segments),
+        pixel_weights=address(problem.pixel_weights),
+        penalty=address(problem.penalty),
+        penalty_scale=address(problem.penalty_scale),
+        edits=1 if single else base.shape[0],
+        channels=base.shape[-2],
+        unknowns=basis.shape[-2],
+        pixels=basis.shape[-1],
+        styles=1 if problem.segments is None or constant is None else constant.shape[1],
         slope=problem.slope,
         gain=problem.gain,
         absolute=problem.loss == "l1",
         max_iterations=problem.max_iterations,
         tolerance=problem.tolerance,
+        coefficients=coefficients.data_ptr(),
+        loss=loss.data_ptr(),
+        initial_loss=initial_loss.data_ptr(),
+        iterations=iterations.data_ptr(),
+        status=status.data_ptr(),
         threads=torch.get_num_threads(),
         isa=isa,
     )
+
+
+def run_cpp(problem: FitLowRankProblem, isa: str = "") -> Outputs:
+    outputs = empty_outputs(problem.basis, problem.base)
+    inputs: dict[str, Any] = {n: plain(data) for n, data in problem._asdict().items() if isinstance(data, Tensor)}
+    inputs |= {n: data.contiguous() for n, data in inputs.items() if n != "shift"}  # a broadcast one stays so
+    _call_cpp(problem._replace(**inputs), outputs, isa)
     return outputs
 
 
+def _fit_plain(given: FitLowRankProblem) -> FitResult:
+    """The C++ kernels on what :func:`is_plain`."""
+    outputs = empty_outputs(given.basis, given.base)
+    if not _call_cpp(given, outputs):  # finite numbers may overflow too: the status says so
+        check_numbers(given, DATA)
+    return FitResult(*outputs, given.solver)
+
+
 def _cpp_supports(basis: Tensor, *args: object) -> str | None:
-    if basis.device.type != "cpu":
+    if not basis.is_cpu:
         return f"it reads CPU tensors, and the basis is on {basis.device}"
     return extension_reason()
 
@@ -155,13 +189,13 @@ def run_triton(problem: FitLowRankProblem) -> Outputs:
 
 def _triton_supports(basis: Tensor, *args: Any) -> str | None:
     reason = triton_reason(TRITON)
+    if reason is None and not basis.is_cuda and not triton_interpreted():
+        reason = f"it reads CUDA tensors, and the basis is on {basis.device}"
     if reason is None and FitLowRankProblem(basis, *args).segments is not None:
         reason = "it has one demodulation per edit, and segments ask for several"
-    if reason is None and basis.device.type != "cuda" and not triton_interpreted():
-        reason = f"it reads CUDA tensors, and the basis is on {basis.device}"
-    if reason is None and basis.shape[1] > MOST_UNKNOWNS:
+    if reason is None and basis.shape[-2] > MOST_UNKNOWNS:
         reason = (
-            f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[1]}: use a lower rank"
+            f"it takes up to {MOST_UNKNOWNS} unknowns per channel, and there are {basis.shape[-2]}: use a lower rank"
         )
     return reason
 
