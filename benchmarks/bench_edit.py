@@ -80,8 +80,8 @@ def cases(quick: bool) -> list[Case]:
         name = f"{count} edits of StyleGAN2-{size} {layer}, from the edits to the changes"
         return Case(name, functools.partial(make_batch, count, size, layer))
 
-    def click(size: int, layer: str) -> Case:
-        return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer))
+    def click(size: int, layer: str, steps: int = STEPS) -> Case:
+        return Case(f"click, StyleGAN2-{size} {layer}", functools.partial(make_click, size, layer, steps))
 
     def warm(size: int, layer: str) -> Case:
         return Case(
@@ -95,7 +95,7 @@ def cases(quick: bool) -> list[Case]:
             many(2, 16, 6),
             whole(16, 8, 4, 40),
             batch(3, 8, "convs.1.conv"),
-            click(8, "convs.1.conv"),
+            click(8, "convs.1.conv", 40),
             warm(8, "convs.1.conv"),
         ]
     sizes = [
@@ -114,7 +114,6 @@ def cases(quick: bool) -> list[Case]:
         *(fit(kind, *size, *_few_steps(*size[:2])) for size in sizes for kind in KINDS),
         l2(512, 10, 1),
         l2(512, 10, 4),
-        many(1, 512, 10),
         many(8, 512, 10),
         many(64, 512, 10),
         whole(512, 32, 10, STEPS),
@@ -445,9 +444,9 @@ class _Click:
         self._times: dict[str, list[float]] = {}
         self._on: Rewrite | None = None
 
-    def contender(self, name: str, call: Callable[[], Rewrite], aside: bool = False) -> Contender:
+    def contender(self, name: str, call: Callable[[], Rewrite], **how: Any) -> Contender:
         """`call()` and apply; reverted before the next one, which is not timed."""
-        return Contender(name, lambda: self._run(call, name == "rewrite_core"), prepare=self._revert, aside=aside)
+        return Contender(name, lambda: self._run(call, name == "rewrite_core"), prepare=self._revert, **how)
 
     def _run(self, call: Callable[[], Rewrite], ours: bool) -> Rewrite:
         start = time.perf_counter()
@@ -492,9 +491,9 @@ class _Click:
         )
 
 
-def make_click(size: int, name: str, backend: str) -> Problem:
-    """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand. The bare forward
-    passes that it needs are a contender (and do not do the job: error 1)."""
+def make_click(size: int, name: str, steps: int, backend: str) -> Problem:
+    """From an edit to applied weights: `rc.rewrite(...).apply()`, the moment and its factor at hand, against the same
+    with the reference's loop. The bare forward passes that it needs are beside it (and do not do the job: error 1)."""
     layer, latents, moment, mask = _stylegan2(size, name)
     side = len(mask)
     edit, click = _drawn(side), _Click(layer)
@@ -503,8 +502,12 @@ def make_click(size: int, name: str, backend: str) -> Problem:
         for selection in edit.selections:
             layer.capture(latents[selection.index][None])
 
-    ours = click.contender("rewrite_core", lambda: rewrite(layer, moment, edit, latents, **CLICK, backend=backend))
-    return click.problem(ours, [Contender("the generator's passes alone", passes, prepare=click._revert)], side)
+    def run(name: str, rounds: int | None = None, **how: Any) -> Contender:
+        return click.contender(name, lambda: rewrite(layer, moment, edit, latents, **CLICK | how), rounds=rounds)
+
+    loop = run("reference's loop", 1, solver=Projected(steps), backend="reference")
+    alone = Contender("the generator's passes alone", passes, prepare=click._revert, aside=True)
+    return click.problem(run("rewrite_core", backend=backend), [loop, alone], side)
 
 
 def make_warm_click(size: int, name: str, backend: str) -> Problem:
