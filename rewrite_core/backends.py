@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._C import _len_torch_dispatch_stack
 
 from .errors import ArgumentError, BackendUnavailable, RewriteCoreError, quoted
 from .version import no_kernels
@@ -128,7 +128,7 @@ def dispatched(*tensors: Tensor) -> bool:
             return True
     return (
         torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
+        or _len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.moment_features import LAYOUTS, assert_close, features_of, normal, oracle, prefilled, rows_of
 from torch import library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewrite_core import ops
 from rewrite_core.backends import BackendUnavailable, extension
@@ -279,3 +280,64 @@ def test_precisions_are_for_gpus(features, words, monkeypatch):
         second_moment(features, backend="reference", precision="ieee")
     with pytest.raises(RewriteCoreError, match="precision='half'.*x3, tf32, ieee"):
         second_moment(features, precision="half")
+
+
+def over_itself(out):
+    return {"features": out.view(2, 4, 1, 2), "out": out}
+
+
+UNUSUAL = {  # what `second_moment` takes, of calls that may not be made at once
+    "subclass": lambda: {"features": torch.nn.Parameter(normal(5, 4))},
+    "subclass of out": lambda: {"out": torch.nn.Parameter(prefilled(4), requires_grad=False)},
+    "meta": lambda: {"features": torch.empty(5, 4, device="meta"), "out": prefilled(4).to("meta")},
+    "nested": lambda: {"features": torch.nested.nested_tensor([normal(2, 4), normal(3, 4)])},
+    "sparse": lambda: {"features": normal(5, 4).to_sparse()},
+    "negated": lambda: {"features": torch.complex(normal(5, 4), normal(5, 4)).conj().imag},
+    "negated out": lambda: {"out": torch.complex(prefilled(4), prefilled(4)).conj().imag},
+    "integers": lambda: {"features": normal(5, 4).int()},
+    "no positions": lambda: {"features": normal(5, 4)[:0]},
+    "three axes": lambda: {"features": normal(5, 4, 3)},
+    "another type of out": lambda: {"out": prefilled(4).float()},
+    "another shape of out": lambda: {"out": prefilled(3)},
+    "slices of out": lambda: {"out": prefilled(8)[::2, ::2]},
+    "gradients of out": lambda: {"out": prefilled(4).requires_grad_()},
+    "the same memory": lambda: over_itself(prefilled(4)),
+    "no divisor": lambda: {"groups": 3},
+    "no groups": lambda: {"groups": 0},
+    "a truth value": lambda: {"groups": True},
+    "another precision": lambda: {"precision": "tf32"},
+    "another backend": lambda: {"backend": "reference"},
+    "no backend": lambda: {"backend": "none"},
+}
+
+
+def at_once(features=None, out=None, backend="auto", precision="x3", groups=1):
+    features = normal(5, 4, 3, 3) if features is None else features
+    return register._at_once(features, prefilled(4) if out is None else out, backend, precision, groups)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_not_usual_meets_the_checks_in_full(name):
+    assert at_once(**UNUSUAL[name]()) is None
+
+
+def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch):
+    with FakeTensorMode():
+        assert at_once(normal(5, 4), prefilled(4)) is None
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
+    assert at_once() is None
+    assert at_once(backend="cpp") is not None
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)], ids=str)
+def test_usual_calls_are_made_at_once(shape, groups):
+    features, size = normal(*shape).requires_grad_(), 4 // groups
+    want = torch.zeros((size, size) if groups == 1 else (groups, size, size), dtype=torch.float64)
+    register.run_cpp(features.detach(), want, groups=groups)
+    out = torch.zeros_like(want)
+    version = out._version
+    assert at_once(features, out, groups=groups) is out
+    assert torch.equal(out, want) and out._version > version
+    made = register._at_once(features, None, "cpp", "x3", groups)
+    assert torch.equal(made, want) and not made.requires_grad
