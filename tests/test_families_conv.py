@@ -206,6 +206,39 @@ def test_directions_within_groups_are_those_of_each_group():
         assert torch.allclose(both.solve(rows)[:, half], alone.solve(rows[:, half]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("module", "size"),
+    [
+        (nn.Conv1d(1, 1, 4, stride=3, padding=2), (11,)),
+        (nn.Conv1d(1, 1, 4, padding="same"), (9,)),
+        (nn.Conv2d(1, 1, (3, 5), padding=(1, 4), dilation=(1, 2)), (8, 7)),
+        (nn.Conv2d(1, 1, 3, stride=2, padding=1, padding_mode="reflect"), (6, 5)),
+        (nn.Conv2d(1, 1, 3, padding="valid"), (6, 5)),
+        (nn.Conv2d(1, 1, 1), (6, 5)),
+        (nn.Conv3d(1, 1, (2, 3, 1), padding=(1, 0, 0), padding_mode="circular"), (4, 5, 3)),
+        (nn.ConvTranspose2d(1, 1, 3, stride=2, padding=1, output_padding=1), (5, 4)),
+    ],
+)
+def test_maps_of_single_taps_are_those_of_one_hot_kernels(module, size):
+    layer, maps = rc.bind(nn.Sequential(module), "0"), torch.randn(3, *size)
+    taps = torch.eye(module.weight.numel()).reshape(-1, 1, *module.kernel_size)
+    assert torch.equal(layer.taps(maps), layer.linear(maps[:, None], taps))
+
+
+def test_a_weight_inside_groups_is_used_as_the_dense_one():
+    generator, z = make("grouped").eval(), rc.sample_latents(12, 2)
+    for name in ("up", "conv", "depthwise", "twice", "out"):
+        layer = rc.bind(generator, name)
+        capture, own, fingerprint = layer.capture(z), layer.own_weight, layer.weight_fingerprint()
+        assert own.shape == (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        assert torch.equal(layer.inside_groups(layer.weight), own)
+        assert torch.equal(layer.value(capture, own), layer.value(capture, layer.weight))
+        assert layer.weight_fingerprint(layer.weight) == fingerprint and layer.is_weight(None, fingerprint)
+        with torch.no_grad():
+            layer.parameter.add_(1)
+        assert layer.weight_fingerprint() == layer.weight_fingerprint(layer.weight) != fingerprint
+
+
 def test_zero_of_a_grouped_layer_leaves_nothing_of_the_context_in_any_group():
     generator, z = make("grouped").eval(), rc.sample_latents(12, 64)
     layer = rc.bind(generator, "conv")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -207,6 +208,10 @@ class LayerAdapter(abc.ABC):
         """The inverse of :meth:`canonical`; differentiable."""
         return weight
 
+    def own(self, weight: Tensor) -> Tensor:
+        """A weight in the module's own layout as [O, I / groups, *kernel], without the zeros of :meth:`canonical`."""
+        return self.canonical(weight)
+
     @abc.abstractmethod
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """The key, and what else the value needs, from the arguments of the intercepted call."""
@@ -217,8 +222,16 @@ class LayerAdapter(abc.ABC):
         I' and O': the solver also runs it on one-hot kernels over a single map."""
 
     def used(self, key: Tensor, weight: Tensor) -> Tensor:
-        """What the layer makes of a weight [O, I, *kernel]: its linear operator, but for weights between groups."""
+        """What the layer makes of a weight [O, I, *kernel], or [O, I / groups, *kernel]: its linear operator, but for
+        weights between groups."""
         return self.linear(key, weight)
+
+    def taps(self, maps: Tensor, kernel: Sequence[int]) -> Tensor:
+        """The linear operator on maps [M, *map], each by itself, with every one-hot kernel of that size: [M, taps,
+        *map']."""
+        count = math.prod(kernel)
+        kernels = torch.eye(count, dtype=maps.dtype, device=maps.device).reshape(count, 1, *kernel)
+        return self.linear(maps[:, None], kernels)
 
     @abc.abstractmethod
     def post_operation(self, capture: Capture) -> PostOperation | None:
@@ -226,7 +239,7 @@ class LayerAdapter(abc.ABC):
 
     @abc.abstractmethod
     def value(self, capture: Capture, weight: Tensor) -> Tensor:
-        """The value [N, O, *map], differentiable in `weight` [O, I, *kernel]."""
+        """The value [N, O, *map], differentiable in `weight` [O, I, *kernel] or [O, I / groups, *kernel]."""
 
     def crop(self, capture: Capture, key_box: Box, value_box: Box) -> Capture:
         """The capture restricted to a box of the key map and the matching box of the value."""

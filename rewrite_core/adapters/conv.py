@@ -7,6 +7,7 @@ it changes the goal and the loss of a channel alike and its solution not at all,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -85,6 +86,9 @@ class ConvLayer(PlainLayer):
     def native(self, weight: Tensor) -> Tensor:
         return weight if self.groups == 1 else self._blocks(weight).movedim(-1, 0).flatten(0, 1)
 
+    def own(self, weight: Tensor) -> Tensor:
+        return weight
+
     def _blocks(self, weight: Tensor) -> Tensor:
         """The weights inside groups, [O / groups, I / groups, *kernel, groups] of a weight [O, I, *kernel]; a view."""
         blocks = weight.unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))
@@ -104,9 +108,22 @@ class ConvLayer(PlainLayer):
         return self._convolve(key, weight, groups=1)
 
     def used(self, key: Tensor, weight: Tensor) -> Tensor:
-        return self.linear(key, weight) if self.groups == 1 else self._convolve(key, self.native(weight), self.groups)
+        if weight.shape[1] == key.shape[1]:  # with zeros between groups, or of one group
+            weight = self.own(self.native(weight))
+        return self._convolve(key, weight, self.groups)
+
+    def taps(self, maps: Tensor, kernel: Sequence[int]) -> Tensor:
+        """As views of the padded maps, and one copy: in a tenth of the time of a convolution with one-hot kernels."""
+        module = self.module
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(maps[:, None], module._reversed_padding_repeated_twice, mode)[:, 0]
+        for axis, (size, step, gap) in enumerate(zip(kernel, module.stride, module.dilation, strict=True), 1):
+            padded = padded.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
+        axes = len(kernel)
+        return padded.movedim([*range(1 + axes, 1 + 2 * axes)], [*range(1, 1 + axes)]).flatten(1, axes)
 
     def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """With a weight [O, I / groups, *kernel]."""
         module, padding = self.module, self.module.padding
         if module.padding_mode != "zeros":
             key, padding = F.pad(key, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
@@ -132,6 +149,14 @@ class TransposedConvLayer(ConvLayer):
     def native(self, weight: Tensor) -> Tensor:
         return super().native(weight.transpose(0, 1))
 
+    def own(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.groups)
+
+    @staticmethod
+    def _turned(weight: Tensor, groups: int) -> Tensor:
+        """[I, O / groups, *kernel] as [O, I / groups, *kernel], and the other way round."""
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """Raises RewriteCoreError where an ``output_size`` asks for more than the layer's own output padding."""
         capture, module = super().capture(args[:1], kwargs), self.module
@@ -155,11 +180,11 @@ class TransposedConvLayer(ConvLayer):
                 )
         return capture
 
-    def linear(self, key: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(key, weight.transpose(0, 1), groups=1)
+    def taps(self, maps: Tensor, kernel: Sequence[int]) -> Tensor:
+        return LayerAdapter.taps(self, maps, kernel)
 
     def _convolve(self, key: Tensor, weight: Tensor, groups: int) -> Tensor:
-        module = self.module
+        module, weight = self.module, self._turned(weight, groups)
         convolve = next(function for kind, function in TRANSPOSED.items() if isinstance(module, kind))
         return convolve(
             key, weight, None, module.stride, module.padding, module.output_padding, groups, module.dilation

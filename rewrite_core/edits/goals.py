@@ -104,7 +104,7 @@ def _value(layer: BoundLayer, capture: Capture, size: tuple[int, ...], box: Box 
     """The value of a capture, [1, O, *map] of `size`, or a copy of a box of it. A box is computed from the keys around
     it alone, where the layer's linear operator on one channel shows that to be the same; on a GPU from all of them,
     which is done sooner than the look."""
-    weight = layer.weight.to(capture.key.dtype)
+    weight = layer.own_weight.to(capture.key.dtype)
     with torch.no_grad():
         if box is None:
             return layer.value(capture, weight)

@@ -39,7 +39,7 @@ class BoundLayer(Tap):
         self.family = adapter.family
         self.groups = adapter.groups
         self.out_channels, self.in_channels, *self.kernel_size = adapter.canonical(adapter.weight).shape
-        self._known_weight: tuple[bytes, str] | None = None  # a weight's digest, and its fingerprint
+        self._known_weights: dict[bool, tuple[bytes, str]] = {}  # the last one's digest and fingerprint; own or given
         self._summed_weight: tuple[tuple, Tensor, str] | None = (
             None  # a GPU's: facts, the sums of its bits, fingerprint
         )
@@ -75,9 +75,18 @@ class BoundLayer(Tap):
         """The weight as [O, I, *kernel] (detached; a view, but for grouped convolutions and computed weights)."""
         return self._adapter.canonical(self._adapter.weight.detach())
 
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight without the zeros between groups, [O, I / groups, *kernel] (detached)."""
+        return self._adapter.own(self._adapter.weight.detach())
+
     def to_native(self, weight: Tensor) -> Tensor:
         """A weight [O, I, *kernel] in the layout the generator stores."""
         return self._adapter.native(weight)
+
+    def inside_groups(self, weight: Tensor) -> Tensor:
+        """What of a weight [O, I, *kernel] is inside the layer's groups, [O, I / groups, *kernel]."""
+        return weight if self.groups == 1 else self._adapter.own(self._adapter.native(weight))
 
     def from_native(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`to_native`."""
@@ -93,25 +102,30 @@ class BoundLayer(Tap):
         if self._adapter.computed is not None:
             self._adapter.computed.unfold()
 
-    def weight_fingerprint(self, weight: Tensor) -> str:
-        """A fingerprint of a weight [O, I, *kernel] of this layer: :func:`tensor_fingerprint`, and where the weight is
-        computed, what :meth:`is_weight` knows it by on another CPU. The last one is known again by a digest at the
-        speed of memory, a tenth of the time."""
-        data = weight.detach().cpu().contiguous()
+    def weight_fingerprint(self, weight: Tensor | None = None) -> str:
+        """A fingerprint of a weight [O, I, *kernel] of this layer (None: of its own): :func:`tensor_fingerprint`, and
+        where the weight is computed, what :meth:`is_weight` knows it by on another CPU. The last one is known again by
+        a digest at the speed of memory, a tenth of the time."""
+        data = (self.own_weight if weight is None else weight).detach().cpu().contiguous()
         digest = xxhash.xxh3_128(f"{data.dtype}|{tuple(data.shape)}|".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
         told, computed = digest.digest(), self._adapter.computed is not None
-        if self._known_weight is None or self._known_weight[0] != told or ("~" in self._known_weight[1]) != computed:
-            self._known_weight = told, (rounded_fingerprint if computed else tensor_fingerprint)(weight)
-        return self._known_weight[1]
+        own = weight is None and self.groups > 1
+        known = self._known_weights.get(own)
+        if known is None or known[0] != told or ("~" in known[1]) != computed:
+            text = (rounded_fingerprint if computed else tensor_fingerprint)(self.weight if weight is None else weight)
+            self._known_weights[own] = known = told, text
+        return known[1]
 
     def weight_as_it_is(self) -> Callable[[], str]:
         """A function that returns :meth:`weight_fingerprint` of the weight. On a GPU the weight's bits are added up
         there at once, and it is copied only where that sum is not the one of the last weight that was."""
+        if not on_gpu(self.parameter):
+            return self.weight_fingerprint
         weight = self.weight
-        sums = summed([weight]) if on_gpu(weight) else None
+        sums = summed([weight])
         if sums is None:
-            return lambda: self.weight_fingerprint(self.weight)
+            return self.weight_fingerprint
         asked, facts = later(sums[0]), (weight.dtype, weight.shape, self._adapter.computed is not None)
 
         def fingerprint() -> str:
@@ -126,10 +140,12 @@ class BoundLayer(Tap):
 
         return fingerprint
 
-    def is_weight(self, weight: Tensor, fingerprint: str) -> bool:
+    def is_weight(self, weight: Tensor | None, fingerprint: str) -> bool:
         """Whether a fingerprint that :meth:`weight_fingerprint` made, here or elsewhere, is that of a weight."""
         own = self.weight_fingerprint(weight)
-        return own == fingerprint or is_of(weight, fingerprint, bits=own.partition("~")[0])
+        return own == fingerprint or is_of(
+            self.weight if weight is None else weight, fingerprint, bits=own.partition("~")[0]
+        )
 
     # --- keys
 
@@ -208,16 +224,21 @@ class BoundLayer(Tap):
 
     def used(self, key: Tensor, weight: Tensor) -> Tensor:
         """:meth:`linear` on all of the layer's channels, in the time of its own groups: weights between them are not
-        used."""
+        used, and need not be there."""
         return self._adapter.used(key, weight)
 
+    def taps(self, maps: Tensor) -> Tensor:
+        """:meth:`linear` on maps [M, *map], each by itself, with every one-hot kernel: [M, taps, *map']."""
+        return self._adapter.taps(maps, self.kernel_size)
+
     def value(self, capture: Capture, weight: Tensor | None = None) -> Tensor:
-        """The value of a capture under `weight` [O, I, *kernel] (default: the current one), differentiable."""
+        """The value of a capture under `weight` [O, I, *kernel], or [O, I / groups, *kernel] (default: the current
+        one), differentiable."""
         if capture.runs > 1:
             raise RewriteCoreError(
                 f"{self.name!r} runs {capture.runs} times in this capture, so it has no one value there."
             )
-        weight = self.weight if weight is None else weight
+        weight = self.own_weight if weight is None else weight
         return self._adapter.value(capture, weight.to(capture.key.dtype))  # under autocast, not the weight's own
 
     def post_operation(self, capture: Capture) -> PostOperation | None:

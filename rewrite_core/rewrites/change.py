@@ -178,15 +178,16 @@ class Rewrite:
     def _size_on(self, weight: Tensor) -> Callable[[], float]:
         """A function that returns |Lambda D| / |weight|: from D D^T, which is small, without making Lambda D. It is
         computed at once; on a GPU the function waits for it."""
-        outputs = self.coefficients.double().reshape(*self.coefficients.shape[:2], -1).chunk(self.groups)
-        parts = zip(outputs, self.directions.double().chunk(self.groups, 1))  # a group has its part of D
-        squares = [torch.einsum("ort,rs,ost->", own, rows @ rows.T, own) for own, rows in parts]
+        outputs = self.coefficients.double()[..., None].flatten(2)  # [O, R, taps]
+        outputs = outputs.unflatten(0, (self.groups, -1))
+        rows = self.directions.double().unflatten(1, (self.groups, -1)).transpose(0, 1)  # a group has its part of D
+        squares = [torch.einsum("gort,grs,gost->", outputs, rows @ rows.mT, outputs)]
         weight = weight.detach()
         norms = [_norm(weight[block]) for block in blocks(weight)]
 
         def size() -> float:
             found = [number.item() for number in all_on_host([*squares, *norms])]
-            square, norms_found = sum(found[: len(squares)]), found[len(squares) :]
+            square, norms_found = found[0], found[1:]
             whole = norms_found[0] if len(norms_found) == 1 else math.hypot(*norms_found)
             return math.sqrt(max(0.0, square)) / whole if whole else math.inf
 
@@ -466,7 +467,7 @@ class Rewrite:
         with stacks.module_lock(bound.module), stacks.weight_lock(bound._adapter), stacks.writing():
             if self._is_on(bound):
                 raise MismatchError("This rewrite is applied already; revert it first, or use either way alone.")
-            if not force and not bound.is_weight(bound.weight, self.fitted_to):
+            if not force and not bound.is_weight(None, self.fitted_to):
                 self._refuse_weight(bound)
             return attach(bound, self.directions, self.coefficients)
 

@@ -26,16 +26,17 @@ def size_on_keys(layer: BoundLayer, moment: SecondMoment, delta: Tensor, weight:
         delta, weight: dW and W, [O, I, *kernel].
     """
     own = moment.within_groups(layer.groups).blocks()
+    delta, weight = layer.inside_groups(delta), layer.inside_groups(weight)
     whole = _energy(own, weight).item()
     return math.sqrt(_energy(own, delta).item() / whole) if whole > 0 else math.inf
 
 
 def _energy(matrix: Tensor, weight: Tensor) -> Tensor:
-    """tr W C W^T over all taps, of C as a moment's blocks; of a large weight a few output channels at a time."""
+    """tr W C W^T over all taps, of C as a moment's blocks; of a large weight a few output channels at a time. Of groups
+    the weight is [O, I / groups, *kernel]."""
     if matrix.ndim == 3:
-        groups = len(matrix)
-        parts = weight.detach()[..., None].flatten(2).unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
-        own = parts.diagonal(dim1=0, dim2=2).permute(3, 0, 2, 1).flatten(1, 2)  # [groups, O / groups taps, I / groups]
+        parts = weight.detach()[..., None].flatten(2).unflatten(0, (len(matrix), -1))
+        own = parts.transpose(2, 3).flatten(1, 2)  # [groups, O / groups taps, I / groups]
         own = own.to(matrix.device).double()
         return torch.bmm(own, matrix).mul_(own).sum().clamp_min(0)
     total = matrix.new_zeros(())
@@ -52,11 +53,11 @@ def energy_of_weight(layer: BoundLayer, moment: SecondMoment) -> Tensor:
     own = moment.on(layer.parameter.device)
 
     def energy() -> Tensor:
-        return _energy(own.within_groups(layer.groups).blocks(), layer.weight)
+        return _energy(own.within_groups(layer.groups).blocks(), layer.own_weight)
 
     if on_gpu(layer.parameter):
         return energy()
-    known = own.remembered(layer.weight_fingerprint(layer.weight), lambda: energy().item())
+    known = own.remembered(layer.weight_fingerprint(), lambda: energy().item())
     return torch.tensor(known, dtype=torch.float64, device="cpu")
 
 

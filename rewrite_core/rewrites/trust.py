@@ -118,7 +118,8 @@ def _scaled(
 ) -> tuple[Limited, LayerSolution]:
     assert limit is not None
     coefficients = strength * solution.coefficients
-    weight = problem.weight + combine(coefficients, problem.directions.to(coefficients)).to(problem.weight)
+    own = problem.own_weight
+    weight = own + combine(coefficients, problem.directions.to(coefficients), problem.layer.groups).to(own)
     if problem.beyond is None:
         loss = problem.distance(weight).item()
     else:

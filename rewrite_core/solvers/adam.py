@@ -38,7 +38,7 @@ class Adam(Scaled):
     def _solve(self, problem: LayerProblem, progress: bool) -> LayerSolution:
         objective, best = Objective(problem), Best()
         coefficients = objective.zero().requires_grad_()
-        optimiser = torch.optim.Adam([coefficients], lr=self.rate(problem.weight, problem.layer.in_channels))
+        optimiser = torch.optim.Adam([coefficients], lr=self.rate(objective.weight, objective.weight.shape[1]))
         losses = []
         for _ in self.counted(progress):
             with torch.enable_grad():

@@ -42,31 +42,42 @@ def _demodulation(problem: LayerProblem, style: Tensor, eps: float) -> tuple[Ten
     return constant, linear, quadratic
 
 
-def all_fit_inputs(problem: LayerProblem) -> list[dict[str, Any]]:
-    """:func:`fit_inputs` of every group. Where nothing but the group's own channels matters they are computed together,
-    as many small convolutions would take a hundred times as long as one."""
+def all_fit_inputs(problem: LayerProblem) -> dict[str, Any]:
+    """:func:`fit_inputs` of every group, each tensor with the groups as a dimension before its own. Where nothing but
+    the group's own channels matters they are computed together, as many small convolutions would take a hundred times
+    as long as one."""
     layer, groups = problem.layer, problem.layer.groups
     operations = [after(problem, capture) for capture, _ in problem.regions]
     if groups == 1 or any(operation.style is not None for operation in operations):
-        return [fit_inputs(problem, group) for group in range(groups)]
+        return _stacked([fit_inputs(problem, group) for group in range(groups)])
     maps: dict[str, list[Tensor]] = {name: [] for name in ("basis", "base", "target", "shift")}  # [groups, ..., P]
     for (capture, target), operation in zip(problem.regions, operations, strict=True):
         with torch.no_grad():
             maps["basis"].append(grouped_basis_maps(layer, capture.key, problem.directions)[0].flatten(2))
-            base = layer.used(capture.key, problem.weight)
+            base = layer.used(capture.key, problem.own_weight)
         shift = torch.zeros((), dtype=base.dtype, device=base.device) if operation.shift is None else operation.shift
         for name, whole in (("base", base), ("target", target), ("shift", shift.to(base.dtype).expand(target.shape))):
             maps[name].append(whole[0].flatten(1).unflatten(0, (groups, -1)))
     joined = {name: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for name, parts in maps.items()}
-    last, outputs = operations[-1], layer.out_channels // groups
-    common: dict[str, Any] = {"slope": last.slope, "gain": last.gain, "demodulation": None}
-    scale = torch.full((outputs,), last.gain**2, dtype=torch.float64, device=joined["base"].device)
-    inputs = []
-    for group in range(groups):
-        inputs.append({name: whole[group] for name, whole in joined.items()} | common)
-        if problem.generic is not None:
-            inputs[-1] |= {"penalty": problem.preserve * problem.generic[group], "penalty_scale": scale}
+    last = operations[-1]
+    inputs: dict[str, Any] = {**joined, "slope": last.slope, "gain": last.gain, "demodulation": None}
+    if problem.generic is not None:
+        scale = joined["base"].new_full((groups, layer.out_channels // groups), last.gain**2, dtype=torch.float64)
+        inputs |= {"penalty": problem.preserve * problem.generic, "penalty_scale": scale}
     return inputs
+
+
+def _stacked(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of fits of one kind, each tensor with a dimension more."""
+
+    def stacked(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], tuple):
+            return tuple(map(stacked, zip(*values)))
+        if isinstance(values[0], Tensor):
+            return values[0][None] if len(values) == 1 else torch.stack(tuple(values))
+        return values[0]
+
+    return {name: stacked([part[name] for part in parts]) for name in parts[0]}
 
 
 def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
@@ -126,18 +137,25 @@ def fit_inputs(problem: LayerProblem, group: int = 0) -> dict[str, Any]:
 
 
 def _in_segments(part: dict[str, Any], count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A fit's demodulation as one of `count`, with the segments that say which pixel has which; the rest is unused."""
+    """A problem's demodulations as `count` of each fit, with the segments that say which pixel has which; the rest is
+    unused."""
     segments = part.get("segments")
-    parts = part["demodulation"] if segments is not None else tuple(own[None] for own in part["demodulation"])
+    parts = part["demodulation"] if segments is not None else tuple(own[:, None] for own in part["demodulation"])
     if segments is None:
-        segments = torch.zeros(part["basis"].shape[1], dtype=torch.int64, device=part["basis"].device)
-    missing = count - len(parts[0])
-    fill = [own.new_full((missing, *own.shape[1:]), value) for own, value in zip(parts, (1.0, 0.0, 0.0))]
-    return tuple(torch.cat(pair) for pair in zip(parts, fill)), segments
+        basis = part["basis"]
+        segments = torch.zeros(len(basis), basis.shape[-1], dtype=torch.int64, device=basis.device)
+    missing = count - parts[0].shape[1]
+    fill = [own.new_full((len(own), missing, *own.shape[2:]), value) for own, value in zip(parts, (1.0, 0.0, 0.0))]
+    return tuple(torch.cat(pair, 1) for pair in zip(parts, fill)), segments
 
 
-def _pad(rows: Sequence[Tensor], pixels: int) -> Tensor:
-    return torch.stack([row if row.shape[-1] == pixels else F.pad(row, (0, pixels - row.shape[-1])) for row in rows])
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Of one problem no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _pad(parts: Sequence[Tensor], pixels: int) -> Tensor:
+    return _joined([part if part.shape[-1] == pixels else F.pad(part, (0, pixels - part.shape[-1])) for part in parts])
 
 
 Look = Callable[[LayerProblem, Tensor], object]  # at a problem and its coefficients, which are still on their device
@@ -156,25 +174,28 @@ def solve_lm(problems: Sequence[LayerProblem], backend: str = "auto", look: Look
             advice={"solver": "adam"},
         )
     groups = first.layer.groups
-    inputs = [part for problem in problems for part in all_fit_inputs(problem)]
+    inputs = [all_fit_inputs(problem) for problem in problems]
     sizes = [part["basis"].shape[-1] for part in inputs]
     pixels = max(sizes)
     maps = ("basis", "base", "target", "shift")
     arguments: dict[str, Any] = {name: _pad([part[name] for part in inputs], pixels) for name in maps}
-    sizes_of = sent(torch.tensor(sizes, device="cpu"), arguments["basis"].device)
-    valid = (torch.arange(pixels, device=sizes_of.device) < sizes_of[:, None]).to(arguments["basis"])
+    if min(sizes) < pixels:
+        each = [size for size in sizes for _ in range(groups)]
+        sizes_of = sent(torch.tensor(each, device="cpu"), arguments["basis"].device)
+        valid = torch.arange(pixels, device=sizes_of.device) < sizes_of[:, None]
+        arguments["pixel_weights"] = valid.to(arguments["basis"])
     if any("segments" in part for part in inputs):
-        count = max(len(part["demodulation"][0]) for part in inputs if "segments" in part)
+        count = max(part["demodulation"][0].shape[1] for part in inputs if "segments" in part)
         parts, segments = zip(*(_in_segments(part, count) for part in inputs))
-        arguments["demodulation"] = tuple(map(torch.stack, zip(*parts)))
+        arguments["demodulation"] = tuple(map(_joined, zip(*parts)))
         arguments["segments"] = _pad(segments, pixels)
     elif inputs[0]["demodulation"] is not None:
-        arguments["demodulation"] = tuple(map(torch.stack, zip(*(part["demodulation"] for part in inputs))))
-    if "penalty" in inputs[0]:
-        arguments["penalty"] = torch.stack([part["penalty"] for part in inputs])
-        arguments["penalty_scale"] = torch.stack([part["penalty_scale"] for part in inputs])
+        arguments["demodulation"] = tuple(map(_joined, zip(*(part["demodulation"] for part in inputs))))
+    for name in ("penalty", "penalty_scale"):
+        if name in inputs[0]:
+            arguments[name] = _joined([part[name] for part in inputs])
     slope, gain = inputs[0]["slope"], inputs[0]["gain"]
-    fit = ops.fit_low_rank(**arguments, pixel_weights=valid, slope=slope, gain=gain, loss=first.loss, backend=backend)
+    fit = ops.fit_low_rank(**arguments, slope=slope, gain=gain, loss=first.loss, backend=backend)
     # All that is read comes over at once: on a GPU this is the only wait of the fit.
     rows = [fit.initial_loss, fit.loss, fit.iterations, *(fit.status == code for code in STATUS)]
     read = torch.stack([row.reshape(len(problems), -1).double().sum(1) for row in rows], 1)

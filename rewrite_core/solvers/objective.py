@@ -23,7 +23,7 @@ class Objective:
 
     def __init__(self, problem: LayerProblem):
         self.problem = problem
-        self.weight = problem.weight
+        self.weight = problem.own_weight
         self.directions = problem.directions.to(self.weight)
         self._penalty = _penalty(problem) if problem.preserve and problem.beyond is None else None
         with torch.no_grad():
@@ -41,7 +41,7 @@ class Objective:
 
     def __call__(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """The objective, and the distance to the goal in it, as it is."""
-        problem, weight = self.problem, self.weight + combine(coefficients, self.directions)
+        problem, weight = self.problem, self._changed(coefficients)
         distance = self._distance(weight)
         if problem.beyond is None:
             return (distance if self._penalty is None else distance + self._bent(coefficients)), distance
@@ -52,6 +52,9 @@ class Objective:
             changed = problem.ordinary.distance(problem.layer, weight, problem.loss)
             total = total + problem.preserve * changed / self._scale
         return total, distance
+
+    def _changed(self, coefficients: Tensor) -> Tensor:
+        return self.weight + combine(coefficients, self.directions, self.problem.layer.groups)
 
     def _distance(self, weight: Tensor) -> Tensor:
         problem = self.problem
@@ -73,5 +76,4 @@ def _penalty(problem: LayerProblem) -> tuple[Tensor, Tensor]:
             f"What follows {problem.layer.name!r} is not known per channel: use preserve=0.", advice={"preserve": 0}
         )
     inputs = all_fit_inputs(problem)
-    penalty = torch.stack([part["penalty"] for part in inputs]).to(problem.weight)
-    return penalty, torch.cat([part["penalty_scale"] for part in inputs]).to(problem.weight)
+    return inputs["penalty"].to(problem.dtype), inputs["penalty_scale"].flatten().to(problem.dtype)

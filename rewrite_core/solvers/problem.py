@@ -79,6 +79,11 @@ class LayerProblem:
         return self.layer.weight.to(self.dtype)
 
     @property
+    def own_weight(self) -> Tensor:
+        """The weight without the zeros between groups, [O, I / groups, *kernel]."""
+        return self.layer.own_weight.to(self.dtype)
+
+    @property
     def coefficient_shape(self) -> tuple[int, ...]:
         return (self.layer.out_channels, len(self.directions), *self.layer.kernel_size)
 
@@ -108,9 +113,13 @@ class LayerSolution:
     finite: bool = False  # whether the coefficients were looked at and are finite
 
 
-def combine(coefficients: Tensor, directions: Tensor) -> Tensor:
-    """Lambda D: [O, R, *kernel] and [R, I] -> [O, I, *kernel]."""
-    return torch.einsum("or...,ri->oi...", coefficients, directions)
+def combine(coefficients: Tensor, directions: Tensor, groups: int = 1) -> Tensor:
+    """Lambda D: [O, R, *kernel] and [R, I] -> [O, I, *kernel]; of several groups what is inside them, [O, I / groups,
+    *kernel]."""
+    if groups == 1:
+        return torch.einsum("or...,ri->oi...", coefficients, directions)
+    outputs, rows = coefficients.unflatten(0, (groups, -1)), directions.unflatten(1, (groups, -1))
+    return torch.einsum("gor...,rgi->goi...", outputs, rows).flatten(0, 1)
 
 
 def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Tensor:
     (y, x), so that linear output = base + Lambda u for strided, transposed and blurred layers alike.
     """
     maps = torch.einsum("ri,ni...->nr...", directions.to(key.dtype), key)
-    out = _one_hot_maps(layer, maps.flatten(0, 1))
+    out = layer.taps(maps.flatten(0, 1))
     return out.reshape(len(maps), -1, *out.shape[2:])
 
 
@@ -128,15 +137,8 @@ def grouped_basis_maps(layer: BoundLayer, key: Tensor, directions: Tensor) -> Te
     """:func:`basis_maps` of every group, each from its own input channels, at once: [N, groups, R kh kw, *map']."""
     own = directions.to(key.dtype).unflatten(1, (layer.groups, -1))  # [R, groups, I / groups]
     maps = torch.einsum("rgi,ngi...->ngr...", own, key.unflatten(1, (layer.groups, -1)))
-    out = _one_hot_maps(layer, maps.flatten(0, 2))
+    out = layer.taps(maps.flatten(0, 2))
     return out.reshape(len(maps), layer.groups, -1, *out.shape[2:])
-
-
-def _one_hot_maps(layer: BoundLayer, maps: Tensor) -> Tensor:
-    """The layer's linear operator on maps [M, *map], each by itself, with every one-hot kernel: [M, kh kw, *map']."""
-    taps = math.prod(layer.kernel_size)
-    kernels = torch.eye(taps, dtype=maps.dtype, device=maps.device).reshape(taps, 1, *layer.kernel_size)
-    return layer.linear(maps[:, None], kernels)
 
 
 def generic_second_moment(layer: BoundLayer, directions: Tensor, latents: Tensor, moment: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _of_groups(layer: BoundLayer, key: Tensor, directions: Tensor) -> tuple[Tens
         total: Tensor | None = None
         for keys in key.unflatten(1, (groups, -1))[:, first : first + some].split(images):
             maps = torch.einsum("rgi,ngi...->ngr...", rows, keys)
-            basis = _one_hot_maps(layer, maps.flatten(0, 2))  # [N some R, taps, *map']
+            basis = layer.taps(maps.flatten(0, 2))  # [N some R, taps, *map']
             basis = basis.reshape(len(keys), -1, math.prod(basis.shape[2:]), 1)
             total = ops.second_moment(basis, out=total, groups=rows.shape[1])
             positions += basis.shape[0] * basis.shape[2]

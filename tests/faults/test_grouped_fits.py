@@ -62,16 +62,16 @@ def problem_of(layer, preserve=0.0, rank=2):
 def test_groups_together_are_groups_alone(layer, preserve):
     problem = problem_of(layer, preserve)
     together = all_fit_inputs(problem)
-    assert len(together) == layer.groups
-    for group, found in enumerate(together):
+    for group in range(layer.groups):
         wanted = fit_inputs(problem, group)
-        assert found.keys() == wanted.keys()
+        assert together.keys() == wanted.keys()
         for name, value in wanted.items():
             if isinstance(value, torch.Tensor):
-                assert found[name].shape == value.shape
-                assert torch.allclose(found[name], value, rtol=1e-12, atol=1e-12), name
+                found = together[name]
+                assert len(found) == layer.groups and found[group].shape == value.shape
+                assert torch.allclose(found[group], value, rtol=1e-12, atol=1e-12), name
             else:
-                assert found[name] == value
+                assert together[name] == value
 
 
 def test_what_preserve_penalises_is_that_of_each_group(layer):
