@@ -1,6 +1,7 @@
 #include "fit_low_rank.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 namespace rewrite_core {
@@ -147,13 +148,16 @@ Status fit_low_rank(FitLowRankProblem problem, bool& finite, int threads, Isa is
   const int64_t edit_doubles = edit_count.used() + largest.rows * (largest.leading + largest.single_stride);
   take_scratch(scratch_count, largest, problem.styles);
   const int64_t scratch_doubles = scratch_count.used();
-  const int64_t group = std::min<int64_t>(problem.edits, std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles));
 
   // A thread costs some microseconds to wake: give each at least a million multiply-adds.
   const double work = 10.0 * problem.edits * problem.channels * problem.unknowns * problem.pixels;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
   const int64_t chunk = largest.exact ? fit_together : 4;  // channels per task
   const int64_t chunks = (problem.channels + chunk - 1) / chunk;
+  // Where a task has all channels of an edit it prepares the edit, too, in memory that its thread's next one takes.
+  const bool whole = chunks == 1;
+  const int64_t most = std::max<int64_t>(1, (int64_t{1} << 24) / edit_doubles);
+  const int64_t group = whole ? threads : std::min(problem.edits, most);
 
   thread_local Workspace kept;
   const int64_t doubles = group * edit_doubles + threads * scratch_doubles;
@@ -162,35 +166,49 @@ Status fit_low_rank(FitLowRankProblem problem, bool& finite, int threads, Isa is
   Aligned<FitLowRankEdit> edits(group);
   if (!edit_memory || !edits.data()) return Status::out_of_memory;
 
+  std::atomic<bool> finite_bases{true};
   Team::run(threads, [&](Team& team) {
     const auto scratch_of = [&](int worker) {
       Arena<double> mine(scratch_memory + worker * scratch_doubles);
       return take_scratch(mine, largest, problem.styles);
     };
-    for (int64_t first = 0; first < problem.edits; first += group) {
+    const auto prepare = [&](int64_t number, int64_t place, const FitLowRankScratch& scratch) {
+      Arena<double> arena(edit_memory + place * edit_doubles);
+      FitLowRankEdit edit = choose_pixels(arena, problem, number);
+      kernels.prepare(problem, edit, scratch);
+      if (!edit.finite) finite_bases = false;
+      return edit;
+    };
+    const auto fit = [&](const FitLowRankEdit& edit, int64_t channel, const FitLowRankScratch& scratch) {
+      const int64_t end = std::min(problem.channels, channel + chunk);
+      if (edit.exact) fit_all_exactly(kernels, problem, edit, channel, end, scratch);
+      for (int64_t o = channel; !edit.exact && o < end; ++o) kernels.fit(problem, edit, o, scratch);
+    };
+    if (whole) {
+      team.each([&](int worker) {
+        const FitLowRankScratch scratch = scratch_of(worker);
+        for (int64_t task = team.next(); task < problem.edits; task = team.next()) {
+          fit(prepare(task, worker, scratch), 0, scratch);
+        }
+      });
+    }
+    for (int64_t first = 0; first < problem.edits && !whole; first += group) {
       const int64_t count = std::min(group, problem.edits - first);
       team.each([&](int worker) {
         const FitLowRankScratch scratch = scratch_of(worker);
         for (int64_t task = team.next(); task < count; task = team.next()) {
-          Arena<double> arena(edit_memory + task * edit_doubles);
-          FitLowRankEdit edit = choose_pixels(arena, problem, first + task);
-          kernels.prepare(problem, edit, scratch);
-          edits.data()[task] = edit;
+          edits.data()[task] = prepare(first + task, task, scratch);
         }
       });
-      for (int64_t task = 0; task < count; ++task) finite = finite && edits.data()[task].finite;
       team.each([&](int worker) {
         const FitLowRankScratch scratch = scratch_of(worker);
         for (int64_t task = team.next(); task < count * chunks; task = team.next()) {
-          const FitLowRankEdit& edit = edits.data()[task / chunks];
-          const int64_t channel = task % chunks * chunk;
-          const int64_t end = std::min(problem.channels, channel + chunk);
-          if (edit.exact) fit_all_exactly(kernels, problem, edit, channel, end, scratch);
-          for (int64_t o = channel; !edit.exact && o < end; ++o) kernels.fit(problem, edit, o, scratch);
+          fit(edits.data()[task / chunks], task % chunks * chunk, scratch);
         }
       });
     }
   });
+  finite = finite_bases;
   kept.trim(most_kept);
   for (int64_t i = 0; i < problem.edits * problem.channels; ++i) {
     finite = finite && std::isfinite(problem.initial_loss[i]);

@@ -12,7 +12,9 @@ namespace {
 
 template <class Real>
 void gather(const FitLowRankEdit& edit, const Real* row, int64_t pixel_stride, double* out) {
-  for (int64_t p = 0; p < edit.stride; ++p) {
+  const int64_t whole = edit.all && pixel_stride == 1 ? edit.pixels : 0;
+  for (int64_t p = 0; p < whole; ++p) out[p] = static_cast<double>(row[p]);
+  for (int64_t p = whole; p < edit.stride; ++p) {
     out[p] = edit.kept[p] < 0 ? 0.0 : static_cast<double>(row[edit.kept[p] * pixel_stride]);
   }
 }
@@ -38,8 +40,9 @@ void gather_basis(const FitLowRankProblem& problem, FitLowRankEdit& edit) {
       continue;
     }
     gather(edit, static_cast<const Real*>(problem.basis) + (edit.number * unknowns + j) * problem.pixels, 1, row);
-    double square = 0.0;
-    for (int64_t p = 0; p < stride; ++p) square += edit.weights[p] * row[p] * row[p];
+    Wide squares = {};
+    for (int64_t p = 0; p < stride; p += width) squares += load(edit.weights + p) * load(row + p) * load(row + p);
+    const double square = total(squares);
     edit.finite = edit.finite && finite(square);
     edit.size[j] = square > 0.0 ? square_root(square) : 1.0;
     for (int64_t p = 0; p < stride; ++p) row[p] /= edit.size[j];
