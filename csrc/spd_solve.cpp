@@ -296,39 +296,46 @@ void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lo
   for (int64_t i = 0; i < n; ++i) std::copy_n(space + i * wide, sides.count, x + i * m + sides.first);
 }
 
-// y = A w, z = |A| v. The rows are in parts of the same area; `space` has 2 n numbers for each.
+// From one vector of n numbers to the next: aligned, and not a power of two, where caches would mix them up.
+int64_t pitch_of(int64_t n) { return (n + 7) / 8 * 8 + 24; }
+
+// y = A w, z = |A| v. The columns are in parts of the same area; `space` has two vectors for each.
 template <class Workers>
 void multiply(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, const double* w,
-              const double* v, double* y, double* z, double* space) {
-  const int64_t parts = parts_of(n);
-  const auto end_of = [&](int64_t part) {
-    if (part + 1 == parts) return n;
-    const double share = std::sqrt(static_cast<double>(part + 1) / static_cast<double>(parts));
-    return static_cast<int64_t>(share * static_cast<double>(n)) & ~int64_t{3};
+              const double* v, double* y, double* z, Sizes sizes, double* space) {
+  const int64_t parts = parts_of(n), pitch = pitch_of(n);
+  if (parts == 1) return kernels.multiply(a, n, 0, n, w, v, y, z, sizes);
+  const auto begin_of = [&](int64_t part) {
+    if (part == parts) return n;
+    const double after = std::sqrt(static_cast<double>(parts - part) / static_cast<double>(parts));
+    return static_cast<int64_t>((1 - after) * static_cast<double>(n)) & ~int64_t{7};  // whole vectors
   };
-  if (parts == 1) return kernels.multiply(a, n, 0, n, w, v, y, z);
   team.each([&](int) {
     for (int64_t part = team.next(); part < parts; part = team.next()) {
-      double* const mine = space + part * 2 * n;
-      kernels.multiply(a, n, part ? end_of(part - 1) : 0, end_of(part), w, v, mine, mine + n);
+      double* const mine = space + part * 2 * pitch;
+      kernels.multiply(a, n, begin_of(part), begin_of(part + 1), w, v, mine, mine + pitch, sizes);
     }
   });
   std::fill(y, y + n, 0.0);
   std::fill(z, z + n, 0.0);
   for (int64_t part = 0; part < parts; ++part) {
-    const double* const mine = space + part * 2 * n;
-    for (int64_t i = 0; i < end_of(part); ++i) y[i] += mine[i], z[i] += mine[n + i];
+    const double* const mine = space + part * 2 * pitch;
+    for (int64_t i = begin_of(part); i < n; ++i) y[i] += mine[i];
+    if (sizes == Sizes::none) continue;
+    for (int64_t i = begin_of(part); i < n; ++i) z[i] += mine[pitch + i];
   }
 }
 
-int64_t check_space(int64_t n) { return (6 + 2 * parts_of(n)) * n; }
+int64_t check_space(int64_t n) { return (6 + 2 * parts_of(n)) * pitch_of(n); }
 
 // Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
 // look like chance, so that the matrix is read once. `space` has check_space(n) numbers.
 template <class Workers>
 bool is_solved(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
                const double* x, double* space, bool& finite) {
-  double *w = space, *v = w + n, *y = v + n, *z = y + n, *b_sum = z + n, *b_size = b_sum + n, poison = 0;
+  const int64_t pitch = pitch_of(n);
+  double *w = space, *v = w + pitch, *y = v + pitch, *z = y + pitch, *b_sum = z + pitch, *b_size = b_sum + pitch;
+  double poison = 0;
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0, size = 0, right = 0, right_size = 0;
     for (int64_t r = 0; r < m; ++r) {
@@ -343,22 +350,25 @@ bool is_solved(Workers& team, const SPDSolveKernels& kernels, const double* a, i
     w[i] = sum, v[i] = size, b_sum[i] = right, b_size[i] = right_size;
   }
   finite = poison == 0;
-  multiply(team, kernels, a, n, w, v, y, z, b_size + n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (!(std::abs(b_sum[i] - y[i]) <= solved * (z[i] + b_size[i]))) return false;
-  }
-  return true;
+  const auto within = [&](Sizes sizes) {
+    multiply(team, kernels, a, n, w, v, y, z, sizes, b_size + pitch);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(std::abs(b_sum[i] - y[i]) <= solved * (z[i] + b_size[i]))) return false;
+    }
+    return true;
+  };
+  return within(Sizes::some) || within(Sizes::all);  // the first is the stricter one, and mostly enough
 }
 
 // residual = b - A x, all sides. `space` has check_space(n) numbers.
 template <class Workers>
 void residual_of(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
                  const double* x, double* residual, double* space) {
-  double *w = space, *v = w + n, *y = v + n, *z = y + n;
-  std::fill(v, v + n, 0.0);
+  const int64_t pitch = pitch_of(n);
+  double *w = space, *v = w + pitch, *y = v + pitch, *z = y + pitch;
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t i = 0; i < n; ++i) w[i] = x[i * m + r];
-    multiply(team, kernels, a, n, w, v, y, z, z + n);
+    multiply(team, kernels, a, n, w, v, y, z, Sizes::none, z + pitch);
     for (int64_t i = 0; i < n; ++i) residual[i * m + r] = b[i * m + r] - y[i];
   }
 }

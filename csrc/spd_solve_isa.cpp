@@ -355,52 +355,99 @@ inline Wide magnitude(Wide x) {  // without the sign bit: a comparison and a cho
   return (Wide)((Vec<int64_t>)x & INT64_MAX);
 }
 
-// Four rows at a time, each entry read once: it counts in its own row and, mirrored, in its column's.
-void multiply(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
-              double* z) {
-  for (int64_t i = 0; i < end; ++i) y[i] = z[i] = 0.0;
-  const int64_t whole = first + ((end - first) & ~int64_t{3});
-  for (int64_t i = first; i < whole; i += 4) {
-    const double* row = a + i * n;
-    Wide dot[4] = {}, size[4] = {};
-    const int64_t vectors = i - i % width;
-    for (int64_t k = 0; k < vectors; k += width) {
-      const Wide wk = *reinterpret_cast<const Unaligned*>(w + k), vk = *reinterpret_cast<const Unaligned*>(v + k);
-      Wide yk = *reinterpret_cast<const Unaligned*>(y + k), zk = *reinterpret_cast<const Unaligned*>(z + k);
+// Products with a symmetric matrix. Each entry of the lower triangle is read once: it counts in its own row and,
+// mirrored, in its column's.
+
+// `width` entries of rows i, ..., i + rows - 1 from column k on; masked: those up to the diagonal; sized: in z as well.
+template <int rows, bool sized, bool masked>
+inline void multiply_vector(const double* row, int64_t n, int64_t i, int64_t k, const double* w, const double* v,
+                            const double (&scales)[2 * rows], double* y, double* z, Wide (&sums)[2 * rows]) {
+  const Wide wk = *reinterpret_cast<const Unaligned*>(w + k);
+  Wide yk = *reinterpret_cast<const Unaligned*>(y + k), vk = {}, zk = {};
+  if (sized) vk = *reinterpret_cast<const Unaligned*>(v + k), zk = *reinterpret_cast<const Unaligned*>(z + k);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const Wide entry = *reinterpret_cast<const Unaligned*>(row + q * n + k), absolute = magnitude(entry);
-        dot[q] += entry * wk;
-        size[q] += absolute * vk;
-        yk += w[i + q] * entry;
-        zk += v[i + q] * absolute;
-      }
-      *reinterpret_cast<Unaligned*>(y + k) = yk;
-      *reinterpret_cast<Unaligned*>(z + k) = zk;
+  for (int q = 0; q < rows; ++q) {
+    Wide own = opaque(Wide(*reinterpret_cast<const Unaligned*>(row + q * n + k))), mirrored = own;
+    if (masked) {
+      Vec<int64_t> column;
+#pragma GCC unroll 8
+      for (int lane = 0; lane < width; ++lane) column[lane] = k + lane;
+      own = column <= i + q ? own : Wide{};
+      mirrored = column < i + q ? own : Wide{};
     }
-    for (int q = 0; q < 4; ++q) {
-      y[i + q] += sum_lanes(dot[q]);
-      z[i + q] += sum_lanes(size[q]);
-      for (int64_t k = vectors; k <= i + q; ++k) {
-        const double entry = row[q * n + k];
-        y[i + q] += entry * w[k];
-        z[i + q] += magnitude(entry) * v[k];
-        if (k == i + q) continue;
-        y[k] += entry * w[i + q];
-        z[k] += magnitude(entry) * v[i + q];
+    sums[q] += own * wk;
+    yk += scales[q] * mirrored;
+    if (sized) {
+      sums[rows + q] += magnitude(own) * vk;
+      zk += scales[rows + q] * magnitude(mirrored);
+    }
+  }
+  *reinterpret_cast<Unaligned*>(y + k) = yk;
+  if (sized) *reinterpret_cast<Unaligned*>(z + k) = zk;
+}
+
+// Rows i, ..., i + rows - 1 in the columns from `first` on. Of `every` vectors of entries one counts in z, another one
+// in the next rows; 1: each does, 0: none.
+template <int rows, int every>
+inline void multiply_rows(const double* a, int64_t n, int64_t i, int64_t first, int64_t end, const double* w,
+                          const double* v, double* y, double* z) {
+  const double* row = a + i * n;
+  Wide sums[2 * rows] = {};  // for y, and for z
+  double scales[2 * rows];
+  for (int q = 0; q < rows; ++q) scales[q] = w[i + q], scales[rows + q] = every ? v[i + q] : 0.0;
+  const int64_t left = i - i % width < end ? i - i % width : end;  // up to there no entry is right of the diagonal
+  int64_t k = first;
+  if constexpr (every > 1) {
+    for (int64_t later = i / rows % every; later > 0 && k + width <= left; --later, k += width) {
+      multiply_vector<rows, false, false>(row, n, i, k, w, v, scales, y, z, sums);
+    }
+    for (; k + every * width <= left; k += every * width) {
+      multiply_vector<rows, true, false>(row, n, i, k, w, v, scales, y, z, sums);
+#pragma GCC unroll 4
+      for (int next = 1; next < every; ++next) {
+        multiply_vector<rows, false, false>(row, n, i, k + next * width, w, v, scales, y, z, sums);
       }
     }
   }
-  for (int64_t i = whole; i < end; ++i) {
-    for (int64_t k = 0; k <= i; ++k) {
-      const double entry = a[i * n + k];
-      y[i] += entry * w[k];
-      z[i] += magnitude(entry) * v[k];
-      if (k == i) continue;
-      y[k] += entry * w[i];
-      z[k] += magnitude(entry) * v[i];
-    }
+  for (; k + width <= left; k += width)
+    multiply_vector<rows, every != 0, false>(row, n, i, k, w, v, scales, y, z, sums);
+  for (; k + width <= n && k < i + rows && k < end; k += width) {
+    multiply_vector<rows, every != 0, true>(row, n, i, k, w, v, scales, y, z, sums);
   }
+  double own[2 * rows];
+  sum_lanes<double, 2 * rows>(sums, own);
+  for (int q = 0; q < rows; ++q) {
+    double sum = own[q], size = own[rows + q];
+    for (int64_t j = k; j <= i + q && j < end; ++j) {  // near the matrix's last column
+      const double entry = row[q * n + j];
+      sum += entry * w[j];
+      if (every) size += magnitude(entry) * v[j];
+      if (j == i + q) continue;
+      y[j] += entry * scales[q];
+      if (every) z[j] += magnitude(entry) * scales[rows + q];
+    }
+    y[i + q] += sum;
+    if (every) z[i + q] += size;
+  }
+}
+
+template <int every>
+void multiply_of(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
+                 double* z) {
+  for (int64_t i = first; i < n; ++i) y[i] = 0.0;
+  if (every) {
+    for (int64_t i = first; i < n; ++i) z[i] = 0.0;
+  }
+  int64_t i = first;
+  for (; i + 4 <= n; i += 4) multiply_rows<4, every>(a, n, i, first, end, w, v, y, z);
+  for (; i < n; ++i) multiply_rows<1, every>(a, n, i, first, end, w, v, y, z);
+}
+
+void multiply(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
+              double* z, Sizes sizes) {
+  if (sizes == Sizes::none) return multiply_of<0>(a, n, first, end, w, v, y, z);
+  if (sizes == Sizes::some) return multiply_of<4>(a, n, first, end, w, v, y, z);
+  multiply_of<1>(a, n, first, end, w, v, y, z);
 }
 
 }  // namespace

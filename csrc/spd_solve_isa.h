@@ -7,6 +7,9 @@
 
 namespace rewrite_core {
 
+// Which terms of |A| v, for v >= 0, a product adds up: for a lower bound of it a fourth of them will do.
+enum class Sizes { none, some, all };
+
 // Rows of the matrix are packed in panels of `width`, [size][width]; a tile is `rows` rows (a divisor of width) by up
 // to `panels` panels.
 struct SPDSolveKernels {
@@ -45,10 +48,10 @@ struct SPDSolveKernels {
   // Many: the same for x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane.
   void (*solve_wide)(const double* lower, int64_t n, double* x, int vectors);
 
-  // y = A w and z = |A| v of a symmetric matrix, what rows [first, end) of its lower triangle and their mirror image
-  // add to it; what lies from `end` on is left alone.
+  // y = A w and z = |A| v of a symmetric matrix, from `first` on: what columns [first, end) of its lower triangle and
+  // their mirror image add to it. Both bounds are multiples of width, but for end = n.
   void (*multiply)(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
-                   double* z);
+                   double* z, Sizes sizes);
 };
 
 inline int64_t factor_length(int64_t size, int width) { return size + width; }
