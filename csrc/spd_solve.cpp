@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "spd_solve_isa.h"
@@ -227,35 +228,34 @@ Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
   return {begin * width, std::min(own * width, m - begin * width), static_cast<int>(own)};
 }
 
-// From so many rows on threads share a matrix: the look at the residual, and then the solves of a few right-hand sides.
+// From so many rows on threads share a matrix: the look at the residual, and then L y = x of a few right-hand sides.
 // Into what parts, and in which order these are added up, depends on n alone: so the bits do not depend on the threads.
-constexpr int64_t shared_from = 384, blocks_from = 768;
-constexpr int64_t left_rows = 8, below_columns = 128;  // of one task
-constexpr int64_t alone_below = 192;                   // columns: less is done before a helper has come
-constexpr int64_t most_parts = 8;                      // of the product with A
+constexpr int64_t shared_from = 384, forward_shared_from = 768;
+constexpr int64_t left_rows = 8;      // of one task
+constexpr int64_t alone_below = 192;  // columns: less is done before a helper has come
+constexpr int cache_line = 64;
+constexpr int64_t yield_after = 64;  // looks of a thread that waits for another one's solution
 
-int64_t parts_of(int64_t n) { return n < shared_from ? 1 : n < 2 * shared_from ? most_parts / 2 : most_parts; }
+// The matrix in blocks, so many a side; with few of them less is added up in the end.
+int64_t blocks_of(int64_t n) { return n < shared_from ? 1 : n < 4 * shared_from ? 4 : 8; }
 
-// x[r * n], m < wide_from of them: L y = x, then L^T x = y, in place.
+// Rows of one, a multiple of what a vector holds.
+int64_t block_rows(int64_t n) { return blocks_of(n) == 1 ? n : (n / blocks_of(n) + 8) / 8 * 8; }
+
+Range block_at(int64_t n, int64_t index) { return {index * block_rows(n), std::min(n, (index + 1) * block_rows(n))}; }
+
+// From one vector of n numbers to the next: aligned, and not a power of two, where caches would mix them up.
+int64_t pitch_of(int64_t n) { return (n + 7) / 8 * 8 + 24; }
+
+// x[r * n], m < wide_from of them: L y = x in place.
 template <class Workers>
-void solve_narrow(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x) {
+void forward_few(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x) {
   const int rows = static_cast<int>(m);
-  if (n < blocks_from) {
-    kernels.forward(lower, n, n, x, n, rows);
-    kernels.backward(lower, n, n, x, n, rows);
-    return;
-  }
-  const auto left_of = [&](auto& workers, int64_t k, int64_t end) {  // rows [k, end) of L y = x, without their triangle
+  if (n < forward_shared_from) return kernels.forward(lower, n, n, x, n, rows);
+  const auto left_of = [&](auto& workers, int64_t k, int64_t end) {  // rows [k, end), without their triangle
     workers.each([&](int) {
       for (int64_t i = k + left_rows * workers.next(); i < end; i = k + left_rows * workers.next()) {
         kernels.take_left(lower, n, x, rows, i, std::min(i + left_rows, end), k);
-      }
-    });
-  };
-  const auto below = [&](auto& workers, int64_t k, int64_t end) {  // their part of L^T x = y in the columns before
-    workers.each([&](int) {
-      for (int64_t j = below_columns * workers.next(); j < k; j = below_columns * workers.next()) {
-        kernels.take_below(lower, n, x, rows, k, end, j, std::min(j + below_columns, k));
       }
     });
   };
@@ -265,26 +265,42 @@ void solve_narrow(Workers& team, const SPDSolveKernels& kernels, const double* l
     k < alone_below ? left_of(solo, k, end) : left_of(team, k, end);
     kernels.forward(lower + k * n + k, n, end - k, x + k, n, rows);
   }
-  for (int64_t k = (n - 1) / block_size * block_size; k >= 0; k -= block_size) {
-    const int64_t end = std::min(k + block_size, n);
-    kernels.backward(lower + k * n + k, n, end - k, x + k, n, rows);
-    k < alone_below ? below(solo, k, end) : below(team, k, end);
+}
+
+// L^T x = y of the same, a block after the other from the last one on; done(rows) when one is.
+template <class Done>
+void backward_few(const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x,
+                  const Done& done) {
+  for (int64_t block = blocks_of(n) - 1; block >= 0; --block) {
+    const auto [k, end] = block_at(n, block);
+    kernels.backward(lower + k * n + k, n, end - k, x + k, n, static_cast<int>(m));
+    kernels.take_below(lower, n, x, static_cast<int>(m), k, end, 0, k);
+    done(Range{k, end});
   }
 }
 
-// x[., sides] = A^-1 from[., sides] by the factor; `space` has n * wide_vectors * width numbers.
+// A few sides one a row, and back.
+void rows_of(const double* from, int64_t n, int64_t m, double* x) {
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t i = 0; i < n; ++i) x[r * n + i] = from[i * m + r];
+  }
+}
+
+void columns_of(const double* from, int64_t n, int64_t m, double* x) {
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t i = 0; i < n; ++i) x[i * m + r] = from[r * n + i];
+  }
+}
+
+// x[., sides] = A^-1 from[., sides] by the factor; `space` has side_space(n, width) numbers.
 template <class Workers>
 void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, Sides sides,
                  const double* from, double* x, double* space) {
   if (!sides.vectors) {
-    for (int64_t r = 0; r < m; ++r) {
-      for (int64_t i = 0; i < n; ++i) space[r * n + i] = from[i * m + r];
-    }
-    solve_narrow(team, kernels, lower, n, m, space);
-    for (int64_t r = 0; r < m; ++r) {
-      for (int64_t i = 0; i < n; ++i) x[i * m + r] = space[r * n + i];
-    }
-    return;
+    rows_of(from, n, m, space);
+    forward_few(team, kernels, lower, n, m, space);
+    backward_few(kernels, lower, n, m, space, [](Range) {});
+    return columns_of(space, n, m, x);
   }
   const int64_t wide = sides.vectors * static_cast<int64_t>(kernels.width);
   for (int64_t i = 0; i < n; ++i) {
@@ -296,82 +312,83 @@ void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lo
   for (int64_t i = 0; i < n; ++i) std::copy_n(space + i * wide, sides.count, x + i * m + sides.first);
 }
 
-// From one vector of n numbers to the next: aligned, and not a power of two, where caches would mix them up.
-int64_t pitch_of(int64_t n) { return (n + 7) / 8 * 8 + 24; }
-
-// y = A w, z = |A| v. The columns are in parts of the same area; `space` has two vectors for each.
-template <class Workers>
-void multiply(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, const double* w,
-              const double* v, double* y, double* z, Sizes sizes, double* space) {
-  const int64_t parts = parts_of(n), pitch = pitch_of(n);
-  if (parts == 1) return kernels.multiply(a, n, 0, n, w, v, y, z, sizes);
-  const auto begin_of = [&](int64_t part) {
-    if (part == parts) return n;
-    const double after = std::sqrt(static_cast<double>(parts - part) / static_cast<double>(parts));
-    return static_cast<int64_t>((1 - after) * static_cast<double>(n)) & ~int64_t{7};  // whole vectors
-  };
-  team.each([&](int) {
-    for (int64_t part = team.next(); part < parts; part = team.next()) {
-      double* const mine = space + part * 2 * pitch;
-      kernels.multiply(a, n, begin_of(part), begin_of(part + 1), w, v, mine, mine + pitch, sizes);
-    }
-  });
-  std::fill(y, y + n, 0.0);
-  std::fill(z, z + n, 0.0);
-  for (int64_t part = 0; part < parts; ++part) {
-    const double* const mine = space + part * 2 * pitch;
-    for (int64_t i = begin_of(part); i < n; ++i) y[i] += mine[i];
-    if (sizes == Sizes::none) continue;
-    for (int64_t i = begin_of(part); i < n; ++i) z[i] += mine[pitch + i];
-  }
+int64_t side_space(int64_t n, int width) {
+  return pitch_of(std::max<int64_t>(wide_vectors * width, wide_from - 1) * n);
 }
 
-int64_t check_space(int64_t n) { return (6 + 2 * parts_of(n)) * pitch_of(n); }
-
-// Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
-// look like chance, so that the matrix is read once. `space` has check_space(n) numbers.
-template <class Workers>
-bool is_solved(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
-               const double* x, double* space, bool& finite) {
-  const int64_t pitch = pitch_of(n);
-  double *w = space, *v = w + pitch, *y = v + pitch, *z = y + pitch, *b_sum = z + pitch, *b_size = b_sum + pitch;
-  double poison = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = 0, size = 0, right = 0, right_size = 0;
-    for (int64_t r = 0; r < m; ++r) {
-      const double sign = (static_cast<uint64_t>(r) * 0x9E3779B97F4A7C15u >> 40 & 1) ? -1.0 : 1.0;
-      const double value = x[i * m + r], given = b[i * m + r];
-      sum += sign * value;
-      size += std::abs(value);
-      right += sign * given;
-      right_size += std::abs(given);
-      poison += given - given;
-    }
-    w[i] = sum, v[i] = size, b_sum[i] = right, b_size[i] = right_size;
+// y = A w and z = |A| v, block by block of the lower triangle: those of the last columns first, in which x is known
+// first, and of these the one on the diagonal, which is half as much, last.
+class Product {
+ public:
+  static int64_t space(int64_t n) {
+    const int64_t blocks = blocks_of(n);
+    return (4 + 2 * blocks) * pitch_of(n) + blocks * (blocks - 1) * pitch_of(block_rows(n));
   }
-  finite = poison == 0;
-  const auto within = [&](Sizes sizes) {
-    multiply(team, kernels, a, n, w, v, y, z, sizes, b_size + pitch);
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(std::abs(b_sum[i] - y[i]) <= solved * (z[i] + b_size[i]))) return false;
-    }
-    return true;
-  };
-  return within(Sizes::some) || within(Sizes::all);  // the first is the stricter one, and mostly enough
-}
 
-// residual = b - A x, all sides. `space` has check_space(n) numbers.
-template <class Workers>
-void residual_of(Workers& team, const SPDSolveKernels& kernels, const double* a, int64_t n, int64_t m, const double* b,
-                 const double* x, double* residual, double* space) {
-  const int64_t pitch = pitch_of(n);
-  double *w = space, *v = w + pitch, *y = v + pitch, *z = y + pitch;
-  for (int64_t r = 0; r < m; ++r) {
-    for (int64_t i = 0; i < n; ++i) w[i] = x[i * m + r];
-    multiply(team, kernels, a, n, w, v, y, z, Sizes::none, z + pitch);
-    for (int64_t i = 0; i < n; ++i) residual[i * m + r] = b[i * m + r] - y[i];
+  Product(const SPDSolveKernels& kernels, const double* a, int64_t n, double* space)
+      : w(space), v(w + pitch_of(n)), y(v + pitch_of(n)), z(y + pitch_of(n)), kernels_(kernels), a_(a), n_(n) {}
+
+  double *const w, *const v, *const y, *const z;
+
+  int64_t tasks() const { return blocks_of(n_) * (blocks_of(n_) + 1) / 2; }
+
+  // Of how many blocks of rows from the last on a task wants w and v.
+  static int64_t wanted(int64_t task) {
+    int64_t count = 1;
+    while (count * (count + 1) / 2 <= task) ++count;
+    return count;
   }
-}
+
+  void run(int64_t task, Sizes sizes) const {
+    const int64_t last = blocks_of(n_) - 1, row = last - (task - first_of(task)), column = last + 1 - wanted(task);
+    const Range rows = block_at(n_, row), columns = block_at(n_, column);
+    const ProductSums own = own_of(column, rows.begin);
+    kernels_.multiply({a_, n_, w, v}, rows, columns, sizes, own, row == column ? own : mirrored_of(task));
+  }
+
+  // When all tasks are done.
+  void add_up(Sizes sizes) const {
+    std::fill(y, y + n_, 0.0);
+    std::fill(z, z + n_, 0.0);
+    const auto add = [&](Range rows, ProductSums sums) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) y[i] += sums.y[i - rows.begin];
+      for (int64_t i = rows.begin; sizes != Sizes::none && i < rows.end; ++i) z[i] += sums.z[i - rows.begin];
+    };
+    for (int64_t task = 0; task < tasks(); ++task) {
+      const Range columns = block_at(n_, blocks_of(n_) - wanted(task));
+      if (first_of(task) == task) add({columns.begin, n_}, own_of(blocks_of(n_) - wanted(task), columns.begin));
+      if (task + 1 < first_of(task) + wanted(task)) add(columns, mirrored_of(task));
+    }
+  }
+
+  template <class Workers>
+  void run_all(Workers& team, Sizes sizes) const {
+    team.each([&](int) {
+      for (int64_t task = team.next(); task < tasks(); task = team.next()) run(task, sizes);
+    });
+    add_up(sizes);
+  }
+
+ private:
+  // The first task with the same columns.
+  static int64_t first_of(int64_t task) { return wanted(task) * (wanted(task) - 1) / 2; }
+
+  // What blocks in these columns add to their own rows.
+  ProductSums own_of(int64_t column, int64_t row) const {
+    double* const sums = z + (1 + 2 * column) * pitch_of(n_) + row;
+    return {sums, sums + pitch_of(n_)};
+  }
+
+  ProductSums mirrored_of(int64_t task) const {
+    const int64_t pitch = pitch_of(block_rows(n_));
+    double* const sums = z + (1 + 2 * blocks_of(n_)) * pitch_of(n_) + 2 * (task - wanted(task) + 1) * pitch;
+    return {sums, sums + pitch};
+  }
+
+  const SPDSolveKernels& kernels_;
+  const double* const a_;
+  const int64_t n_;
+};
 
 // What the sides of one matrix are solved with.
 struct System {
@@ -382,16 +399,117 @@ struct System {
   double* x;
 };
 
-// Looks at the solution, and refines it where it is not exact to rounding. `space` as is_solved and solve_sides need.
+// Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
+// look like chance, so that the matrix is read once.
+class Residual {
+ public:
+  static int64_t space(int64_t n) { return 2 * pitch_of(n) + Product::space(n); }
+
+  Residual(const System& system, double* space)
+      : product(system.kernels, system.matrix, system.n, space + 2 * pitch_of(system.n)),
+        n_(system.n),
+        b_(space),
+        b_size_(space + pitch_of(n_)) {
+    finite = sum_up(system.rhs, system.m, 1, system.m, {0, n_}, b_, b_size_);
+  }
+
+  const Product product;
+  bool finite;
+
+  // Rows of the solution, x[i * row + r * side].
+  void take(const double* x, int64_t row, int64_t side, int64_t sides, Range rows) {
+    sum_up(x, row, side, sides, rows, product.w, product.v);
+  }
+
+  // Of a product that is added up.
+  bool is_small() const {
+    for (int64_t i = 0; i < n_; ++i) {
+      if (!(std::abs(b_[i] - product.y[i]) <= solved * (product.z[i] + b_size_[i]))) return false;
+    }
+    return true;
+  }
+
+ private:
+  static bool sum_up(const double* x, int64_t row, int64_t side, int64_t sides, Range rows, double* sums,
+                     double* sizes) {
+    double poison = 0;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      double sum = 0, size = 0;
+      for (int64_t r = 0; r < sides; ++r) {
+        const double sign = (static_cast<uint64_t>(r) * 0x9E3779B97F4A7C15u >> 40 & 1) ? -1.0 : 1.0;
+        const double value = x[i * row + r * side];
+        sum += sign * value;
+        size += std::abs(value);
+        poison += value - value;
+      }
+      sums[i] = sum, sizes[i] = size;
+    }
+    return poison == 0;
+  }
+
+  const int64_t n_;
+  double *const b_, *const b_size_;
+};
+
+int64_t solve_space(int64_t n, int width) { return side_space(n, width) + Residual::space(n); }
+
+// A few sides: while this thread still solves, others take what is solved from the residual.
 template <class Workers>
-Status finish_solve(Workers& team, const System& s, double* space, bool& finite) {
-  bool whole = true;
-  const bool done = is_solved(team, s.kernels, s.matrix, s.n, s.m, s.rhs, s.x, space, whole);
-  finite = finite && whole;
-  if (done || !whole) return Status::ok;
+void solve_few(Workers& team, const System& s, Residual& residual, double* x) {
+  const Product& product = residual.product;
+  rows_of(s.rhs, s.n, s.m, x);
+  forward_few(team, s.kernels, s.lower, s.n, s.m, x);
+  struct alignas(2 * cache_line) {  // who looks at them must not slow down what else is on this thread's stack
+    std::atomic<int64_t> solved_blocks{0}, taken{0};
+  } shared;
+  team.each([&](int worker) {
+    if (worker == 0) {
+      backward_few(s.kernels, s.lower, s.n, s.m, x, [&](Range rows) {
+        residual.take(x, 1, s.n, s.m, rows);
+        shared.solved_blocks.fetch_add(1, std::memory_order_release);
+      });
+    }
+    for (int64_t waits = 1, task = shared.taken; task < product.tasks(); task = shared.taken) {
+      if (Product::wanted(task) >
+          shared.solved_blocks.load(std::memory_order_acquire)) {  // takes none that it would keep
+        waits++ % yield_after ? pause_thread() : std::this_thread::yield();
+      } else if (shared.taken.compare_exchange_strong(task, task + 1)) {
+        product.run(task, Sizes::some);
+      }
+    }
+  });
+  product.add_up(Sizes::some);
+  columns_of(x, s.n, s.m, s.x);
+}
+
+// residual = b - A x, all sides.
+template <class Workers>
+void residual_of(Workers& team, const System& s, const Product& product, double* residual) {
+  for (int64_t r = 0; r < s.m; ++r) {
+    for (int64_t i = 0; i < s.n; ++i) product.w[i] = s.x[i * s.m + r];
+    product.run_all(team, Sizes::none);
+    for (int64_t i = 0; i < s.n; ++i) residual[i * s.m + r] = s.rhs[i * s.m + r] - product.y[i];
+  }
+}
+
+// Solves one matrix's sides, unless they are many and solved, looks at the residual, and refines where it is not at
+// rounding error. `space` has solve_space numbers.
+template <class Workers>
+Status solve_system(Workers& team, const System& s, double* space, bool& finite) {
+  Residual residual(s, space + side_space(s.n, s.kernels.width));
+  finite = finite && residual.finite;
+  if (s.m < wide_from) {
+    solve_few(team, s, residual, space);
+  } else {
+    residual.take(s.x, s.m, 1, s.m, {0, s.n});
+    residual.product.run_all(team, Sizes::some);
+  }
+  if (!residual.finite || residual.is_small()) return Status::ok;  // mostly; `some` is stricter than `all`
+  residual.product.run_all(team, Sizes::all);
+  if (residual.is_small()) return Status::ok;
   Aligned<double> change(s.n * s.m);
   if (!change.data()) return Status::out_of_memory;
-  residual_of(team, s.kernels, s.matrix, s.n, s.m, s.rhs, s.x, change.data(), space);
+  residual_of(team, s, residual.product, change.data());
   for (int64_t panel = 0; panel < s.panels; ++panel) {
     const Sides sides = sides_of(s.m, s.panels, panel, s.kernels.width);
     solve_sides(team, s.kernels, s.lower, s.n, s.m, sides, change.data(), change.data(), space);
@@ -416,47 +534,47 @@ Status cholesky_solve(const double* matrices, const double* lower, int64_t batch
   const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;
   int64_t panels = (vectors + wide_vectors - 1) / wide_vectors;
   if (threads > 1) panels = std::min(vectors, (panels + threads - 1) / threads * threads);  // as much for each thread
-  const int64_t spare = std::max(std::max<int64_t>(wide_vectors * kernels.width, wide_from - 1) * n, check_space(n));
+  const int64_t spare = solve_space(n, kernels.width);
   thread_local Workspace kept;
   double* const spaces = reinterpret_cast<double*>(kept.get(threads * spare * static_cast<int64_t>(sizeof(double))));
   if (!spaces) return Status::out_of_memory;
   const auto system = [&](int64_t b) {
     return System{kernels, matrices + b * n * n, lower + b * n * n, n, m, panels, rhs + b * n * m, x + b * n * m};
   };
-  const auto solve_panel = [&](auto& team, const System& s, int64_t panel, int worker) {
+  const bool many = m >= wide_from;
+  const auto solve_panel = [&](const System& s, int64_t panel, int worker) {
+    Solo solo;
     const Sides sides = sides_of(m, panels, panel, kernels.width);
-    solve_sides(team, kernels, s.lower, n, m, sides, s.rhs, s.x, spaces + worker * spare);
+    solve_sides(solo, kernels, s.lower, n, m, sides, s.rhs, s.x, spaces + worker * spare);
   };
   Status status = Status::ok;
   if (share) {
     Team::run(threads, [&](Team& team) {
       for (int64_t b = 0; b < batch && status == Status::ok; ++b) {
         const System s = system(b);
-        if (m < wide_from) {
-          solve_panel(team, s, 0, 0);
-        } else {
+        if (many) {
           team.each([&](int worker) {
-            Solo solo;
-            for (int64_t panel = team.next(); panel < panels; panel = team.next()) solve_panel(solo, s, panel, worker);
+            for (int64_t panel = team.next(); panel < panels; panel = team.next()) solve_panel(s, panel, worker);
           });
         }
-        status = finish_solve(team, s, spaces, finite);
+        status = solve_system(team, s, spaces, finite);
       }
     });
   } else {
     std::atomic<bool> poisoned{false}, out_of_memory{false};
     Team::run(static_cast<int>(std::min<int64_t>(threads, batch * panels)), [&](Team& team) {
-      team.each([&](int worker) {
-        Solo solo;
-        for (int64_t task = team.next(); task < batch * panels; task = team.next()) {
-          solve_panel(solo, system(task / panels), task % panels, worker);
-        }
-      });
+      if (many) {
+        team.each([&](int worker) {
+          for (int64_t task = team.next(); task < batch * panels; task = team.next()) {
+            solve_panel(system(task / panels), task % panels, worker);
+          }
+        });
+      }
       team.each([&](int worker) {
         Solo solo;
         for (int64_t b = team.next(); b < batch; b = team.next()) {
           bool whole = true;
-          if (finish_solve(solo, system(b), spaces + worker * spare, whole) != Status::ok) out_of_memory = true;
+          if (solve_system(solo, system(b), spaces + worker * spare, whole) != Status::ok) out_of_memory = true;
           if (!whole) poisoned = true;
         }
       });

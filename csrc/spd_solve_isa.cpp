@@ -1,6 +1,8 @@
 // Compiled once per instruction set with REWRITE_CORE_ISA as the namespace; see spd_solve_isa.h.
 #include "spd_solve_isa.h"
 
+#include <type_traits>
+
 namespace rewrite_core {
 namespace REWRITE_CORE_ISA {
 namespace {
@@ -358,96 +360,107 @@ inline Wide magnitude(Wide x) {  // without the sign bit: a comparison and a cho
 // Products with a symmetric matrix. Each entry of the lower triangle is read once: it counts in its own row and,
 // mirrored, in its column's.
 
-// `width` entries of rows i, ..., i + rows - 1 from column k on; masked: those up to the diagonal; sized: in z as well.
+// Rows i, ..., i + rows - 1 of it.
+template <int rows>
+struct Rows {
+  const double* first;
+  int64_t n, i;
+  double w[rows], v[rows];
+  Wide y[2 * rows];  // sums of the rows, then those of |A| v
+};
+
+// `width` of their entries from column k on; masked: those up to the diagonal; sized: in z as well. y and z, of the
+// columns, are where k's are.
 template <int rows, bool sized, bool masked>
-inline void multiply_vector(const double* row, int64_t n, int64_t i, int64_t k, const double* w, const double* v,
-                            const double (&scales)[2 * rows], double* y, double* z, Wide (&sums)[2 * rows]) {
+inline void multiply_vector(Rows<rows>& r, int64_t k, const double* w, const double* v, double* y, double* z) {
   const Wide wk = *reinterpret_cast<const Unaligned*>(w + k);
-  Wide yk = *reinterpret_cast<const Unaligned*>(y + k), vk = {}, zk = {};
-  if (sized) vk = *reinterpret_cast<const Unaligned*>(v + k), zk = *reinterpret_cast<const Unaligned*>(z + k);
+  Wide yk = *reinterpret_cast<const Unaligned*>(y), vk = {}, zk = {};
+  if (sized) vk = *reinterpret_cast<const Unaligned*>(v + k), zk = *reinterpret_cast<const Unaligned*>(z);
 #pragma GCC unroll 4
   for (int q = 0; q < rows; ++q) {
-    Wide own = opaque(Wide(*reinterpret_cast<const Unaligned*>(row + q * n + k))), mirrored = own;
+    Wide own = opaque(Wide(*reinterpret_cast<const Unaligned*>(r.first + q * r.n + k))), mirrored = own;
     if (masked) {
-      Vec<int64_t> column;
+      Vec<int64_t> lane_numbers;
 #pragma GCC unroll 8
-      for (int lane = 0; lane < width; ++lane) column[lane] = k + lane;
-      own = column <= i + q ? own : Wide{};
-      mirrored = column < i + q ? own : Wide{};
+      for (int lane = 0; lane < width; ++lane) lane_numbers[lane] = lane;
+      const int64_t diagonal = r.i + q - k;
+      own = lane_numbers <= diagonal ? own : Wide{};
+      mirrored = lane_numbers < diagonal ? own : Wide{};
     }
-    sums[q] += own * wk;
-    yk += scales[q] * mirrored;
+    r.y[q] += own * wk;
+    yk += r.w[q] * mirrored;
     if (sized) {
-      sums[rows + q] += magnitude(own) * vk;
-      zk += scales[rows + q] * magnitude(mirrored);
+      r.y[rows + q] += magnitude(own) * vk;
+      zk += r.v[q] * magnitude(mirrored);
     }
   }
-  *reinterpret_cast<Unaligned*>(y + k) = yk;
-  if (sized) *reinterpret_cast<Unaligned*>(z + k) = zk;
+  *reinterpret_cast<Unaligned*>(y) = yk;
+  if (sized) *reinterpret_cast<Unaligned*>(z) = zk;
 }
 
-// Rows i, ..., i + rows - 1 in the columns from `first` on. Of `every` vectors of entries one counts in z, another one
-// in the next rows; 1: each does, 0: none.
+// Of `every` vectors of entries one counts in z, another one in the next rows; 1: each does, 0: none.
 template <int rows, int every>
-inline void multiply_rows(const double* a, int64_t n, int64_t i, int64_t first, int64_t end, const double* w,
-                          const double* v, double* y, double* z) {
-  const double* row = a + i * n;
-  Wide sums[2 * rows] = {};  // for y, and for z
-  double scales[2 * rows];
-  for (int q = 0; q < rows; ++q) scales[q] = w[i + q], scales[rows + q] = every ? v[i + q] : 0.0;
-  const int64_t left = i - i % width < end ? i - i % width : end;  // up to there no entry is right of the diagonal
-  int64_t k = first;
-  if constexpr (every > 1) {
-    for (int64_t later = i / rows % every; later > 0 && k + width <= left; --later, k += width) {
-      multiply_vector<rows, false, false>(row, n, i, k, w, v, scales, y, z, sums);
-    }
-    for (; k + every * width <= left; k += every * width) {
-      multiply_vector<rows, true, false>(row, n, i, k, w, v, scales, y, z, sums);
+inline void multiply_rows(const SymmetricProduct& p, int64_t i, Range columns, ProductSums own, ProductSums mirrored) {
+  Rows<rows> r;  // with {} the compiler clears it by a slow instruction
+  r.first = p.a + i * p.n, r.n = p.n, r.i = i;
 #pragma GCC unroll 4
-      for (int next = 1; next < every; ++next) {
-        multiply_vector<rows, false, false>(row, n, i, k + next * width, w, v, scales, y, z, sums);
-      }
-    }
-  }
-  for (; k + width <= left; k += width)
-    multiply_vector<rows, every != 0, false>(row, n, i, k, w, v, scales, y, z, sums);
-  for (; k + width <= n && k < i + rows && k < end; k += width) {
-    multiply_vector<rows, every != 0, true>(row, n, i, k, w, v, scales, y, z, sums);
-  }
-  double own[2 * rows];
-  sum_lanes<double, 2 * rows>(sums, own);
   for (int q = 0; q < rows; ++q) {
-    double sum = own[q], size = own[rows + q];
-    for (int64_t j = k; j <= i + q && j < end; ++j) {  // near the matrix's last column
-      const double entry = row[q * n + j];
-      sum += entry * w[j];
-      if (every) size += magnitude(entry) * v[j];
-      if (j == i + q) continue;
-      y[j] += entry * scales[q];
-      if (every) z[j] += magnitude(entry) * scales[rows + q];
+    r.w[q] = p.w[i + q], r.v[q] = every ? p.v[i + q] : 0.0;
+    r.y[q] = r.y[rows + q] = Wide{};
+  }
+  const int64_t before = i - i % width;  // up to there no entry is right of the diagonal
+  const int64_t left = before < columns.end ? before : columns.end;
+  int64_t k = columns.begin;
+  double *y = mirrored.y, *z = mirrored.z;
+  const auto count = [&](auto sized, auto masked) {
+    multiply_vector<rows, sized, masked>(r, k, p.w, p.v, y, z);
+    k += width, y += width, z += width;
+  };
+  constexpr std::integral_constant<bool, every != 0> with_size;
+  for (int64_t plain = every > 1 ? i / rows % every : 0; k + width <= left; --plain) {
+    if (every > 1 && plain) {
+      count(std::false_type(), std::false_type());
+      continue;
     }
-    y[i + q] += sum;
-    if (every) z[i + q] += size;
+    count(with_size, std::false_type());
+    plain = every;
+  }
+  while (k + width <= p.n && k < i + rows && k < columns.end) count(with_size, std::true_type());
+  double sums[2 * rows];
+  sum_lanes<double, 2 * rows>(r.y, sums);
+  for (int q = 0; q < rows; ++q) {
+    for (int64_t j = k; j <= i + q && j < columns.end; ++j) {  // near the matrix's last column
+      const double entry = r.first[q * p.n + j];
+      sums[q] += entry * p.w[j];
+      if (j < i + q) y[j - k] += entry * r.w[q];
+      if (!every) continue;
+      sums[rows + q] += magnitude(entry) * p.v[j];
+      if (j < i + q) z[j - k] += magnitude(entry) * r.v[q];
+    }
+    own.y[q] += sums[q];
+    if (every) own.z[q] += sums[rows + q];
   }
 }
 
 template <int every>
-void multiply_of(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
-                 double* z) {
-  for (int64_t i = first; i < n; ++i) y[i] = 0.0;
-  if (every) {
-    for (int64_t i = first; i < n; ++i) z[i] = 0.0;
-  }
-  int64_t i = first;
-  for (; i + 4 <= n; i += 4) multiply_rows<4, every>(a, n, i, first, end, w, v, y, z);
-  for (; i < n; ++i) multiply_rows<1, every>(a, n, i, first, end, w, v, y, z);
+void multiply_of(const SymmetricProduct& p, Range rows, Range columns, ProductSums own, ProductSums mirrored) {
+  const auto clear = [](ProductSums sums, Range range) {
+    for (int64_t i = 0; i < range.end - range.begin; ++i) sums.y[i] = 0.0;
+    for (int64_t i = 0; every && i < range.end - range.begin; ++i) sums.z[i] = 0.0;
+  };
+  clear(own, rows);
+  if (mirrored.y != own.y) clear(mirrored, columns);
+  const auto from = [&](int64_t i) { return ProductSums{own.y + (i - rows.begin), own.z + (i - rows.begin)}; };
+  int64_t i = rows.begin;
+  for (; i + 4 <= rows.end; i += 4) multiply_rows<4, every>(p, i, columns, from(i), mirrored);
+  for (; i < rows.end; ++i) multiply_rows<1, every>(p, i, columns, from(i), mirrored);
 }
 
-void multiply(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
-              double* z, Sizes sizes) {
-  if (sizes == Sizes::none) return multiply_of<0>(a, n, first, end, w, v, y, z);
-  if (sizes == Sizes::some) return multiply_of<4>(a, n, first, end, w, v, y, z);
-  multiply_of<1>(a, n, first, end, w, v, y, z);
+void multiply(const SymmetricProduct& product, Range rows, Range columns, Sizes sizes, ProductSums own,
+              ProductSums mirrored) {
+  if (sizes == Sizes::none) return multiply_of<0>(product, rows, columns, own, mirrored);
+  if (sizes == Sizes::some) return multiply_of<4>(product, rows, columns, own, mirrored);
+  multiply_of<1>(product, rows, columns, own, mirrored);
 }
 
 }  // namespace

@@ -7,8 +7,24 @@
 
 namespace rewrite_core {
 
-// Which terms of |A| v, for v >= 0, a product adds up: for a lower bound of it a fourth of them will do.
+// Which terms of |A| v a product adds up: for a lower bound of it a fourth of them will do.
 enum class Sizes { none, some, all };
+
+struct Range {
+  int64_t begin, end;
+};
+
+// A symmetric matrix [n, n] and what it is multiplied by: A w and |A| v, v >= 0.
+struct SymmetricProduct {
+  const double* a;
+  int64_t n;
+  const double *w, *v;
+};
+
+// Terms of A w and |A| v. All of them, or those of one block of rows, in which case y and z are the first of these.
+struct ProductSums {
+  double *y, *z;
+};
 
 // Rows of the matrix are packed in panels of `width`, [size][width]; a tile is `rows` rows (a divisor of width) by up
 // to `panels` panels.
@@ -48,10 +64,11 @@ struct SPDSolveKernels {
   // Many: the same for x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane.
   void (*solve_wide)(const double* lower, int64_t n, double* x, int vectors);
 
-  // y = A w and z = |A| v of a symmetric matrix, from `first` on: what columns [first, end) of its lower triangle and
-  // their mirror image add to it. Both bounds are multiples of width, but for end = n.
-  void (*multiply)(const double* a, int64_t n, int64_t first, int64_t end, const double* w, const double* v, double* y,
-                   double* z, Sizes sizes);
+  // What a block of the lower triangle, on its diagonal or left of it, adds to the product in its rows, and what its
+  // mirror image adds in the rows that are its columns; on the diagonal mirrored is the same as own. What was there is
+  // overwritten. Bounds are multiples of `width`, but for n.
+  void (*multiply)(const SymmetricProduct& product, Range rows, Range columns, Sizes sizes, ProductSums own,
+                   ProductSums mirrored);
 };
 
 inline int64_t factor_length(int64_t size, int width) { return size + width; }
