@@ -263,6 +263,24 @@ def test_dtypes(dtype, tolerance):
     assert model(latents.to(dtype), noise="random").dtype == dtype
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_maps_are_overwritten_only_where_nobody_sees_them(autocast):
+    """Without gradients the same bits, in every module's output after the pass, too."""
+    model, latents = small(), torch.randn(2, 7)
+    seen: list[torch.Tensor] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.enable_grad():
+            model(latents)
+        count = len(seen)
+        with torch.no_grad():
+            model(latents)
+    assert count and len(seen) == 2 * count
+    for kept, overwritten in zip(seen[:count], seen[count:], strict=True):
+        assert kept.dtype == overwritten.dtype and torch.equal(kept, overwritten)
+
+
 def test_half_demodulation_survives_a_dead_style():
     layer = ModulatedConv2d(6, 5, 3, 7).half()
     gain = layer.demodulation(torch.zeros(1, 6, dtype=torch.half), layer.weight[0])

@@ -22,6 +22,7 @@ from ..generators.loading import load_generator, load_into
 from ..layers.latents import sample_latents
 from ..statistics.distributed import rows_together
 from ..statistics.shards import Shard
+from .allocator import keep_freed_memory
 from .command import UsageError
 from .messages import brief
 from .options import CHAPELS, PICKLED
@@ -72,6 +73,7 @@ class Subject:
 
 def subject(options: argparse.Namespace, count: int) -> Subject:
     """The generator that the options name, with `count` latents, tried out on two of them."""
+    keep_freed_memory()
     made = Subject(
         name=options.generator,
         generator=_load(options.generator, options.checkpoint, usable_device(options.device)),

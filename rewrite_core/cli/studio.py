@@ -25,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..studio.allocator import keep_freed_memory
     from ..studio.opening import open_page, prepare
     from ..studio.server import serve
     from .generator import subject
 
-    keep_freed_memory()
     on = subject(options, options.count)
     layer = options.layer or (DEFAULT_LAYER if on.name == CHAPELS else None)
     workshop = prepare(on.generator, on.latents, layer, options.folder, on.span, on.name, on.progress)

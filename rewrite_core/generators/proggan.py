@@ -53,7 +53,8 @@ class WScale(nn.Module):
         self.b = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.b[:, None, None]
+        out, bias = x * self.scale, self.b[:, None, None]
+        return out + bias if torch.is_grad_enabled() or bias.dtype != out.dtype else out.add_(bias)
 
 
 class Layer(nn.Sequential):
