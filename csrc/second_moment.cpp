@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <vector>
 
 #include "second_moment/ahead.h"
@@ -13,11 +14,12 @@ namespace {
 constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
-constexpr int64_t block_rows = most_block_rows, block_columns = outer_columns;  // channels of one task, by channels
+constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
 constexpr int64_t few_wide = 48, few_narrow = 16;  // positions at most where outer products are faster than tiles
 constexpr int64_t wide_from = 64;                  // channels
 constexpr int64_t sums_work = 16;                  // positions that take as long as to read and write the sums
-constexpr int64_t few_rows = 32;                   // of one of their tasks
+constexpr double few_work = 2e5;                   // multiply-adds that a thread is worth waking for
+constexpr int64_t few_rows = 16;                   // of one of their tasks
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -206,73 +208,51 @@ std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& block
   return shares;
 }
 
-// Few positions: the keys as doubles, then every block by itself.
+// Few positions: the keys as doubles, then some rows at a time.
 Status run_few(const SecondMomentProblem& p, double* out, int threads) {
-  const int64_t n = p.channels, positions = p.positions.total, panel = p.kernels.panel;
-  const int64_t stride = (n + outer_columns - 1) / outer_columns * outer_columns;
+  const int64_t n = p.channels, positions = p.positions.total;
+  const int64_t stride = (n + most_lanes - 1) / most_lanes * most_lanes;
   const double work = 0.5 * static_cast<double>(positions + sums_work) * n * n;
-  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / 1e6));
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / few_work));
   thread_local Workspace workspace;
-  const int64_t panel_bytes = (panel * key_stride + 63) / 64 * 64;
-  char* const packed = workspace.get(threads * panel_bytes + positions * stride * static_cast<int64_t>(sizeof(double)));
-  if (!packed) return Status::out_of_memory;
-  double* const keys = reinterpret_cast<double*>(packed + threads * panel_bytes);
-  std::vector<Block> blocks;
-  std::vector<std::atomic<int64_t>> taken;
+  double* const all_keys =
+      reinterpret_cast<double*>(workspace.get(threads * positions * stride * static_cast<int64_t>(sizeof(double))));
+  if (!all_keys) return Status::out_of_memory;
+  // Each worker begins with its own rows, the same in every call: there is little to compute, and from another core's
+  // cache the sums would come slowly. Then it takes what the others have left.
+  const int64_t tasks = (n + few_rows - 1) / few_rows;
+  const auto first_of = [&](int share) {  // as a row has as many products as its number, shares end by square roots
+    return static_cast<int64_t>(static_cast<double>(tasks) * std::sqrt(static_cast<double>(share) / threads));
+  };
+  struct alignas(64) Taken {
+    std::atomic<int64_t> tasks{0};
+  };
+  std::vector<Taken> taken;
   try {
-    for (int64_t row = 0; row < n; row += few_rows) {
-      const int64_t row_end = std::min(n, row + few_rows);
-      for (int64_t column = 0; column < row_end; column += block_columns) {
-        blocks.push_back({row, row_end, column, std::min(n, column + block_columns), 0});
-      }
-    }
-    taken = std::vector<std::atomic<int64_t>>(threads);
+    taken = std::vector<Taken>(threads);
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
-  // Each worker begins with its own rows, the same in every call: there is little to compute, and from another core's
-  // cache the sums would come slowly. Then it takes what the others have left.
-  const int64_t count = static_cast<int64_t>(blocks.size());
-  const auto next = [&](int worker) -> const Block* {
+  const auto next = [&](int worker) -> int64_t {
     for (int turn = 0; turn < threads; ++turn) {
-      const int64_t share = (worker + turn) % threads, first = count * share / threads;
-      const int64_t block = first + taken[share].fetch_add(1, std::memory_order_relaxed);
-      if (block < count * (share + 1) / threads) return &blocks[block];
+      const int share = (worker + turn) % threads;
+      const int64_t task = first_of(share) + taken[share].tasks.fetch_add(1, std::memory_order_relaxed);
+      if (task < first_of(share + 1)) return task * few_rows;
     }
-    return nullptr;
-  };
-  const auto below = [](const Block* block) {  // all of it, and of whole tiles
-    return block && block->column_end <= block->row && block->column_end - block->column == outer_columns &&
-           (block->row_end - block->row) % outer_tall == 0;
+    return -1;
   };
   Team::run(threads, [&](Team& team) {
     team.each([&](int worker) {
-      char* const mine = packed + worker * panel_bytes;
-      for (int64_t task = team.next(); task * panel < n; task = team.next()) {
-        const int64_t channel = task * panel;
-        const int channels = static_cast<int>(std::min(panel, n - channel));
-        pack_values(p, 0, channel, channels, mine);
-        p.kernels.widen(mine, channels, static_cast<int>(positions), keys + channel, stride);
-      }
-    });
-    for (int64_t position = 0; position < positions; ++position) {
-      std::fill(keys + position * stride + n, keys + (position + 1) * stride, 0.0);
-    }
-    team.each([&](int worker) {
-      alignas(64) double part[few_rows * block_columns];
-      const Block* after = nullptr;
-      for (const Block* block = next(worker); block; block = after) {
+      double* const keys = all_keys + worker * positions * stride;
+      double* to = keys;
+      p.positions.pieces(0, positions, [&](int64_t offset, int64_t position_stride, int count) {
+        p.kernels.doubles(p.features + offset * p.element, static_cast<int>(p.dtype), p.channel_stride, position_stride,
+                          n, count, to, stride);
+        to += count * stride;
+      });
+      for (int64_t row = next(worker), after; row >= 0; row = after) {
         after = next(worker);
-        if (below(block)) {
-          p.kernels.outer_below(keys, stride, static_cast<int>(positions), block->row, block->row_end, block->column, n,
-                                out, below(after) ? after->row : -1, after ? after->column : 0);
-          continue;
-        }
-        const int64_t rows[2] = {block->row, block->row_end}, columns[2] = {block->column, block->column_end};
-        const int64_t first = std::max(rows[0], columns[0]);  // what lies above the diagonal is left out
-        p.kernels.outer(keys, stride, static_cast<int>(positions), first, static_cast<int>(rows[1] - first), columns[0],
-                        part + (first - rows[0]) * block_columns);
-        p.kernels.add_mirrored(part, block_columns, rows, columns, n, out);
+        p.kernels.outer(keys, stride, static_cast<int>(positions), row, std::min(n, row + few_rows), n, out, after);
       }
     });
   });

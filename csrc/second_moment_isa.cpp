@@ -45,9 +45,8 @@ constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) 
           tile_rows,       tile_columns,
           panel_channels,  pack,
           tile<Element>,   diagonal<Element>,
-          blocks<Element>, widen<Element>,
-          outer,           outer_below,
-          add_mirrored};
+          blocks<Element>, doubles,
+          outer,           add_mirrored};
 }
 
 template <bool exist>

@@ -13,8 +13,8 @@ namespace rewrite_core {
 // different sets of the cache, and with a constant all of a tile's addresses are one register and a number.
 constexpr int run_bytes = 2048;
 constexpr int key_stride = run_bytes + 64;
-constexpr int most_block_rows = 96, outer_columns = 32;  // of add_mirrored and outer
-constexpr int outer_tall = 8;                            // rows of outer_below at a time
+constexpr int most_block_rows = 96;  // of add_mirrored
+constexpr int most_lanes = 8;        // of doubles
 
 // What a tile does at each of its steps besides, where it costs next to nothing: it asks the cache for a line and, if
 // `to` is not null, copies a vector of features to where the next keys are packed. Offsets in bytes, one per step.
@@ -57,19 +57,16 @@ struct SecondMomentKernels {
   // products j <= i of its channels; out is [count, size, size]. Reads `columns` channels from each group's first on.
   void (*blocks)(const void* block, int size, int count, int steps, double* out);
 
-  // Few positions: to[position * stride + channel] = the packed keys of `channels` channels, in double.
-  void (*widen)(const void* packed, int channels, int positions, double* to, int64_t stride);
+  // Few keys: to[position][channel] = those of `count` positions, as doubles; strides as pack's, `stride` is to's.
+  void (*doubles)(const void* from, int dtype, int64_t channel_stride, int64_t position_stride, int64_t channels,
+                  int count, double* to, int64_t stride);
 
-  // part[i][j] = the sum over the positions of keys[., row + i] keys[., column + j], i < row_count, j < outer_columns,
-  // in double, channels along a vector's lanes.
-  void (*outer)(const double* keys, int64_t stride, int positions, int64_t row, int row_count, int64_t column,
-                double* part);
-
-  // Adds those of rows [row, row_end), a multiple of outer_tall of them, and outer_columns columns that lie all below
-  // the diagonal to the [n, n] matrix `sums`, and writes the result to the mirror image too. Asks for what comes next,
-  // where next_row >= 0.
-  void (*outer_below)(const double* keys, int64_t stride, int positions, int64_t row, int64_t row_end, int64_t column,
-                      int64_t n, double* sums, int64_t next_row, int64_t next_column);
+  // Rows [row, row_end) of the [n, n] matrix `sums`: adds the products of such keys where column <= row, and writes the
+  // result to the mirror image too. `keys` has lines of `stride`, whole vectors, and is aligned to them; numbers beyond
+  // channel n may be anything. `row` is a multiple of most_lanes, and so is row_end or it is n. Asks the cache for row
+  // next_row, where it is not negative.
+  void (*outer)(const double* keys, int64_t stride, int positions, int64_t row, int64_t row_end, int64_t n,
+                double* sums, int64_t next_row);
 
   // Adds the products in `part` of channels rows[0] <= i < rows[1], at most most_block_rows, by channels columns[0] <=
   // j < columns[1] to the [n, n] matrix `sums` where j <= i, and writes the result to the mirror image too. Changes

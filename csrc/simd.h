@@ -75,6 +75,16 @@ inline void pause_thread() {
 #endif
 }
 
+// Asks the cache for a line that will be written, so that another core's copy of it is given up at once. GCC and Clang
+// make that of __builtin_prefetch only where they may assume it; processors of x86-64 that lack it take it for nothing.
+inline void ask_to_write(const void* address) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 // While it lives, tiny numbers count as zero: processors are slow with them.
 struct FlushToZero {
 #if defined(__x86_64__)

@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from .errors import ArgumentError, BackendUnavailable, RewriteCoreError, quoted
 from .version import no_kernels
@@ -127,16 +129,16 @@ def dispatched(*tensors: Tensor) -> bool:
         if type(tensor) is not Tensor or tensor.is_meta:
             return True
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
     )
 
 
 def transformed() -> bool:
     """Whether ``torch.func`` (vmap, grad, jvp) transforms the caller, whose tensors' numbers cannot be looked at."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_compiling() and peek_interpreter_stack() is not None
 
 
 _PROXY, _FAKE, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
@@ -145,12 +147,12 @@ _PROXY, _FAKE, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for 
 def recorded() -> bool:
     """Whether a call is recorded (``torch.jit.trace``, ``make_fx``, fake tensors) or transformed (``torch.func``). What
     reads and writes memory itself, and is no operator of torch, would then give numbers that nobody computed."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False  # such a call is not recorded, but made when the graph runs
     mode = torch._C._get_dispatch_mode
     return (  # one by one: a generator takes a tenth of a small solve's time
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
         or mode(_PROXY) is not None
         or mode(_FAKE) is not None
         or mode(_FUNCTIONAL) is not None
@@ -188,6 +190,11 @@ def extension() -> ModuleType:
     if module is None:
         raise BackendUnavailable(f"{reason}.")
     return module
+
+
+def extension_if_any() -> ModuleType | None:
+    """The same, or None."""
+    return _probe_extension()[0]
 
 
 def extension_reason() -> str | None:

@@ -123,6 +123,23 @@ def test_out_is_added_to_and_mirrored(accumulate):
     assert (out - want).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 63, 64, 65, 100, 143])
+@pytest.mark.parametrize("keys", [1, 2, 8, 13])
+def test_few_keys(keys, channels, accumulate):
+    """Of any number, and whole rows or not: all within their own channels, what lies above the diagonal left aside."""
+    features = normal(keys, channels)
+    features[:, channels // 2] = float("inf")
+    start = normal(channels, channels).double()
+    start[0, channels - 1] = float("nan") if channels > 1 else 0.0
+    out = start.clone()
+    accumulate(features, out)
+    want = oracle(features) + start.tril() + start.tril(-1).T
+    seen = torch.isfinite(want)
+    assert seen.sum() == (channels - 1) ** 2
+    assert torch.equal(out.isfinite(), seen) and torch.equal(out[seen], out.T[seen])
+    assert torch.allclose(out[seen], want[seen], rtol=0, atol=1e-5)
+
+
 def test_nothing_hides_nan_in_out(accumulate):
     out = prefilled(40, float("nan"))
     accumulate(normal(50, 40), out)
@@ -160,8 +177,12 @@ def test_every_half_precision_value_is_read_exactly(dtype, accumulate):
         assert abs(out[1, 1] - (want**2).sum()) <= 1e-6 * (want**2).sum()
 
 
-# in groups of runs with many threads and few, and in blocks of channels
-@pytest.mark.parametrize("shape", [(2, 24, 96, 96), (3, 150, 40, 41), (5, 300, 16, 16), (3000, 1000)], ids=str)
+# in groups of runs with many threads and few, in blocks of channels, and few keys
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 24, 96, 96), (3, 150, 40, 41), (5, 300, 16, 16), (3000, 1000), (8, 700, 1, 1), (5, 253, 3, 3)],
+    ids=str,
+)
 @pytest.mark.parametrize("isa", ["portable", ""])
 def test_same_bits_for_any_number_of_threads(shape, isa):
     features = normal(*shape)

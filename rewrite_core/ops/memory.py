@@ -23,12 +23,6 @@ def plain(data: Tensor) -> Tensor:
     return data.resolve_neg()
 
 
-def in_memory(data: Tensor) -> bool:
-    """Whether its numbers lie in the CPU's memory, found by strides, and as they are: it passes :func:`check_dense`,
-    and :func:`plain` returns it as it is."""
-    return data.is_cpu and not data.is_nested and data.layout == torch.strided and not data.is_neg()
-
-
 def without_gradient(data: Tensor) -> Tensor:
     """The same numbers outside of autograd; a tensor that is there already costs nothing."""
     return data.detach() if data.requires_grad else data

@@ -6,13 +6,15 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, float64, get_num_threads, library, strided
+from torch._C import _increment_version
 
 from ...backends import (
     ENVIRONMENT_VARIABLE,
     Backend,
     dispatched,
     extension,
+    extension_if_any,
     extension_reason,
     select,
     triton_declines,
@@ -20,7 +22,7 @@ from ...backends import (
     triton_reason,
 )
 from ...errors import whole_number
-from ..memory import address, in_memory, plain
+from ..memory import address, plain
 from .problem import DTYPES, PRECISIONS, check, check_apart, check_types, shape_of_out
 
 
@@ -84,53 +86,54 @@ def _at_once(features: Tensor, out: Tensor | None, backend: str, precision: str,
     they take a tenth of a millisecond. So this looks at nothing twice, and calls little."""
     if type(features) is not Tensor or not (out is None or type(out) is Tensor) or dispatched(features):
         return None
-    if (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))) or extension_reason():
+    kernels = extension_if_any()
+    if kernels is None or (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))):
         return None
-    if precision != PRECISIONS[0] or type(groups) is not int or groups < 1 or not in_memory(features):
+    if not features.is_cpu or features.is_nested or features.layout is not strided or features.is_neg():
         return None
     dtype, shape = features.dtype, features.shape
-    if dtype not in DTYPES or len(shape) not in (2, 4) or 0 in shape or shape[1] % groups:
+    name = DTYPES.get(dtype)
+    if name is None or len(shape) not in (2, 4) or 0 in shape:
+        return None
+    if precision != PRECISIONS[0] or type(groups) is not int or groups < 1 or shape[1] % groups:
         return None
     wanted = shape_of_out(shape[1], groups)
     strides, start = features.stride(), features.data_ptr()
     if out is None:
-        out = features.new_zeros(wanted, dtype=torch.float64)
+        out = features.new_zeros(wanted, dtype=float64)
         out_start = out.data_ptr()
     else:
-        if not in_memory(out) or out.requires_grad or out.dtype != torch.float64 or out.shape != wanted:
+        if not out.is_cpu or out.is_nested or out.layout is not strided or out.is_neg() or out.requires_grad:
             return None
-        if not out.is_contiguous():
+        if out.dtype is not float64 or out.shape != wanted or not out.is_contiguous():
             return None
         reach, out_start = 1, out.data_ptr()
         for size, stride in zip(shape, strides):
             reach += (size - 1) * stride
         if start < out_start + out.nbytes and out_start < start + reach * dtype.itemsize:
             return None
-    _call_cpp(start, dtype, shape, strides, out_start, "", groups)
-    torch.autograd.graph.increment_version(out)  # as _add_to does
+    kernels.second_moment(
+        features=start,
+        dtype=name,
+        sizes=shape if len(shape) == 4 else (*shape, 1, 1),
+        strides=strides if len(shape) == 4 else (*strides, 0, 0),
+        out=out_start,
+        threads=get_num_threads(),
+        isa="",
+        groups=groups,
+    )
+    _increment_version((out,))  # as _add_to does
     return out
 
 
 def run_cpp(features: Tensor, out: Tensor, isa: str = "", groups: int = 1) -> None:
     features = plain(features)
-    _call_cpp(address(features), features.dtype, features.shape, features.stride(), address(out), isa, groups)
-
-
-def _call_cpp(
-    features: int | None,
-    dtype: torch.dtype,
-    shape: torch.Size,
-    strides: tuple[int, ...],
-    out: int | None,
-    isa: str,
-    groups: int,
-) -> None:
     extension().second_moment(
-        features=features,
-        dtype=DTYPES[dtype],
-        sizes=shape if len(shape) == 4 else (*shape, 1, 1),
-        strides=strides if len(shape) == 4 else (*strides, 0, 0),
-        out=out,
+        features=address(features),
+        dtype=DTYPES[features.dtype],
+        sizes=(*features.shape, 1, 1)[:4],
+        strides=(*features.stride(), 0, 0)[:4],
+        out=address(out),
         threads=torch.get_num_threads(),
         isa=isa,
         groups=groups,
