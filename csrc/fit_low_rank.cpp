@@ -41,8 +41,10 @@ void take_edit(Arena<double>& arena, const FitLowRankProblem& problem, FitLowRan
   // and not the goal, which the gradient sets, in double.
   const bool single = !problem.is_double && !edit.exact && !edit.dual_form;
   edit.single = single ? reinterpret_cast<float*>(arena.take(edit.rows * edit.single_stride / 2)) : nullptr;
+  edit.sloped = edit.exact ? arena.take(edit.rows * edit.stride) : nullptr;
   edit.weights = arena.take(edit.stride);
   edit.size = arena.take(edit.leading);
+  edit.inverse = edit.exact ? arena.take(edit.leading) : nullptr;
   edit.quadratic = problem.quadratic ? arena.take(problem.styles * square) : nullptr;
   edit.penalty = problem.penalty ? arena.take(square) : nullptr;
   // the Gram kernel writes whole register blocks
@@ -70,9 +72,7 @@ FitLowRankScratch take_scratch(Arena<double>& arena, const FitLowRankEdit& large
   scratch.factor = arena.take(square);
   scratch.weighted = arena.take(largest.rows * fit_panel);
   if (largest.exact) {
-    for (double** buffer : {&scratch.many_start, &scratch.many_target, &scratch.many_lin}) {
-      *buffer = arena.take(largest.stride * fit_together);
-    }
+    scratch.many_wanted = arena.take(largest.stride * fit_together);
     for (double** buffer : {&scratch.many_right, &scratch.many_x, &scratch.many_rest, &scratch.many_turned}) {
       *buffer = arena.take(largest.rows * fit_together);
     }

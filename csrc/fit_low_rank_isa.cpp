@@ -81,23 +81,23 @@ void prepare_of(const FitLowRankProblem& problem, FitLowRankEdit& edit, const Fi
     for (int64_t i = 0; i < unknowns; ++i) {
       for (int64_t j = 0; j < i; ++j) edit.gram[i * leading + j] = edit.gram[j * leading + i];
     }
+    for (int64_t j = 0; j < unknowns; ++j) edit.inverse[j] = 1.0 / edit.size[j];
+    for (int64_t j = 0; j < edit.rows; ++j) {
+      for (int64_t p = 0; p < stride; p += width) {
+        store(edit.sloped + j * stride + p, problem.gain * load(edit.weights + p) * load(edit.basis + j * stride + p));
+      }
+    }
     edit.factor_penalty_scale = problem.penalty ? problem.penalty_scale[edit.number * problem.channels] : 0.0;
     edit.factor_status = factor_exact(problem, edit, edit.factor_penalty_scale, scratch.matrix, edit.factor);
   }
 }
 
-// A channel's result, `stride` from one unknown to the next; these are no longer scaled.
+// A channel's result, whose coefficients are written; `fits`: they are finite in the output's type.
 template <class Real>
-void write(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel, const double* x,
-           int64_t stride, Outcome result) {
+void write(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel, bool fits, Outcome result) {
   const int64_t unknowns = problem.unknowns, at = edit.number * problem.channels + channel;
-  Real* coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
-  bool fits = true;  // in the output's type
-  for (int64_t j = 0; j < unknowns; ++j) {
-    coefficients[j] = static_cast<Real>(x[j * stride]);
-    fits = fits && finite(static_cast<double>(coefficients[j]));
-  }
   if (!fits) {
+    Real* const coefficients = static_cast<Real*>(problem.coefficients) + at * unknowns;
     for (int64_t j = 0; j < unknowns; ++j) coefficients[j] = Real(0);
     result.loss = result.initial;
     result.status = NONFINITE;
@@ -124,81 +124,69 @@ void fit_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_
   }
   if (problem.penalty) model.penalty_scale = problem.penalty_scale[at];
   const Outcome result = fit_channel(model);
-  for (int64_t j = 0; j < problem.unknowns; ++j) scratch.best_x[j] /= edit.size[j];
-  write<Real>(problem, edit, channel, scratch.best_x, 1, result);
+  Real* const coefficients = static_cast<Real*>(problem.coefficients) + at * problem.unknowns;
+  bool fits = true;
+  for (int64_t j = 0; j < problem.unknowns; ++j) {
+    coefficients[j] = static_cast<Real>(scratch.best_x[j] / edit.size[j]);
+    fits = fits && finite(static_cast<double>(coefficients[j]));
+  }
+  write<Real>(problem, edit, channel, fits, result);
 }
 
-// out[p][c] = row[c][p] for four pixels of four channels, in registers (see transpose_block in
-// second_moment/packing.h).
-inline void turn_four(const float* const row[4], int64_t first, double* out) {
-  typedef Vector<float, 16> Part;
-  typedef Vector<double, 32> Four;
-  constexpr Vector<int32_t, 16>::type low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
-  typename Part::type value[4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) value[c] = *reinterpret_cast<const typename Part::unaligned*>(row[c] + first);
-#pragma GCC unroll 2
-  for (int round = 0; round < 2; ++round) {
-    const typename Part::type a = value[0], b = value[1], c = value[2], d = value[3];
-    value[0] = shuffle(a, c, low), value[1] = shuffle(a, c, high);
-    value[2] = shuffle(b, d, low), value[3] = shuffle(b, d, high);
+// Where a channel's pixels do not lie side by side they are gathered.
+template <class Real>
+FirstLoss wanted_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t channel,
+                    const FitLowRankScratch& scratch, double* wanted) {
+  const int64_t at = (edit.number * problem.channels + channel) * problem.pixels;
+  const int64_t step = problem.shift ? problem.shift_strides[2] : 0;
+  const Real *const base = static_cast<const Real*>(problem.base) + at,
+                    *const target = static_cast<const Real*>(problem.target) + at, *shift = nullptr;
+  if (problem.shift) {
+    shift = static_cast<const Real*>(problem.shift) + edit.number * problem.shift_strides[0] +
+            channel * problem.shift_strides[1];
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < 4; ++p) {
-    *reinterpret_cast<typename Four::unaligned*>(out + p * fit_together) =
-        __builtin_convertvector(value[p], typename Four::type);
+  const double same_shift = shift && step == 0 ? static_cast<double>(*shift) : 0.0;
+  if (edit.all && step <= 1 && edit.pixels >= width) {
+    return gather_wanted<Real>(edit, problem.gain, {base, target, step ? shift : nullptr, same_shift, edit.pixels},
+                               wanted);
   }
-}
-
-// The first pixels, where they lie side by side; how many.
-inline int64_t turn_lanes(const FitLowRankEdit& edit, const float* const* row, double* out) {
-  const int64_t whole = edit.all ? edit.pixels & ~int64_t{3} : 0;
-  for (int64_t p = 0; p < whole; p += 4) {
-    for (int64_t c = 0; c < fit_together; c += 4) turn_four(row + c, p, out + p * fit_together + c);
-  }
-  return whole;
-}
-inline int64_t turn_lanes(const FitLowRankEdit&, const double* const*, double*) { return 0; }
-
-// out [stride, fit_together] = or += channels first, first + 1, ..., the last one in what is left of the lanes.
-template <class Real, bool add>
-void gather_lanes(const FitLowRankEdit& edit, const Real* rows, int64_t channel_stride, int64_t pixel_stride,
-                  int64_t count, double* out) {
-  const Real* row[fit_together];
-  for (int64_t c = 0; c < fit_together; ++c) row[c] = rows + (c < count ? c : count - 1) * channel_stride;
-  for (int64_t p = !add && pixel_stride == 1 ? turn_lanes(edit, row, out) : 0; p < edit.stride; ++p) {
-    const int64_t at = edit.kept[p] * pixel_stride;
-    double* const to = out + p * fit_together;
-#pragma GCC unroll 8
-    for (int64_t c = 0; c < fit_together; ++c) {
-      // opaque, or GCC gathers, which takes longer than eight loads
-      const double value = opaque(at < 0 ? 0.0 : static_cast<double>(row[c][at]));
-      to[c] = add ? to[c] + value : value;
-    }
-  }
+  gather(edit, base, 1, scratch.base);
+  gather(edit, target, 1, scratch.target);
+  if (step) gather(edit, shift, step, scratch.shift);
+  return gather_wanted<double>(edit, problem.gain,
+                               {scratch.base, scratch.target, step ? scratch.shift : nullptr, same_shift, edit.stride},
+                               wanted);
 }
 
 template <class Real>
 void fit_exactly_of(const FitLowRankProblem& problem, const FitLowRankEdit& edit, int64_t first, int64_t count,
                     const FitLowRankScratch& scratch) {
-  const int64_t at = edit.number * problem.channels + first, pixels = problem.pixels;
-  const Real *base = static_cast<const Real*>(problem.base) + at * pixels,
-             *target = static_cast<const Real*>(problem.target) + at * pixels;
-  gather_lanes<Real, false>(edit, base, pixels, 1, count, scratch.many_start);
-  gather_lanes<Real, false>(edit, target, pixels, 1, count, scratch.many_target);
-  if (problem.shift) {
-    const int64_t* strides = problem.shift_strides;
-    const Real* shift = static_cast<const Real*>(problem.shift) + edit.number * strides[0] + first * strides[1];
-    gather_lanes<Real, true>(edit, shift, strides[1], strides[2], count, scratch.many_start);
-  }
-  Outcome outcomes[fit_together];
-  fit_exactly(problem, edit, scratch, problem.penalty ? problem.penalty_scale[at] : 0.0, count, outcomes);
-  for (int64_t j = 0; j < problem.unknowns; ++j) {
-    double* const x = scratch.many_x + j * fit_together;
-    for (int64_t c = 0; c < fit_together; c += width) store(x + c, load(x + c) / edit.size[j]);
-  }
+  FirstLoss losses[fit_together];
   for (int64_t c = 0; c < count; ++c) {
-    write<Real>(problem, edit, first + c, scratch.many_x + c, fit_together, outcomes[c]);
+    losses[c] = wanted_of<Real>(problem, edit, first + c, scratch, scratch.many_wanted + c * edit.stride);
+  }
+  const double penalty_scale = problem.penalty ? problem.penalty_scale[edit.number * problem.channels + first] : 0.0;
+  Outcome outcomes[fit_together];
+  fit_exactly(problem, edit, scratch, penalty_scale, count, losses, outcomes);
+  // In the output's type and no longer scaled, side by side at first: single numbers of a vector are slow to convert.
+  Real* const values = reinterpret_cast<Real*>(scratch.many_rest);
+  Lanes largest = {};
+  for (int64_t j = 0; j < problem.unknowns; ++j) {
+    Lanes x = load_lanes(scratch.many_x + j * fit_together);
+    for (int64_t i = 0; i < parts; ++i) {
+      x.part[i] *= edit.inverse[j];
+      const Wide size = magnitude(x.part[i]);
+      largest.part[i] = size > largest.part[i] ? size : largest.part[i];
+      store_as(values + j * fit_together + i * width, x.part[i]);
+    }
+  }
+  double sizes[fit_together];
+  __builtin_memcpy(sizes, &largest, sizeof(sizes));
+  Real* coefficients =
+      static_cast<Real*>(problem.coefficients) + (edit.number * problem.channels + first) * problem.unknowns;
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t j = 0; j < problem.unknowns; ++j) *coefficients++ = values[j * fit_together + c];
+    write<Real>(problem, edit, first + c, finite(static_cast<double>(static_cast<Real>(sizes[c]))), outcomes[c]);
   }
 }
 

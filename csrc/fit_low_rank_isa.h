@@ -58,7 +58,9 @@ struct FitLowRankEdit {
   float* single;    // [rows, single_stride] the same, or null: the normal equations' matrix in float products
   int64_t single_stride;
   double* weights;              // [stride], sum 1
+  double* sloped;               // exact: [rows, stride] gain * weights * basis
   double* size;                 // [unknowns] root mean square of the basis rows
+  double* inverse;              // exact: [unknowns] 1 / size
   double* quadratic;            // [styles, unknowns, leading] or null
   double* penalty;              // [unknowns, leading] or null
   double* gram;                 // dual form: basis^T basis [pixels, order_leading]; exact: weighted, [rows, leading]
@@ -78,8 +80,8 @@ struct FitLowRankScratch {
   double* turned;
   double *matrix, *factor;
   double* weighted;
-  // The closed form's, of fit_together channels side by side; else null: [stride, .] and [rows, .].
-  double *many_start, *many_target, *many_lin;
+  // The closed form's, of fit_together channels; else null: [., stride], and side by side [rows, .].
+  double* many_wanted;
   double *many_right, *many_x, *many_rest, *many_turned;
 };
 

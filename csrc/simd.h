@@ -156,6 +156,17 @@ inline Vec<Real> fill(Real a) {
   return Vec<Real>{} + a;
 }
 
+// As many numbers as a vector of doubles has, at any address.
+inline Vec<double> load_wide(const double* a) { return *reinterpret_cast<const Vector<double>::unaligned*>(a); }
+inline Vec<double> load_wide(const float* a) {
+#if defined(REWRITE_CORE_ISA_avx512)
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(a));  // GCC converts two halves; the plain one warns in GCC 12
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Vector<float, vector_bytes / 2>::unaligned*>(a), Vec<double>);
+#endif
+}
+inline void store_wide(double* a, Vec<double> v) { *reinterpret_cast<Vector<double>::unaligned*>(a) = v; }
+
 // --- instructions
 // ------------------------------------------------------------------------------------------------------
 
