@@ -33,7 +33,7 @@ from . import blocks, moment_file
 from .checks import check_layer, what_is
 from .shards import joined_latents
 from .standard_errors import relative_error
-from .sums import Keys, Note, checked, is_finite, masked, measured, positions, square, sum_of
+from .sums import Keys, Note, checked, masked, measured, positions, square, sum_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,9 +125,10 @@ class SecondMoment:
         features, counts = self._readable(features, mask)
         keys = Keys(features.dtype, skip_nonfinite)
         part = sum_of(features, self.groups) if features.device.type == "cpu" else None
-        if part is not None and is_finite(part):  # a look that costs nothing on a CPU
+        size = math.nan if part is None else square(part).item()
+        if part is not None and math.isfinite(size):  # a look that costs nothing on a CPU
             count = len(features) * positions(features) if counts is None else int(counts.sum())
-            note = Note(True, square(part).item(), 0, 0.0, count)
+            note = Note(True, size, 0, 0.0, count)
         else:
             del part
             part, numbers = measured(features, counts, skip_nonfinite, self.groups)
