@@ -17,6 +17,7 @@
 #include "fit_projected.h"
 #include "second_moment.h"
 #include "spd_solve.h"
+#include "tensors.h"
 #ifdef REWRITE_CORE_CUDA
 #include "fit_projected_cuda.h"
 #include "spd_solve_cuda.h"
@@ -130,13 +131,11 @@ class Fields {
   Py_ssize_t count_, taken_ = 0, next_ = 0;
 };
 
-// A function of Fields as a Python function; errors of any kind become Python's.
-template <py::object (*function)(Fields&)>
-PyObject* python_function(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+// What `function` returns; errors of any kind become Python's.
+template <class Function>
+PyObject* python_call(const Function& function) {
   try {
-    if (positional) throw py::type_error("every field is passed by its name.");
-    Fields fields(values, names);
-    return function(fields).release().ptr();
+    return function();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
@@ -149,6 +148,25 @@ PyObject* python_function(PyObject*, PyObject* const* values, Py_ssize_t positio
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
+}
+
+// A function of Fields as a Python function.
+template <py::object (*function)(Fields&)>
+PyObject* python_function(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  return python_call([&] {
+    if (positional) throw py::type_error("every field is passed by its name.");
+    Fields fields(values, names);
+    return function(fields).release().ptr();
+  });
+}
+
+// A function of `count` values, by place, that says yes or no.
+template <bool (*function)(PyObject* const*), int count>
+PyObject* python_question(PyObject*, PyObject* const* values, Py_ssize_t given) {
+  return python_call([&] {
+    if (given != count) throw py::type_error(std::to_string(count) + " values are passed by their places.");
+    return py::bool_(function(values)).release().ptr();
+  });
 }
 
 py::object call_second_moment(Fields& fields) {
@@ -164,6 +182,35 @@ py::object call_second_moment(Fields& fields) {
   fields.done();
   run("second_moment", [&] { return second_moment(features, dtype, sizes, strides, out, threads, isa, groups); });
   return py::none();
+}
+
+// A usual call of second_moment, of plain tensors on the CPU: features, out, groups, threads. False, and nothing is
+// done, where it may be another one, or a mistake: Python's checks then say which. Few keys take less time than those
+// checks do, where the caches hold nothing of them.
+bool second_moment_at_once(PyObject* const* values) {
+  const auto features = Tensors::all().plain(values[0]), out = Tensors::all().plain(values[1]);
+  if (!features || !out || !PyLong_CheckExact(values[2])) return false;
+  const int64_t groups = py::cast<int64_t>(py::handle(values[2]));
+  const std::optional<DType> dtype = dtype_of(*features);
+  if (!dtype || (features->ndim != 2 && features->ndim != 4) || groups < 1) return false;
+  int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {}, last = 0;
+  for (int i = 0; i < features->ndim; ++i) {
+    sizes[i] = features->shape[i];
+    strides[i] = features->strides[i];
+    if (sizes[i] < 1) return false;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  if (sizes[1] % groups || dtype_of(*out) != DType::float64 || out->ndim != (groups == 1 ? 2 : 3)) return false;
+  const int64_t size = sizes[1] / groups, *shape = out->shape + out->ndim - 2;
+  if (shape[0] != size || shape[1] != size || (groups > 1 && out->shape[0] != groups)) return false;
+  if (!is_contiguous(*out) || Tensors::all().requires_grad(values[1])) return false;
+  const char* const end = features->data + (last + 1) * (features->bits / 8);
+  if (features->data < out->data + groups * size * size * 8 && out->data < end) return false;
+  double* const sums = reinterpret_cast<double*>(out->data);
+  const int threads = py::cast<int>(py::handle(values[3]));
+  run("second_moment",
+      [&] { return second_moment(features->data, *dtype, sizes, strides, sums, threads, detect_isa(), groups); });
+  return true;
 }
 
 py::object call_examine(Fields& fields) {
@@ -400,7 +447,16 @@ PyMethodDef method(const char* name, const char* documentation) {
           METH_FASTCALL | METH_KEYWORDS, documentation};
 }
 
+template <bool (*function)(PyObject* const*), int count>
+PyMethodDef question(const char* name, const char* documentation) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python_question<function, count>)),
+          METH_FASTCALL, documentation};
+}
+
 PyMethodDef methods[] = {
+    question<second_moment_at_once, 4>("second_moment_at_once",
+                                       "Whether it was a usual call, and is done: tensors features and out, groups, "
+                                       "threads."),
     method<call_second_moment>("second_moment",
                                "out [c, c] += the second moment of features (n, c, h, w): features, dtype (as torch "
                                "names it), sizes, strides, "
@@ -459,6 +515,9 @@ PYBIND11_MODULE(_C, m) {
         if (!Team::choose(kind)) throw std::invalid_argument("there are no helpers " + kind + ".");
       },
       py::arg("kind") = "", "Whose threads help: \"openmp\", \"own\", or \"\" for what suits. For tests.");
+  m.def(
+      "know_tensors", [](const py::type& tensor) { return Tensors::all().know(tensor); }, py::arg("tensor"),
+      "Has torch.Tensor; whether torch shows its tensors to C. Where not, no call is usual.");
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
   // What Python has under the same names: a test compares.

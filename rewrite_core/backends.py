@@ -169,7 +169,9 @@ def _passed_over(chosen: str) -> str:
 def _probe_extension() -> tuple[ModuleType | None, str | None]:
     # torch is imported above: it comes first, so that the extension finds torch's C++ runtime loaded.
     try:
-        return importlib.import_module("rewrite_core._C"), None
+        module = importlib.import_module("rewrite_core._C")
+        module.know_tensors(Tensor)
+        return module, None
     except ModuleNotFoundError as error:
         if error.name != "rewrite_core._C":
             raise

@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import pytest
 import torch
@@ -334,31 +335,58 @@ UNUSUAL = {  # what `second_moment` takes, of calls that may not be made at once
 
 def at_once(features=None, out=None, backend="auto", precision="x3", groups=1):
     features = normal(5, 4, 3, 3) if features is None else features
-    return register._at_once(features, prefilled(4) if out is None else out, backend, precision, groups)
+    return register._done_at_once(features, prefilled(4) if out is None else out, backend, precision, groups)
+
+
+has_exchange = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch does not show its tensors to C"
+)
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_is_not_usual_meets_the_checks_in_full(name):
-    assert at_once(**UNUSUAL[name]()) is None
+    given = UNUSUAL[name]()
+    assert not at_once(**given)
+    if name not in ("meta", "nested", "sparse"):
+        assert not given.get("out", prefilled(1)).any()
 
 
+@has_exchange
 def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch):
     with FakeTensorMode():
-        assert at_once(normal(5, 4), prefilled(4)) is None
+        assert not at_once(normal(5, 4), prefilled(4))
     monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
-    assert at_once() is None
-    assert at_once(backend="cpp") is not None
+    assert not at_once()
+    assert at_once(backend="cpp")
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)], ids=str)
-def test_usual_calls_are_made_at_once(shape, groups):
-    features, size = normal(*shape).requires_grad_(), 4 // groups
-    want = torch.zeros((size, size) if groups == 1 else (groups, size, size), dtype=torch.float64)
-    register.run_cpp(features.detach(), want, groups=groups)
-    out = torch.zeros_like(want)
-    version = out._version
-    assert at_once(features, out, groups=groups) is out
-    assert torch.equal(out, want) and out._version > version
-    made = register._at_once(features, None, "cpp", "x3", groups)
-    assert torch.equal(made, want) and not made.requires_grad
+@has_exchange
+@pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_usual_calls_are_made_at_once(layout, dtype):
+    features = features_of(layout, dtype).requires_grad_()
+    channels = features.shape[1]
+    for groups in {1, channels}:
+        size = channels // groups
+        want = torch.zeros((size, size) if groups == 1 else (groups, size, size), dtype=torch.float64)
+        register.run_cpp(features.detach(), want, groups=groups)
+        out = torch.zeros_like(want)
+        version = out._version
+        assert at_once(features, out, groups=groups)
+        assert torch.equal(out, want) and out._version > version
+
+
+def test_reading_tensors_from_c_leaves_no_reference():
+    features, out = normal(5, 4), prefilled(4)
+    before = [sys.getrefcount(one) for one in (features, out, False, True)]
+    for _ in range(100):
+        at_once(features, out)
+        at_once(features, out.requires_grad_())
+        out = out.detach()
+    after = [sys.getrefcount(one) for one in (features, out, False, True)]
+    assert all(abs(a - b) < 50 for a, b in zip(after, before))
+
+
+def test_values_by_place_are_counted():
+    with pytest.raises(TypeError, match="4 values"):
+        extension().second_moment_at_once(normal(5, 4), prefilled(4), 1)

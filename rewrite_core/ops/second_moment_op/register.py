@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, float64, get_num_threads, library, strided
+from torch import Tensor, get_num_threads, library
 from torch._C import _increment_version
 
 from ...backends import (
@@ -62,9 +62,8 @@ def second_moment(
     graph is captured before such a first call.
     NumPy: ``x = features.transpose(0, 2, 3, 1).reshape(-1, C); x.T @ x``.
     """
-    done = _at_once(features, out, backend, precision, groups)
-    if done is not None:
-        return done
+    if out is not None and _done_at_once(features, out, backend, precision, groups):
+        return out
     check_types(features, out, precision)  # the rest the ops check
     groups = whole_number("groups", groups)
     if features.requires_grad:
@@ -78,52 +77,21 @@ def second_moment(
     return out
 
 
-def _at_once(features: Tensor, out: Tensor | None, backend: str, precision: str, groups: int) -> Tensor | None:
-    """Most calls: plain tensors on the CPU, and the C++ kernels. None, and nothing is done, where a call may be another
-    one, or a mistake: the checks in full then say which.
+def _done_at_once(features: Tensor, out: Tensor, backend: str, precision: str, groups: int) -> bool:
+    """Most calls: plain tensors on the CPU, added to `out` by the C++ kernels. False, and nothing is done, where a call
+    may be another one, or a mistake: the checks in full then say which.
 
     Few keys take less time than those checks do: after other work on the CPU, whose caches then hold nothing of them,
-    they take a tenth of a millisecond. So this looks at nothing twice, and calls little."""
-    if type(features) is not Tensor or not (out is None or type(out) is Tensor) or dispatched(features):
-        return None
+    they take a tenth of a millisecond. So this calls as little as it can."""
+    if precision != PRECISIONS[0] or dispatched(features):
+        return False
     kernels = extension_if_any()
     if kernels is None or (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))):
-        return None
-    if not features.is_cpu or features.is_nested or features.layout is not strided or features.is_neg():
-        return None
-    dtype, shape = features.dtype, features.shape
-    name = DTYPES.get(dtype)
-    if name is None or len(shape) not in (2, 4) or 0 in shape:
-        return None
-    if precision != PRECISIONS[0] or type(groups) is not int or groups < 1 or shape[1] % groups:
-        return None
-    wanted = shape_of_out(shape[1], groups)
-    strides, start = features.stride(), features.data_ptr()
-    if out is None:
-        out = features.new_zeros(wanted, dtype=float64)
-        out_start = out.data_ptr()
-    else:
-        if not out.is_cpu or out.is_nested or out.layout is not strided or out.is_neg() or out.requires_grad:
-            return None
-        if out.dtype is not float64 or out.shape != wanted or not out.is_contiguous():
-            return None
-        reach, out_start = 1, out.data_ptr()
-        for size, stride in zip(shape, strides):
-            reach += (size - 1) * stride
-        if start < out_start + out.nbytes and out_start < start + reach * dtype.itemsize:
-            return None
-    kernels.second_moment(
-        features=start,
-        dtype=name,
-        sizes=shape if len(shape) == 4 else (*shape, 1, 1),
-        strides=strides if len(shape) == 4 else (*strides, 0, 0),
-        out=out_start,
-        threads=get_num_threads(),
-        isa="",
-        groups=groups,
-    )
+        return False
+    if not kernels.second_moment_at_once(features, out, groups, get_num_threads()):
+        return False
     _increment_version((out,))  # as _add_to does
-    return out
+    return True
 
 
 def run_cpp(features: Tensor, out: Tensor, isa: str = "", groups: int = 1) -> None:
