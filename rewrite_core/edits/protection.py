@@ -12,6 +12,7 @@ from ..errors import ArgumentError, NonFiniteError, RankError, RewriteCoreError,
 from ..layers.bound import BoundLayer
 from ..layers.latents import check_latents
 from ..ops.finite import all_finite
+from ..statistics import blocks
 from ..statistics.checks import check_keys
 from ..statistics.second_moment import SecondMoment, check_moment
 
@@ -71,20 +72,20 @@ class Protect:
         Raises MismatchError where the moment is of another layer, RewriteCoreError for keys of other channels.
         """
         gram, rounded = self._gram(layer)
-        squares, vectors = torch.linalg.eigh(gram)
-        squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
+        squares, rows = _decomposed(gram)
+        squares, order = squares.clamp_min(0).sort(descending=True)
         whole = int((squares > rounded * squares.sum()).sum())  # below is rounding
         energy = self.energy if energy is None else energy
         if energy < 1:
             whole = min(whole, int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1)
-        return vectors.T[:whole]
+        return rows[order[:whole]]
 
     def _gram(self, layer: BoundLayer) -> tuple[Tensor, float]:
-        """The second moment of what is protected, and the share of it that is rounding."""
+        """The second moment of what is protected, as blocks, and the share of it that is rounding."""
         if self.moment is not None:
             self.moment.check(layer)
             own = self.moment.within_groups(layer.groups)
-            return own.matrix().to(layer.parameter.device), _ROUNDED if own.wide else _SINGLE
+            return own.blocks().to(layer.parameter.device), _ROUNDED if own.wide else _SINGLE
         sums = SecondMoment(layer.in_channels)
         if self.keys is not None:
             if self.keys.shape[1] != layer.in_channels:
@@ -96,7 +97,14 @@ class Protect:
             assert self.latents is not None
             for batch in self.latents.split(_BATCH):
                 sums.update(layer.keys(batch).double())
-        return sums.within_groups(layer.groups).matrix().to(layer.parameter.device), _ROUNDED
+        return sums.within_groups(layer.groups).blocks().to(layer.parameter.device), _ROUNDED
+
+
+def _decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues [I] of a symmetric matrix that is given as blocks, and the eigenvectors as rows [I, I]; of
+    several groups each lies within one."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flatten(), blocks.whole(vectors.mT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +142,8 @@ def room_beside(layer: BoundLayer, protected: Sequence[Protect], earlier: Sequen
     if not bases:
         return None
     rows = torch.cat(bases)
-    squares, vectors = torch.linalg.eigh(rows.T @ rows)  # of a union of subspaces: 0 in what none of them holds
+    gram = rows.T @ rows  # of a union of subspaces: 0 in what none of them holds
+    squares, own = _decomposed(gram if layer.groups == 1 else blocks.within(gram, layer.groups))
     free = squares < _ROUNDED * len(rows)
     if not free.any():
         left = layer.in_channels - sum(len(each.subspace(layer, _LESS)) for each in protected)  # at least
@@ -143,7 +152,7 @@ def room_beside(layer: BoundLayer, protected: Sequence[Protect], earlier: Sequen
             f"protect fewer keys or pictures, or less of them (energy=0.99 leaves {max(0, left)}).",
             advice={"energy": 0.99},
         )
-    return Room(vectors.T[~free], vectors.T[free])
+    return Room(own[~free], own[free])
 
 
 def weight_and_protected(preserve: object) -> tuple[float | None, tuple[Protect, ...]]:
