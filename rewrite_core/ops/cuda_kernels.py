@@ -24,8 +24,9 @@ def index_of(data: Tensor) -> int:
 
 def missing(data: Tensor, name: str, function: str) -> str | None:
     """None where the extension has the function and the GPU of `data`, which is called `name`, can run it."""
-    if data.device.type != "cuda":
-        return f"it works on GPU tensors, and the {name} is on {data.device}"
+    kind = data.device.type
+    if kind != "cuda":  # mostly a CPU; to write a device takes longer than all else here
+        return f"it works on GPU tensors, and the {name} is on {kind if kind == 'cpu' else data.device}"
     if extension_reason() is not None:
         return extension_reason()
     if not hasattr(extension(), function):

@@ -18,6 +18,7 @@ from .problem import (
     SMALLEST,
     Cholesky,
     Facts,
+    Solve,
     asymmetry,
     check_matrix,
     check_rhs,
@@ -50,12 +51,11 @@ class SPDFactor:
         solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
         (RewriteCoreError). So is a call that torch records or transforms, as in :func:`spd_factor`."""
         check_rhs(self.matrix, rhs)
-        record = select("spd_solve", self.backend, self.matrix, rhs)
-        if record.name != "reference":  # which torch can follow
+        name, solve = self._solver
+        if name != "reference":  # which torch can follow
             _refuse_recorded("A factor's solve")
-        if record.name == "reference" and self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
+        elif self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
-        solve = record.load().solve
         wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
         x = solve(self.matrix, self.lower, wide, self.shifted)
         if x is None:
@@ -63,6 +63,12 @@ class SPDFactor:
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
             )
         return x
+
+    @functools.cached_property
+    def _solver(self) -> tuple[str, Solve]:
+        """The backend, chosen once: each time it would take a fourth of a small solve."""
+        record = select("spd_solve", self.backend, self.matrix)
+        return record.name, record.load().solve
 
     def _by_magma(self) -> bool:
         return self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library())

@@ -45,7 +45,7 @@ def check_rhs(matrix: Tensor, rhs: Tensor) -> None:
             f"The right-hand side of a {list(matrix.shape)} matrix must be [{wanted}] or [{wanted}, m], "
             f"not {list(rhs.shape)}: keys are rows, so pass keys.T."
         )
-    if rhs.device != matrix.device:
+    if not (rhs.is_cpu and matrix.is_cpu) and rhs.device != matrix.device:  # to compare devices takes longer
         raise RewriteCoreError(
             f"The right-hand side is on {rhs.device} and the matrix on {matrix.device}: move one of them."
         )
@@ -78,13 +78,16 @@ class Facts(NamedTuple):
     pivot: int  # 0, or which one, from 1 on, is not above `least` times its diagonal entry
 
 
+# matrix and lower [..., n, n], rhs [..., n, m] or [..., n], whether a matrix is shifted -> the shape of rhs, exact to
+# rounding; where the rhs is not finite None on a CPU, and NaN on a GPU, where a look would wait
+Solve = Callable[[Tensor, Tensor, Tensor, bool], "Tensor | None"]
+
+
 class Cholesky(NamedTuple):
     """One backend: what differs between them; checks and shifts are shared."""
 
     # [B, n, n] as given, the same made symmetric, least -> lower [B, n, n] of the latter, and the facts of each
     factor: Callable[[Tensor, Tensor, float], tuple[Tensor, list[Facts]]]
-    # matrix and lower [..., n, n], rhs [..., n, m] or [..., n], whether a matrix is shifted -> the shape of rhs, exact
-    # to rounding; where the rhs is not finite None on a CPU, and NaN on a GPU, where a look would wait
-    solve: Callable[[Tensor, Tensor, Tensor, bool], Tensor | None]
+    solve: Solve
     # matrix and rhs -> all in one call, or None where a check fails and the long way will say which
     direct: Callable[[Tensor, Tensor], Tensor | None] = lambda matrix, rhs: None
