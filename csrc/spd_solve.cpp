@@ -453,32 +453,46 @@ class Residual {
 
 int64_t solve_space(int64_t n, int width) { return side_space(n, width) + Residual::space(n); }
 
+// How far the threads of one solve are. Who waits looks at nothing else of the one that solves: its stack's cache lines
+// would travel to and fro.
+struct alignas(2 * cache_line) Progress {
+  std::atomic<int64_t> solved{0}, taken{0};  // blocks, and tasks
+
+  // Takes the next task when what it wants is solved, none before: it would keep it from the others. -1: no more.
+  int64_t take(int64_t tasks) {
+    int64_t waits = 0, task = taken;
+    while (task < tasks) {
+      if (Product::wanted(task) > solved.load(std::memory_order_acquire)) {
+        ++waits % yield_after ? pause_thread() : std::this_thread::yield();
+        task = taken;
+      } else if (taken.compare_exchange_strong(task, task + 1)) {
+        return task;
+      }
+    }
+    return -1;
+  }
+};
+
 // A few sides: while this thread still solves, others take what is solved from the residual.
 template <class Workers>
 void solve_few(Workers& team, const System& s, Residual& residual, double* x) {
-  const Product& product = residual.product;
   rows_of(s.rhs, s.n, s.m, x);
   forward_few(team, s.kernels, s.lower, s.n, s.m, x);
-  struct alignas(2 * cache_line) {  // who looks at them must not slow down what else is on this thread's stack
-    std::atomic<int64_t> solved_blocks{0}, taken{0};
-  } shared;
+  Progress progress;
   team.each([&](int worker) {
+    const Product product = residual.product;
+    Progress& own = progress;
     if (worker == 0) {
       backward_few(s.kernels, s.lower, s.n, s.m, x, [&](Range rows) {
         residual.take(x, 1, s.n, s.m, rows);
-        shared.solved_blocks.fetch_add(1, std::memory_order_release);
+        progress.solved.fetch_add(1, std::memory_order_release);
       });
     }
-    for (int64_t waits = 1, task = shared.taken; task < product.tasks(); task = shared.taken) {
-      if (Product::wanted(task) >
-          shared.solved_blocks.load(std::memory_order_acquire)) {  // takes none that it would keep
-        waits++ % yield_after ? pause_thread() : std::this_thread::yield();
-      } else if (shared.taken.compare_exchange_strong(task, task + 1)) {
-        product.run(task, Sizes::some);
-      }
+    for (int64_t task = own.take(product.tasks()); task >= 0; task = own.take(product.tasks())) {
+      product.run(task, Sizes::some);
     }
   });
-  product.add_up(Sizes::some);
+  residual.product.add_up(Sizes::some);
   columns_of(x, s.n, s.m, s.x);
 }
 
