@@ -6,6 +6,7 @@
 #include "second_moment/outer.h"
 #include "second_moment/packing.h"
 #include "second_moment/products.h"
+#include "second_moment/squares.h"
 
 namespace rewrite_core {
 namespace REWRITE_CORE_ISA {
@@ -45,8 +46,9 @@ constexpr SecondMomentKernels kernels(decltype(SecondMomentKernels::pack) pack) 
           tile_rows,       tile_columns,
           panel_channels,  pack,
           tile<Element>,   diagonal<Element>,
-          blocks<Element>, doubles,
-          outer,           add_mirrored};
+          blocks<Element>, squares,
+          doubles,         outer,
+          add_mirrored};
 }
 
 template <bool exist>

@@ -57,6 +57,9 @@ struct SecondMomentKernels {
   // products j <= i of its channels; out is [count, size, size]. Reads `columns` channels from each group's first on.
   void (*blocks)(const void* block, int size, int count, int steps, double* out);
 
+  // sums[c] += the squares of channel c at `count` positions, for `channels` channels that are neighbours in memory.
+  void (*squares)(const void* from, int dtype, int64_t position_stride, int64_t channels, int count, double* sums);
+
   // Few keys: to[position][channel] = those of `count` positions, as doubles; strides as pack's, `stride` is to's.
   void (*doubles)(const void* from, int dtype, int64_t channel_stride, int64_t position_stride, int64_t channels,
                   int count, double* to, int64_t stride);

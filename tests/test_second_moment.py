@@ -141,6 +141,53 @@ def test_few_keys(keys, channels, accumulate):
     assert torch.allclose(out[seen], want[seen], rtol=0, atol=1e-5)
 
 
+NEIGHBOURS = {  # layouts whose channels are neighbours, of any number of them
+    "rows": lambda channels: normal(71, channels),
+    "every third row": lambda channels: normal(211, channels)[::3],
+    "some channels of rows": lambda channels: normal(39, channels + 5)[:, 3 : channels + 3],
+    "channels_last": lambda channels: normal(3, channels, 15, 17).to(memory_format=torch.channels_last),
+    "cropped": lambda channels: normal(2, channels, 9, 40).to(memory_format=torch.channels_last)[:, :, 1:, 2:-1],
+}
+
+
+@pytest.mark.parametrize("layout", NEIGHBOURS)
+@pytest.mark.parametrize("dtype", problem.DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [2, 8, 15, 16, 34, 66, 136])
+def test_groups_of_neighbours(channels, dtype, layout, accumulate):
+    features = NEIGHBOURS[layout](channels).to(dtype)
+    assert features.stride(1) == 1
+    features[0, 1] = float("nan")
+    rows = rows_of(features)
+    for size in (size for size in (1, 2, 8) if channels % size == 0 and size < channels):
+        out = torch.ones(channels // size, size, size, dtype=torch.float64)
+        accumulate(features, out, groups=channels // size)
+        keys = rows.unflatten(1, (-1, size)).permute(1, 2, 0)
+        want = keys @ keys.mT + 1
+        seen = want.isfinite()
+        assert torch.equal(out.isfinite(), seen) and not seen.all()
+        assert torch.allclose(out[seen], want[seen], rtol=1e-6, atol=1e-5 * len(rows) ** 0.5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_groups_of_neighbours_have_the_same_bits_for_any_number_of_threads(size):
+    features = normal(7, 200, 30, 31).to(memory_format=torch.channels_last)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(second_moment(features, backend="cpp", groups=200 // size))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_constant_neighbours_do_not_drift():
+    values = torch.linspace(1, 2, 77)
+    got = second_moment(values.expand(4096, -1).contiguous(), backend="cpp", groups=77)
+    assert torch.allclose(got[:, 0, 0], 4096 * values.double() ** 2, rtol=1e-6)
+
+
 def test_nothing_hides_nan_in_out(accumulate):
     out = prefilled(40, float("nan"))
     accumulate(normal(50, 40), out)

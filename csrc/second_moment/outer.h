@@ -34,14 +34,8 @@ void doubles_of(const Element* from, int64_t channel_stride, int64_t position_st
 // SecondMomentKernels::doubles, of any type.
 void doubles(const void* from, int dtype, int64_t channel_stride, int64_t position_stride, int64_t channels, int count,
              double* to, int64_t stride) {
-  const auto as = [&](auto element) {
-    doubles_of(static_cast<const decltype(element)*>(from), channel_stride, position_stride, channels, count, to,
-               stride);
-  };
-  if (dtype == 0) return as(float{});
-  if (dtype == 1) return as(double{});
-  if (dtype == 2) return as(BFloat16{});
-  as(Float16{});
+  with_element(from, dtype,
+               [&](auto* keys) { doubles_of(keys, channel_stride, position_stride, channels, count, to, stride); });
 }
 
 typedef Vector<double>::unaligned Unaligned;
