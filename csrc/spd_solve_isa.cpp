@@ -378,6 +378,7 @@ inline void multiply_vector(Rows<rows>& r, int64_t k, const double* w, const dou
   if (sized) vk = *reinterpret_cast<const Unaligned*>(v + k), zk = *reinterpret_cast<const Unaligned*>(z);
 #pragma GCC unroll 4
   for (int q = 0; q < rows; ++q) {
+    __builtin_prefetch(r.first + (q + rows) * r.n + k);  // each row is a new start for the processor's own look ahead
     Wide own = opaque(Wide(*reinterpret_cast<const Unaligned*>(r.first + q * r.n + k))), mirrored = own;
     if (masked) {
       Vec<int64_t> lane_numbers;
