@@ -242,15 +242,28 @@ void project_all(const FitLowRankEdit& edit, int64_t unknowns, const double* wan
   for (; c < count; ++c) project<4, 1>(edit, unknowns, wanted + c * edit.stride, right + c);
 }
 
+// The loss over `vectors` vectors of pixels, added to `loss`: their sums do not wait for each other.
+template <int vectors>
+inline void add_loss(const FitLowRankEdit& edit, double gain, int64_t unknowns, const double* wanted, const double* x,
+                     int64_t p, Wide& loss) {
+  Wide value[vectors] = {};
+  for (int64_t j = 0; j < unknowns; ++j) {
+    const double* const row = edit.basis + j * edit.stride + p;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) value[v] += x[j * fit_together] * load(row + v * width);
+  }
+  for (int v = 0; v < vectors; ++v, p += width) {
+    const Wide rest = load(wanted + p) - gain * value[v];
+    loss += load(edit.weights + p) * (rest * rest);
+  }
+}
+
 // What a channel's change in `x`, whose entries are fit_together apart, leaves over.
 double loss_left(const FitLowRankEdit& edit, double gain, int64_t unknowns, const double* wanted, const double* x) {
   Wide loss = {};
-  for (int64_t p = 0; p < edit.stride; p += width) {
-    Wide value = {};
-    for (int64_t j = 0; j < unknowns; ++j) value += x[j * fit_together] * load(edit.basis + j * edit.stride + p);
-    const Wide rest = load(wanted + p) - gain * value;
-    loss += load(edit.weights + p) * (rest * rest);
-  }
+  int64_t p = 0;
+  for (; p + 4 * width <= edit.stride; p += 4 * width) add_loss<4>(edit, gain, unknowns, wanted, x, p, loss);
+  for (; p < edit.stride; p += width) add_loss<1>(edit, gain, unknowns, wanted, x, p, loss);
   return total(loss);
 }
 
