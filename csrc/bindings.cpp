@@ -190,7 +190,8 @@ py::object call_second_moment(Fields& fields) {
 bool second_moment_at_once(PyObject* const* values) {
   const auto features = Tensors::all().plain(values[0]), out = Tensors::all().plain(values[1]);
   if (!features || !out || !PyLong_CheckExact(values[2])) return false;
-  const int64_t groups = py::cast<int64_t>(py::handle(values[2]));
+  int no_number = 0;
+  const int64_t groups = PyLong_AsLongLongAndOverflow(values[2], &no_number);  // then -1
   const std::optional<DType> dtype = dtype_of(*features);
   if (!dtype || (features->ndim != 2 && features->ndim != 4) || groups < 1) return false;
   int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {}, last = 0;

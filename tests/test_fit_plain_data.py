@@ -46,6 +46,7 @@ ODD = {
     "too few channels": {"target": GOOD["target"][1:]},
     "too few pixels": {"basis": GOOD["basis"][:, 1:].contiguous()},
     "no rows": {"basis": GOOD["basis"][:0]},
+    "no channels": {name: data[:0] for name, data in GOOD.items() if name != "basis"},
     "no pixels": {name: data[:, :0] for name, data in GOOD.items()},
     "two types": {"basis": GOOD["basis"].float()},
     "half": {name: data.half() for name, data in GOOD.items()},
@@ -105,6 +106,13 @@ def test_nan_and_infinity_are_found(name, bad, loss, dtype):
     batch[name][1] = 0
     with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
         ops.fit_low_rank(**batch, loss=loss, backend="cpp")
+
+
+def test_nan_is_found_where_there_are_no_channels():
+    problem = linear_problem(channels=0)
+    problem["basis"][3, 7] = torch.nan
+    with pytest.raises(ValueError, match="basis holds NaN"):
+        ops.fit_low_rank(**problem, loss="l2", backend="cpp")
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])

@@ -374,6 +374,8 @@ UNUSUAL = {  # what `second_moment` takes, of calls that may not be made at once
     "no divisor": lambda: {"groups": 3},
     "no groups": lambda: {"groups": 0},
     "a truth value": lambda: {"groups": True},
+    "more groups than fit 64 bits": lambda: {"groups": 2**64},
+    "less": lambda: {"groups": -(2**64)},
     "another precision": lambda: {"precision": "tf32"},
     "another backend": lambda: {"backend": "reference"},
     "no backend": lambda: {"backend": "none"},
@@ -402,6 +404,8 @@ def test_what_is_not_usual_meets_the_checks_in_full(name):
 def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch):
     with FakeTensorMode():
         assert not at_once(normal(5, 4), prefilled(4))
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(prefilled(4))
+    assert second_moment(normal(5, 4), fake) is fake
     monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
     assert not at_once()
     assert at_once(backend="cpp")

@@ -168,6 +168,7 @@ def is_plain(given: FitLowRankProblem) -> bool:
         and target.shape == shape
         and (shift is None or shift.shape == shape)
         and rows[-2] > 0
+        and shape[-2] > 0
         and rows[-1] == shape[-1] > 0
         and basis.is_contiguous()
         and base.is_contiguous()

@@ -68,7 +68,7 @@ def second_moment(
     groups = whole_number("groups", groups)
     if features.requires_grad:
         features = features.detach()
-    seen = dispatched(features)
+    seen = dispatched(features) if out is None else dispatched(features, out)
     if out is None:
         add_up = torch.ops.rewrite_core.second_moment if seen else _add_up
         return add_up(features, backend, precision, groups)
