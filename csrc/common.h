@@ -1,6 +1,6 @@
 // What every csrc/<op>.cpp shares: status codes, element types, memory; team.h has the threads.
 // Rules of this folder: no torch headers; raw pointers, sizes, strides in elements and a thread count;
-// functions return a Status and never throw; only bindings.cpp knows Python.
+// functions return a Status and never throw; only bindings.cpp, with tensors.h, knows Python.
 // Not for csrc/*_isa.cpp: standard headers compiled for AVX-512 there could be the copy the linker keeps.
 #pragma once
 
