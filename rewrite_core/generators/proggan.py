@@ -53,8 +53,7 @@ class WScale(nn.Module):
         self.b = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out, bias = x * self.scale, self.b[:, None, None]
-        return out + bias if torch.is_grad_enabled() or bias.dtype != out.dtype else out.add_(bias)
+        return x * self.scale + self.b[:, None, None]
 
 
 class Layer(nn.Sequential):
