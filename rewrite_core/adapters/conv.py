@@ -108,7 +108,9 @@ class ConvLayer(PlainLayer):
         return self._convolve(key, weight, groups=1)
 
     def used(self, key: Tensor, weight: Tensor) -> Tensor:
-        if weight.shape[1] == key.shape[1]:  # with zeros between groups, or of one group
+        if self.groups == 1:
+            return self.linear(key, weight)
+        if weight.shape[1] == key.shape[1]:  # with zeros between groups
             weight = self.own(self.native(weight))
         return self._convolve(key, weight, self.groups)
 

@@ -8,6 +8,7 @@ operator. Noise, leaky ReLU and AdaIN follow. AdaIN normalises over the map, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,9 @@ class EqualisedConvLayer(_Equalised, ConvLayer):
     def refusal(self) -> str | None:
         plain = kind_of(self.module) is nn.Conv2d and self.module.groups == 1
         return super().refusal() if plain else "it is equalised, but no plain two-dimensional convolution"
+
+    def taps(self, maps: Tensor, kernel: Sequence[int]) -> Tensor:
+        return super().taps(maps, kernel) * self.constant
 
 
 class EqualisedLinearLayer(_Equalised, LinearLayer):
