@@ -12,10 +12,13 @@ from helpers.studio_page import browser, browser_is_there, page, server  # noqa:
 
 import rewrite_core as rc
 from rewrite_core.backends import triton_reason, triton_version
+from rewrite_core.cli import allocator
 from rewrite_core.solvers.choice import SOLVERS
 
 DATA = Path(__file__).parent / "data"
 PROGRAMS = Path(__file__).parent / "programs"
+# It is for a process's whole life, and tests that look at this one's memory may come later in it.
+allocator.keep_freed_memory = lambda: True
 
 needs_triton = pytest.mark.skipif(triton_reason() is not None, reason=str(triton_reason()))
 # What is said of machine code, its instructions, registers and spills, was found so with Triton 3.9. With 3.6 some of

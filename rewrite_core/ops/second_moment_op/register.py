@@ -88,7 +88,7 @@ def _done_at_once(features: Tensor, out: Tensor, backend: str, precision: str, g
     kernels = extension_if_any()
     if kernels is None or (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))):
         return False
-    if not kernels.second_moment_at_once(features, out, groups, get_num_threads()):
+    if _CPP.load() is not run_cpp or not kernels.second_moment_at_once(features, out, groups, get_num_threads()):
         return False
     _increment_version((out,))  # as _add_to does
     return True
@@ -160,9 +160,10 @@ def _triton_declines(
     return triton_declines(features.device)
 
 
+_CPP = Backend("second_moment", "cpp", f"{__name__}:run_cpp", _cpp_supports)
 BACKENDS = (
     Backend("second_moment", "triton", f"{__name__}:run_triton", _triton_supports, _triton_declines),
-    Backend("second_moment", "cpp", f"{__name__}:run_cpp", _cpp_supports),
+    _CPP,
     Backend("second_moment", "reference", f"{__package__}.reference:run_reference", _reference_supports),
 )
 
