@@ -230,7 +230,7 @@ Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
 
 // From so many rows on threads share a matrix: the look at the residual, and then L y = x of a few right-hand sides.
 // Into what parts, and in which order these are added up, depends on n alone: so the bits do not depend on the threads.
-constexpr int64_t shared_from = 384, forward_shared_from = 768;
+constexpr int64_t shared_from = 384, forward_shared_from = 1536;
 constexpr int64_t left_rows = 8;      // of one task
 constexpr int64_t alone_below = 192;  // columns: less is done before a helper has come
 constexpr int cache_line = 64;

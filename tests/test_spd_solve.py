@@ -421,6 +421,24 @@ assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("n", [385, 1101, 1601])
+@pytest.mark.parametrize("sides", [1, 3])
+def test_threads_that_share_few_sides_change_no_bit(n, sides):
+    """From 384 rows on they share the residual, while one still solves, and from 1536 on the forward substitution."""
+    ramp = torch.linspace(1, 3, n, dtype=torch.float64)
+    matrix = torch.diag(ramp) + torch.outer(ramp, ramp) / n
+    factor, b = spd_factor(matrix), right_sides(n, sides)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results += [factor.solve(b) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert (matrix @ results[0] - b).abs().max() < 1e-12 * b.abs().max()
+
+
 def test_what_one_thread_finds_is_not_lost_among_others():
     threads = torch.get_num_threads()
     torch.set_num_threads(5)
