@@ -45,7 +45,7 @@ def setting(tmp_path):
         lines=tmp_path / "lines.jsonl",
         tests=HERE,
         folder=tmp_path,
-        library=str(HERE.parent),
+        installed=str(HERE.parent),
         events=writing,
     )
     os.close(writing)

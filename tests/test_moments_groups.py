@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 import rewrite_core as rc
 from rewrite_core import ops
@@ -88,7 +88,7 @@ def test_the_bits_are_the_same_for_any_number_of_threads(channels, groups):
 
 def test_the_operator_is_torchs():
     features = torch.randn(2, 6, 3, 3)
-    torch.library.opcheck(torch.ops.rewrite_core.second_moment.default, (features, "auto", "x3", 3))
+    library.opcheck(torch.ops.rewrite_core.second_moment.default, (features, "auto", "x3", 3))
     out = torch.zeros(3, 2, 2, dtype=torch.float64)
     assert ops.second_moment(features, out=out, groups=3) is out
     assert torch.equal(out, ops.second_moment(features, groups=3))

@@ -51,7 +51,7 @@ def launched(name: str, setting: Setting) -> dict[str, Any]:
 def run(name: str, arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
     kind = arguments["tool"]
     words = ["--target-processes=application-only", "--print-limit=20", *WORDS[kind]]
-    launch = [sys.executable, "-c", LAUNCH, setting.library, json.dumps(launched(arguments["launches"], setting))]
+    launch = [sys.executable, "-c", LAUNCH, setting.installed, json.dumps(launched(arguments["launches"], setting))]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
     command = [tool(), f"--tool={kind}", *words, *launch]
     output = setting.folder / f"sanitiser-{os.getpid()}.txt"  # no pipe: what outlives the tool would hold it open

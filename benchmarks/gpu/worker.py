@@ -55,7 +55,7 @@ class Setting:
     lines: Path
     tests: Path
     folder: Path
-    library: str
+    installed: str  # the folder that the library is imported from, or ""
     events: int
 
     def say(self, **words: Any) -> None:
@@ -159,7 +159,7 @@ def main() -> None:
         lines=Path(task["lines"]),
         tests=Path(task["tests"]),
         folder=Path(task["folder"]),
-        library=task["library"],
+        installed=task["library"],
         events=task["events"],
     )
     own.run_cases(module, task["cases"], setting)
