@@ -8,7 +8,6 @@ namespace REWRITE_CORE_ISA {
 namespace {
 
 typedef Vec<double> Wide;
-typedef Vector<double>::unaligned Unaligned;
 constexpr int width = lanes<double>;
 
 // A tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
@@ -43,10 +42,10 @@ int factor_block(double* block, int64_t stride, int64_t room, int size, double* 
       for (int q = 0; q < 4; ++q) scale[q] = columns[q * length + i];
       int k = next;
       for (; k <= i && k + width <= room; k += width) {
-        Wide rest = *reinterpret_cast<const Unaligned*>(row + k);
+        Wide rest = load_wide(row + k);
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) rest -= scale[q] * *reinterpret_cast<const Unaligned*>(columns + q * length + k);
-        *reinterpret_cast<Unaligned*>(row + k) = rest;
+        for (int q = 0; q < 4; ++q) rest -= scale[q] * load_wide(columns + q * length + k);
+        store_wide(row + k, rest);
       }
       for (; k <= i; ++k) {
         for (int q = 0; q < 4; ++q) row[k] -= scale[q] * columns[q * length + k];
@@ -119,9 +118,9 @@ inline void dot_rows(const double* row, int64_t stride, const double* x, int64_t
   for (int64_t k = 0; k + width <= end; k += width) {
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const Wide value = *reinterpret_cast<const Unaligned*>(x + r * length + k);
+      const Wide value = load_wide(x + r * length + k);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) sum[q][r] += value * *reinterpret_cast<const Unaligned*>(row + q * stride + k);
+      for (int q = 0; q < 4; ++q) sum[q][r] += value * load_wide(row + q * stride + k);
     }
   }
 }
@@ -162,10 +161,10 @@ inline void subtract_rows(const double* row, int64_t stride, const double (&valu
   for (; k + width <= end; k += width) {
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      Wide rest = *reinterpret_cast<const Unaligned*>(x + r * length + k);
+      Wide rest = load_wide(x + r * length + k);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) rest -= value[q][r] * *reinterpret_cast<const Unaligned*>(row + q * stride + k);
-      *reinterpret_cast<Unaligned*>(x + r * length + k) = rest;
+      for (int q = 0; q < 4; ++q) rest -= value[q][r] * load_wide(row + q * stride + k);
+      store_wide(x + r * length + k, rest);
     }
   }
   for (; k < end; ++k) {
@@ -214,8 +213,7 @@ void take_left_of(const double* lower, int64_t n, double* x, int64_t first, int6
     for (int r = 0; r < rows; ++r) {
       Wide sum = {};
       for (int64_t k = 0; k < columns; k += width) {
-        sum +=
-            *reinterpret_cast<const Unaligned*>(x + r * n + k) * *reinterpret_cast<const Unaligned*>(lower + i * n + k);
+        sum += load_wide(x + r * n + k) * load_wide(lower + i * n + k);
       }
       x[r * n + i] -= sum_lanes(sum);
     }
@@ -373,13 +371,13 @@ struct Rows {
 // columns, are where k's are.
 template <int rows, bool sized, bool masked>
 inline void multiply_vector(Rows<rows>& r, int64_t k, const double* w, const double* v, double* y, double* z) {
-  const Wide wk = *reinterpret_cast<const Unaligned*>(w + k);
-  Wide yk = *reinterpret_cast<const Unaligned*>(y), vk = {}, zk = {};
-  if (sized) vk = *reinterpret_cast<const Unaligned*>(v + k), zk = *reinterpret_cast<const Unaligned*>(z);
+  const Wide wk = load_wide(w + k);
+  Wide yk = load_wide(y), vk = {}, zk = {};
+  if (sized) vk = load_wide(v + k), zk = load_wide(z);
 #pragma GCC unroll 4
   for (int q = 0; q < rows; ++q) {
     __builtin_prefetch(r.first + (q + rows) * r.n + k);  // each row is a new start for the processor's own look ahead
-    Wide own = opaque(Wide(*reinterpret_cast<const Unaligned*>(r.first + q * r.n + k))), mirrored = own;
+    Wide own = opaque(load_wide(r.first + q * r.n + k)), mirrored = own;
     if (masked) {
       Vec<int64_t> lane_numbers;
 #pragma GCC unroll 8
@@ -395,8 +393,8 @@ inline void multiply_vector(Rows<rows>& r, int64_t k, const double* w, const dou
       zk += r.v[q] * magnitude(mirrored);
     }
   }
-  *reinterpret_cast<Unaligned*>(y) = yk;
-  if (sized) *reinterpret_cast<Unaligned*>(z) = zk;
+  store_wide(y, yk);
+  if (sized) store_wide(z, zk);
 }
 
 // Of `every` vectors of entries one counts in z, another one in the next rows; 1: each does, 0: none.

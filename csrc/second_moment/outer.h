@@ -38,7 +38,6 @@ void doubles(const void* from, int dtype, int64_t channel_stride, int64_t positi
                [&](auto* keys) { doubles_of(keys, channel_stride, position_stride, channels, count, to, stride); });
 }
 
-typedef Vector<double>::unaligned Unaligned;
 constexpr int outer_lanes = lanes<double>;
 constexpr int outer_vectors = 2;  // of columns of a tile, whose sums stay in registers, by as many rows as lanes
 constexpr int outer_ahead = 4;    // tiles whose memory is asked for before they are computed
@@ -100,12 +99,12 @@ inline void outer_tile(const double* keys, int64_t stride, int positions, int64_
     const int64_t first = column + v * outer_lanes;
 #pragma GCC unroll 8
     for (int i = 0; i < outer_lanes; ++i) {
-      Unaligned* const to = reinterpret_cast<Unaligned*>(sums + (row + i) * n + first);
-      *to = sum[v][i] += *to;
+      double* const to = sums + (row + i) * n + first;
+      store_wide(to, sum[v][i] += load_wide(to));
     }
     turn<vector_bytes, double>(sum[v]);
 #pragma GCC unroll 8
-    for (int j = 0; j < outer_lanes; ++j) *reinterpret_cast<Unaligned*>(sums + (first + j) * n + row) = sum[v][j];
+    for (int j = 0; j < outer_lanes; ++j) store_wide(sums + (first + j) * n + row, sum[v][j]);
   }
 }
 
@@ -115,7 +114,7 @@ inline void outer_corner(const double* keys, int64_t stride, int positions, int6
   outer_of(keys, stride, positions, row, row, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < outer_lanes; ++i) {
-    turned[i] = sum[0][i] += *reinterpret_cast<const Unaligned*>(sums + (row + i) * n + row);
+    turned[i] = sum[0][i] += load_wide(sums + (row + i) * n + row);
   }
   turn<vector_bytes, double>(turned);
 #pragma GCC unroll 8
@@ -123,7 +122,7 @@ inline void outer_corner(const double* keys, int64_t stride, int positions, int6
     Vec<int64_t> lower;
 #pragma GCC unroll 8
     for (int lane = 0; lane < outer_lanes; ++lane) lower[lane] = lane <= i ? -1 : 0;
-    *reinterpret_cast<Unaligned*>(sums + (row + i) * n + row) = lower ? sum[0][i] : turned[i];
+    store_wide(sums + (row + i) * n + row, lower ? sum[0][i] : turned[i]);
   }
 }
 

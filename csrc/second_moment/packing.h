@@ -60,16 +60,16 @@ inline void turn(typename Vector<Element, bytes>::type (&row)[bytes / sizeof(Ele
   }
 }
 
-// to[c][k] = from[k][c] for a square block that fills vectors of `bytes`, in registers.
-template <int bytes, class Element>
+// to[c][k] = from[k][c] for a square block that fills 16-byte vectors, in registers.
+template <class Element>
 inline void transpose_block(const Element* from, int64_t from_stride, Element* to, int64_t to_stride) {
   typedef typename Integer<sizeof(Element)>::type Bits;
-  typedef Vector<Bits, bytes> Part;
-  constexpr int n = bytes / sizeof(Element);
+  typedef Vector<Bits, 16> Part;
+  constexpr int n = 16 / sizeof(Element);
   typename Part::type row[n];
 #pragma GCC unroll 8
   for (int k = 0; k < n; ++k) row[k] = *reinterpret_cast<const typename Part::unaligned*>(from + k * from_stride);
-  turn<bytes, Bits>(row);
+  turn<16, Bits>(row);
 #pragma GCC unroll 8
   for (int c = 0; c < n; ++c) *reinterpret_cast<typename Part::unaligned*>(to + c * to_stride) = row[c];
 }
@@ -81,7 +81,7 @@ void transpose(const Element* from, int64_t from_stride, int channels, int count
   const int whole_channels = channels / n * n, whole = count / n * n;
   for (int k = 0; k < whole; k += n) {
     for (int c = 0; c < whole_channels; c += n) {
-      transpose_block<16>(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
+      transpose_block(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
     }
   }
   for (int c = 0; c < channels; ++c) {

@@ -212,6 +212,10 @@ class LayerAdapter(abc.ABC):
         """A weight in the module's own layout as [O, I / groups, *kernel], without the zeros of :meth:`canonical`."""
         return self.canonical(weight)
 
+    def inside_groups(self, weight: Tensor) -> Tensor:
+        """What of a weight [O, I, *kernel] is inside the layer's groups, [O, I / groups, *kernel]."""
+        return weight if self.groups == 1 else self.own(self.native(weight))
+
     @abc.abstractmethod
     def capture(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """The key, and what else the value needs, from the arguments of the intercepted call."""

@@ -111,7 +111,7 @@ class ConvLayer(PlainLayer):
         if self.groups == 1:
             return self.linear(key, weight)
         if weight.shape[1] == key.shape[1]:  # with zeros between groups
-            weight = self.own(self.native(weight))
+            weight = self.inside_groups(weight)
         return self._convolve(key, weight, self.groups)
 
     def taps(self, maps: Tensor, kernel: Sequence[int]) -> Tensor:

@@ -86,7 +86,7 @@ class BoundLayer(Tap):
 
     def inside_groups(self, weight: Tensor) -> Tensor:
         """What of a weight [O, I, *kernel] is inside the layer's groups, [O, I / groups, *kernel]."""
-        return weight if self.groups == 1 else self._adapter.own(self._adapter.native(weight))
+        return self._adapter.inside_groups(weight)
 
     def from_native(self, weight: Tensor) -> Tensor:
         """The inverse of :meth:`to_native`."""

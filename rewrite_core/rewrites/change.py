@@ -181,15 +181,14 @@ class Rewrite:
         outputs = self.coefficients.double()[..., None].flatten(2)  # [O, R, taps]
         outputs = outputs.unflatten(0, (self.groups, -1))
         rows = self.directions.double().unflatten(1, (self.groups, -1)).transpose(0, 1)  # a group has its part of D
-        squares = [torch.einsum("gort,grs,gost->", outputs, rows @ rows.mT, outputs)]
+        square = torch.einsum("gort,grs,gost->", outputs, rows @ rows.mT, outputs)
         weight = weight.detach()
         norms = [_norm(weight[block]) for block in blocks(weight)]
 
         def size() -> float:
-            found = [number.item() for number in all_on_host([*squares, *norms])]
-            square, norms_found = found[0], found[1:]
+            found, *norms_found = (number.item() for number in all_on_host([square, *norms]))
             whole = norms_found[0] if len(norms_found) == 1 else math.hypot(*norms_found)
-            return math.sqrt(max(0.0, square)) / whole if whole else math.inf
+            return math.sqrt(max(0.0, found)) / whole if whole else math.inf
 
         return size
 

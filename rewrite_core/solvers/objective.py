@@ -41,7 +41,8 @@ class Objective:
 
     def __call__(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """The objective, and the distance to the goal in it, as it is."""
-        problem, weight = self.problem, self._changed(coefficients)
+        problem = self.problem
+        weight = self.weight + combine(coefficients, self.directions, problem.layer.groups)
         distance = self._distance(weight)
         if problem.beyond is None:
             return (distance if self._penalty is None else distance + self._bent(coefficients)), distance
@@ -52,9 +53,6 @@ class Objective:
             changed = problem.ordinary.distance(problem.layer, weight, problem.loss)
             total = total + problem.preserve * changed / self._scale
         return total, distance
-
-    def _changed(self, coefficients: Tensor) -> Tensor:
-        return self.weight + combine(coefficients, self.directions, self.problem.layer.groups)
 
     def _distance(self, weight: Tensor) -> Tensor:
         problem = self.problem

@@ -60,7 +60,7 @@ def gram(rows: Tensor, blocks: Tensor) -> Tensor:
 def grams(rows: Tensor, blocks: Tensor) -> Tensor:
     """The part of :func:`gram` that each of several groups has, [G, n, n]."""
     own = rows.unflatten(1, (len(blocks), -1)).transpose(0, 1)  # [G, n, C/G]
-    return torch.bmm(torch.bmm(own, blocks), own.mT)
+    return own @ blocks @ own.mT
 
 
 def factor(blocks: Tensor, noise: float, rank: int | None = None) -> SPDFactor:
