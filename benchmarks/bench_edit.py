@@ -3,7 +3,7 @@ the click.
 
 The reference's loop here is our own plain PyTorch: ``rewrite_core.solvers`` through autograd (backend "reference"),
 which tests/test_rewriting.py and tests/test_fit_projected.py hold to the loss curves recorded from it. Where a
-contender takes minutes it runs a few of its 2001 steps, and is set aside with the part of the job that it did.
+contender takes minutes it runs a few of its 2001 steps, and says what part of the job it did.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def make_fit(kind: str, channels: int, side: int, rank: int, steps: int, adam: i
 
     def stepwise(name: str, run: Callable[[], LayerSolution], count: int) -> Contender:
         rounds = 1 if count == STEPS else 3  # all steps take a minute
-        return Contender(name, run, rounds=rounds, part=count / STEPS, aside=count < STEPS)
+        return Contender(name, run, rounds=rounds, part=count / STEPS)
 
     return Problem(
         ours=Contender("rewrite_core", lambda: solve_lm([problem], backend)[0]),

@@ -35,8 +35,9 @@ class Contender:
     prepare  runs before each call, not timed (zeroes an accumulator)
     rounds   run it so many times at most (for contenders of many seconds), or None
     part     the share of the case's job that it does, for contenders that would take minutes: 0.001 of the keys, say.
-             Its times are recorded as measured; its rate and its ratios are of the part
-    aside    timed for comparison, and no candidate for the best of stock, unless all are
+             Its times are recorded as measured; its rate and its ratios are of the part. The best of stock is one of
+             the whole job, where there is one
+    aside    timed for comparison, and no candidate for the best of stock: what does less than the job, or is ours
     """
 
     name: str
@@ -225,8 +226,9 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         number, what = problem.made
         rates = {name: number * each["part"] / each["p50"] for name, each in contenders.items()}
         per_second = {"what": what, "together": number, **rates}
-    rivals = [contender.name for contender in problem.stock if not contender.aside]
-    rivals = rivals or [contender.name for contender in problem.stock]
+    candidates = [contender for contender in problem.stock if not contender.aside]
+    rivals = [contender.name for contender in candidates if contender.part == 1.0]
+    rivals = rivals or [contender.name for contender in candidates]
     able = [name for name in rivals if checked.errors[name] <= problem.tolerance]  # others do not do the job
 
     def time_of(name: str) -> float:
