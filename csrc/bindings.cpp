@@ -237,9 +237,21 @@ py::object call_cholesky(Fields& fields) {
   return py::none();
 }
 
+py::object call_sketch(Fields& fields) {
+  const double* matrices = fields.pointer<const double>("matrices");
+  const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
+  double* sketches = fields.pointer<double>("sketches");
+  const int threads = fields.number<int>("threads");
+  const Isa isa = fields.isa();
+  fields.done();
+  run("sketch", [&] { return sketch(matrices, batch, n, sketches, threads, isa); });
+  return py::none();
+}
+
 py::object call_cholesky_solve(Fields& fields) {
   const double* matrices = fields.pointer<const double>("matrices");
   const double* lower = fields.pointer<const double>("lower");
+  const double* sketches = fields.pointer<const double>("sketches");
   const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
   const double* rhs = fields.pointer<const double>("rhs");
   const int64_t sides = fields.number<int64_t>("sides");
@@ -248,7 +260,8 @@ py::object call_cholesky_solve(Fields& fields) {
   const Isa isa = fields.isa();
   fields.done();
   bool finite = true;
-  run("cholesky_solve", [&] { return cholesky_solve(matrices, lower, batch, n, rhs, sides, x, finite, threads, isa); });
+  run("cholesky_solve",
+      [&] { return cholesky_solve(matrices, lower, sketches, batch, n, rhs, sides, x, finite, threads, isa); });
   return py::bool_(finite);
 }
 
@@ -470,9 +483,12 @@ PyMethodDef methods[] = {
                           "The lower factors of matrices [batch, n, n], doubles; info [batch] int64: 0, or the first "
                           "pivot that is not above `least` times its diagonal entry: matrices, lower, batch, n, "
                           "least, info, threads, isa."),
+    method<call_sketch>("sketch",
+                        "sketches [batch, n, 2, sketch_rows] of matrices [batch, n, n], doubles, for cholesky_solve: "
+                        "matrices, batch, n, sketches, threads, isa."),
     method<call_cholesky_solve>("cholesky_solve",
                                 "x [batch, n, sides] of A x = rhs with A = L L^T; whether rhs is finite: matrices, "
-                                "lower, batch, n, rhs, sides, x, threads, isa."),
+                                "lower, sketches (or None), batch, n, rhs, sides, x, threads, isa."),
     method<call_spd_solve>("spd_solve",
                            "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
                            "n, asymmetry, smallest_mean, least, rhs, sides, x, threads, isa."),
@@ -519,6 +535,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "know_tensors", [](const py::type& tensor) { return Tensors::all().know(tensor); }, py::arg("tensor"),
       "Has torch.Tensor; whether torch shows its tensors to C. Where not, no call is usual.");
+  m.attr("sketch_rows") = sketch_rows;
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 
   // What Python has under the same names: a test compares.

@@ -213,7 +213,20 @@ namespace {
 
 // A solution's residual is at rounding error where no entry of b - A x is above this times |A| |x| + |b|. Cholesky's
 // are at 2 to 5 eps; what a shift or bad scaling spoils is far above.
-constexpr double solved = 32 * std::numeric_limits<double>::epsilon();
+constexpr double epsilon = std::numeric_limits<double>::epsilon(), solved = 32 * epsilon;
+
+// The same for sums of the equations: there errors make up for each other, and Cholesky's are at 0.3 to 2.5 eps.
+constexpr double sums_solved = 8 * epsilon;
+
+// A number that looks like chance, between 1 and 2 in size.
+double chance(uint64_t index) {
+  uint64_t bits = (index + 1) * 0x9E3779B97F4A7C15u;  // as in splitmix64
+  bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9u;
+  bits = (bits ^ bits >> 27) * 0x94D049BB133111EBu;
+  bits ^= bits >> 31;
+  const double size = 1.0 + static_cast<double>(bits >> 12) / static_cast<double>(int64_t{1} << 52);
+  return bits & 1 ? -size : size;
+}
 
 // The right-hand sides of one matrix, `lanes` of them from `first` on.
 struct Sides {
@@ -228,11 +241,12 @@ Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
   return {begin * width, std::min(own * width, m - begin * width), static_cast<int>(own)};
 }
 
-// From so many rows on threads share a matrix: the look at the residual, and then L y = x of a few right-hand sides.
+// From so many rows on threads share a matrix: the look at the residual, and then the substitutions of a few
+// right-hand sides.
 // Into what parts, and in which order these are added up, depends on n alone: so the bits do not depend on the threads.
-constexpr int64_t shared_from = 384, forward_shared_from = 1536;
-constexpr int64_t left_rows = 8;      // of one task
-constexpr int64_t alone_below = 192;  // columns: less is done before a helper has come
+constexpr int64_t shared_from = 384, substitution_shared_from = 1024;
+constexpr int64_t left_rows = 8, below_columns = 256;  // of one task
+constexpr int64_t alone_below = 192;                   // columns: less is done before a helper has come
 constexpr int cache_line = 64;
 constexpr int64_t yield_after = 64;  // looks of a thread that waits for another one's solution
 
@@ -251,7 +265,7 @@ int64_t pitch_of(int64_t n) { return (n + 7) / 8 * 8 + 24; }
 template <class Workers>
 void forward_few(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x) {
   const int rows = static_cast<int>(m);
-  if (n < forward_shared_from) return kernels.forward(lower, n, n, x, n, rows);
+  if (n < substitution_shared_from) return kernels.forward(lower, n, n, x, n, rows);
   const auto left_of = [&](auto& workers, int64_t k, int64_t end) {  // rows [k, end), without their triangle
     workers.each([&](int) {
       for (int64_t i = k + left_rows * workers.next(); i < end; i = k + left_rows * workers.next()) {
@@ -267,15 +281,22 @@ void forward_few(Workers& team, const SPDSolveKernels& kernels, const double* lo
   }
 }
 
-// L^T x = y of the same, a block after the other from the last one on; done(rows) when one is.
-template <class Done>
-void backward_few(const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x,
+// L^T x = y of the same, a block after the other from the last one on; done(rows) when one is. Whoever subtracts from
+// which columns, and how many at once, changes no bit.
+template <class Workers, class Done>
+void backward_few(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, double* x,
                   const Done& done) {
+  const int rows = static_cast<int>(m);
   for (int64_t block = blocks_of(n) - 1; block >= 0; --block) {
     const auto [k, end] = block_at(n, block);
-    kernels.backward(lower + k * n + k, n, end - k, x + k, n, static_cast<int>(m));
-    kernels.take_below(lower, n, x, static_cast<int>(m), k, end, 0, k);
-    done(Range{k, end});
+    kernels.backward(lower + k * n + k, n, end - k, x + k, n, rows);
+    const int64_t first = k, last = end, each = team.workers() == 1 ? first : below_columns;
+    team.each([&](int) {
+      for (int64_t column = each * team.next(); column < first; column = each * team.next()) {
+        kernels.take_below(lower, n, x, rows, first, last, column, std::min(column + each, first));
+      }
+    });
+    done(Range{first, last});
   }
 }
 
@@ -299,7 +320,7 @@ void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lo
   if (!sides.vectors) {
     rows_of(from, n, m, space);
     forward_few(team, kernels, lower, n, m, space);
-    backward_few(kernels, lower, n, m, space, [](Range) {});
+    backward_few(team, kernels, lower, n, m, space, [](Range) {});
     return columns_of(space, n, m, x);
   }
   const int64_t wide = sides.vectors * static_cast<int64_t>(kernels.width);
@@ -393,20 +414,22 @@ class Product {
 // What the sides of one matrix are solved with.
 struct System {
   const SPDSolveKernels& kernels;
-  const double *matrix, *lower;
-  int64_t n, m, panels;  // panels: the wide sides in as many parts
+  const double *matrix, *lower, *sketch;  // sketch: or null
+  int64_t n, m, panels;                   // panels: the wide sides in as many parts
   const double* rhs;
   double* x;
 };
 
 // Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
-// look like chance, so that the matrix is read once.
+// look like chance, so that the matrix is read once; or not at all, where there is a sketch: then by `sketch_rows` sums
+// of the equations, with weights that look like chance (Freivalds 1979).
 class Residual {
  public:
   static int64_t space(int64_t n) { return 2 * pitch_of(n) + Product::space(n); }
 
   Residual(const System& system, double* space)
       : product(system.kernels, system.matrix, system.n, space + 2 * pitch_of(system.n)),
+        sketch_(system.sketch),
         n_(system.n),
         b_(space),
         b_size_(space + pitch_of(n_)) {
@@ -419,6 +442,21 @@ class Residual {
   // Rows of the solution, x[i * row + r * side].
   void take(const double* x, int64_t row, int64_t side, int64_t sides, Range rows) {
     sum_up(x, row, side, sides, rows, product.w, product.v);
+  }
+
+  // By the sketch.
+  bool seems_small() const {
+    double rest[sketch_rows] = {}, size[sketch_rows] = {};
+    for (int64_t i = 0; i < n_; ++i) {
+      const double *weights = sketch_ + 2 * sketch_rows * i, *sums = weights + sketch_rows;
+      for (int64_t row = 0; row < sketch_rows; ++row) {
+        rest[row] += weights[row] * b_[i] - sums[row] * product.w[i];
+        size[row] += std::abs(weights[row]) * b_size_[i] + std::abs(sums[row]) * product.v[i];
+      }
+    }
+    bool small = true;
+    for (int64_t row = 0; row < sketch_rows; ++row) small = small && std::abs(rest[row]) <= sums_solved * size[row];
+    return small;
   }
 
   // Of a product that is added up.
@@ -447,6 +485,7 @@ class Residual {
     return poison == 0;
   }
 
+  const double* const sketch_;
   const int64_t n_;
   double *const b_, *const b_size_;
 };
@@ -473,17 +512,23 @@ struct alignas(2 * cache_line) Progress {
   }
 };
 
-// A few sides: while this thread still solves, others take what is solved from the residual.
+// A few sides. Without a sketch others take what is solved from the residual, while this thread still solves.
 template <class Workers>
 void solve_few(Workers& team, const System& s, Residual& residual, double* x) {
   rows_of(s.rhs, s.n, s.m, x);
   forward_few(team, s.kernels, s.lower, s.n, s.m, x);
+  if (s.sketch) {
+    backward_few(team, s.kernels, s.lower, s.n, s.m, x, [](Range) {});
+    residual.take(x, 1, s.n, s.m, {0, s.n});
+    return columns_of(x, s.n, s.m, s.x);
+  }
   Progress progress;
   team.each([&](int worker) {
     const Product product = residual.product;
     Progress& own = progress;
     if (worker == 0) {
-      backward_few(s.kernels, s.lower, s.n, s.m, x, [&](Range rows) {
+      Solo solo;
+      backward_few(solo, s.kernels, s.lower, s.n, s.m, x, [&](Range rows) {
         residual.take(x, 1, s.n, s.m, rows);
         progress.solved.fetch_add(1, std::memory_order_release);
       });
@@ -516,9 +561,11 @@ Status solve_system(Workers& team, const System& s, double* space, bool& finite)
     solve_few(team, s, residual, space);
   } else {
     residual.take(s.x, s.m, 1, s.m, {0, s.n});
-    residual.product.run_all(team, Sizes::some);
+    if (!s.sketch) residual.product.run_all(team, Sizes::some);
   }
-  if (!residual.finite || residual.is_small()) return Status::ok;  // mostly; `some` is stricter than `all`
+  if (!residual.finite || (s.sketch ? residual.seems_small() : residual.is_small())) {
+    return Status::ok;  // mostly; `some` is stricter than `all`
+  }
   residual.product.run_all(team, Sizes::all);
   if (residual.is_small()) return Status::ok;
   Aligned<double> change(s.n * s.m);
@@ -534,8 +581,51 @@ Status solve_system(Workers& team, const System& s, double* space, bool& finite)
 
 }  // namespace
 
-Status cholesky_solve(const double* matrices, const double* lower, int64_t batch, int64_t n, const double* rhs,
-                      int64_t m, double* x, bool& finite, int threads, Isa isa) {
+Status sketch(const double* matrices, int64_t batch, int64_t n, double* sketches, int threads, Isa isa) {
+  if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !sketches)) || isa > detect_isa()) return Status::bad_argument;
+  const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
+  threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + static_cast<double>(batch) * n * n / 1e5));
+  const bool share = n >= shared_from && batch < threads;  // one matrix by all threads, else one thread each
+  const int64_t product_space = Product::space(n), spare = sketch_rows * product_space;
+  thread_local Workspace kept;
+  double* const spaces = reinterpret_cast<double*>(kept.get((share ? 1 : threads) * spare * 8));
+  if (!spaces) return Status::out_of_memory;
+  const auto sketch_one = [&](auto& workers, int64_t b, double* space) {
+    const double* const matrix = matrices + b * n * n;
+    double* const found = sketches + 2 * b * sketch_rows * n;
+    const auto product = [&](int64_t row) { return Product(kernels, matrix, n, space + row * product_space); };
+    for (int64_t i = 0; i < n; ++i) {
+      const double scale = 1.0 / std::sqrt(matrix[i * (n + 1)]);
+      for (int64_t row = 0; row < sketch_rows; ++row) {
+        const double weight = scale * chance(i * sketch_rows + row);
+        product(row).w[i] = found[2 * i * sketch_rows + row] = weight;
+      }
+    }
+    workers.each([&](int) {  // a block stays near for all products
+      for (int64_t task = workers.next(); task < product(0).tasks(); task = workers.next()) {
+        for (int64_t row = 0; row < sketch_rows; ++row) product(row).run(task, Sizes::none);
+      }
+    });
+    for (int64_t row = 0; row < sketch_rows; ++row) {
+      const Product done = product(row);
+      done.add_up(Sizes::none);
+      for (int64_t i = 0; i < n; ++i) found[(2 * i + 1) * sketch_rows + row] = done.y[i];
+    }
+  };
+  Team::run(share ? threads : static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
+    for (int64_t b = 0; share && b < batch; ++b) sketch_one(team, b, spaces);
+    if (share) return;
+    team.each([&](int worker) {
+      Solo solo;
+      for (int64_t b = team.next(); b < batch; b = team.next()) sketch_one(solo, b, spaces + worker * spare);
+    });
+  });
+  kept.trim(most_kept);
+  return Status::ok;
+}
+
+Status cholesky_solve(const double* matrices, const double* lower, const double* sketches, int64_t batch, int64_t n,
+                      const double* rhs, int64_t m, double* x, bool& finite, int threads, Isa isa) {
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!matrices || !lower || !rhs || !x)) || isa > detect_isa()) {
     return Status::bad_argument;
   }
@@ -543,7 +633,8 @@ Status cholesky_solve(const double* matrices, const double* lower, int64_t batch
   if (batch * m == 0) return Status::ok;
   const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   const double work = static_cast<double>(batch) * m * n * n;
-  const bool share = n >= shared_from && batch < threads;  // one matrix by all threads, else one thread each
+  const int64_t from = sketches && m < wide_from ? substitution_shared_from : shared_from;
+  const bool share = n >= from && batch < threads;  // one matrix by all threads, else one thread each
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / (share ? 1e5 : 1e6)));
   const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;
   int64_t panels = (vectors + wide_vectors - 1) / wide_vectors;
@@ -553,7 +644,8 @@ Status cholesky_solve(const double* matrices, const double* lower, int64_t batch
   double* const spaces = reinterpret_cast<double*>(kept.get(threads * spare * static_cast<int64_t>(sizeof(double))));
   if (!spaces) return Status::out_of_memory;
   const auto system = [&](int64_t b) {
-    return System{kernels, matrices + b * n * n, lower + b * n * n, n, m, panels, rhs + b * n * m, x + b * n * m};
+    const double* const own = sketches ? sketches + 2 * b * sketch_rows * n : nullptr;
+    return System{kernels, matrices + b * n * n, lower + b * n * n, own, n, m, panels, rhs + b * n * m, x + b * n * m};
   };
   const bool many = m >= wide_from;
   const auto solve_panel = [&](const System& s, int64_t panel, int worker) {
@@ -619,7 +711,7 @@ Status spd_solve(const double* matrices, int64_t batch, int64_t n, const SPDLimi
   if (!lower) return Status::out_of_memory;
   status = cholesky(matrices, lower, batch, n, limits.least, info.data(), threads, isa);
   if (status == Status::ok && std::all_of(info.begin(), info.end(), [](int64_t bad) { return bad == 0; })) {
-    status = cholesky_solve(matrices, lower, batch, n, rhs, m, x, good, threads, isa);
+    status = cholesky_solve(matrices, lower, nullptr, batch, n, rhs, m, x, good, threads, isa);
   }
   kept.trim(most_kept);
   return status;

@@ -20,7 +20,17 @@ def test_cpp_constants_are_pythons(op):
 def test_a_field_is_missing_or_unknown():
     """Fields are passed by name: what is wrong with them is said, and nothing is read."""
     call = backends.extension().cholesky_solve
-    given = {"matrices": None, "lower": None, "batch": 0, "n": 1, "rhs": None, "sides": 0, "x": None, "threads": 1}
+    given = {
+        "matrices": None,
+        "lower": None,
+        "sketches": None,
+        "batch": 0,
+        "n": 1,
+        "rhs": None,
+        "sides": 0,
+        "x": None,
+        "threads": 1,
+    }
     call(**given)
     with pytest.raises(TypeError, match="the field sides is missing"):
         call(**{name: given[name] for name in given if name != "sides"})

@@ -23,6 +23,7 @@ from rewrite_core.ops.spd_solve_op import register
 spd_factor, spd_solve, DiagonalShiftWarning = ops.spd_factor, ops.spd_solve, ops.DiagonalShiftWarning
 
 EPSILON = np.finfo(np.float64).eps
+ISAS = ("portable", "avx2", "avx512")
 backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
 
 
@@ -63,8 +64,7 @@ def test_solves(n, backend):
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("n", [1, 5, 64, 67, 200, 300])
 def test_every_instruction_set(n, isa):
-    order = ("portable", "avx2", "avx512")
-    if order.index(isa) > order.index(extension().isa()):
+    if ISAS.index(isa) > ISAS.index(extension().isa()):
         pytest.skip(f"this CPU has no {isa}")
     matrix = torch.stack([second_moment(n, seed=seed) for seed in range(3)])
     lower, info = register._cpp_factor(matrix, 1e-13, isa)
@@ -73,9 +73,9 @@ def test_every_instruction_set(n, isa):
     assert ((lower @ lower.mT - matrix).norm() / matrix.norm()).item() < 1e-14
     for sides in (1, 3, 4, 6, 25, 70):  # a few, one a row; many, one a lane, in panels
         b = right_sides(3, n, sides)
-        x = register._cpp_solve(matrix, lower, b, isa)
+        x = register._cpp_solve(matrix, lower, b, isa=isa)
         assert ((matrix @ x - b).norm() / b.norm()).item() < 1e-12
-        vectors = register._cpp_solve(matrix, lower, b[..., 0].contiguous(), isa)
+        vectors = register._cpp_solve(matrix, lower, b[..., 0].contiguous(), isa=isa)
         torch.testing.assert_close(vectors, x[..., 0], rtol=1e-11, atol=1e-13)
 
 
@@ -95,11 +95,84 @@ def test_solved_to_rounding_whatever_the_condition(sides, condition, backend):
         assert ((matrix @ x - b).abs() <= 64 * EPSILON * size).all()
 
 
-def test_a_factor_that_is_a_little_off_is_made_up_for():
-    matrix, b = second_moment(80), right_sides(80, 9)
+OFF = {
+    "all": lambda lower: lower * (1 + 1e-9),
+    "a row": lambda lower: lower + 1e-9 * lower * (torch.arange(len(lower)) == len(lower) // 2)[:, None],
+    "a column": lambda lower: lower + 1e-9 * lower * (torch.arange(len(lower)) == 3),
+    "an entry": lambda lower: with_entry(lower, -1, 0, lower[-1, 0].item() + 1e-7 * lower[-1, -1].item()),
+}
+
+
+@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("n", [80, 401, 1600])
+@pytest.mark.parametrize("sides", [1, 9])
+def test_a_factor_that_is_a_little_off_is_made_up_for(sides, n, off):
+    """The look at the residual sees it, by all of the matrix or by its sketch, whatever the channels' scales."""
+    scales = torch.logspace(-70, 70, n, dtype=torch.float64)  # their squares: almost all that float64 has
+    matrix, b = second_moment(n) * scales[:, None] * scales, right_sides(n, sides) * scales[:, None]
     factor = spd_factor(matrix)
-    off = dataclasses.replace(factor, lower=factor.lower * (1 + 1e-9))
-    torch.testing.assert_close(off.solve(b), factor.solve(b), rtol=1e-10, atol=1e-12)
+    exact, lower = factor.solve(b) * scales[:, None], OFF[off](factor.lower)
+    for sketch in (None, register._cpp_sketch(matrix)):
+        x = register._cpp_solve(matrix, lower, b, sketch) * scales[:, None]
+        torch.testing.assert_close(x, exact, rtol=0, atol=1e-13 * exact.abs().max().item() * math.sqrt(n))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("n", [1, 5, 64, 67, 385, 500])
+def test_a_sketch_is_sums_of_the_equations(n, isa):
+    if ISAS.index(isa) > ISAS.index(extension().isa()):
+        pytest.skip(f"this CPU has no {isa}")
+    matrix = torch.stack([second_moment(n, seed=seed) * 10**seed for seed in range(3)])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(register._cpp_sketch(matrix, isa))
+            assert torch.equal(register._cpp_sketch(matrix[1], isa), found[-1][1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    weights, sums = found[0].unbind(2)  # [3, n, 2] each
+    sizes = weights.abs() * matrix.diagonal(dim1=1, dim2=2).sqrt()[..., None]
+    assert ((sizes >= 1 - 1e-15) & (sizes <= 2)).all()
+    assert n < 64 or (weights.sign().mean((0, 1)).abs() < 4 / math.sqrt(n)).all()
+    assert n < 64 or (torch.corrcoef(weights[0].T) - torch.eye(2)).abs().max() < 5 / math.sqrt(n)
+    wanted = matrix.tril() @ weights + matrix.tril(-1).mT @ weights  # as the lower triangle alone is read
+    assert ((sums - wanted).abs() <= 1e-14 * (matrix.abs() @ weights.abs())).all()
+
+
+@pytest.mark.parametrize("n", [3, 64, 300, 385, 1101, 1601])
+@pytest.mark.parametrize("sides", [1, 3, 4, 30])
+def test_a_solve_has_the_same_bits_with_a_sketch_and_without(sides, n):
+    matrix, b = second_moment(n), right_sides(n, sides)
+    factor = spd_factor(matrix)
+    assert (factor._sketch is None) == (n < register.SKETCHED_FROM)
+    x = register._cpp_solve(matrix, factor.lower, b, register._cpp_sketch(matrix))
+    assert torch.equal(x, register._cpp_solve(matrix, factor.lower, b))
+    assert torch.equal(x, factor.solve(b)) and torch.equal(x, spd_solve(matrix, b))
+    assert ((matrix @ x - b).abs() <= 64 * EPSILON * (matrix.abs() @ x.abs() + b.abs())).all()
+
+
+def test_a_sketch_is_made_once_and_of_this_matrix():
+    first, second, b = second_moment(300), second_moment(300, seed=1), right_sides(300)
+    factor = spd_factor(first)
+    x = factor.solve(b)
+    assert factor._sketch is factor._sketch
+    other = dataclasses.replace(factor, matrix=second, lower=spd_factor(second).lower)
+    torch.testing.assert_close(other.solve(b), torch.linalg.solve(second, b))
+    assert torch.equal(factor.solve(b), x)
+
+
+@pytest.mark.parametrize("size", [1e-290, 1e-30, 1e30, 1e290])
+def test_a_sketch_of_any_size_serves(size):
+    matrix, b = size * second_moment(256), right_sides(256, 2)
+    factor = spd_factor(matrix)
+    assert factor._sketch.isfinite().all()
+    for side in (size * b, math.sqrt(size) * b, b):  # solutions of all sizes that float64 has
+        assert torch.equal(factor.solve(side), register._cpp_solve(matrix, factor.lower, side))
+        assert factor.solve(side).isfinite().all()
+    if size < 1:
+        assert not factor.solve(1e300 * b).isfinite().any()  # as the solution is too large
 
 
 @pytest.mark.parametrize("n", [70, 300])
@@ -424,7 +497,7 @@ assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
 @pytest.mark.parametrize("n", [385, 1101, 1601])
 @pytest.mark.parametrize("sides", [1, 3])
 def test_threads_that_share_few_sides_change_no_bit(n, sides):
-    """From 384 rows on they share the residual, while one still solves, and from 1536 on the forward substitution."""
+    """From 1024 rows on they share the substitutions; without a sketch, from 384 on, the look at the residual."""
     ramp = torch.linspace(1, 3, n, dtype=torch.float64)
     matrix = torch.diag(ramp) + torch.outer(ramp, ramp) / n
     factor, b = spd_factor(matrix), right_sides(n, sides)
@@ -432,7 +505,8 @@ def test_threads_that_share_few_sides_change_no_bit(n, sides):
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results += [factor.solve(b) for _ in range(20)]
+            for sketch in (None, factor._sketch):
+                results += [register._cpp_solve(matrix, factor.lower, b, sketch) for _ in range(20)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)

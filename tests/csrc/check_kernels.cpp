@@ -272,12 +272,19 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   };
   const double most = 1e-12 * static_cast<double>(n + 10);
   const SPDLimits limits{1e-6, 1e-290, 1e-13};
-  std::vector<double> x(right.size(), NAN), whole = x;
+  std::vector<double> x(right.size(), NAN), sketches(2 * sketch_rows * batch * n, NAN);
+  check(sketch(matrices.data(), batch, n, sketches.data(), 1, isa) == Status::ok, "the sketch's status");
   for (int threads : {1, 5}) {
-    std::vector<double> mine(right.size(), NAN), all = mine;
+    std::vector<double> mine(right.size(), NAN), all = mine, sketched = mine, other(sketches.size(), NAN);
     bool finite = false, good = false;
-    check(cholesky_solve(matrices.data(), lower.data(), batch, n, right.data(), sides, mine.data(), finite, threads,
-                         isa) == Status::ok &&
+    check(sketch(matrices.data(), batch, n, other.data(), threads, isa) == Status::ok && same_bits(other, sketches),
+          "the number of threads changes the sketch's bits");
+    check(cholesky_solve(matrices.data(), lower.data(), sketches.data(), batch, n, right.data(), sides, sketched.data(),
+                         finite, threads, isa) == Status::ok &&
+              finite,
+          "the sketched solve's status");
+    check(cholesky_solve(matrices.data(), lower.data(), nullptr, batch, n, right.data(), sides, mine.data(), finite,
+                         threads, isa) == Status::ok &&
               finite,
           "the solve's status");
     check(spd_solve(matrices.data(), batch, n, limits, right.data(), sides, all.data(), good, threads, isa) ==
@@ -287,6 +294,7 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
     if (threads == 1) x = mine;
     check(same_bits(x, mine), "the number of threads changes the solve's bits");
     check(same_bits(x, all), "the whole in one call gives other bits");
+    check(same_bits(x, sketched), "a sketch gives other bits");
   }
   check(residual(x) < most, "the solve's residual");
 
@@ -294,16 +302,18 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   std::vector<double> off = lower;
   for (double& entry : off) entry *= 1 + 1e-9;
   bool finite = false;
-  check(cholesky_solve(matrices.data(), off.data(), batch, n, right.data(), sides, x.data(), finite, 5, isa) ==
-            Status::ok,
-        "the refined solve's status");
-  check(residual(x) < most, "the refined solve's residual");
+  for (const double* sketched : {static_cast<const double*>(nullptr), static_cast<const double*>(sketches.data())}) {
+    check(cholesky_solve(matrices.data(), off.data(), sketched, batch, n, right.data(), sides, x.data(), finite, 5,
+                         isa) == Status::ok,
+          "the refined solve's status");
+    check(residual(x) < most, "the refined solve's residual");
+  }
 
   if (right.empty()) return;
   bool good = true;
   right.back() = INFINITY;
-  check(cholesky_solve(matrices.data(), lower.data(), batch, n, right.data(), sides, x.data(), finite, 1, isa) ==
-                Status::ok &&
+  check(cholesky_solve(matrices.data(), lower.data(), nullptr, batch, n, right.data(), sides, x.data(), finite, 1,
+                       isa) == Status::ok &&
             !finite,
         "an infinite right-hand side goes unseen");
   check(

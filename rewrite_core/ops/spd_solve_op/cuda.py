@@ -110,7 +110,7 @@ def _factor(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, list[F
     return lower, [Facts(mean, largest, apart, int(pivot)) for mean, largest, apart, pivot, *_ in rows]
 
 
-def _solve(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool) -> Tensor:
+def _solve(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool, sketch: Tensor | None = None) -> Tensor:
     """The kernel looks at the residual itself; a right-hand side that is not finite comes out as NaN."""
     x, _ = _launch(_whole(matrix, 3), _sides(matrix, rhs), factor=_whole(lower, 3), least=0.0)
     return x.view(rhs.shape)

@@ -18,7 +18,6 @@ from .problem import (
     SMALLEST,
     Cholesky,
     Facts,
-    Solve,
     asymmetry,
     check_matrix,
     check_rhs,
@@ -51,13 +50,13 @@ class SPDFactor:
         solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
         (RewriteCoreError). So is a call that torch records or transforms, as in :func:`spd_factor`."""
         check_rhs(self.matrix, rhs)
-        name, solve = self._solver
+        name, kernels = self._backend
         if name != "reference":  # which torch can follow
             _refuse_recorded("A factor's solve")
         elif self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
         wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
-        x = solve(self.matrix, self.lower, wide, self.shifted)
+        x = kernels.solve(self.matrix, self.lower, wide, self.shifted, self._sketch)
         if x is None:
             raise NonFiniteError(
                 "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
@@ -65,10 +64,15 @@ class SPDFactor:
         return x
 
     @functools.cached_property
-    def _solver(self) -> tuple[str, Solve]:
-        """The backend, chosen once: each time it would take a fourth of a small solve."""
+    def _backend(self) -> tuple[str, Cholesky]:
+        """Chosen once: each time it would take a fourth of a small solve."""
         record = select("spd_solve", self.backend, self.matrix)
-        return record.name, record.load().solve
+        return record.name, record.load()
+
+    @functools.cached_property
+    def _sketch(self) -> Tensor | None:
+        """What solves see their residual by, made once: to read the whole matrix takes each half as long again."""
+        return self._backend[1].sketch(self.matrix)
 
     def _by_magma(self) -> bool:
         return self.matrix.ndim == 3 or "Magma" in str(torch.backends.cuda.preferred_linalg_library())

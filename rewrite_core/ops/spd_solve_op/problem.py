@@ -78,9 +78,9 @@ class Facts(NamedTuple):
     pivot: int  # 0, or which one, from 1 on, is not above `least` times its diagonal entry
 
 
-# matrix and lower [..., n, n], rhs [..., n, m] or [..., n], whether a matrix is shifted -> the shape of rhs, exact to
-# rounding; where the rhs is not finite None on a CPU, and NaN on a GPU, where a look would wait
-Solve = Callable[[Tensor, Tensor, Tensor, bool], "Tensor | None"]
+# matrix and lower [..., n, n], rhs [..., n, m] or [..., n], whether a matrix is shifted, what `sketch` made of it -> in
+# the shape of rhs, exact to rounding; where the rhs is not finite None on a CPU, NaN on a GPU, where a look would wait
+Solve = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None"], "Tensor | None"]
 
 
 class Cholesky(NamedTuple):
@@ -91,3 +91,5 @@ class Cholesky(NamedTuple):
     solve: Solve
     # matrix and rhs -> all in one call, or None where a check fails and the long way will say which
     direct: Callable[[Tensor, Tensor], Tensor | None] = lambda matrix, rhs: None
+    # matrix -> what a solve sees its residual by, without the matrix; None: it has no need of that
+    sketch: Callable[[Tensor], Tensor | None] = lambda matrix: None

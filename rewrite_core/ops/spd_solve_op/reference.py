@@ -34,7 +34,7 @@ def _factor(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, list[F
     return lower, _facts(given, lower, info, least)
 
 
-def _solve(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool) -> Tensor | None:
+def _solve(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool, sketch: Tensor | None = None) -> Tensor | None:
     """On a GPU refined only where the matrix is shifted: without, Cholesky's residual is at rounding, of |A| |x|."""
     if _on_cpu(rhs) and not all_finite(rhs):
         return None

@@ -32,6 +32,9 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     return op(without_gradient(matrix), without_gradient(rhs), backend)
 
 
+SKETCHED_FROM = 256  # rows: a smaller matrix is read as fast, and many a factor of one solves once
+
+
 def _cpp_examine(matrix: Tensor) -> list[list[float]]:
     matrix = matrix.contiguous()
     return extension().examine(
@@ -63,12 +66,30 @@ def _cpp_examined(given: Tensor, matrix: Tensor, least: float) -> tuple[Tensor, 
     return lower, [Facts(mean, largest, apart, pivot) for (mean, largest, apart), pivot in parts]
 
 
-def _cpp_solve(matrix: Tensor, lower: Tensor, rhs: Tensor, isa: str = "") -> Tensor | None:
+def _cpp_sketch(matrix: Tensor, isa: str = "") -> Tensor:
+    """Of [n, n] or [B, n, n]: [..., n, 2, rows], weights that look like chance, and sums of the equations with them."""
+    matrix = matrix.contiguous()
+    sketches = matrix.new_empty(*matrix.shape[:-1], 2, extension().sketch_rows)
+    extension().sketch(
+        matrices=matrix.data_ptr(),
+        batch=len(matrix) if matrix.ndim == 3 else 1,
+        n=matrix.shape[-1],
+        sketches=sketches.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    return sketches
+
+
+def _cpp_solve(
+    matrix: Tensor, lower: Tensor, rhs: Tensor, sketch: Tensor | None = None, isa: str = ""
+) -> Tensor | None:
     rhs = plain(rhs).contiguous()
     x = torch.empty_like(rhs)
     finite = extension().cholesky_solve(
         matrices=matrix.contiguous().data_ptr(),
         lower=lower.contiguous().data_ptr(),
+        sketches=None if sketch is None else sketch.data_ptr(),
         batch=len(matrix) if matrix.ndim == 3 else 1,
         n=matrix.shape[-1],
         rhs=rhs.data_ptr(),
@@ -100,11 +121,17 @@ def _cpp_direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
     return x if good else None
 
 
-def _cpp_refined(matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool) -> Tensor | None:
-    return _cpp_solve(matrix, lower, rhs)  # looks at the residual itself
+def _cpp_refined(
+    matrix: Tensor, lower: Tensor, rhs: Tensor, shifted: bool, sketch: Tensor | None = None
+) -> Tensor | None:
+    return _cpp_solve(matrix, lower, rhs, sketch)  # looks at the residual itself
 
 
-run_cpp = Cholesky(_cpp_examined, _cpp_refined, _cpp_direct)
+def _cpp_sketched(matrix: Tensor) -> Tensor | None:
+    return _cpp_sketch(matrix) if matrix.shape[-1] >= SKETCHED_FROM else None
+
+
+run_cpp = Cholesky(_cpp_examined, _cpp_refined, _cpp_direct, _cpp_sketched)
 
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
