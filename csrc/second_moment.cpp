@@ -15,11 +15,12 @@ constexpr int64_t group_bytes = 2 << 20;  // all groups' sums
 constexpr int64_t most_groups = 16;
 constexpr int64_t alone_bytes = 16 << 20;  // of packed keys, where each thread packs its own, or one matrix
 constexpr int64_t block_rows = most_block_rows, block_columns = 32;  // channels of one task, by channels
-constexpr int64_t few_wide = 48, few_narrow = 16;  // positions at most where outer products are faster than tiles
-constexpr int64_t wide_from = 64;                  // channels
-constexpr int64_t sums_work = 16;                  // positions that take as long as to read and write the sums
-constexpr double few_work = 2e5;                   // multiply-adds that a thread is worth waking for
-constexpr int64_t few_rows = 16;                   // of one of their tasks
+// Positions at most where outer products are faster than tiles; middle and wide: of so many channels.
+constexpr int64_t few_narrow = 16, few_middle = 64, few_wide = 48;
+constexpr int64_t middle_from = 64, wide_from = 256;
+constexpr int64_t sums_work = 16;  // positions that take as long as to read and write the sums
+constexpr double few_work = 2e5;   // multiply-adds that a thread is worth waking for
+constexpr int64_t few_rows = 16;   // of one of their tasks
 
 // Rows [row, row_end) by columns [column, column_end) of the lower triangle; the diagonal may cut through. It is made
 // of the first `panels` panels of its share.
@@ -211,7 +212,8 @@ std::vector<Share> split(const SecondMomentProblem& p, std::vector<Block>& block
 // Few positions: the keys as doubles, then some rows at a time.
 Status run_few(const SecondMomentProblem& p, double* out, int threads) {
   const int64_t n = p.channels, positions = p.positions.total;
-  const int64_t stride = (n + most_lanes - 1) / most_lanes * most_lanes;
+  const int64_t lanes = (n + most_lanes - 1) / most_lanes;
+  const int64_t stride = (lanes | 1) * most_lanes;  // an odd number of cache lines: else caches mix positions up
   const double work = 0.5 * static_cast<double>(positions + sums_work) * n * n;
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / few_work));
   thread_local Workspace workspace;
@@ -370,7 +372,7 @@ Status run(const SecondMomentProblem& p, double* out, int threads) {
 }
 
 Status run_one(const SecondMomentProblem& p, double* out, int threads) {
-  const int64_t few = p.channels < wide_from ? few_narrow : few_wide;
+  const int64_t few = p.channels < middle_from ? few_narrow : p.channels < wide_from ? few_middle : few_wide;
   return p.positions.total > 0 && p.positions.total <= few ? run_few(p, out, threads) : run(p, out, threads);
 }
 

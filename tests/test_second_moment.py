@@ -125,7 +125,7 @@ def test_out_is_added_to_and_mirrored(accumulate):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 40, 63, 64, 65, 100, 143])
-@pytest.mark.parametrize("keys", [1, 2, 8, 13])
+@pytest.mark.parametrize("keys", [1, 2, 8, 13, 64])
 def test_few_keys(keys, channels, accumulate):
     """Of any number, and whole rows or not: all within their own channels, what lies above the diagonal left aside."""
     features = normal(keys, channels)
