@@ -160,12 +160,12 @@ PyObject* python_function(PyObject*, PyObject* const* values, Py_ssize_t positio
   });
 }
 
-// A function of `count` values, by place, that says yes or no.
-template <bool (*function)(PyObject* const*), int count>
-PyObject* python_question(PyObject*, PyObject* const* values, Py_ssize_t given) {
+// A function of `count` values, by place.
+template <auto function, int count>
+PyObject* python_places(PyObject*, PyObject* const* values, Py_ssize_t given) {
   return python_call([&] {
     if (given != count) throw py::type_error(std::to_string(count) + " values are passed by their places.");
-    return py::bool_(function(values)).release().ptr();
+    return function(values).release().ptr();
   });
 }
 
@@ -187,7 +187,7 @@ py::object call_second_moment(Fields& fields) {
 // A usual call of second_moment, of plain tensors on the CPU: features, out, groups, threads. False, and nothing is
 // done, where it may be another one, or a mistake: Python's checks then say which. Few keys take less time than those
 // checks do, where the caches hold nothing of them.
-bool second_moment_at_once(PyObject* const* values) {
+py::bool_ second_moment_at_once(PyObject* const* values) {
   const auto features = Tensors::all().plain(values[0]), out = Tensors::all().plain(values[1]);
   if (!features || !out || !PyLong_CheckExact(values[2])) return false;
   int no_number = 0;
@@ -265,13 +265,46 @@ py::object call_cholesky_solve(Fields& fields) {
   return py::bool_(finite);
 }
 
+SPDLimits limits_of(int64_t n, double asymmetry, double smallest_mean, double epsilon) {
+  return {asymmetry, smallest_mean, static_cast<double>(n) * epsilon};
+}
+
+// Whether there are right-hand sides [..., n] or [..., n, m] of matrices [n, n] or [B, n, n].
+bool are_systems(const DLTensor& matrices, const DLTensor& rhs) {
+  const int rows = matrices.ndim - 1;
+  return (rows == 1 || rows == 2) && matrices.shape[rows] == matrices.shape[rows - 1] &&
+         (rhs.ndim == rows || rhs.ndim == rows + 1) && std::equal(rhs.shape, rhs.shape + rows, matrices.shape);
+}
+
+// A usual call of spd_solve, of plain tensors on the CPU: matrix, rhs, asymmetry, smallest_mean, epsilon, threads.
+// Returns x; None where not all is within the limits; or NotImplemented, and nothing is done, where it may be another
+// call, or a mistake: Python's checks then say which.
+py::object spd_solve_at_once(PyObject* const* values) {
+  const Tensors& tensors = Tensors::all();
+  const py::object another = py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  const auto matrix = tensors.plain(values[0]), sides = tensors.plain(values[1]);
+  if (!matrix || !sides || dtype_of(*matrix) != DType::float64 || !dtype_of(*sides)) return another;
+  if (!are_systems(*matrix, *sides)) return another;
+  const int64_t n = matrix->shape[matrix->ndim - 1], batch = matrix->ndim == 3 ? matrix->shape[0] : 1;
+  const int64_t m = sides->ndim < matrix->ndim ? 1 : sides->shape[sides->ndim - 1];
+  const auto matrices = tensors.doubles(values[0], matrix), rhs = tensors.doubles(values[1], sides);
+  const auto x = rhs ? tensors.empty_like(*rhs) : std::nullopt;
+  if (!matrices || !x) return another;
+  const auto number = [&](int place) { return py::cast<double>(py::handle(values[place])); };
+  const SPDLimits limits = limits_of(n, number(2), number(3), number(4));
+  const int threads = py::cast<int>(py::handle(values[5]));
+  bool good = false;
+  run("spd_solve", [&] {
+    return spd_solve(matrices->data, batch, n, limits, rhs->data, m, x->data, good, threads, detect_isa());
+  });
+  return good ? x->tensor : py::object(py::none());
+}
+
 py::object call_spd_solve(Fields& fields) {
   const double* matrices = fields.pointer<const double>("matrices");
   const int64_t batch = fields.number<int64_t>("batch"), n = fields.number<int64_t>("n");
-  SPDLimits limits{};
-  limits.asymmetry = fields.number<double>("asymmetry");
-  limits.smallest_mean = fields.number<double>("smallest_mean");
-  limits.least = fields.number<double>("least");
+  const double asymmetry = fields.number<double>("asymmetry"), smallest_mean = fields.number<double>("smallest_mean");
+  const SPDLimits limits = limits_of(n, asymmetry, smallest_mean, fields.number<double>("epsilon"));
   const double* rhs = fields.pointer<const double>("rhs");
   const int64_t sides = fields.number<int64_t>("sides");
   double* x = fields.pointer<double>("x");
@@ -461,16 +494,20 @@ PyMethodDef method(const char* name, const char* documentation) {
           METH_FASTCALL | METH_KEYWORDS, documentation};
 }
 
-template <bool (*function)(PyObject* const*), int count>
-PyMethodDef question(const char* name, const char* documentation) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python_question<function, count>)),
+template <auto function, int count>
+PyMethodDef by_place(const char* name, const char* documentation) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&python_places<function, count>)),
           METH_FASTCALL, documentation};
 }
 
 PyMethodDef methods[] = {
-    question<second_moment_at_once, 4>("second_moment_at_once",
+    by_place<second_moment_at_once, 4>("second_moment_at_once",
                                        "Whether it was a usual call, and is done: tensors features and out, groups, "
                                        "threads."),
+    by_place<spd_solve_at_once, 6>("spd_solve_at_once",
+                                   "NotImplemented where it was no usual call, else x, or None where not all is "
+                                   "within the limits: tensors matrix and rhs, asymmetry, smallest_mean, epsilon, "
+                                   "threads."),
     method<call_second_moment>("second_moment",
                                "out [c, c] += the second moment of features (n, c, h, w): features, dtype (as torch "
                                "names it), sizes, strides, "
@@ -491,7 +528,8 @@ PyMethodDef methods[] = {
                                 "lower, sketches (or None), batch, n, rhs, sides, x, threads, isa."),
     method<call_spd_solve>("spd_solve",
                            "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
-                           "n, asymmetry, smallest_mean, least, rhs, sides, x, threads, isa."),
+                           "n, asymmetry, smallest_mean, epsilon (least pivot, of n and its diagonal entry), rhs, sides, "
+                           "x, threads, isa."),
 #ifdef REWRITE_CORE_CUDA
     method<call_spd_solve_cuda>("spd_solve_cuda",
                                 "The fields of SPDSolveTask but passes, at addresses of a GPU's; blocks, of "
@@ -533,8 +571,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("kind") = "", "Whose threads help: \"openmp\", \"own\", or \"\" for what suits. For tests.");
   m.def(
-      "know_tensors", [](const py::type& tensor) { return Tensors::all().know(tensor); }, py::arg("tensor"),
-      "Has torch.Tensor; whether torch shows its tensors to C. Where not, no call is usual.");
+      "know_tensors",
+      [](const py::type& tensor, const py::function& empty_like) { return Tensors::all().know(tensor, empty_like); },
+      py::arg("tensor"), py::arg("empty_like"),
+      "Has torch.Tensor and torch.empty_like; whether torch shows its tensors to C. Where not, no call is usual.");
   m.attr("sketch_rows") = sketch_rows;
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 

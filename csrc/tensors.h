@@ -27,6 +27,32 @@ struct DLPackExchange {
   int (*look)(void* object, DLTensor* out);  // 0, or a Python exception is set
 };
 
+inline std::optional<DType> dtype_of(const DLTensor& tensor) {
+  constexpr int floats = 2, bfloats = 4;
+  if (tensor.lanes != 1) return {};
+  if (tensor.code == bfloats) return DType::bfloat16;
+  if (tensor.code != floats) return {};
+  if (tensor.bits == 32) return DType::float32;
+  if (tensor.bits == 64) return DType::float64;
+  if (tensor.bits == 16) return DType::float16;
+  return {};
+}
+
+inline bool is_contiguous(const DLTensor& tensor) {
+  int64_t step = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != step) return false;
+    step *= tensor.shape[i];
+  }
+  return true;
+}
+
+// Contiguous float64 numbers, and the tensor that keeps them.
+struct Doubles {
+  pybind11::object tensor;
+  double* data;
+};
+
 // What torch.Tensor is, once Python has said so.
 class Tensors {
  public:
@@ -36,7 +62,7 @@ class Tensors {
   }
 
   // Whether torch has the API.
-  bool know(pybind11::type tensor) {
+  bool know(pybind11::type tensor, pybind11::function empty_like) {
     const pybind11::object found = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
     if (found.is_none()) return false;
     const auto* exchange = static_cast<DLPackExchange*>(PyCapsule_GetPointer(found.ptr(), "dlpack_exchange_api"));
@@ -44,9 +70,12 @@ class Tensors {
     if (exchange->major != 1) return false;
     is_neg_ = PyUnicode_InternFromString("is_neg");
     requires_grad_ = PyUnicode_InternFromString("requires_grad");
-    if (!is_neg_ || !requires_grad_) throw pybind11::error_already_set();
+    double_ = PyUnicode_InternFromString("double");
+    contiguous_ = PyUnicode_InternFromString("contiguous");
+    if (!is_neg_ || !requires_grad_ || !double_ || !contiguous_) throw pybind11::error_already_set();
     look_ = exchange->look;
-    type_ = tensor.release().ptr();  // as the process has it
+    type_ = tensor.release().ptr();  // these as long as the process
+    empty_like_ = empty_like.release().ptr();
     return true;
   }
 
@@ -70,33 +99,42 @@ class Tensors {
     return !no;
   }
 
+  // A plain tensor's numbers as float64 that lie one after the other: in itself, or else in a copy. Nothing where that
+  // fails.
+  std::optional<Doubles> doubles(PyObject* tensor, std::optional<DLTensor> seen) const {
+    auto object = pybind11::reinterpret_borrow<pybind11::object>(tensor);
+    if (seen && dtype_of(*seen) != DType::float64) seen = made(PyObject_CallMethodNoArgs(tensor, double_), object);
+    if (seen && !is_contiguous(*seen)) seen = made(PyObject_CallMethodNoArgs(object.ptr(), contiguous_), object);
+    return seen ? doubles_of(*seen, object) : std::nullopt;
+  }
+
+  // New memory for as many numbers, which are anything yet.
+  std::optional<Doubles> empty_like(const Doubles& numbers) const {
+    pybind11::object object;
+    const auto seen = made(PyObject_CallOneArg(empty_like_, numbers.tensor.ptr()), object);
+    return seen ? doubles_of(*seen, object) : std::nullopt;
+  }
+
  private:
+  // Of what torch made, null where it raised.
+  std::optional<DLTensor> made(PyObject* owned, pybind11::object& into) const {
+    into = pybind11::reinterpret_steal<pybind11::object>(owned);
+    PyErr_Clear();
+    return owned ? plain(owned) : std::nullopt;
+  }
+
+  static std::optional<Doubles> doubles_of(const DLTensor& seen, const pybind11::object& tensor) {
+    if (dtype_of(seen) != DType::float64 || !is_contiguous(seen)) return {};
+    return Doubles{tensor, reinterpret_cast<double*>(seen.data)};
+  }
+
   static bool is_false(PyObject* owned) {
     return pybind11::reinterpret_steal<pybind11::object>(owned).ptr() == Py_False;
   }
 
-  PyObject *type_ = nullptr, *is_neg_ = nullptr, *requires_grad_ = nullptr;
+  PyObject *type_ = nullptr, *is_neg_ = nullptr, *requires_grad_ = nullptr, *double_ = nullptr, *contiguous_ = nullptr,
+           *empty_like_ = nullptr;
   decltype(DLPackExchange::look) look_ = nullptr;
 };
-
-inline std::optional<DType> dtype_of(const DLTensor& tensor) {
-  constexpr int floats = 2, bfloats = 4;
-  if (tensor.lanes != 1) return {};
-  if (tensor.code == bfloats) return DType::bfloat16;
-  if (tensor.code != floats) return {};
-  if (tensor.bits == 32) return DType::float32;
-  if (tensor.bits == 64) return DType::float64;
-  if (tensor.bits == 16) return DType::float16;
-  return {};
-}
-
-inline bool is_contiguous(const DLTensor& tensor) {
-  int64_t step = 1;
-  for (int i = tensor.ndim - 1; i >= 0; --i) {
-    if (tensor.shape[i] != 1 && tensor.strides[i] != step) return false;
-    step *= tensor.shape[i];
-  }
-  return true;
-}
 
 }  // namespace rewrite_core

@@ -128,6 +128,11 @@ def dispatched(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor or tensor.is_meta:
             return True
+    return watched()
+
+
+def watched() -> bool:
+    """Whether torch compiles, traces, transforms or watches what is called now."""
     return (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
@@ -168,7 +173,7 @@ def _probe_extension() -> tuple[ModuleType | None, str | None]:
     # torch is imported above: it comes first, so that the extension finds torch's C++ runtime loaded.
     try:
         module = importlib.import_module("rewrite_core._C")
-        module.know_tensors(Tensor)
+        module.know_tensors(Tensor, torch.empty_like)
         return module, None
     except ModuleNotFoundError as error:
         if error.name != "rewrite_core._C":
@@ -195,6 +200,18 @@ def extension() -> ModuleType:
 def extension_if_any() -> ModuleType | None:
     """The same, or None."""
     return _probe_extension()[0]
+
+
+def extension_at_once(own: Backend, kernels: object, backend: str) -> ModuleType | None:
+    """The extension, where it may make a call that asks for `backend` at once if it finds nothing unusual in it.
+
+    A small call takes less time than its checks in Python do. So the extension looks at its tensors (they must be plain
+    ones on the CPU) and this at the rest, as little as it can: that the "cpp" backend, `own`, would run it, with the
+    `kernels` it came with, and that torch does not watch. None where not: the checks in full then say why, or do it.
+    """
+    if watched() or (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))):
+        return None
+    return extension_if_any() if own.load() is kernels else None
 
 
 def extension_reason() -> str | None:

@@ -7,7 +7,7 @@ from helpers.moment_features import LAYOUTS, assert_close, features_of, normal, 
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rewrite_core import ops
+from rewrite_core import backends, ops
 from rewrite_core.backends import BackendUnavailable, extension
 from rewrite_core.errors import RewriteCoreError
 from rewrite_core.ops.second_moment_op import problem, reference, register
@@ -406,6 +406,11 @@ def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch
         assert not at_once(normal(5, 4), prefilled(4))
     fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(prefilled(4))
     assert second_moment(normal(5, 4), fake) is fake
+    with monkeypatch.context() as patch:
+        patch.setattr(register, "run_cpp", lambda features, out: out.fill_(2))
+        patch.setattr(backends, "_load", backends._load.__wrapped__)  # which finds it
+        assert not at_once()
+    assert at_once()
     monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
     assert not at_once()
     assert at_once(backend="cpp")

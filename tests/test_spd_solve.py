@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewrite_core as rc
+from rewrite_core import backends as backends_module
 from rewrite_core import ops
 from rewrite_core.backends import backends_of, extension
 from rewrite_core.errors import NonFiniteError, RewriteCoreError
@@ -573,3 +574,150 @@ def test_what_is_not_dense_is_refused_in_a_sentence(name, kind):
     for call in (spd_solve, lambda matrix, rhs: spd_factor(matrix).solve(rhs)):
         with pytest.raises(rc.ArgumentError, match=f"{name} is .*{kind}"):
             call(matrix, rhs)
+
+
+has_exchange = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch does not show its tensors to C"
+)
+
+
+def at_once(matrix, rhs):
+    limits = register.ASYMMETRY, register.SMALLEST, register.EPSILON
+    return extension().spd_solve_at_once(matrix, rhs, *limits, torch.get_num_threads())
+
+
+def spread(tensor):
+    """The same numbers, not one after the other."""
+    wide = tensor.new_zeros([2 * size for size in tensor.shape])
+    return wide[(slice(None, None, 2),) * tensor.ndim].copy_(tensor)
+
+
+USUAL = {
+    "[n]": lambda: (second_moment(7), right_sides(7)),
+    "[n, m]": lambda: (second_moment(7), right_sides(7, 3)),
+    "[n, n] sides": lambda: (second_moment(7), right_sides(7, 7)),
+    "one": lambda: (second_moment(1), right_sides(1)),
+    "a batch of [n]": lambda: (torch.stack([second_moment(5), SMALL]), right_sides(2, 5)),
+    "a batch of [n, m]": lambda: (torch.stack([second_moment(5), SMALL]), right_sides(2, 5, 4)),
+    "as many matrices as rows": lambda: (SMALL.expand(5, 5, 5), right_sides(5, 5)),
+    "rows as sides": lambda: (SMALL, right_sides(4, 5).T),
+    "a row as a side": lambda: (SMALL, right_sides(1, 5).T),
+    "spread": lambda: (spread(SMALL), spread(right_sides(5, 2))),
+    "float32": lambda: (SMALL, right_sides(5).float()),
+    "bfloat16 rows": lambda: (SMALL, right_sides(4, 5).bfloat16().T),
+    "float16, a batch": lambda: (SMALL.expand(2, 5, 5), spread(right_sides(2, 5, 3).half())),
+    "with gradients": lambda: (second_moment(7).requires_grad_(), right_sides(7, 3).requires_grad_()),
+    "narrow, with gradients": lambda: (spread(SMALL).requires_grad_(), right_sides(4, 5).float().requires_grad_().T),
+}
+
+
+@has_exchange
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_calls_are_made_at_once(name, monkeypatch):
+    matrix, rhs = USUAL[name]()
+    given = matrix.detach().clone(), rhs.detach().clone()
+    x = at_once(matrix, rhs)
+    assert x.dtype == torch.float64 and x.shape == rhs.shape and x.is_contiguous() and not x.requires_grad
+    assert torch.equal(x, register._cpp_direct(matrix.detach(), rhs.detach()))
+    torch.testing.assert_close(x, torch.linalg.solve(given[0], given[1].double()))
+    assert torch.equal(matrix, given[0]) and torch.equal(rhs, given[1])
+    monkeypatch.setattr(register, "check_matrix", None)  # which only other calls meet
+    assert torch.equal(spd_solve(matrix, rhs), x) and torch.equal(spd_solve(matrix, rhs, backend="cpp"), x)
+    with pytest.raises(TypeError, match="NoneType"):
+        spd_solve(matrix, rhs, backend="reference")
+
+
+UNUSUAL = {
+    "a list": lambda: (SMALL, [1.0] * 5),
+    "no tensors": lambda: (None, None),
+    "float32": lambda: (SMALL.float(), right_sides(5)),
+    "whole numbers": lambda: (SMALL, torch.ones(5, dtype=torch.int64)),
+    "8 bits": lambda: (SMALL, torch.ones(5).to(torch.float8_e5m2)),
+    "complex": lambda: (SMALL, torch.ones(5, dtype=torch.complex128)),
+    "a parameter": lambda: (torch.nn.Parameter(SMALL), right_sides(5)),
+    "a parameter as sides": lambda: (SMALL, torch.nn.Parameter(right_sides(5))),
+    "meta": lambda: (SMALL.to("meta"), right_sides(5).to("meta")),
+    "sides on meta": lambda: (SMALL, right_sides(5).to("meta")),
+    "negated": lambda: (torch.complex(SMALL, -SMALL).conj().imag, right_sides(5)),
+    "negated sides": lambda: (SMALL, torch.complex(right_sides(5), right_sides(5)).conj().imag),
+    "sparse": lambda: (SMALL.to_sparse(), right_sides(5)),
+    "nested": lambda: (SMALL, torch.nested.nested_tensor([*right_sides(5, 1)])),
+    "a vector": lambda: (SMALL[0], right_sides(5)),
+    "a number": lambda: (SMALL[0, 0], right_sides(5)),
+    "a number as sides": lambda: (SMALL, right_sides(5)[0]),
+    "4 axes": lambda: (SMALL[None, None], right_sides(1, 1, 5)),
+    "not square": lambda: (SMALL[:4], right_sides(4)),
+    "too few rows": lambda: (SMALL, right_sides(4)),
+    "too many rows": lambda: (SMALL, right_sides(6)),
+    "rows for columns": lambda: (SMALL, right_sides(3, 5)),
+    "too many axes": lambda: (SMALL, right_sides(5, 5, 5)),
+    "no batch of sides": lambda: (SMALL.expand(2, 5, 5), right_sides(5)),
+    "another batch": lambda: (SMALL.expand(2, 5, 5), right_sides(3, 5)),
+    "no sides": lambda: (SMALL, right_sides(5, 0)),
+    "no rows": lambda: (SMALL[:0, :0], right_sides(0)),
+    "no matrices": lambda: (SMALL.expand(0, 5, 5), right_sides(0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_not_usual_meets_the_checks_in_full(name):
+    assert at_once(*UNUSUAL[name]()) is NotImplemented
+
+
+@has_exchange
+@pytest.mark.parametrize(
+    ("matrix", "rhs"),
+    [
+        (with_entry(SMALL, 0, 4, math.nan), right_sides(5)),  # above the diagonal
+        (with_entry(SMALL, 2, 2, math.inf), right_sides(5)),
+        (with_entry(SMALL, 1, 2, 7.0), right_sides(5)),
+        (with_entry(SMALL, 3, 3, -1.0), right_sides(5)),
+        (1e-315 * SMALL, right_sides(5)),
+        (rank_deficient("one key"), right_sides(40)),
+        (torch.stack([SMALL, 0 * SMALL]), right_sides(2, 5)),
+        (SMALL, right_sides(5) * math.inf),
+        (SMALL, right_sides(5).float() * math.nan),
+    ],
+    ids=lambda value: "",
+)
+def test_what_is_outside_the_limits_is_looked_at_in_full(matrix, rhs):
+    assert at_once(matrix, rhs) is None
+
+
+@has_exchange
+def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch):
+    matrix, rhs = second_moment(6), right_sides(6)
+    wanted = spd_solve(matrix, rhs)
+    with monkeypatch.context() as patch:
+        patch.setattr(register, "run_cpp", register.run_cpp._replace(direct=lambda matrix, rhs: rhs + 2))
+        patch.setattr(backends_module, "_load", backends_module._load.__wrapped__)  # which finds it
+        assert torch.equal(spd_solve(matrix, rhs), rhs + 2)
+    monkeypatch.setattr(register, "check_matrix", None)
+    assert torch.equal(spd_solve(matrix, rhs), wanted)
+    with FlopCounterMode(display=False), pytest.raises(TypeError, match="NoneType"):
+        spd_solve(matrix, rhs)
+    for record in RECORDERS.values():
+        with pytest.raises(TypeError, match="NoneType"):
+            record(lambda rhs: spd_solve(matrix, rhs), rhs)
+    monkeypatch.setenv("REWRITE_CORE_BACKEND", "reference")
+    with pytest.raises(TypeError, match="NoneType"):
+        spd_solve(matrix, rhs)
+    assert torch.equal(spd_solve(matrix, rhs, backend="cpp"), wanted)
+
+
+@has_exchange
+def test_reading_tensors_from_c_leaves_no_reference():
+    matrix, rhs, narrow = SMALL.clone(), right_sides(5), right_sides(2, 5).float().T
+    counted = matrix, rhs, narrow, None, NotImplemented, torch.empty_like
+    before = [sys.getrefcount(one) for one in counted]
+    for _ in range(100):
+        x, y, fresh = at_once(matrix, rhs), at_once(matrix, narrow), rhs.clone()
+        references = sys.getrefcount(x), sys.getrefcount(y), sys.getrefcount(fresh)
+        assert len(set(references)) == 1
+        assert at_once(matrix, rhs * math.nan) is None and at_once(None, rhs) is NotImplemented
+    assert all(abs(sys.getrefcount(a) - b) < 50 for a, b in zip(counted, before, strict=True))
+
+
+def test_values_by_place_are_counted():
+    with pytest.raises(TypeError, match="6 values"):
+        extension().spd_solve_at_once(SMALL, right_sides(5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, get_num_threads, library
 from torch._C import _increment_version
 
 from ...backends import (
-    ENVIRONMENT_VARIABLE,
     Backend,
     dispatched,
     extension,
-    extension_if_any,
+    extension_at_once,
     extension_reason,
     select,
     triton_declines,
@@ -82,13 +80,11 @@ def _done_at_once(features: Tensor, out: Tensor, backend: str, precision: str, g
     may be another one, or a mistake: the checks in full then say which.
 
     Few keys take less time than those checks do: after other work on the CPU, whose caches then hold nothing of them,
-    they take a tenth of a millisecond. So this calls as little as it can."""
-    if precision != PRECISIONS[0] or dispatched(features):
+    they take a tenth of a millisecond."""
+    if precision != PRECISIONS[0]:
         return False
-    kernels = extension_if_any()
-    if kernels is None or (backend != "cpp" and (backend != "auto" or os.environ.get(ENVIRONMENT_VARIABLE))):
-        return False
-    if _CPP.load() is not run_cpp or not kernels.second_moment_at_once(features, out, groups, get_num_threads()):
+    kernels = extension_at_once(_CPP, _CPP_KERNELS, backend)
+    if kernels is None or not kernels.second_moment_at_once(features, out, groups, get_num_threads()):
         return False
     _increment_version((out,))  # as _add_to does
     return True
@@ -160,6 +156,7 @@ def _triton_declines(
     return triton_declines(features.device)
 
 
+_CPP_KERNELS = run_cpp  # whatever the name comes to mean
 _CPP = Backend("second_moment", "cpp", f"{__name__}:run_cpp", _cpp_supports)
 BACKENDS = (
     Backend("second_moment", "triton", f"{__name__}:run_triton", _triton_supports, _triton_declines),

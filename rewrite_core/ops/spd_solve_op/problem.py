@@ -19,9 +19,12 @@ SMALLEST = torch.finfo(torch.float64).tiny / EPSILON  # mean diagonal: below it 
 LARGEST_SHIFT = 1e-2  # of each diagonal entry: a matrix that needs more is no second moment
 
 
+ASYMMETRY = 1e-6  # the largest |a_ij - a_ji| that rounding may have made, of the largest diagonal entry: in float64
+
+
 def asymmetry(n: int, eps: float) -> float:
-    """The largest |a_ij - a_ji| that rounding may have made, of the largest diagonal entry; eps: of the type."""
-    return max(1e-6, n * eps)
+    """The same for sums in a type of this eps, which n may make larger."""
+    return max(ASYMMETRY, n * eps)
 
 
 def check_matrix(matrix: Tensor) -> None:

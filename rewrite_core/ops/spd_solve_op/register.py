@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, get_num_threads, library
 
-from ...backends import Backend, dispatched, extension, extension_reason, select
+from ...backends import Backend, dispatched, extension, extension_at_once, extension_reason, select
 from ..memory import plain, without_gradient
 from . import cuda
 from .factor import spd_factor
-from .problem import EPSILON, SMALLEST, Cholesky, Facts, asymmetry, check_matrix, check_rhs, refuse_in_graph
+from .problem import ASYMMETRY, EPSILON, SMALLEST, Cholesky, Facts, check_matrix, check_rhs, refuse_in_graph
 
 
 def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
@@ -25,6 +25,11 @@ def spd_solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     the capture of a CUDA graph that is refused (RewriteCoreError).
     SciPy: ``scipy.linalg.solve(a, b, assume_a="pos")``.
     """
+    kernels = extension_at_once(_CPP, _CPP_KERNELS, backend)
+    if kernels is not None:
+        x = kernels.spd_solve_at_once(matrix, rhs, ASYMMETRY, SMALLEST, EPSILON, get_num_threads())
+        if x is not NotImplemented:
+            return _by_factor(matrix, rhs, backend) if x is None else x
     check_matrix(matrix)
     check_rhs(matrix, rhs)
     refuse_in_graph(matrix, "spd_solve looks at its checks on the host", "factor with spd_factor before the capture")
@@ -105,14 +110,14 @@ def _cpp_direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
     if matrix.dtype != torch.float64:  # sums in float32 are made symmetric first
         return None
     matrix, rhs = plain(matrix).contiguous(), plain(rhs if rhs.dtype == torch.float64 else rhs.double()).contiguous()
-    x, n = torch.empty_like(rhs), matrix.shape[-1]
+    x = torch.empty_like(rhs)
     good = extension().spd_solve(
         matrices=matrix.data_ptr(),
         batch=len(matrix) if matrix.ndim == 3 else 1,
-        n=n,
-        asymmetry=asymmetry(n, EPSILON),
+        n=matrix.shape[-1],
+        asymmetry=ASYMMETRY,
         smallest_mean=SMALLEST,
-        least=n * EPSILON,
+        epsilon=EPSILON,
         rhs=rhs.data_ptr(),
         sides=1 if rhs.ndim < matrix.ndim else rhs.shape[-1],
         x=x.data_ptr(),
@@ -143,9 +148,11 @@ def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
     return extension_reason()
 
 
+_CPP_KERNELS = run_cpp  # whatever the name comes to mean
+_CPP = Backend("spd_solve", "cpp", f"{__name__}:run_cpp", _cpp_supports)
 BACKENDS = (
     Backend("spd_solve", "cuda", f"{__package__}.cuda:run_cuda", cuda.supports, cuda.declines),
-    Backend("spd_solve", "cpp", f"{__name__}:run_cpp", _cpp_supports),
+    _CPP,
     Backend("spd_solve", "reference", f"{__package__}.reference:run_reference"),
 )
 
@@ -164,7 +171,12 @@ library.define(
 
 def _solve(matrix: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     x = select("spd_solve", backend, matrix, rhs).load().direct(matrix, rhs)
-    return spd_factor(matrix, backend).solve(rhs).contiguous() if x is None else x
+    return _by_factor(matrix, rhs, backend) if x is None else x
+
+
+def _by_factor(matrix: Tensor, rhs: Tensor, backend: str) -> Tensor:
+    """The long way, which says what is wrong, or shifts."""
+    return spd_factor(matrix, backend).solve(rhs).contiguous()
 
 
 library.impl("rewrite_core::spd_solve", "CompositeExplicitAutograd", _solve)
