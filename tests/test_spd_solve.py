@@ -1,6 +1,8 @@
+import copy
 import dataclasses
 import math
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -244,6 +246,31 @@ def test_shapes(backend):
     torch.testing.assert_close(spd_solve(strided, b.mT.contiguous().mT, backend=backend), want)
     assert spd_solve(matrix, b[..., :0], backend=backend).shape == (4, 6, 0)
     assert spd_solve(matrix[:0], b[:0], backend=backend).shape == (0, 6, 3)
+
+
+@backends
+@pytest.mark.parametrize("n", [60, 200, 300])
+def test_a_factor_of_a_strided_matrix_solves(n, backend):
+    """Its look at the residual reads the matrix, not memory that has been given back."""
+    matrix, b = second_moment(n), right_sides(n, 3)
+    strided = torch.zeros(2 * n, 3 * n, dtype=torch.float64)[::2, 1::3].copy_(matrix)
+    want = torch.linalg.solve(matrix, b)
+    factor = spd_factor(strided, backend=backend)
+    by_hand = dataclasses.replace(factor, matrix=strided, lower=factor.lower.mT.contiguous().mT)
+    for each in (factor, by_hand, spd_factor(matrix.mT, backend=backend)):
+        for _ in range(3):
+            torch.testing.assert_close(each.solve(b), want)
+            assert each.condition > 1
+
+
+@backends
+@pytest.mark.parametrize("n", [60, 300])
+def test_a_factor_that_has_solved_can_be_pickled_and_copied(n, backend):
+    b = right_sides(n, 2)
+    factor = spd_factor(second_moment(n), backend=backend)
+    x = factor.solve(b)
+    for other in (pickle.loads(pickle.dumps(factor)), copy.deepcopy(factor), dataclasses.replace(factor)):
+        assert torch.equal(other.solve(b), x)
 
 
 @backends

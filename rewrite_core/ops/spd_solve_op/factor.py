@@ -141,7 +141,7 @@ def spd_factor(matrix: Tensor, backend: str = "auto", noise: float = 0.0, rank: 
     refuse_in_graph(matrix, "spd_factor looks at its checks on the host", "factor before the capture")
     _refuse_recorded("spd_factor")
     eps = torch.finfo(matrix.dtype).eps  # a sum in float32 need not be symmetric to the last bit
-    matrix = plain(matrix.detach().double())
+    matrix = plain(matrix.detach().double()).contiguous()  # once, not in each solve
     full = matrix if matrix.ndim == 3 else matrix[None]
     kernels = select("spd_solve", backend, matrix).load()
     given = full

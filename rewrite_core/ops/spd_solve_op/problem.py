@@ -86,6 +86,15 @@ class Facts(NamedTuple):
 Solve = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None"], "Tensor | None"]
 
 
+# A factor that has solved holds its backend: functions with names, as pickle finds no others.
+def _no_direct(matrix: Tensor, rhs: Tensor) -> Tensor | None:
+    return None
+
+
+def _no_sketch(matrix: Tensor) -> Tensor | None:
+    return None
+
+
 class Cholesky(NamedTuple):
     """One backend: what differs between them; checks and shifts are shared."""
 
@@ -93,6 +102,6 @@ class Cholesky(NamedTuple):
     factor: Callable[[Tensor, Tensor, float], tuple[Tensor, list[Facts]]]
     solve: Solve
     # matrix and rhs -> all in one call, or None where a check fails and the long way will say which
-    direct: Callable[[Tensor, Tensor], Tensor | None] = lambda matrix, rhs: None
+    direct: Callable[[Tensor, Tensor], Tensor | None] = _no_direct
     # matrix -> what a solve sees its residual by, without the matrix; None: it has no need of that
-    sketch: Callable[[Tensor], Tensor | None] = lambda matrix: None
+    sketch: Callable[[Tensor], Tensor | None] = _no_sketch

@@ -89,11 +89,11 @@ def _cpp_sketch(matrix: Tensor, isa: str = "") -> Tensor:
 def _cpp_solve(
     matrix: Tensor, lower: Tensor, rhs: Tensor, sketch: Tensor | None = None, isa: str = ""
 ) -> Tensor | None:
-    rhs = plain(rhs).contiguous()
+    matrix, lower, rhs = matrix.contiguous(), lower.contiguous(), plain(rhs).contiguous()  # kept for the call
     x = torch.empty_like(rhs)
     finite = extension().cholesky_solve(
-        matrices=matrix.contiguous().data_ptr(),
-        lower=lower.contiguous().data_ptr(),
+        matrices=matrix.data_ptr(),
+        lower=lower.data_ptr(),
         sketches=None if sketch is None else sketch.data_ptr(),
         batch=len(matrix) if matrix.ndim == 3 else 1,
         n=matrix.shape[-1],
