@@ -12,70 +12,63 @@
 namespace rewrite_core {
 namespace {
 
-constexpr int64_t block_size = 64;      // columns factored before the rest of the matrix is updated
 constexpr int64_t most_kept = 1 << 23;  // bytes of work space that a thread keeps for its next call
 
 // Work space of one matrix.
 struct Space {
-  Aligned<double> packed, transposed, columns;
-  Space(int64_t n, int width)
-      : packed((n + width) * block_size),
-        transposed(block_size * block_size),
-        columns(4 * factor_length(block_size, width)) {}
-  bool ok() const { return packed.data() && transposed.data() && columns.data(); }
+  Aligned<double> packed, transposed;
+  Space(int64_t n, int width) : packed((n + width) * block_size), transposed(block_size * block_size) {}
+  bool ok() const { return packed.data() && transposed.data(); }
 };
 
-int64_t tile_size(const SPDSolveKernels& kernels) { return kernels.rows * kernels.panels * kernels.width; }
+constexpr int64_t update_rows = 32;  // updated by one thread at a time; columns are read once for all of them
 
 // Right-looking blocked factorisation: factor a diagonal block, solve for the rows below it, subtract their
-// products (a second moment of the rows!) from the rest.
-// `all_sums` has tile_size(kernels) numbers for each worker. Returns 0, or the 1-based number of a pivot that is not
-// positive.
+// products (a second moment of the rows!) from the rest. One thread factors the next block while others still subtract.
+// Returns 0, or the 1-based number of a pivot that is not positive.
 template <class Workers>
-int64_t factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n, const Space& space,
-               double* all_sums) {
+int64_t factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t n, const Space& space) {
   const int64_t width = kernels.width, panel_size = width * block_size;
-  for (int64_t k = 0; k < n; k += block_size) {
-    const int64_t size = std::min(block_size, n - k), below = k + size, rest = n - below;
-    const int64_t panels = (rest + width - 1) / width;
-    const int bad = kernels.factor_block(a + k * n + k, n, n - k, static_cast<int>(size), space.columns.data());
-    if (bad) return k + bad;
-    if (rest == 0) break;
-    for (int64_t i = 0; i < size; ++i) {
-      for (int64_t j = 0; j < size; ++j) space.transposed.data()[j * size + i] = a[(k + i) * n + k + j];
-    }
+  double *const packed = space.packed.data(), *const transposed = space.transposed.data();
+  const auto factor_at = [&](int64_t k) -> int64_t {
+    const int bad = kernels.factor_block(a + k * (n + 1), n, static_cast<int>(std::min(block_size, n - k)), transposed);
+    return bad ? k + bad : 0;
+  };
+  int64_t bad = factor_at(0);
+  for (int64_t below = block_size; below < n && !bad; below += block_size) {
+    const int64_t rest = n - below, panels = (rest + width - 1) / width;
     team.each([&](int) {
       for (int64_t panel = team.next(); panel < panels; panel = team.next()) {
-        double* packed = space.packed.data() + panel * panel_size;
-        const int64_t row = below + panel * width, rows = std::min(width, n - row);
-        kernels.pack(a + row * n + k, n, static_cast<int>(rows), static_cast<int>(size), packed);
-        kernels.solve_panel(packed, space.transposed.data(), static_cast<int>(size));
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < size; ++j) a[(row + i) * n + k + j] = packed[j * width + i];
-        }
+        const int64_t row = below + panel * width;
+        kernels.solve_rows(a + row * n + below - block_size, n, static_cast<int>(std::min(width, n - row)), transposed,
+                           packed + panel * panel_size);
       }
     });
 
-    const int64_t row_groups = (rest + kernels.rows - 1) / kernels.rows;
-    team.each([&](int worker) {
-      double* const sums = all_sums + worker * tile_size(kernels);
-      for (int64_t task = team.next(); task < row_groups; task = team.next()) {
-        const int64_t row = (row_groups - 1 - task) * kernels.rows;  // the longest rows first
-        for (int64_t panel = 0; panel * width <= row; panel += kernels.panels) {
-          const int64_t count = std::min<int64_t>(row / width + 1 - panel, kernels.panels);
-          std::fill(sums, sums + kernels.rows * count * width, 0.0);
-          kernels.tile(space.packed.data() + row / width * panel_size + row % width,
-                       space.packed.data() + panel * panel_size, panel_size, static_cast<int>(count),
-                       static_cast<int>(size), sums);
-          for (int64_t i = row; i < std::min(row + kernels.rows, rest); ++i) {
-            const int64_t end = std::min(count * width, i + 1 - panel * width);  // up to the diagonal
-            double* target = a + (below + i) * n + below + panel * width;
-            for (int64_t j = 0; j < end; ++j) target[j] -= sums[(i - row) * count * width + j];
-          }
+    const auto subtract = [&](int64_t first, int64_t end) {  // from rows of the rest, up to the diagonal
+      for (int64_t column = 0; column < end; column += kernels.panels * width) {
+        for (int64_t row = std::max(first, column - column % width); row < end; row += width) {
+          const int64_t count = std::min<int64_t>((row - column) / width + 1, kernels.panels);
+          kernels.subtract(packed + row / width * panel_size, packed + column / width * panel_size,
+                           static_cast<int>(count),
+                           {a + (below + row) * n + below + column, n, rest - row, rest - column});
+        }
+      }
+    };
+    const int64_t left = std::max<int64_t>(rest - block_size, 0), groups = (left + update_rows - 1) / update_rows;
+    team.each([&](int) {
+      for (int64_t task = team.next(); task <= groups; task = team.next()) {
+        if (task == 0) {
+          subtract(0, std::min(block_size, rest));
+          bad = factor_at(below);
+        } else {  // the longest rows first
+          const int64_t row = block_size + (groups - task) * update_rows;
+          subtract(row, std::min(row + update_rows, rest));
         }
       }
     });
   }
+  if (bad) return bad;
   team.each([&](int) {
     for (int64_t row = team.next(); row < n; row = team.next()) {
       std::fill(a + row * n + row + 1, a + (row + 1) * n, 0.0);
@@ -182,11 +175,10 @@ Status cholesky(const double* matrices, double* lower, int64_t batch, int64_t n,
 
   if (share) {
     const Space space(n, kernels.width);
-    Aligned<double> sums(threads * tile_size(kernels));
-    if (!space.ok() || !sums.data()) return Status::out_of_memory;
+    if (!space.ok()) return Status::out_of_memory;
     for (int64_t b = 0; b < batch; ++b) {
       int64_t failed = 0;
-      Team::run(threads, [&](Team& team) { failed = factor(team, kernels, lower + b * n * n, n, space, sums.data()); });
+      Team::run(threads, [&](Team& team) { failed = factor(team, kernels, lower + b * n * n, n, space); });
       info[b] = failed ? failed : first_bad_pivot(lower + b * n * n, diagonals.data() + b * n, n, least);
     }
     return Status::ok;
@@ -194,14 +186,13 @@ Status cholesky(const double* matrices, double* lower, int64_t batch, int64_t n,
   Team::run(static_cast<int>(std::min<int64_t>(threads, batch)), [&](Team& team) {
     team.each([&](int) {
       const Space space(n, kernels.width);
-      Aligned<double> sums(tile_size(kernels));
       for (int64_t b = team.next(); b < batch; b = team.next()) {
-        if (!space.ok() || !sums.data()) {
+        if (!space.ok()) {
           out_of_memory = true;
           continue;
         }
         Solo solo;
-        const int64_t failed = factor(solo, kernels, lower + b * n * n, n, space, sums.data());
+        const int64_t failed = factor(solo, kernels, lower + b * n * n, n, space);
         info[b] = failed ? failed : first_bad_pivot(lower + b * n * n, diagonals.data() + b * n, n, least);
       }
     });

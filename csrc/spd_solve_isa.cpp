@@ -10,96 +10,140 @@ namespace {
 typedef Vec<double> Wide;
 constexpr int width = lanes<double>;
 
-// A tile fills the register file: rows x panels vectors of sums, `panels` of columns, one broadcast.
 constexpr int most_rows = registers >= 32 ? 8 : 4;
-constexpr int tile_rows = width < most_rows ? width : most_rows;
-constexpr int tile_panels = (registers - 1) / (tile_rows + 1) < 4 ? (registers - 1) / (tile_rows + 1) : 4;
 
-// Four columns at a time, so that what is right of them is read and written once for four products. The last vector of
-// a row may reach past the diagonal, where nothing is read again, as long as that is inside the row.
-int factor_block(double* block, int64_t stride, int64_t room, int size, double* columns) {
-  const int64_t length = factor_length(size, width);
+// A tile fills the register file: width x panels vectors of sums, `panels` of columns, one broadcast.
+constexpr int tile_panels = (registers - 1) / (width + 1) < 4 ? (registers - 1) / (width + 1) : 4;
+
+// Rows of lower^T, four at a time: what is below them is read and written once for four products.
+int factor_block(double* block, int64_t stride, int size, double* transposed) {
+  const int padded = (size + width - 1) / width * width;
+  for (int i = 0; i < size; i += 4) {
+    const int count = size - i < 4 ? size - i : 4;
+    for (int j = 0; j < i; ++j) {
+      for (int q = 0; q < count; ++q) transposed[j * block_size + i + q] = block[(i + q) * stride + j];
+    }
+    for (int q = 0; q < count; ++q) {
+      double* const row = transposed + (i + q) * block_size;
+      for (int k = i - i % width; k < padded; ++k) row[k] = k < i + q || k >= size ? 0.0 : block[k * stride + i + q];
+    }
+  }
   for (int j = 0; j < size; j += 4) {
     const int count = size - j < 4 ? size - j : 4, next = j + count;
+    double* const rows = transposed + j * block_size;
+    double corner[4][4], root[4];  // of lower: the same numbers as in the vectors below, and sooner
     for (int q = 0; q < count; ++q) {
-      const double* const own = block + (j + q) * stride + j;  // the row of this column's pivot
-      double* const column = columns + q * length;
-      for (int i = j + q; i < size; ++i) {
-        double* const row = block + i * stride + j;
-        double rest = row[q];
-        for (int p = 0; p < q; ++p) rest -= row[p] * own[p];
-        if (i == j + q) {
-          if (!(rest > 0.0)) return i + 1;  // also for NaN
-          row[q] = __builtin_sqrt(rest);
+      for (int i = q; i < count; ++i) {
+        double rest = rows[q * block_size + j + i];
+        for (int p = 0; p < q; ++p) rest -= corner[i][p] * corner[q][p];
+        if (i > q) {
+          corner[i][q] = rest / root[q];
         } else {
-          column[i] = row[q] = rest / own[q];
+          if (!(rest > 0.0)) return j + q + 1;  // also for NaN
+          root[q] = __builtin_sqrt(rest);
         }
       }
     }
-    for (int i = next; i < size; ++i) {
-      double* const row = block + i * stride;
-      double scale[4];
-      for (int q = 0; q < 4; ++q) scale[q] = columns[q * length + i];
-      int k = next;
-      for (; k <= i && k + width <= room; k += width) {
-        Wide rest = load_wide(row + k);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) rest -= scale[q] * load_wide(columns + q * length + k);
-        store_wide(row + k, rest);
-      }
-      for (; k <= i; ++k) {
-        for (int q = 0; q < 4; ++q) row[k] -= scale[q] * columns[q * length + k];
+    for (int k = j - j % width; k < size; k += width) {
+      Wide value[4];
+      for (int q = 0; q < count; ++q) {
+        value[q] = load_wide(rows + q * block_size + k);
+        for (int p = 0; p < q; ++p) value[q] -= corner[q][p] * value[p];
+        value[q] /= root[q];
+        store_wide(rows + q * block_size + k, value[q]);
       }
     }
+    for (int q = 0; q < count; ++q) rows[q * block_size + j + q] = root[q];
+    for (int i = next; i < size; ++i) {
+      double* const row = transposed + i * block_size;
+      double scale[4];
+      for (int q = 0; q < 4; ++q) scale[q] = rows[q * block_size + i];
+      for (int k = i - i % width; k < size; k += width) {
+        Wide rest = load_wide(row + k);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) rest -= scale[q] * load_wide(rows + q * block_size + k);
+        store_wide(row + k, rest);
+      }
+    }
+  }
+  for (int i = 0; i < size; ++i) {
+    for (int j = 0; j <= i; ++j) block[i * stride + j] = transposed[j * block_size + i];
   }
   return 0;
 }
 
-void pack(const double* from, int64_t stride, int count, int size, double* packed) {
-  for (int k = 0; k < size; ++k) {
-    for (int row = 0; row < count; ++row) packed[k * width + row] = from[row * stride + k];
+void solve_rows(double* rows, int64_t stride, int count, const double* transposed, double* packed) {
+  Wide* const x = reinterpret_cast<Wide*>(packed);
+  for (int k = 0; k < block_size; ++k) {
+    for (int row = 0; row < count; ++row) packed[k * width + row] = rows[row * stride + k];
     for (int row = count; row < width; ++row) packed[k * width + row] = 0.0;
+  }
+  for (int j = 0; j < block_size; j += 4) {
+    for (int i = 0; i < 4; ++i) {
+      for (int k = 0; k < i; ++k) x[j + i] -= transposed[(j + k) * block_size + j + i] * x[j + k];
+      x[j + i] /= transposed[(j + i) * block_size + j + i];
+    }
+    const Wide x0 = x[j], x1 = x[j + 1], x2 = x[j + 2], x3 = x[j + 3];
+    const double* row = transposed + j * block_size;
+    for (int k = j + 4; k < block_size; ++k) {
+      x[k] = x[k] - row[k] * x0 - row[block_size + k] * x1 - row[2 * block_size + k] * x2 - row[3 * block_size + k] * x3;
+    }
+  }
+  for (int row = 0; row < count; ++row) {
+    for (int k = 0; k < block_size; ++k) rows[row * stride + k] = packed[k * width + row];
   }
 }
 
 template <int panels>
-void tile_of(const double* row, const double* columns, int64_t panel_stride, int size, double* sums) {
-  Wide sum[tile_rows][panels] = {};
-  for (int k = 0; k < size; ++k) {
+void subtract_of(const double* row, const double* columns, Part target) {
+  const bool whole = target.rows >= width && target.columns >= panels * width;
+  if (whole) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < panels; ++j) __builtin_prefetch(target.data + i * target.stride + j * width, 1);
+    }
+  }
+  Wide sum[width][panels] = {};
+  for (int k = 0; k < block_size; ++k) {
     Wide column[panels];
 #pragma GCC unroll 4
-    for (int j = 0; j < panels; ++j) column[j] = *reinterpret_cast<const Wide*>(columns + j * panel_stride + k * width);
+    for (int j = 0; j < panels; ++j) column[j] = *reinterpret_cast<const Wide*>(columns + (j * block_size + k) * width);
 #pragma GCC unroll 8
-    for (int i = 0; i < tile_rows; ++i) {
+    for (int i = 0; i < width; ++i) {
       const double scale = row[k * width + i];
 #pragma GCC unroll 4
       for (int j = 0; j < panels; ++j) sum[i][j] += scale * column[j];
     }
   }
-  const double* flat = reinterpret_cast<const double*>(sum);
-  for (int i = 0; i < tile_rows * panels * width; ++i) sums[i] += flat[i];
-}
-
-void tile(const double* row, const double* columns, int64_t panel_stride, int panel_count, int size, double* sums) {
-  if (panel_count == 1) return tile_of<1>(row, columns, panel_stride, size, sums);
-  if (panel_count == 2) return tile_of<2>(row, columns, panel_stride, size, sums);
-  if (panel_count == 3) return tile_of<3>(row, columns, panel_stride, size, sums);
-  return tile_of<tile_panels>(row, columns, panel_stride, size, sums);
-}
-
-void solve_panel(double* packed, const double* transposed, int size) {
-  Wide* x = reinterpret_cast<Wide*>(packed);
-  for (int j = 0; j < size; j += 4) {
-    for (int i = 0; i < 4; ++i) {
-      for (int k = 0; k < i; ++k) x[j + i] -= transposed[(j + k) * size + j + i] * x[j + k];
-      x[j + i] /= transposed[(j + i) * size + j + i];
+  if (whole) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < panels; ++j) {
+        double* const place = target.data + i * target.stride + j * width;
+        store_wide(place, load_wide(place) - sum[i][j]);
+      }
     }
-    const Wide x0 = x[j], x1 = x[j + 1], x2 = x[j + 2], x3 = x[j + 3];
-    const double* row = transposed + j * size;
-    for (int k = j + 4; k < size; ++k) {
-      x[k] = x[k] - row[k] * x0 - row[size + k] * x1 - row[2 * size + k] * x2 - row[3 * size + k] * x3;
+    return;
+  }
+  double flat[width * panels * width];
+#pragma GCC unroll 8
+  for (int i = 0; i < width; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < panels; ++j) store_wide(flat + (i * panels + j) * width, sum[i][j]);
+  }
+  for (int i = 0; i < width && i < target.rows; ++i) {
+    for (int j = 0; j < panels * width && j < target.columns; ++j) {
+      target.data[i * target.stride + j] -= flat[i * panels * width + j];
     }
   }
+}
+
+void subtract(const double* row, const double* columns, int panel_count, Part target) {
+  if (panel_count == 1) return subtract_of<1>(row, columns, target);
+  if (panel_count == 2) return subtract_of<2>(row, columns, target);
+  return subtract_of<tile_panels>(row, columns, target);
 }
 
 inline double sum_lanes(Wide v) {
@@ -464,9 +508,8 @@ void multiply(const SymmetricProduct& product, Range rows, Range columns, Sizes 
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {width,        tile_rows,   tile_panels, pack,     tile,
-                                           factor_block, solve_panel, forward,     backward, take_left,
-                                           take_below,   solve_wide,  multiply};
+const SPDSolveKernels spd_solve_kernels = {width,   tile_panels, factor_block, solve_rows, subtract, forward,
+                                           backward, take_left,   take_below,   solve_wide, multiply};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

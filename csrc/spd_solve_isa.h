@@ -26,28 +26,30 @@ struct ProductSums {
   double *y, *z;
 };
 
-// Rows of the matrix are packed in panels of `width`, [size][width]; a tile is `rows` rows (a divisor of width) by up
-// to `panels` panels.
+// Rows and columns of a matrix that may be written, with rows `stride` apart.
+struct Part {
+  double* data;
+  int64_t stride, rows, columns;
+};
+
+constexpr int64_t block_size = 64;  // columns factored before the rest of the matrix is updated
+
+// Rows of the matrix are packed in panels of `width`, [block_size][width]; a tile is one panel's rows by the rows of up
+// to `panels` others.
 struct SPDSolveKernels {
   int width;
-  int rows;
   int panels;
 
-  // Packs `count` <= width rows of `size` values and zeros for the missing ones.
-  void (*pack)(const double* from, int64_t stride, int count, int size, double* packed);
+  // Cholesky factor of one block of at most block_size rows, in place (row-major, row stride `stride`), and its
+  // transpose in [block_size][block_size]. Returns 0, or the 1-based number of the first pivot that is not positive.
+  int (*factor_block)(double* block, int64_t stride, int size, double* transposed);
 
-  // sums[rows][panel_count * width] += the products of one panel's rows with those of others.
-  // row: `rows` neighbours inside their panel; columns: panel_count panels, panel_stride apart.
-  void (*tile)(const double* row, const double* columns, int64_t panel_stride, int panel_count, int size, double* sums);
+  // row <- row * lower^-T for `count` <= width rows of block_size numbers, and the same packed, with zeros for the
+  // missing ones. transposed is lower^T.
+  void (*solve_rows)(double* rows, int64_t stride, int count, const double* transposed, double* packed);
 
-  // Cholesky factor of one small block in place (row-major, row stride `stride`, `room` numbers of the row from the
-  // block on); columns: scratch of 4 * factor_length numbers. What is above the diagonal is left with anything.
-  // Returns 0, or the 1-based number of the first pivot that is not positive.
-  int (*factor_block)(double* block, int64_t stride, int64_t room, int size, double* columns);
-
-  // packed [size][width]: row <- row * lower^-T for each row of the panel. transposed [size][size] is lower^T; size is
-  // a multiple of 4.
-  void (*solve_panel)(double* packed, const double* transposed, int size);
+  // target -= the products of one panel's rows with those of `panel_count` <= panels others in a row.
+  void (*subtract)(const double* row, const double* columns, int panel_count, Part target);
 
   // A few right-hand sides x[r * length], fewer than `wide_from`, in place, and a triangle [n, n] with rows `stride`
   // apart: L y = x, and L^T x = y.
@@ -70,8 +72,6 @@ struct SPDSolveKernels {
   void (*multiply)(const SymmetricProduct& product, Range rows, Range columns, Sizes sizes, ProductSums own,
                    ProductSums mirrored);
 };
-
-inline int64_t factor_length(int64_t size, int width) { return size + width; }
 
 constexpr int wide_from = 4, wide_vectors = 3;
 
