@@ -77,37 +77,63 @@ int64_t factor(Workers& team, const SPDSolveKernels& kernels, double* a, int64_t
   return 0;
 }
 
+// How far a matrix is from symmetric, in lanes that a compiler can make vectors of.
+struct Seen {
+  static constexpr int64_t few = 8;     // numbers in a cache line
+  double difference[few], poison[few];  // poison: 0, or NaN once anything was not finite
+
+  // One square of the lower triangle, `few` rows by as many columns, up to the diagonal and the last row. A line of a
+  // column's entries is read once so, however far apart they are. ahead: the square block_size columns on comes next.
+  void compare(const double* a, int64_t n, int64_t row, int64_t column, bool ahead) {
+    const int64_t rows = std::min(few, n - row);
+    const double *own = a + row * n + column, *mirrored = a + column * n + row;
+    const auto look = [&](int64_t i, int64_t j) {
+      const double one = std::abs(own[i * n + j] - mirrored[j * n + i]);
+      difference[j] = one > difference[j] ? one : difference[j];
+      poison[j] += one - one;
+    };
+    if (column == row || rows < few) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < few && column + j <= row + i; ++j) look(i, j);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < few; ++i) {
+      if (ahead) {
+        __builtin_prefetch(own + i * n + block_size);
+        __builtin_prefetch(mirrored + std::min(block_size + i, n - 1 - column) * n);
+      }
+      for (int64_t j = 0; j < few; ++j) look(i, j);
+    }
+  }
+};
+
 }  // namespace
 
 Status examine(const double* matrices, int64_t batch, int64_t n, double* found, int threads) {
   if (batch < 0 || n < 1 || (batch > 0 && (!matrices || !found))) return Status::bad_argument;
   const int64_t blocks = (n + block_size - 1) / block_size;
   threads = static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + batch * n * n / (1 << 16)));
-  struct Seen {
-    double difference, poison;  // poison: 0, or NaN once anything was not finite
-  };
   Aligned<Seen> memory(threads);
   if (!memory.data()) return Status::out_of_memory;
   Seen* const seen = memory.data();
   Team::run(threads, [&](Team& team) {
     for (int64_t b = 0; b < batch; ++b) {
       const double* a = matrices + b * n * n;
-      std::fill(seen, seen + threads, Seen{0, 0});
+      std::fill(seen, seen + threads, Seen{});
       team.each([&](int worker) {
-        double largest = seen[worker].difference, poison = seen[worker].poison;
+        Seen own = seen[worker];
         for (int64_t block = team.next(); block < blocks; block = team.next()) {
           const int64_t first = block * block_size, last = std::min(first + block_size, n);
           for (int64_t other = 0; other <= first; other += block_size) {
-            for (int64_t i = first; i < last; ++i) {
-              for (int64_t j = other; j < std::min(other + block_size, i + 1); ++j) {
-                const double difference = std::abs(a[i * n + j] - a[j * n + i]);
-                largest = difference > largest ? difference : largest;
-                poison += difference - difference;
+            for (int64_t row = first; row < last; row += Seen::few) {
+              for (int64_t column = other; column < std::min(other + block_size, row + 1); column += Seen::few) {
+                own.compare(a, n, row, column, other < first);
               }
             }
           }
         }
-        seen[worker] = {largest, poison};
+        seen[worker] = own;
       });
       double sum = 0, top = 0, difference = 0;
       for (int64_t i = 0; i < n; ++i) {
@@ -116,8 +142,9 @@ Status examine(const double* matrices, int64_t batch, int64_t n, double* found, 
         top = std::max(top, std::abs(entry));
       }
       for (int worker = 0; worker < threads; ++worker) {
-        difference =
-            std::max(difference, seen[worker].difference) + seen[worker].poison;  // one NaN is enough, and stays
+        for (int64_t j = 0; j < Seen::few; ++j) {  // one NaN is enough, and stays
+          difference = std::max(difference, seen[worker].difference[j]) + seen[worker].poison[j];
+        }
       }
       double* const out = found + 3 * b;
       out[0] = sum / static_cast<double>(n);

@@ -15,46 +15,87 @@ constexpr int most_rows = registers >= 32 ? 8 : 4;
 // A tile fills the register file: width x panels vectors of sums, `panels` of columns, one broadcast.
 constexpr int tile_panels = (registers - 1) / (width + 1) < 4 ? (registers - 1) / (width + 1) : 4;
 
-// Rows of lower^T, four at a time: what is below them is read and written once for four products.
-int factor_block(double* block, int64_t stride, int size, double* transposed) {
-  const int padded = (size + width - 1) / width * width;
-  for (int i = 0; i < size; i += 4) {
-    const int count = size - i < 4 ? size - i : 4;
-    for (int j = 0; j < i; ++j) {
-      for (int q = 0; q < count; ++q) transposed[j * block_size + i + q] = block[(i + q) * stride + j];
+// to[c * to_stride + r] = from[r * stride + c] for r, c < width.
+inline void transpose(const double* from, int64_t stride, double* to, int64_t to_stride) {
+  Wide rows[width];
+#pragma GCC unroll 8
+  for (int r = 0; r < width; ++r) rows[r] = load_wide(from + r * stride);
+#pragma GCC unroll 4
+  for (int apart = 1; apart < width; apart *= 2) {  // swaps what is off the diagonal, in squares of twice this size
+    Vec<int64_t> upper, lower;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < width; ++lane) {
+      upper[lane] = lane & apart ? width + lane - apart : lane;
+      lower[lane] = lane & apart ? width + lane : lane + apart;
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < width; ++r) {
+      if (r & apart) continue;
+      const Wide first = rows[r], second = rows[r + apart];
+      rows[r] = shuffle(first, second, upper);
+      rows[r + apart] = shuffle(first, second, lower);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < width; ++c) store_wide(to + c * to_stride, rows[c]);
+}
+
+// Rows j, ..., j + count - 1 of lower^T, when those above them are subtracted. Returns 0 or the number of a bad pivot.
+template <int count>
+inline int finish_rows(double* transposed, int j, int size) {
+  double* const rows = transposed + j * block_size;
+  double corner[count][count], root[count];  // the same numbers as in the vectors below, and sooner
+#pragma GCC unroll 4
+  for (int q = 0; q < count; ++q) {
+#pragma GCC unroll 4
+    for (int i = q; i < count; ++i) {
+      double rest = rows[q * block_size + j + i];
+#pragma GCC unroll 4
+      for (int p = 0; p < q; ++p) rest -= corner[i][p] * corner[q][p];
+      if (i > q) {
+        corner[i][q] = rest / root[q];
+      } else {
+        if (!(rest > 0.0)) return j + q + 1;  // also for NaN
+        root[q] = __builtin_sqrt(rest);
+      }
+    }
+  }
+  for (int k = j - j % width; k < size; k += width) {
+    Wide value[count];
+#pragma GCC unroll 4
     for (int q = 0; q < count; ++q) {
-      double* const row = transposed + (i + q) * block_size;
-      for (int k = i - i % width; k < padded; ++k) row[k] = k < i + q || k >= size ? 0.0 : block[k * stride + i + q];
+      value[q] = load_wide(rows + q * block_size + k);
+#pragma GCC unroll 4
+      for (int p = 0; p < q; ++p) value[q] -= corner[q][p] * value[p];
+      value[q] /= root[q];
+      store_wide(rows + q * block_size + k, value[q]);
+    }
+  }
+  for (int q = 0; q < count; ++q) rows[q * block_size + j + q] = root[q];
+  return 0;
+}
+
+// What is left of the diagonal in lower^T, and above it in lower, is anything: numbers there meet only each other.
+int factor_block(double* block, int64_t stride, int size, double* transposed) {
+  const int whole = size - size % width;
+  for (int i = 0; i < whole; i += width) {
+    for (int j = 0; j <= i; j += width)
+      transpose(block + i * stride + j, stride, transposed + j * block_size + i, block_size);
+  }
+  for (int j = 0; j < size && whole < size; ++j) {
+    for (int i = whole; i < whole + width; ++i) {
+      transposed[j * block_size + i] = j <= i && i < size ? block[i * stride + j] : 0.0;
     }
   }
   for (int j = 0; j < size; j += 4) {
-    const int count = size - j < 4 ? size - j : 4, next = j + count;
-    double* const rows = transposed + j * block_size;
-    double corner[4][4], root[4];  // of lower: the same numbers as in the vectors below, and sooner
-    for (int q = 0; q < count; ++q) {
-      for (int i = q; i < count; ++i) {
-        double rest = rows[q * block_size + j + i];
-        for (int p = 0; p < q; ++p) rest -= corner[i][p] * corner[q][p];
-        if (i > q) {
-          corner[i][q] = rest / root[q];
-        } else {
-          if (!(rest > 0.0)) return j + q + 1;  // also for NaN
-          root[q] = __builtin_sqrt(rest);
-        }
-      }
-    }
-    for (int k = j - j % width; k < size; k += width) {
-      Wide value[4];
-      for (int q = 0; q < count; ++q) {
-        value[q] = load_wide(rows + q * block_size + k);
-        for (int p = 0; p < q; ++p) value[q] -= corner[q][p] * value[p];
-        value[q] /= root[q];
-        store_wide(rows + q * block_size + k, value[q]);
-      }
-    }
-    for (int q = 0; q < count; ++q) rows[q * block_size + j + q] = root[q];
-    for (int i = next; i < size; ++i) {
+    const int count = size - j < 4 ? size - j : 4;
+    const int bad = count == 4   ? finish_rows<4>(transposed, j, size)
+                    : count == 3 ? finish_rows<3>(transposed, j, size)
+                    : count == 2 ? finish_rows<2>(transposed, j, size)
+                                 : finish_rows<1>(transposed, j, size);
+    if (bad) return bad;
+    const double* const rows = transposed + j * block_size;
+    for (int i = j + count; i < size; ++i) {  // only after four: they are read and written once for all of these
       double* const row = transposed + i * block_size;
       double scale[4];
       for (int q = 0; q < 4; ++q) scale[q] = rows[q * block_size + i];
@@ -66,7 +107,11 @@ int factor_block(double* block, int64_t stride, int size, double* transposed) {
       }
     }
   }
-  for (int i = 0; i < size; ++i) {
+  for (int i = 0; i < whole; i += width) {
+    for (int j = 0; j <= i; j += width)
+      transpose(transposed + j * block_size + i, block_size, block + i * stride + j, stride);
+  }
+  for (int i = whole; i < size; ++i) {
     for (int j = 0; j <= i; ++j) block[i * stride + j] = transposed[j * block_size + i];
   }
   return 0;
@@ -74,9 +119,12 @@ int factor_block(double* block, int64_t stride, int size, double* transposed) {
 
 void solve_rows(double* rows, int64_t stride, int count, const double* transposed, double* packed) {
   Wide* const x = reinterpret_cast<Wide*>(packed);
-  for (int k = 0; k < block_size; ++k) {
-    for (int row = 0; row < count; ++row) packed[k * width + row] = rows[row * stride + k];
-    for (int row = count; row < width; ++row) packed[k * width + row] = 0.0;
+  if (count == width) {
+    for (int k = 0; k < block_size; k += width) transpose(rows + k, stride, packed + k * width, width);
+  } else {
+    for (int k = 0; k < block_size; ++k) {
+      for (int row = 0; row < width; ++row) packed[k * width + row] = row < count ? rows[row * stride + k] : 0.0;
+    }
   }
   for (int j = 0; j < block_size; j += 4) {
     for (int i = 0; i < 4; ++i) {
@@ -86,11 +134,16 @@ void solve_rows(double* rows, int64_t stride, int count, const double* transpose
     const Wide x0 = x[j], x1 = x[j + 1], x2 = x[j + 2], x3 = x[j + 3];
     const double* row = transposed + j * block_size;
     for (int k = j + 4; k < block_size; ++k) {
-      x[k] = x[k] - row[k] * x0 - row[block_size + k] * x1 - row[2 * block_size + k] * x2 - row[3 * block_size + k] * x3;
+      x[k] =
+          x[k] - row[k] * x0 - row[block_size + k] * x1 - row[2 * block_size + k] * x2 - row[3 * block_size + k] * x3;
     }
   }
-  for (int row = 0; row < count; ++row) {
-    for (int k = 0; k < block_size; ++k) rows[row * stride + k] = packed[k * width + row];
+  if (count == width) {
+    for (int k = 0; k < block_size; k += width) transpose(packed + k * width, width, rows + k, stride);
+  } else {
+    for (int row = 0; row < count; ++row) {
+      for (int k = 0; k < block_size; ++k) rows[row * stride + k] = packed[k * width + row];
+    }
   }
 }
 
@@ -508,7 +561,7 @@ void multiply(const SymmetricProduct& product, Range rows, Range columns, Sizes 
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {width,   tile_panels, factor_block, solve_rows, subtract, forward,
+const SPDSolveKernels spd_solve_kernels = {width,    tile_panels, factor_block, solve_rows, subtract, forward,
                                            backward, take_left,   take_below,   solve_wide, multiply};
 
 }  // namespace REWRITE_CORE_ISA
