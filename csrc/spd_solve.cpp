@@ -263,6 +263,9 @@ Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
 // right-hand sides.
 // Into what parts, and in which order these are added up, depends on n alone: so the bits do not depend on the threads.
 constexpr int64_t shared_from = 384, substitution_shared_from = 1024;
+// From here on, where no cache holds a factor, a helper that is late in the midst of a substitution costs more than its
+// help is worth: with cores taken, one thread goes alone.
+constexpr int64_t alone_from = 2560;
 constexpr int64_t left_rows = 8, below_columns = 256;  // of one task
 constexpr int64_t alone_below = 192;                   // columns: less is done before a helper has come
 constexpr int cache_line = 64;
@@ -652,6 +655,7 @@ Status cholesky_solve(const double* matrices, const double* lower, const double*
   const SPDSolveKernels& kernels = spd_solve_kernels_for(isa);
   const double work = static_cast<double>(batch) * m * n * n;
   const int64_t from = sketches && m < wide_from ? substitution_shared_from : shared_from;
+  if (from == substitution_shared_from && n >= alone_from && batch < threads && Team::crowded()) threads = 1;
   const bool share = n >= from && batch < threads;  // one matrix by all threads, else one thread each
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / (share ? 1e5 : 1e6)));
   const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;

@@ -153,10 +153,9 @@ bool Team::choose(const std::string& kind) {
   return choice >= 0;
 }
 
-bool Team::own_helpers() {
-  if (chosen) return chosen == 2;
-  return crowd.expected(Clock::now().time_since_epoch());
-}
+bool Team::crowded() { return !chosen && crowd.expected(Clock::now().time_since_epoch()); }
+
+bool Team::own_helpers() { return chosen ? chosen == 2 : crowded(); }
 
 void Team::waited(Clock::duration time) { crowd.waited(time, Clock::now().time_since_epoch()); }
 

@@ -67,6 +67,9 @@ class Team {
     }
   }
 
+  // Whether cores are taken, as far as calls have shown: then a helper may be late in every each().
+  static bool crowded();
+
   // Whose threads help: "openmp", "own", or "" for what suits. For tests.
   static bool choose(const std::string& kind);
 
