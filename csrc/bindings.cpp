@@ -269,35 +269,76 @@ SPDLimits limits_of(int64_t n, double asymmetry, double smallest_mean, double ep
   return {asymmetry, smallest_mean, static_cast<double>(n) * epsilon};
 }
 
-// Whether there are right-hand sides [..., n] or [..., n, m] of matrices [n, n] or [B, n, n].
-bool are_systems(const DLTensor& matrices, const DLTensor& rhs) {
-  const int rows = matrices.ndim - 1;
-  return (rows == 1 || rows == 2) && matrices.shape[rows] == matrices.shape[rows - 1] &&
-         (rhs.ndim == rows || rhs.ndim == rows + 1) && std::equal(rhs.shape, rhs.shape + rows, matrices.shape);
+// Right-hand sides [..., n] or [..., n, m] of matrices [n, n] or [B, n, n], and memory for as many solutions.
+struct Systems {
+  int64_t batch, n, m;
+  Doubles rhs, x;
+};
+
+// Nothing where the tensors are no such, or may be others.
+std::optional<Systems> systems_of(const DLTensor& matrices, PyObject* given) {
+  const Tensors& tensors = Tensors::all();
+  const auto sides = tensors.plain(given);
+  const int rows = matrices.ndim - 1;  // axes
+  if (!sides || !dtype_of(*sides) || (rows != 1 && rows != 2) || (sides->ndim != rows && sides->ndim != rows + 1) ||
+      dtype_of(matrices) != DType::float64 || matrices.shape[rows] != matrices.shape[rows - 1] ||
+      !std::equal(sides->shape, sides->shape + rows, matrices.shape)) {
+    return {};
+  }
+  const int64_t m = sides->ndim == rows ? 1 : sides->shape[rows];
+  const auto rhs = tensors.doubles(given, sides);
+  const auto x = rhs ? tensors.empty_like(*rhs) : std::nullopt;
+  if (!x) return {};
+  return Systems{rows == 2 ? matrices.shape[0] : 1, matrices.shape[rows], m, *rhs, *x};
 }
+
+// What a call that is made at once returns where it is another one.
+py::object another() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
 
 // A usual call of spd_solve, of plain tensors on the CPU: matrix, rhs, asymmetry, smallest_mean, epsilon, threads.
 // Returns x; None where not all is within the limits; or NotImplemented, and nothing is done, where it may be another
 // call, or a mistake: Python's checks then say which.
 py::object spd_solve_at_once(PyObject* const* values) {
-  const Tensors& tensors = Tensors::all();
-  const py::object another = py::reinterpret_borrow<py::object>(Py_NotImplemented);
-  const auto matrix = tensors.plain(values[0]), sides = tensors.plain(values[1]);
-  if (!matrix || !sides || dtype_of(*matrix) != DType::float64 || !dtype_of(*sides)) return another;
-  if (!are_systems(*matrix, *sides)) return another;
-  const int64_t n = matrix->shape[matrix->ndim - 1], batch = matrix->ndim == 3 ? matrix->shape[0] : 1;
-  const int64_t m = sides->ndim < matrix->ndim ? 1 : sides->shape[sides->ndim - 1];
-  const auto matrices = tensors.doubles(values[0], matrix), rhs = tensors.doubles(values[1], sides);
-  const auto x = rhs ? tensors.empty_like(*rhs) : std::nullopt;
-  if (!matrices || !x) return another;
+  const auto given = Tensors::all().plain(values[0]);
+  const auto s = given ? systems_of(*given, values[1]) : std::nullopt;
+  const auto matrices = s ? Tensors::all().doubles(values[0], given) : std::nullopt;
+  if (!matrices) return another();
   const auto number = [&](int place) { return py::cast<double>(py::handle(values[place])); };
-  const SPDLimits limits = limits_of(n, number(2), number(3), number(4));
+  const SPDLimits limits = limits_of(s->n, number(2), number(3), number(4));
   const int threads = py::cast<int>(py::handle(values[5]));
   bool good = false;
   run("spd_solve", [&] {
-    return spd_solve(matrices->data, batch, n, limits, rhs->data, m, x->data, good, threads, detect_isa());
+    return spd_solve(matrices->data, s->batch, s->n, limits, s->rhs.data, s->m, s->x.data, good, threads, detect_isa());
   });
-  return good ? x->tensor : py::object(py::none());
+  return good ? s->x.tensor : py::object(py::none());
+}
+
+// Likewise of a factor's solve: matrix, lower, sketch or None, rhs, threads; the first three are never copied. None
+// where the right-hand sides are not finite.
+py::object cholesky_solve_at_once(PyObject* const* values) {
+  const Tensors& tensors = Tensors::all();
+  const auto matrix = tensors.plain(values[0]), lower = tensors.plain(values[1]);
+  if (!matrix || !lower || !doubles_in(*matrix) || !doubles_in(*lower)) return another();
+  if (!std::equal(matrix->shape, matrix->shape + matrix->ndim, lower->shape, lower->shape + lower->ndim)) {
+    return another();
+  }
+  const double* sketches = nullptr;
+  if (values[2] != Py_None) {
+    const auto sketch = tensors.plain(values[2]);
+    sketches = sketch && sketch->ndim == matrix->ndim + 1 ? doubles_in(*sketch) : nullptr;
+    if (!sketches) return another();
+    const int64_t *const shape = sketch->shape, *const own = shape + sketch->ndim - 2;
+    if (!std::equal(shape, own, matrix->shape) || own[0] != 2 || own[1] != sketch_rows) return another();
+  }
+  const auto s = systems_of(*matrix, values[3]);
+  if (!s) return another();
+  const int threads = py::cast<int>(py::handle(values[4]));
+  bool finite = true;
+  run("cholesky_solve", [&] {
+    return cholesky_solve(doubles_in(*matrix), doubles_in(*lower), sketches, s->batch, s->n, s->rhs.data, s->m,
+                          s->x.data, finite, threads, detect_isa());
+  });
+  return finite ? s->x.tensor : py::object(py::none());
 }
 
 py::object call_spd_solve(Fields& fields) {
@@ -508,6 +549,9 @@ PyMethodDef methods[] = {
                                    "NotImplemented where it was no usual call, else x, or None where not all is "
                                    "within the limits: tensors matrix and rhs, asymmetry, smallest_mean, epsilon, "
                                    "threads."),
+    by_place<cholesky_solve_at_once, 5>("cholesky_solve_at_once",
+                                        "NotImplemented where it was no usual call, else x, or None where not all of "
+                                        "rhs is finite: tensors matrix, lower, sketch (or None) and rhs, threads."),
     method<call_second_moment>("second_moment",
                                "out [c, c] += the second moment of features (n, c, h, w): features, dtype (as torch "
                                "names it), sizes, strides, "

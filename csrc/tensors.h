@@ -47,7 +47,12 @@ inline bool is_contiguous(const DLTensor& tensor) {
   return true;
 }
 
-// Contiguous float64 numbers, and the tensor that keeps them.
+// Numbers that are float64 and lie one after the other; null where they do not.
+inline double* doubles_in(const DLTensor& tensor) {
+  return dtype_of(tensor) == DType::float64 && is_contiguous(tensor) ? reinterpret_cast<double*>(tensor.data) : nullptr;
+}
+
+// Such numbers, and the tensor that keeps them.
 struct Doubles {
   pybind11::object tensor;
   double* data;
@@ -99,8 +104,7 @@ class Tensors {
     return !no;
   }
 
-  // A plain tensor's numbers as float64 that lie one after the other: in itself, or else in a copy. Nothing where that
-  // fails.
+  // What was seen of a plain tensor as such numbers: in itself, or else in a copy. Nothing where that fails.
   std::optional<Doubles> doubles(PyObject* tensor, std::optional<DLTensor> seen) const {
     auto object = pybind11::reinterpret_borrow<pybind11::object>(tensor);
     if (seen && dtype_of(*seen) != DType::float64) seen = made(PyObject_CallMethodNoArgs(tensor, double_), object);
@@ -124,8 +128,8 @@ class Tensors {
   }
 
   static std::optional<Doubles> doubles_of(const DLTensor& seen, const pybind11::object& tensor) {
-    if (dtype_of(seen) != DType::float64 || !is_contiguous(seen)) return {};
-    return Doubles{tensor, reinterpret_cast<double*>(seen.data)};
+    double* const data = doubles_in(seen);
+    return data ? std::optional<Doubles>({tensor, data}) : std::nullopt;
   }
 
   static bool is_false(PyObject* owned) {

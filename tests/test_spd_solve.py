@@ -21,6 +21,7 @@ from rewrite_core import backends as backends_module
 from rewrite_core import ops
 from rewrite_core.backends import backends_of, extension
 from rewrite_core.errors import NonFiniteError, RewriteCoreError
+from rewrite_core.ops.spd_solve_op import factor as factor_module
 from rewrite_core.ops.spd_solve_op import register
 
 spd_factor, spd_solve, DiagonalShiftWarning = ops.spd_factor, ops.spd_solve, ops.DiagonalShiftWarning
@@ -654,6 +655,28 @@ def test_usual_calls_are_made_at_once(name, monkeypatch):
         spd_solve(matrix, rhs, backend="reference")
 
 
+def factor_at_once(factor, rhs, **other):
+    given = {"matrix": factor.matrix, "lower": factor.lower, "sketch": factor._sketch} | other
+    return register._cpp_at_once(*given.values(), rhs)
+
+
+@has_exchange
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_solves_with_a_factor_are_made_at_once(name, monkeypatch):
+    matrix, rhs = USUAL[name]()
+    factor, given = spd_factor(matrix.detach().contiguous()), rhs.detach().clone()
+    wanted = register._cpp_solve(factor.matrix, factor.lower, given.double())
+    sketch = register._cpp_sketch(factor.matrix)
+    for x in (factor_at_once(factor, rhs), factor_at_once(factor, rhs, sketch=sketch)):
+        assert x.dtype == torch.float64 and x.is_contiguous() and not x.requires_grad
+        assert torch.equal(x, wanted)
+    assert torch.equal(rhs, given)
+    monkeypatch.setattr(factor_module, "check_rhs", None)  # which only other calls meet
+    assert torch.equal(factor.solve(rhs), wanted)
+    with pytest.raises(TypeError, match="NoneType"):
+        spd_factor(factor.matrix, backend="reference").solve(rhs)
+
+
 UNUSUAL = {
     "a list": lambda: (SMALL, [1.0] * 5),
     "no tensors": lambda: (None, None),
@@ -688,7 +711,38 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_is_not_usual_meets_the_checks_in_full(name):
-    assert at_once(*UNUSUAL[name]()) is NotImplemented
+    matrix, rhs = UNUSUAL[name]()
+    assert at_once(matrix, rhs) is NotImplemented
+    assert register._cpp_at_once(matrix, matrix, None, rhs) is NotImplemented
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_parts_of_a_factor_that_do_not_fit_are_not_solved_with(n):
+    factor, rhs = spd_factor(second_moment(n)), right_sides(n)
+    sketch = register._cpp_sketch(factor.matrix)
+    for part in (factor.matrix, factor.lower, sketch):
+        name = "matrix" if part is factor.matrix else "lower" if part is factor.lower else "sketch"
+        odd = [part.float(), part[:-1], part[None], part[None].expand(2, *part.shape), part.tolist(), spread(part)]
+        odd += [part.to("meta"), part[..., :1], torch.nn.Parameter(part)] + ([] if part is sketch else [None])
+        for other in odd:
+            assert factor_at_once(factor, rhs, **{name: other}) is NotImplemented
+    assert factor_at_once(factor, rhs * math.nan) is None
+
+
+@has_exchange
+def test_a_factors_solve_that_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch):
+    matrix, rhs = second_moment(6), right_sides(6)
+    factor, other = spd_factor(matrix), spd_factor(matrix, backend="reference")
+    wanted = factor.solve(rhs)
+    monkeypatch.setattr(factor_module, "check_rhs", None)
+    assert torch.equal(factor.solve(rhs), wanted)
+    for record in RECORDERS.values():
+        with pytest.raises(TypeError, match="NoneType"):
+            record(lambda rhs: factor.solve(rhs), rhs)
+    with FlopCounterMode(display=False), pytest.raises(TypeError, match="NoneType"):
+        factor.solve(rhs)
+    with pytest.raises(TypeError, match="NoneType"):
+        other.solve(rhs)
 
 
 @has_exchange
@@ -735,11 +789,14 @@ def test_what_is_recorded_or_sent_elsewhere_meets_the_checks_in_full(monkeypatch
 @has_exchange
 def test_reading_tensors_from_c_leaves_no_reference():
     matrix, rhs, narrow = SMALL.clone(), right_sides(5), right_sides(2, 5).float().T
-    counted = matrix, rhs, narrow, None, NotImplemented, torch.empty_like
+    factor = spd_factor(matrix)
+    lower, sketch = factor.lower, register._cpp_sketch(matrix)
+    counted = matrix, rhs, narrow, lower, sketch, None, NotImplemented, torch.empty_like
     before = [sys.getrefcount(one) for one in counted]
     for _ in range(100):
         x, y, fresh = at_once(matrix, rhs), at_once(matrix, narrow), rhs.clone()
-        references = sys.getrefcount(x), sys.getrefcount(y), sys.getrefcount(fresh)
+        z = factor_at_once(factor, narrow, sketch=sketch)
+        references = sys.getrefcount(x), sys.getrefcount(y), sys.getrefcount(z), sys.getrefcount(fresh)
         assert len(set(references)) == 1
         assert at_once(matrix, rhs * math.nan) is None and at_once(None, rhs) is NotImplemented
     assert all(abs(sys.getrefcount(a) - b) < 50 for a, b in zip(counted, before, strict=True))
@@ -748,3 +805,5 @@ def test_reading_tensors_from_c_leaves_no_reference():
 def test_values_by_place_are_counted():
     with pytest.raises(TypeError, match="6 values"):
         extension().spd_solve_at_once(SMALL, right_sides(5))
+    with pytest.raises(TypeError, match="5 values"):
+        extension().cholesky_solve_at_once(SMALL, SMALL, None, right_sides(5))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends import recorded, select
+from ...backends import recorded, select, watched
 from ...errors import NonFiniteError, RewriteCoreError
 from ..memory import plain, without_gradient
 from .problem import (
@@ -49,6 +49,17 @@ class SPDFactor:
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN. There one matrix's
         solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
         (RewriteCoreError). So is a call that torch records or transforms, as in :func:`spd_factor`."""
+        x = NotImplemented if watched() else self._backend[1].at_once(self.matrix, self.lower, self._sketch, rhs)
+        if x is NotImplemented:
+            x = self._solved(rhs)
+        if x is None:
+            raise NonFiniteError(
+                "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
+            )
+        return x
+
+    def _solved(self, rhs: Tensor) -> Tensor | None:
+        """With the checks in full."""
         check_rhs(self.matrix, rhs)
         name, kernels = self._backend
         if name != "reference":  # which torch can follow
@@ -56,12 +67,7 @@ class SPDFactor:
         elif self._by_magma():  # in a capture MAGMA does not raise, it aborts the process
             refuse_in_graph(self.matrix, "This solve is MAGMA's", "solve with one matrix at a time, by cuSOLVER")
         wide = without_gradient(rhs if rhs.dtype == torch.float64 else rhs.double())
-        x = kernels.solve(self.matrix, self.lower, wide, self.shifted, self._sketch)
-        if x is None:
-            raise NonFiniteError(
-                "The right-hand side holds NaN or infinity: look for overflow in the layer's activations."
-            )
-        return x
+        return kernels.solve(self.matrix, self.lower, wide, self.shifted, self._sketch)
 
     @functools.cached_property
     def _backend(self) -> tuple[str, Cholesky]:

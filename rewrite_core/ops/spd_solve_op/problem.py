@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,10 @@ def _no_sketch(matrix: Tensor) -> Tensor | None:
     return None
 
 
+def _not_at_once(matrix: Tensor, lower: Tensor, sketch: Tensor | None, rhs: Tensor) -> Any:
+    return NotImplemented
+
+
 class Cholesky(NamedTuple):
     """One backend: what differs between them; checks and shifts are shared."""
 
@@ -105,3 +109,5 @@ class Cholesky(NamedTuple):
     direct: Callable[[Tensor, Tensor], Tensor | None] = _no_direct
     # matrix -> what a solve sees its residual by, without the matrix; None: it has no need of that
     sketch: Callable[[Tensor], Tensor | None] = _no_sketch
+    # matrix, lower, what `sketch` made, rhs, as given -> what `solve` does, or NotImplemented: it may be another call
+    at_once: Callable[[Tensor, Tensor, Tensor | None, Tensor], Any] = _not_at_once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, get_num_threads, library
 
@@ -136,7 +138,11 @@ def _cpp_sketched(matrix: Tensor) -> Tensor | None:
     return _cpp_sketch(matrix) if matrix.shape[-1] >= SKETCHED_FROM else None
 
 
-run_cpp = Cholesky(_cpp_examined, _cpp_refined, _cpp_direct, _cpp_sketched)
+def _cpp_at_once(matrix: Tensor, lower: Tensor, sketch: Tensor | None, rhs: Tensor) -> Any:
+    return extension().cholesky_solve_at_once(matrix, lower, sketch, rhs, get_num_threads())
+
+
+run_cpp = Cholesky(_cpp_examined, _cpp_refined, _cpp_direct, _cpp_sketched, _cpp_at_once)
 
 
 def _cpp_supports(matrix: Tensor, rhs: Tensor | None = None) -> str | None:
