@@ -197,6 +197,12 @@ class Race:
         self.times[contender.name].append(time.perf_counter() - start)
 
 
+def rivals(problem: Problem) -> list[Contender]:
+    """Whom ours is compared with: those that do the whole job, or, where nobody does, a part of it."""
+    candidates = [contender for contender in problem.stock if not contender.aside]
+    return [contender for contender in candidates if contender.part == 1.0] or candidates
+
+
 def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str, Any]:
     """The record of one case, without what is the same for the whole run."""
     problem = checked.problem
@@ -226,15 +232,13 @@ def measurement(op: str, checked: Checked, race: Race, quick: bool) -> dict[str,
         number, what = problem.made
         rates = {name: number * each["part"] / each["p50"] for name, each in contenders.items()}
         per_second = {"what": what, "together": number, **rates}
-    candidates = [contender for contender in problem.stock if not contender.aside]
-    rivals = [contender.name for contender in candidates if contender.part == 1.0]
-    rivals = rivals or [contender.name for contender in candidates]
-    able = [name for name in rivals if checked.errors[name] <= problem.tolerance]  # others do not do the job
+    others = [contender.name for contender in rivals(problem)]
+    able = [name for name in others if checked.errors[name] <= problem.tolerance]  # those that do the job
 
     def time_of(name: str) -> float:
         return contenders[name]["p50"] / contenders[name]["part"]
 
-    best = min(able or rivals, key=time_of)
+    best = min(able or others, key=time_of)
     return {
         "op": op,
         "case": checked.case.name,

@@ -26,8 +26,14 @@ SUITES = {
     "collect": "bench_collect",
 }
 
-ALONE = {"large": "large", "studio": "bench_studio", "rules": "rules.grid", "paper": "rules.paper"}
-"""{a name: the module} of what is no race between contenders and has a ``main(out, quick)`` of its own."""
+ALONE = {
+    "neighbour": "neighbour",
+    "large": "large",
+    "studio": "bench_studio",
+    "rules": "rules.grid",
+    "paper": "rules.paper",
+}
+"""{a name: the module} of what is more than a race between contenders and has a ``main(out, quick)`` of its own."""
 
 
 def suite(name: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -361,10 +362,36 @@ def test_a_step_is_measured_at_its_peak():
 def test_beside_a_busy_neighbour(capsys, monkeypatch):
     words = ["neighbour", "solve", "second-moment", "--quick", "--seconds", "0.01"]
     monkeypatch.setattr(sys, "argv", words)
-    assert neighbour.main() == 0
+    neighbour.begin()
     out = capsys.readouterr().out
     assert out.count("-> ") == 2 * (CASES["second-moment"] + CASES["solve"])
     assert re.search(r"^second-moment: kept [\d.]+, geometric mean over 2 cases", out, re.MULTILINE)
+
+
+def test_a_bench_beside_a_busy_neighbour(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(neighbour, "SUITES", ("solve",))
+    assert runner.main(["neighbour"], tmp_path, quick=True) == 0
+    (path,) = tmp_path.glob("*.neighbour.quick.jsonl")
+    records = lines.read(path)
+    assert len(records) == CASES["solve"] and f"-> {path}" in capsys.readouterr().out
+    for record in records:
+        best, quiet, busy = record["best_stock"], record["quiet"], record["busy"]
+        assert best != "rewrite_core" and quiet[best] == min(quiet[name] for name in quiet if name != "rewrite_core")
+        ratios = quiet[best] / quiet["rewrite_core"], busy[best] / busy["rewrite_core"]
+        assert record["kept"] == pytest.approx(ratios[1] / ratios[0])
+
+
+def test_whoever_does_a_part_is_compared_with_where_nobody_does_all():
+    def problem(*stock):
+        ours = harness.Contender("rewrite_core", lambda: None)
+        return harness.Problem(ours, stock, {}, "float64", 1.0, 1.0, lambda result: 0.0, "none", 1.0)
+
+    whole, part, aside = (harness.Contender(*given) for given in (("whole", int), ("part", int), ("aside", int)))
+    part, aside = dataclasses.replace(part, part=0.1, rounds=3), dataclasses.replace(aside, aside=True)
+    assert [each.name for each in harness.rivals(problem(aside, part, whole))] == ["whole"]
+    assert [each.name for each in harness.rivals(problem(aside, part))] == ["part"]
+    quiet, busy, best = neighbour.compare(problem(aside, part), 0.01)
+    assert best == "part" and set(quiet) == set(busy) == {"rewrite_core", "part"}
 
 
 def test_the_neighbour_ends_with_what_it_disturbs():

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="SUITE",
-        help="second-moment, solve, edit, collect, all of these (default); large, which needs 7 GiB; studio, a "
-        "browser; rules and paper, which compare what edits do",
+        help="second-moment, solve, edit, collect, all of these (default); neighbour, with one core taken; large, "
+        "which needs 7 GiB; studio, a browser; rules and paper, which compare what edits do",
     )
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="the cases alone that have these words in their name"
