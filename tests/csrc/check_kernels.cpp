@@ -364,7 +364,7 @@ void check_examine(int64_t batch, int64_t n) {
 }
 
 void check_choleskys(bool smallest, Isa isa) {
-  for (int64_t n : smallest ? std::vector<int64_t>{1, 3, 9} : std::vector<int64_t>{1, 2, 7, 31, 63, 64, 65, 130, 201}) {
+  for (int64_t n : smallest ? std::vector<int64_t>{1, 3, 9} : std::vector<int64_t>{1, 2, 7, 31, 63, 64, 65, 130, 261}) {
     check_cholesky(1, n, 1, isa);
     check_cholesky(n < 100 ? 5 : 2, n, 7, isa);
     check_cholesky(1, n, smallest ? 2 : 53, isa);
