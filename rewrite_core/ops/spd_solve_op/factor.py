@@ -45,7 +45,9 @@ class SPDFactor:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """The solution of ``matrix @ x = rhs``, float64, in the shape of ``rhs`` ([n] or [n, m]; batched:
-        [B, n] or [B, n, m]), refined where it is not exact to rounding. NaN and infinity in ``rhs`` raise
+        [B, n] or [B, n, m]), refined where it is not exact to rounding. From 256 rows on the "cpp" backend judges
+        that by sums of all equations, and keeps sums of the matrix from the first solve on: entries far smaller than
+        the largest may keep Cholesky's error, and `matrix` must not be changed. NaN and infinity in ``rhs`` raise
         NonFiniteError on the CPU; on a GPU, where a look would wait for it, they come out as NaN. There one matrix's
         solve can be captured in a CUDA graph, after a first call; a batch's is refused where torch.linalg does it
         (RewriteCoreError). So is a call that torch records or transforms, as in :func:`spd_factor`."""
