@@ -249,11 +249,10 @@ double chance(uint64_t index) {
 // The right-hand sides of one matrix, `lanes` of them from `first` on.
 struct Sides {
   int64_t first, count;
-  int vectors;  // 0: a few, one a row
+  int vectors;
 };
 
 Sides sides_of(int64_t m, int64_t panels, int64_t panel, int width) {
-  if (m < wide_from) return {0, m, 0};
   const int64_t vectors = (m + width - 1) / width, each = vectors / panels, more = vectors % panels;
   const int64_t begin = panel * each + std::min(panel, more), own = each + (panel < more);
   return {begin * width, std::min(own * width, m - begin * width), static_cast<int>(own)};
@@ -266,8 +265,10 @@ constexpr int64_t shared_from = 384, substitution_shared_from = 1024;
 // From here on, where no cache holds a factor, a helper that is late in the midst of a substitution costs more than its
 // help is worth: with cores taken, one thread goes alone.
 constexpr int64_t alone_from = 2560;
-constexpr int64_t left_rows = 8, below_columns = 256;  // of one task
-constexpr int64_t alone_below = 192;                   // columns: less is done before a helper has come
+constexpr int64_t left_rows = 8, above_rows = 128, below_columns = 256;  // of one task
+constexpr int64_t alone_below = 192;          // columns: less is done before a helper has come
+constexpr int64_t panels_shared_from = 2048;  // rows: where a factor is not at hand in a core's cache
+constexpr int64_t most_sides = 72;            // whose panels are solved at once
 constexpr int cache_line = 64;
 constexpr int64_t yield_after = 64;  // looks of a thread that waits for another one's solution
 
@@ -334,28 +335,122 @@ void columns_of(const double* from, int64_t n, int64_t m, double* x) {
   }
 }
 
-// x[., sides] = A^-1 from[., sides] by the factor; `space` has side_space(n, width) numbers.
-template <class Workers>
-void solve_sides(Workers& team, const SPDSolveKernels& kernels, const double* lower, int64_t n, int64_t m, Sides sides,
-                 const double* from, double* x, double* space) {
-  if (!sides.vectors) {
-    rows_of(from, n, m, space);
-    forward_few(team, kernels, lower, n, m, space);
-    backward_few(team, kernels, lower, n, m, space, [](Range) {});
-    return columns_of(space, n, m, x);
+// What the sides of one matrix are solved with.
+struct System {
+  const SPDSolveKernels& kernels;
+  const double *matrix, *lower, *sketch;  // sketch: or null
+  int64_t n, m;
+  int64_t panels, at_once;  // many sides in so many panels, of which so many share the look at the factor
+  const double* rhs;
+  double* x;
+};
+
+// Some panels of many right-hand sides, [n][vectors * width] each, one after the other from x on.
+struct Panels {
+  const SPDSolveKernels& kernels;
+  int64_t n, m, all;
+  Range range;  // of all
+  double* x;
+
+  Sides sides(int64_t panel) const { return sides_of(m, all, panel, kernels.width); }
+  double* at(int64_t panel) const { return x + (sides(panel).first - sides(range.begin).first) * n; }
+
+  void read(const double* from) const {
+    for (int64_t panel = range.begin; panel < range.end; ++panel) {
+      const Sides own = sides(panel);
+      const int64_t wide = own.vectors * static_cast<int64_t>(kernels.width);
+      double* const to = at(panel);
+      for (int64_t i = 0; i < n; ++i) {
+        const double* row = from + i * m + own.first;
+        std::copy(row, row + own.count, to + i * wide);
+        std::fill(to + i * wide + own.count, to + (i + 1) * wide, 0.0);
+      }
+    }
   }
-  const int64_t wide = sides.vectors * static_cast<int64_t>(kernels.width);
-  for (int64_t i = 0; i < n; ++i) {
-    const double* row = from + i * m + sides.first;
-    std::copy(row, row + sides.count, space + i * wide);
-    std::fill(space + i * wide + sides.count, space + (i + 1) * wide, 0.0);
+
+  void write(double* to) const {
+    for (int64_t panel = range.begin; panel < range.end; ++panel) {
+      const Sides own = sides(panel);
+      const int64_t wide = own.vectors * static_cast<int64_t>(kernels.width);
+      const double* const from = at(panel);
+      for (int64_t i = 0; i < n; ++i) std::copy_n(from + i * wide, own.count, to + i * m + own.first);
+    }
   }
-  kernels.solve_wide(lower, n, space, sides.vectors);
-  for (int64_t i = 0; i < n; ++i) std::copy_n(space + i * wide, sides.count, x + i * m + sides.first);
+};
+
+// Takes what the solution in these columns makes of it from rows of all panels, `each` rows a task. `substitute` is
+// forward_wide or backward_wide.
+template <class Workers, class Substitute>
+void take_block(Workers& team, const Panels& panels, const double* lower, Range rows, Range columns, int64_t each,
+                Substitute substitute) {
+  const auto row = [&] { return rows.begin + each * team.next(); };
+  team.each([&](int) {
+    for (int64_t i = row(); i < rows.end; i = row()) {
+      for (int64_t panel = panels.range.begin; panel < panels.range.end; ++panel) {
+        const Range own{i, std::min(i + each, rows.end)};
+        substitute(lower, panels.n, panels.at(panel), panels.sides(panel).vectors, own, columns);
+      }
+    }
+  });
 }
 
-int64_t side_space(int64_t n, int width) {
-  return pitch_of(std::max<int64_t>(wide_vectors * width, wide_from - 1) * n);
+// Solves a block of rows with nothing left of it, or below it, a panel a task.
+template <class Workers, class Substitute>
+void solve_block(Workers& team, const Panels& panels, const double* lower, Range rows, Substitute substitute) {
+  const auto next = [&] { return panels.range.begin + team.next(); };
+  team.each([&](int) {
+    for (int64_t panel = next(); panel < panels.range.end; panel = next()) {
+      substitute(lower, panels.n, panels.at(panel), panels.sides(panel).vectors, rows, rows);
+    }
+  });
+}
+
+// L L^T x = y of panels in place; from `substitution_shared_from` rows on block by block, so that L is read along its
+// rows.
+template <class Workers>
+void solve_wide(Workers& team, const Panels& panels, const double* lower) {
+  const auto forward = panels.kernels.forward_wide, backward = panels.kernels.backward_wide;
+  const int64_t n = panels.n, size = n < substitution_shared_from ? n : block_size;
+  Solo solo;
+  const auto solve = [&](Range rows, auto substitute) {
+    panels.range.end - panels.range.begin == 1 ? solve_block(solo, panels, lower, rows, substitute)
+                                               : solve_block(team, panels, lower, rows, substitute);
+  };
+  const auto take = [&](Range rows, Range columns, int64_t each, auto substitute) {
+    std::max(rows.end, columns.end) - std::min(rows.begin, columns.begin) < alone_below
+        ? take_block(solo, panels, lower, rows, columns, each, substitute)
+        : take_block(team, panels, lower, rows, columns, each, substitute);
+  };
+  for (int64_t k = 0; k < n; k += size) {
+    const Range block{k, std::min(k + size, n)};
+    if (k > 0) take(block, {0, k}, left_rows, forward);
+    solve(block, forward);
+  }
+  for (int64_t k = (n - 1) / size * size; k >= 0; k -= size) {
+    const Range block{k, std::min(k + size, n)};
+    solve(block, backward);
+    if (k > 0) take({0, k}, block, above_rows, backward);
+  }
+}
+
+// x = A^-1 from by the factor, for the sides in these of the system's panels, or all if they are few; `space` has
+// side_space numbers.
+template <class Workers>
+void solve_sides(Workers& team, const System& s, Range range, const double* from, double* x, double* space) {
+  if (s.m < wide_from) {
+    rows_of(from, s.n, s.m, space);
+    forward_few(team, s.kernels, s.lower, s.n, s.m, space);
+    backward_few(team, s.kernels, s.lower, s.n, s.m, space, [](Range) {});
+    return columns_of(space, s.n, s.m, x);
+  }
+  const Panels panels{s.kernels, s.n, s.m, s.panels, range, space};
+  panels.read(from);
+  solve_wide(team, panels, s.lower);
+  panels.write(x);
+}
+
+int64_t side_space(int64_t n, int width, int64_t at_once) {
+  return pitch_of(std::max<int64_t>(at_once * wide_vectors * width, wide_from - 1) * n);
 }
 
 // y = A w and z = |A| v, block by block of the lower triangle: those of the last columns first, in which x is known
@@ -432,15 +527,6 @@ class Product {
   const int64_t n_;
 };
 
-// What the sides of one matrix are solved with.
-struct System {
-  const SPDSolveKernels& kernels;
-  const double *matrix, *lower, *sketch;  // sketch: or null
-  int64_t n, m, panels;                   // panels: the wide sides in as many parts
-  const double* rhs;
-  double* x;
-};
-
 // Whether A x = b to rounding error, and whether all of b is finite, judged by the sum of the sides with signs that
 // look like chance, so that the matrix is read once; or not at all, where there is a sketch: then by `sketch_rows` sums
 // of the equations, with weights that look like chance (Freivalds 1979).
@@ -511,7 +597,9 @@ class Residual {
   double *const b_, *const b_size_;
 };
 
-int64_t solve_space(int64_t n, int width) { return side_space(n, width) + Residual::space(n); }
+int64_t solve_space(int64_t n, int width, int64_t at_once) {
+  return side_space(n, width, at_once) + Residual::space(n);
+}
 
 // How far the threads of one solve are. Who waits looks at nothing else of the one that solves: its stack's cache lines
 // would travel to and fro.
@@ -576,7 +664,7 @@ void residual_of(Workers& team, const System& s, const Product& product, double*
 // rounding error. `space` has solve_space numbers.
 template <class Workers>
 Status solve_system(Workers& team, const System& s, double* space, bool& finite) {
-  Residual residual(s, space + side_space(s.n, s.kernels.width));
+  Residual residual(s, space + side_space(s.n, s.kernels.width, s.at_once));
   finite = finite && residual.finite;
   if (s.m < wide_from) {
     solve_few(team, s, residual, space);
@@ -592,9 +680,9 @@ Status solve_system(Workers& team, const System& s, double* space, bool& finite)
   Aligned<double> change(s.n * s.m);
   if (!change.data()) return Status::out_of_memory;
   residual_of(team, s, residual.product, change.data());
-  for (int64_t panel = 0; panel < s.panels; ++panel) {
-    const Sides sides = sides_of(s.m, s.panels, panel, s.kernels.width);
-    solve_sides(team, s.kernels, s.lower, s.n, s.m, sides, change.data(), change.data(), space);
+  for (int64_t panel = 0; panel < s.panels; panel += s.at_once) {
+    const Range range{panel, std::min(panel + s.at_once, s.panels)};
+    solve_sides(team, s, range, change.data(), change.data(), space);
   }
   for (int64_t i = 0; i < s.n * s.m; ++i) s.x[i] += change.data()[i];
   return Status::ok;
@@ -645,6 +733,29 @@ Status sketch(const double* matrices, int64_t batch, int64_t n, double* sketches
   return Status::ok;
 }
 
+namespace {
+
+// Many sides in so many panels, of which so many are solved together; blocked: by all threads.
+struct Parts {
+  int64_t panels, at_once;
+  bool blocked;
+};
+
+// Changes no bit. A matrix's threads read the factor together where panels would not be as many for each of them, and
+// where it is too large for a core's cache; else each solves its own panels.
+Parts parts_of(int64_t n, int64_t m, int width, int threads, bool share) {
+  if (m < wide_from) return {1, 1, false};
+  const int64_t vectors = (m + width - 1) / width, panels = (vectors + wide_vectors - 1) / wide_vectors;
+  if (threads == 1) return {panels, 1, false};
+  const bool uneven = panels == 1 && vectors % threads;
+  if (share && n >= substitution_shared_from && (uneven || n >= panels_shared_from)) {
+    return {panels, std::min(panels, std::max<int64_t>(1, most_sides / (wide_vectors * width))), true};
+  }
+  return {std::min(vectors, (panels + threads - 1) / threads * threads), 1, false};
+}
+
+}  // namespace
+
 Status cholesky_solve(const double* matrices, const double* lower, const double* sketches, int64_t batch, int64_t n,
                       const double* rhs, int64_t m, double* x, bool& finite, int threads, Isa isa) {
   if (batch < 0 || n < 1 || m < 0 || (batch * m > 0 && (!matrices || !lower || !rhs || !x)) || isa > detect_isa()) {
@@ -658,29 +769,29 @@ Status cholesky_solve(const double* matrices, const double* lower, const double*
   if (from == substitution_shared_from && n >= alone_from && batch < threads && Team::crowded()) threads = 1;
   const bool share = n >= from && batch < threads;  // one matrix by all threads, else one thread each
   threads = static_cast<int>(std::min<double>(std::max(threads, 1), 1 + work / (share ? 1e5 : 1e6)));
-  const int64_t vectors = m < wide_from ? 1 : (m + kernels.width - 1) / kernels.width;
-  int64_t panels = (vectors + wide_vectors - 1) / wide_vectors;
-  if (threads > 1) panels = std::min(vectors, (panels + threads - 1) / threads * threads);  // as much for each thread
-  const int64_t spare = solve_space(n, kernels.width);
+  const auto [panels, at_once, blocked] = parts_of(n, m, kernels.width, threads, share);
+  const int64_t spare = solve_space(n, kernels.width, at_once);
   thread_local Workspace kept;
   double* const spaces = reinterpret_cast<double*>(kept.get(threads * spare * static_cast<int64_t>(sizeof(double))));
   if (!spaces) return Status::out_of_memory;
   const auto system = [&](int64_t b) {
     const double* const own = sketches ? sketches + 2 * b * sketch_rows * n : nullptr;
-    return System{kernels, matrices + b * n * n, lower + b * n * n, own, n, m, panels, rhs + b * n * m, x + b * n * m};
+    return System{kernels, matrices + b * n * n, lower + b * n * n, own, n, m, panels,
+                  at_once, rhs + b * n * m,      x + b * n * m};
   };
-  const bool many = m >= wide_from;
   const auto solve_panel = [&](const System& s, int64_t panel, int worker) {
     Solo solo;
-    const Sides sides = sides_of(m, panels, panel, kernels.width);
-    solve_sides(solo, kernels, s.lower, n, m, sides, s.rhs, s.x, spaces + worker * spare);
+    solve_sides(solo, s, {panel, panel + 1}, s.rhs, s.x, spaces + worker * spare);
   };
   Status status = Status::ok;
   if (share) {
     Team::run(threads, [&](Team& team) {
       for (int64_t b = 0; b < batch && status == Status::ok; ++b) {
         const System s = system(b);
-        if (many) {
+        for (int64_t panel = 0; blocked && panel < panels; panel += at_once) {
+          solve_sides(team, s, {panel, std::min(panel + at_once, panels)}, s.rhs, s.x, spaces);
+        }
+        if (m >= wide_from && !blocked) {
           team.each([&](int worker) {
             for (int64_t panel = team.next(); panel < panels; panel = team.next()) solve_panel(s, panel, worker);
           });
@@ -691,7 +802,7 @@ Status cholesky_solve(const double* matrices, const double* lower, const double*
   } else {
     std::atomic<bool> poisoned{false}, out_of_memory{false};
     Team::run(static_cast<int>(std::min<int64_t>(threads, batch * panels)), [&](Team& team) {
-      if (many) {
+      if (m >= wide_from) {
         team.each([&](int worker) {
           for (int64_t task = team.next(); task < batch * panels; task = team.next()) {
             solve_panel(system(task / panels), task % panels, worker);

@@ -10,6 +10,7 @@ namespace {
 typedef Vec<double> Wide;
 constexpr int width = lanes<double>;
 
+constexpr int columns_ahead = 32;  // of L that are asked for while others are in use
 constexpr int most_rows = registers >= 32 ? 8 : 4;
 
 // A tile fills the register file: width x panels vectors of sums, `panels` of columns, one broadcast.
@@ -361,90 +362,117 @@ void take_below(const double* lower, int64_t n, double* x, int rows, int64_t fir
   REWRITE_CORE_ROWS(take_below_of, lower, n, x, first, end, columns, columns_end);
 }
 
-// Rows first, ..., first + rows - 1 of L y = x, with those before them done: sums stay in registers.
-template <int rows, int vectors>
-inline void wide_forward(const double* lower, int64_t n, Wide* x, int64_t first) {
-  const double* row = lower + first * n;
-  Wide sum[rows][vectors];
+// x[first + q] for a few rows q, less what the solution in these columns makes of it, in registers; `entry(k)` is where
+// column k's entries of L, or of L^T, are, `apart` from one row to the next.
+template <int rows, int vectors, class Entry>
+inline void take_wide(Wide (&sum)[rows][vectors], const Wide* x, int64_t first, Range columns, const Entry& entry,
+                      int64_t apart) {
 #pragma GCC unroll 8
   for (int q = 0; q < rows; ++q) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[q][v] = x[(first + q) * vectors + v];
   }
-  for (int64_t k = 0; k < first; ++k) {
+  for (int64_t k = columns.begin; k < columns.end; ++k) {
+    const double* const scales = entry(k);
     Wide known[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) known[v] = x[k * vectors + v];
 #pragma GCC unroll 8
     for (int q = 0; q < rows; ++q) {
-      const double scale = row[q * n + k];
+      const double scale = scales[q * apart];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * known[v];
     }
   }
+}
+
+// Rows first, ..., first + rows - 1 of L y = x, from these columns; solved: and then themselves.
+template <int rows, int vectors, bool solved>
+inline void forward_rows(const double* lower, int64_t n, Wide* x, int64_t first, Range columns) {
+  const double* row = lower + first * n;
+  Wide sum[rows][vectors];
+  take_wide<rows, vectors>(sum, x, first, columns, [&](int64_t k) { return row + k; }, n);
 #pragma GCC unroll 8
   for (int q = 0; q < rows; ++q) {
 #pragma GCC unroll 8
-    for (int p = 0; p < q; ++p) {
+    for (int p = 0; solved && p < q; ++p) {
       const double scale = row[q * n + first + p];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * sum[p][v];
     }
-    const double pivot = row[q * n + first + q];
+    const double pivot = solved ? row[q * n + first + q] : 1.0;
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = sum[q][v] /= pivot;
+    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = solved ? sum[q][v] /= pivot : sum[q][v];
   }
 }
 
-// The same rows of L^T x = y, with those after them done.
-template <int rows, int vectors>
-inline void wide_backward(const double* lower, int64_t n, Wide* x, int64_t first) {
+// The same rows of L^T x = y. Rows of L are too many for the processor's own look ahead, so it is told what comes next
+// in each: of what it should bring no nearer than the second cache, as these rows may share one place in the first.
+template <int rows, int vectors, bool solved>
+inline void backward_rows(const double* lower, int64_t n, Wide* x, int64_t first, Range columns) {
   Wide sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int q = 0; q < rows; ++q) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[q][v] = x[(first + q) * vectors + v];
-  }
-  for (int64_t k = first + rows; k < n; ++k) {
-    const double* row = lower + k * n + first;
-    Wide known[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) known[v] = x[k * vectors + v];
-#pragma GCC unroll 8
-    for (int q = 0; q < rows; ++q) {
-      const double scale = row[q];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * known[v];
-    }
-  }
+  const auto entry = [&](int64_t k) {
+    const double* const row = lower + k * n + first;
+    if (!solved) __builtin_prefetch(row - columns_ahead, 0, 2);
+    return row;
+  };
+  take_wide<rows, vectors>(sum, x, first, columns, entry, 1);
 #pragma GCC unroll 8
   for (int q = rows - 1; q >= 0; --q) {
 #pragma GCC unroll 8
-    for (int p = q + 1; p < rows; ++p) {
+    for (int p = q + 1; solved && p < rows; ++p) {
       const double scale = lower[(first + p) * n + first + q];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[q][v] -= scale * sum[p][v];
     }
-    const double pivot = lower[(first + q) * n + first + q];
+    const double pivot = solved ? lower[(first + q) * n + first + q] : 1.0;
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = sum[q][v] /= pivot;
+    for (int v = 0; v < vectors; ++v) x[(first + q) * vectors + v] = solved ? sum[q][v] /= pivot : sum[q][v];
   }
 }
 
 template <int vectors>
-void solve_wide_of(const double* lower, int64_t n, double* flat) {
-  Wide* x = reinterpret_cast<Wide*>(flat);
-  const int64_t whole = n - n % most_rows;
-  for (int64_t i = 0; i < whole; i += most_rows) wide_forward<most_rows, vectors>(lower, n, x, i);
-  for (int64_t i = whole; i < n; ++i) wide_forward<1, vectors>(lower, n, x, i);
-  for (int64_t i = n - 1; i >= whole; --i) wide_backward<1, vectors>(lower, n, x, i);
-  for (int64_t i = whole - most_rows; i >= 0; i -= most_rows) wide_backward<most_rows, vectors>(lower, n, x, i);
+void forward_wide_of(const double* lower, int64_t n, Wide* x, Range rows, Range columns) {
+  const int64_t whole = rows.end - (rows.end - rows.begin) % most_rows;
+  int64_t i = rows.begin;
+  if (columns.end <= rows.begin) {
+    for (; i < whole; i += most_rows) forward_rows<most_rows, vectors, false>(lower, n, x, i, columns);
+    for (; i < rows.end; ++i) forward_rows<1, vectors, false>(lower, n, x, i, columns);
+    return;
+  }
+  for (; i < whole; i += most_rows) forward_rows<most_rows, vectors, true>(lower, n, x, i, {columns.begin, i});
+  for (; i < rows.end; ++i) forward_rows<1, vectors, true>(lower, n, x, i, {columns.begin, i});
 }
 
-void solve_wide(const double* lower, int64_t n, double* x, int vectors) {
-  if (vectors == 1) return solve_wide_of<1>(lower, n, x);
-  if (vectors == 2) return solve_wide_of<2>(lower, n, x);
-  return solve_wide_of<wide_vectors>(lower, n, x);
+template <int vectors>
+void backward_wide_of(const double* lower, int64_t n, Wide* x, Range rows, Range columns) {
+  const int64_t whole = rows.end - (rows.end - rows.begin) % most_rows;
+  int64_t i = rows.end;
+  if (columns.begin >= rows.end) {
+    for (; i > whole; --i) backward_rows<1, vectors, false>(lower, n, x, i - 1, columns);
+    for (; i > rows.begin; i -= most_rows) {
+      backward_rows<most_rows, vectors, false>(lower, n, x, i - most_rows, columns);
+    }
+    return;
+  }
+  for (; i > whole; --i) backward_rows<1, vectors, true>(lower, n, x, i - 1, {i, columns.end});
+  for (; i > rows.begin; i -= most_rows) {
+    backward_rows<most_rows, vectors, true>(lower, n, x, i - most_rows, {i, columns.end});
+  }
+}
+
+// One of these for a number of vectors.
+#define REWRITE_CORE_VECTORS(function, ...)          \
+  if (vectors == 1) return function<1>(__VA_ARGS__); \
+  if (vectors == 2) return function<2>(__VA_ARGS__); \
+  return function<wide_vectors>(__VA_ARGS__)
+
+void forward_wide(const double* lower, int64_t n, double* x, int vectors, Range rows, Range columns) {
+  REWRITE_CORE_VECTORS(forward_wide_of, lower, n, reinterpret_cast<Wide*>(x), rows, columns);
+}
+
+void backward_wide(const double* lower, int64_t n, double* x, int vectors, Range rows, Range columns) {
+  REWRITE_CORE_VECTORS(backward_wide_of, lower, n, reinterpret_cast<Wide*>(x), rows, columns);
 }
 
 inline double magnitude(double x) { return x < 0 ? -x : x; }
@@ -561,8 +589,8 @@ void multiply(const SymmetricProduct& product, Range rows, Range columns, Sizes 
 
 }  // namespace
 
-const SPDSolveKernels spd_solve_kernels = {width,    tile_panels, factor_block, solve_rows, subtract, forward,
-                                           backward, take_left,   take_below,   solve_wide, multiply};
+const SPDSolveKernels spd_solve_kernels = {width,    tile_panels, factor_block, solve_rows,   subtract,      forward,
+                                           backward, take_left,   take_below,   forward_wide, backward_wide, multiply};
 
 }  // namespace REWRITE_CORE_ISA
 }  // namespace rewrite_core

@@ -63,8 +63,11 @@ struct SPDSolveKernels {
   void (*take_below)(const double* lower, int64_t n, double* x, int rows, int64_t first, int64_t end, int64_t columns,
                      int64_t columns_end);
 
-  // Many: the same for x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane.
-  void (*solve_wide)(const double* lower, int64_t n, double* x, int vectors);
+  // Many: the same for a panel x [n][vectors * width], vectors <= wide_vectors, one right-hand side a lane. From the
+  // rows of x what these columns of L (backward: of L^T) make of their solution is taken; where the columns are the
+  // rows, the rows are solved.
+  void (*forward_wide)(const double* lower, int64_t n, double* x, int vectors, Range rows, Range columns);
+  void (*backward_wide)(const double* lower, int64_t n, double* x, int vectors, Range rows, Range columns);
 
   // What a block of the lower triangle, on its diagonal or left of it, adds to the product in its rows, and what its
   // mirror image adds in the rows that are its columns; on the diagonal mirrored is the same as own. What was there is

@@ -332,6 +332,31 @@ void check_cholesky(int64_t batch, int64_t n, int64_t sides, Isa isa) {
   }
 }
 
+// Substitutions that threads share, with a factor that is not quite the matrix's: they run for the change, too.
+void check_shared_solves(int64_t n, int64_t sides, Isa isa) {
+  what =
+      "a shared solve of " + std::to_string(n) + ", " + std::to_string(sides) + " right-hand sides, " + isa_name(isa);
+  std::vector<double> matrix(n * n, 0.0), lower = matrix;
+  for (int64_t i = 0; i < n; ++i) {
+    matrix[i * n + i] = 4;
+    for (int64_t j = 0; j < i; ++j) lower[i * n + j] = 1e-9 * static_cast<double>((i + 3 * j) % 7);
+    lower[i * n + i] = 2;
+  }
+  const std::vector<double> right = normals(n * sides);
+  std::vector<double> alone(right.size(), NAN), shared = alone;
+  bool finite = false;
+  for (int threads : {1, 5}) {
+    check(cholesky_solve(matrix.data(), lower.data(), nullptr, 1, n, right.data(), sides,
+                         (threads == 1 ? alone : shared).data(), finite, threads, isa) == Status::ok &&
+              finite,
+          "its status");
+  }
+  check(same_bits(alone, shared), "the number of threads changes its bits");
+  double worst = 0;
+  for (int64_t i = 0; i < n * sides; ++i) worst = std::max(worst, std::abs(4 * alone[i] - right[i]));
+  check(worst < 1e-8, "its residual");
+}
+
 // `examine` has one variant for all instruction sets.
 void check_examine(int64_t batch, int64_t n) {
   what = "examine, " + std::to_string(batch) + " of " + std::to_string(n);
@@ -369,6 +394,10 @@ void check_choleskys(bool smallest, Isa isa) {
     check_cholesky(n < 100 ? 5 : 2, n, 7, isa);
     check_cholesky(1, n, smallest ? 2 : 53, isa);
   }
+  for (int64_t sides : {3, 4, 20}) {
+    if (!smallest) check_shared_solves(1100, sides, isa);
+  }
+  if (!smallest && isa == Isa::portable) check_shared_solves(2050, 7, isa);  // in more than one panel
   check_cholesky(0, 4, 2, isa);
   check_cholesky(2, 4, 0, isa);
   const int64_t n = smallest ? 9 : 150;
