@@ -37,8 +37,8 @@ class Contender:
     part     the share of the case's job that it does, for contenders that would take minutes: 0.001 of the keys, say.
              Its times are recorded as measured; its rate and its ratios are of the part. The best of stock is one of
              the whole job, where there is one
-    aside    timed for comparison, and no candidate for the best of stock: what does less than the job, as a part of ours
-             does
+    aside    timed for comparison, and no candidate for the best of stock: what does less than the job, such as a part
+             of ours
     """
 
     name: str

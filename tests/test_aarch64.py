@@ -33,7 +33,7 @@ LOOPS = {
     "second_moment": {"tile_of<float, 3, 8": 24, "tile_of<double, 3, 8": 24},
     "fit_low_rank": {"gram_of<4, float>": 16, "gram_of<3, double>": 9, "factorise": 8},
     "fit_projected": {"pull": 8, "push": 8},
-    "spd_solve": {"tile(": 16, "solve_panel": 4},
+    "spd_solve": {"subtract(": 12, "solve_rows": 8, "forward_rows<8": 16, "backward_rows<8": 16},
 }
 
 

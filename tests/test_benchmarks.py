@@ -149,7 +149,11 @@ def nan_second_moment(right):
 
 
 def wrong_spd_solve(right):
-    return right._replace(solve=lambda lower, rhs: right.solve(lower, rhs) * 1.001)
+    return right._replace(
+        solve=lambda *args: right.solve(*args) * 1.001,
+        direct=lambda *args: right.direct(*args) * 1.001,
+        at_once=lambda *args: NotImplemented,
+    )
 
 
 def wrong_fit_low_rank(right):
