@@ -109,7 +109,7 @@ OFF = {
 
 
 @pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("n", [80, 401, 1600])
+@pytest.mark.parametrize("n", [80, 401, 1030])
 @pytest.mark.parametrize("sides", [1, 9])
 def test_a_factor_that_is_a_little_off_is_made_up_for(sides, n, off):
     """The look at the residual sees it, by all of the matrix or by its sketch, whatever the channels' scales."""
@@ -146,7 +146,7 @@ def test_a_sketch_is_sums_of_the_equations(n, isa):
     assert ((sums - wanted).abs() <= 1e-14 * (matrix.abs() @ weights.abs())).all()
 
 
-@pytest.mark.parametrize("n", [3, 64, 300, 385, 1101, 1601])
+@pytest.mark.parametrize("n", [3, 64, 300, 385, 1101])
 @pytest.mark.parametrize("sides", [1, 3, 4, 30])
 def test_a_solve_has_the_same_bits_with_a_sketch_and_without(sides, n):
     matrix, b = second_moment(n), right_sides(n, sides)
@@ -525,7 +525,7 @@ assert torch.equal(factor.lower, 2 * torch.eye(300, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("n", "sides"), [(n, sides) for n in (385, 1101, 1601) for sides in (1, 3, 4, 7, 20)] + [(2051, 30), (2051, 90)]
+    ("n", "sides"), [(n, sides) for n in (385, 1101) for sides in (1, 3, 4, 7, 20)] + [(1601, 3), (2051, 90)]
 )
 def test_threads_that_share_sides_change_no_bit(n, sides):
     """From 1024 rows on they share the substitutions; without a sketch, from 384 on, the look at the residual. From
