@@ -570,10 +570,11 @@ PyMethodDef methods[] = {
     method<call_cholesky_solve>("cholesky_solve",
                                 "x [batch, n, sides] of A x = rhs with A = L L^T; whether rhs is finite: matrices, "
                                 "lower, sketches (or None), batch, n, rhs, sides, x, threads, isa."),
-    method<call_spd_solve>("spd_solve",
-                           "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
-                           "n, asymmetry, smallest_mean, epsilon (least pivot, of n and its diagonal entry), rhs, sides, "
-                           "x, threads, isa."),
+    method<call_spd_solve>(
+        "spd_solve",
+        "All of it; whether every matrix was within the limits and all was finite: matrices, batch, "
+        "n, asymmetry, smallest_mean, epsilon (least pivot, of n and its diagonal entry), rhs, sides, "
+        "x, threads, isa."),
 #ifdef REWRITE_CORE_CUDA
     method<call_spd_solve_cuda>("spd_solve_cuda",
                                 "The fields of SPDSolveTask but passes, at addresses of a GPU's; blocks, of "
