@@ -270,6 +270,31 @@ inline V shuffle(V a, V b, Places places) {
 #endif
 }
 
+// Rows become columns, for a square of vectors of `bytes`: every round interleaves the upper and the lower half of the
+// rows, which rotates the bits of the index (row, lane) by one.
+template <int bytes, class Element>
+inline void turn(typename Vector<Element, bytes>::type (&row)[bytes / sizeof(Element)]) {
+  typedef typename Vector<Element, bytes>::type Part;
+  constexpr int n = bytes / sizeof(Element);
+  typename Vector<typename Integer<sizeof(Element)>::type, bytes>::type low, high;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < n; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * n;
+    high[lane] = low[lane] + n / 2;
+  }
+#pragma GCC unroll 3
+  for (int round = 1; round < n; round *= 2) {
+    Part mixed[n];
+#pragma GCC unroll 4
+    for (int k = 0; k < n / 2; ++k) {
+      mixed[2 * k] = shuffle(row[k], row[k + n / 2], low);
+      mixed[2 * k + 1] = shuffle(row[k], row[k + n / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) row[k] = mixed[k];
+  }
+}
+
 // --- sums over lanes
 // ---------------------------------------------------------------------------------------------------
 

@@ -21,22 +21,7 @@ inline void transpose(const double* from, int64_t stride, double* to, int64_t to
   Wide rows[width];
 #pragma GCC unroll 8
   for (int r = 0; r < width; ++r) rows[r] = load_wide(from + r * stride);
-#pragma GCC unroll 4
-  for (int apart = 1; apart < width; apart *= 2) {  // swaps what is off the diagonal, in squares of twice this size
-    Vec<int64_t> upper, lower;
-#pragma GCC unroll 8
-    for (int lane = 0; lane < width; ++lane) {
-      upper[lane] = lane & apart ? width + lane - apart : lane;
-      lower[lane] = lane & apart ? width + lane : lane + apart;
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < width; ++r) {
-      if (r & apart) continue;
-      const Wide first = rows[r], second = rows[r + apart];
-      rows[r] = shuffle(first, second, upper);
-      rows[r + apart] = shuffle(first, second, lower);
-    }
-  }
+  turn<vector_bytes, double>(rows);
 #pragma GCC unroll 8
   for (int c = 0; c < width; ++c) store_wide(to + c * to_stride, rows[c]);
 }
